@@ -1,0 +1,57 @@
+# On a bare machine with Python 3.11: `make demo` or `make test`. Both create .venv first.
+
+SHELL  := /bin/bash
+VENV   ?= .venv
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.installed
+PINS   := requirements/cpu.txt requirements/cpu-engine.txt requirements/vllm-metadata/pyproject.toml
+
+VERSION ?= 0.33.0
+# Not `python -m pytest`: that would put the checkout, and so a top-level `kernels`, on the path.
+PYTEST  := $(BIN)/pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-fast lint types format check-vllm bench dist clean
+
+help: ## show this list
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+venv: $(READY) ## create .venv with every pinned requirement
+
+$(READY): $(PINS) setup.py scripts/make_venv.sh
+	@VENV=$(VENV) PYTHON=$(PYTHON) scripts/make_venv.sh
+
+demo: $(READY) ## train, serve and draw a routed adapter on this machine
+	$(BIN)/python examples/demo.py
+
+test: lint types ## everything CI runs: lint, types, unit and engine tests
+	$(PYTEST) tests integration_tests
+
+test-fast: $(READY) ## unit tests only, no engine
+	$(PYTEST) tests
+
+lint: $(READY) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY) ## mypy over the package
+	$(BIN)/python scripts/typecheck.py
+
+format: $(READY) ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+check-vllm: $(READY) ## do the patches fit another vLLM? make check-vllm VERSION=0.33.0
+	$(BIN)/vllm-lora-ext check-vllm $(VERSION)
+
+bench: $(READY) ## serving overhead against stock vLLM, as ratios
+	$(BIN)/python benchmarks/serving_overhead.py
+
+dist: $(READY) ## wheel and source distribution into dist/
+	$(BIN)/python -m build --no-isolation
+
+clean: ## remove what builds and tools leave behind, keep .venv
+	rm -rf build dist *.egg-info requirements/vllm-metadata/{build,*.egg-info}
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -print | xargs rm -rf

@@ -1,0 +1,30 @@
+"""`y += B (g(x) ⊙ (A x))` for a batch whose rows use different adapters.
+
+Two launches, whatever the router: `shrink` computes `[A; router] x`, `gate_expand_` turns the
+router's rows into gates and adds the gated expansion to y. `gated_lora_` does both.
+"""
+
+from vllm_lora_ext.kernels.gated_lora.op import (
+    EmbeddingSite,
+    embedding_lora_,
+    gate_expand_,
+    gated_lora_,
+    register_site,
+    shrink,
+)
+from vllm_lora_ext.kernels.gated_lora.reference import gated_lora_reference
+from vllm_lora_ext.kernels.gated_lora.site import GatedSlice, Site
+from vllm_lora_ext.kernels.gated_lora.step import StepMap
+
+__all__ = [
+    "EmbeddingSite",
+    "GatedSlice",
+    "Site",
+    "StepMap",
+    "embedding_lora_",
+    "gate_expand_",
+    "gated_lora_",
+    "gated_lora_reference",
+    "register_site",
+    "shrink",
+]

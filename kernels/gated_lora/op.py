@@ -1,0 +1,89 @@
+"""Torch ops: opaque to the compiler, which sees only that y changes.
+
+A site is passed as a number, so that a layer's weights and tables are not inputs of the compiled
+graph: a 32-layer model would carry two thousand of them through every call.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from weakref import WeakValueDictionary
+
+import torch
+
+from vllm_lora_ext.kernels.gated_lora import cpu
+from vllm_lora_ext.kernels.gated_lora.site import Site
+from vllm_lora_ext.kernels.gated_lora.step import StepMap
+
+
+@dataclass(eq=False)
+class EmbeddingSite:
+    """LoRA of a token embedding: `y += B A[:, token]`.
+
+    Args:
+        a_SVR: [slots, V, R]; b_SNR: [slots, N, R]; used: slots that hold an adapter here.
+    """
+
+    a_SVR: torch.Tensor
+    b_SNR: torch.Tensor
+    step: StepMap
+    used: set[int] = field(default_factory=set)
+
+
+_sites: WeakValueDictionary[int, Site | EmbeddingSite] = WeakValueDictionary()
+_next_id = 0
+
+
+def register_site(site: Site | EmbeddingSite) -> int:
+    """A number by which the ops find the site; valid while the site lives."""
+    global _next_id
+    _next_id += 1
+    _sites[_next_id] = site
+    return _next_id
+
+
+def _gated_lora(y: torch.Tensor, x: torch.Tensor, site: int) -> None:
+    found = _sites[site]
+    if found.step.groups:
+        cpu.gated_lora_(y, x, found)
+
+
+def _shrink(x: torch.Tensor, site: int, num_rows: int) -> torch.Tensor:
+    return cpu.shrink(x, _sites[site])
+
+
+def _gate_expand(y: torch.Tensor, u: torch.Tensor, site: int) -> None:
+    cpu.gate_expand_(y, u, _sites[site])
+
+
+def _embedding_lora(y: torch.Tensor, ids: torch.Tensor, site: int) -> None:
+    found = _sites[site]
+    for slot, start, stop, index_T in found.step.groups:
+        if slot in found.used:
+            rows_T = torch.arange(start, stop, device=y.device) if index_T is None else index_T
+            a_TR = found.a_SVR[slot][ids[rows_T]].float()
+            y.index_add_(0, rows_T, (a_TR @ found.b_SNR[slot].float().t()).to(y.dtype))
+
+
+_lib = torch.library.Library("vllm_lora_ext", "DEF")
+_lib.define("gated_lora_(Tensor(a!) y, Tensor x, int site) -> ()")
+_lib.define("shrink(Tensor x, int site, int num_rows) -> Tensor")
+_lib.define("gate_expand_(Tensor(a!) y, Tensor u, int site) -> ()")
+_lib.define("embedding_lora_(Tensor(a!) y, Tensor ids, int site) -> ()")
+for _key in ("CPU", "CUDA"):
+    _lib.impl("gated_lora_", _gated_lora, _key)
+    _lib.impl("shrink", _shrink, _key)
+    _lib.impl("gate_expand_", _gate_expand, _key)
+    _lib.impl("embedding_lora_", _embedding_lora, _key)
+for _name in ("gated_lora_", "gate_expand_", "embedding_lora_"):
+    torch.library.register_fake(f"vllm_lora_ext::{_name}", lambda *_: None, lib=_lib)
+torch.library.register_fake(
+    "vllm_lora_ext::shrink",
+    lambda x, site, num_rows: x.new_empty(x.shape[0], num_rows, dtype=torch.float32),
+    lib=_lib,
+)
+
+gated_lora_ = torch.ops.vllm_lora_ext.gated_lora_.default
+shrink = torch.ops.vllm_lora_ext.shrink.default
+gate_expand_ = torch.ops.vllm_lora_ext.gate_expand_.default
+embedding_lora_ = torch.ops.vllm_lora_ext.embedding_lora_.default

@@ -1,0 +1,181 @@
+"""Site: the slot tables of one (fused) linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from vllm_lora_ext.kernels.gated_lora.step import StepMap
+from vllm_lora_ext.routing import GateSpec
+
+
+class GatedSlice(Protocol):
+    """What one adapter does to one slice of a layer (see `adapters.RoutedModule`)."""
+
+    @property
+    def a_RK(self) -> torch.Tensor: ...
+    @property
+    def b_NR(self) -> torch.Tensor: ...
+    @property
+    def gate(self) -> GateSpec: ...
+    @property
+    def router_GK(self) -> torch.Tensor | None: ...
+    @property
+    def bias_G(self) -> torch.Tensor | None: ...
+    @property
+    def head_K(self) -> torch.Tensor | None: ...
+    @property
+    def head_bias(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class SlicePlan:
+    """Where one slice's numbers stand: columns of u, columns of y, its gate and its B."""
+
+    gate: GateSpec
+    y_start: int
+    y_stop: int
+    a_start: int
+    a_stop: int
+    router_start: int
+    head_at: int
+    bt_RN: torch.Tensor
+    bias_G: torch.Tensor | None
+    head_bias: float
+
+
+@dataclass(frozen=True)
+class SlotPlan:
+    """One adapter at one site: `rows_RK` are its A of every slice, then its routers and heads.
+
+    `shared` is the one gate of all slices when they agree and stand side by side in u, so that
+    all slices are gated at once; else None.
+    """
+
+    rows_RK: torch.Tensor
+    num_ranks: int
+    slices: tuple[SlicePlan, ...]
+    shared: GateSpec | None
+    plain: bool
+
+
+class Site:
+    """Weights of every slot at one layer, in buffers whose addresses never change.
+
+    Args:
+        num_slots: adapters that can be active at once.
+        in_features: K, of this rank's shard.
+        slice_sizes: N of each slice of the layer's (local) output that this rank adds to.
+        max_rank: most ranks per slice.
+        max_router_rows: most router rows per slice (a threshold head's row is extra).
+        dtype, device: of the weights. On a CPU they are kept in fp32 whatever the model's dtype:
+            small fp32 products are two to five times faster there than bf16 ones, and exact.
+        y_start: first column of y that this rank adds to (row-parallel layers under TP).
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        in_features: int,
+        slice_sizes: Sequence[int],
+        max_rank: int,
+        max_router_rows: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        y_start: int = 0,
+    ) -> None:
+        if torch.device(device).type == "cpu":
+            dtype = torch.float32
+        self.slice_sizes = tuple(slice_sizes)
+        self.max_rank, self.max_router_rows, self.y_start = max_rank, max_router_rows, y_start
+        self.num_rows = len(self.slice_sizes) * (max_rank + max_router_rows + 1)
+        self.rows_SRK = torch.zeros(num_slots, self.num_rows, in_features, dtype=dtype, device=device)
+        self.bt_SRN = [
+            torch.zeros(num_slots, max_rank, n, dtype=dtype, device=device) for n in self.slice_sizes
+        ]
+        self.plans: list[SlotPlan | None] = [None] * num_slots
+        self.step = StepMap(0)
+
+    def clear(self, slot: int) -> None:
+        """The slot adds nothing any more. Its weights stay: nothing reads a slot without a plan."""
+        self.plans[slot] = None
+
+    def write(self, slot: int, slices: Sequence[GatedSlice | None]) -> None:
+        """Puts one adapter into a slot; `None` leaves that slice at the base weights.
+
+        Raises:
+            ValueError: a slice does not fit the buffers (the slot is left empty).
+        """
+        self.plans[slot] = None
+        parts = [(i, s) for i, s in enumerate(slices) if s is not None]
+        if not parts:
+            return
+        for i, s in parts:
+            self._check(i, s)
+        num_ranks = sum(s.a_RK.shape[0] for _, s in parts)
+        routers = [_router_rows(s) for _, s in parts]
+        rows_RK = torch.cat([s.a_RK for _, s in parts] + [r for r in routers if r is not None])
+        self.rows_SRK[slot, : len(rows_RK)].copy_(rows_RK)
+        plans, a_start, router_start = [], 0, num_ranks
+        for (i, s), router in zip(parts, routers, strict=True):
+            plans.append(self._plan_slice(slot, i, s, a_start, router_start))
+            a_start += s.a_RK.shape[0]
+            router_start += 0 if router is None else len(router)
+        self.plans[slot] = SlotPlan(
+            rows_RK=self.rows_SRK[slot, : len(rows_RK)],
+            num_ranks=num_ranks,
+            slices=tuple(plans),
+            shared=_shared_gate(plans),
+            plain=all(p.gate.source == "none" for p in plans),
+        )
+
+    def _check(self, i: int, s: GatedSlice) -> None:
+        rank, router_rows = s.a_RK.shape[0], s.gate.router_rows - int(s.gate.threshold_head)
+        if rank > self.max_rank or router_rows > self.max_router_rows:
+            raise ValueError(
+                f"slice {i}: rank {rank} of {self.max_rank}, router rows {router_rows} of "
+                f"{self.max_router_rows}"
+            )
+        want = (self.rows_SRK.shape[2], self.slice_sizes[i])
+        if (s.a_RK.shape[1], s.b_NR.shape[0]) != want:
+            raise ValueError(f"slice {i}: in, out are {s.a_RK.shape[1], s.b_NR.shape[0]}, not {want}")
+
+    def _plan_slice(
+        self, slot: int, i: int, s: GatedSlice, a_start: int, router_start: int
+    ) -> SlicePlan:
+        rank = s.a_RK.shape[0]
+        bt_RN = self.bt_SRN[i][slot, :rank]
+        bt_RN.copy_(s.b_NR.t())
+        y_start = self.y_start + sum(self.slice_sizes[:i])
+        bias_G = None if s.bias_G is None else s.bias_G.float().to(bt_RN.device)
+        return SlicePlan(
+            gate=s.gate,
+            y_start=y_start,
+            y_stop=y_start + self.slice_sizes[i],
+            a_start=a_start,
+            a_stop=a_start + rank,
+            router_start=router_start,
+            head_at=router_start + s.gate.router_rows - 1,
+            bt_RN=bt_RN,
+            bias_G=bias_G,
+            head_bias=s.head_bias,
+        )
+
+
+def _router_rows(s: GatedSlice) -> torch.Tensor | None:
+    rows = [] if s.router_GK is None else [s.router_GK]
+    if s.head_K is not None:
+        rows.append(s.head_K.reshape(1, -1))
+    return torch.cat(rows) if rows else None
+
+
+def _shared_gate(plans: Sequence[SlicePlan]) -> GateSpec | None:
+    """The slices' gate when one view of u holds all their logits and all blocks are equal."""
+    gate = plans[0].gate
+    same = all(p.gate == gate for p in plans) and all(p.bias_G is None for p in plans)
+    if same and gate.router_rows == gate.num_gates > 0 and len(set(gate.blocks)) == 1:
+        return gate
+    return None

@@ -1,0 +1,1 @@
+"""The only place that touches vLLM's internals. `register.PATCHES` lists every patch."""

@@ -1,0 +1,62 @@
+"""Adapter errors reach HTTP clients as 4xx with their stable code.
+
+Targets: `OpenAIServingModels.{__init__, load_lora_adapter}`. Stock answers every load error but
+"not found" with 500 and forgets what kind it was.
+"""
+
+from __future__ import annotations
+
+import functools
+from http import HTTPStatus
+from typing import Any
+
+from vllm import envs
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve import create_error_response
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.logger import init_logger
+
+from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.settings import LoraExtSettings
+
+logger = init_logger(f"vllm.{__name__}")
+_STATUS = {"not_found": HTTPStatus.NOT_FOUND, "path_not_allowed": HTTPStatus.FORBIDDEN}
+
+
+def to_response(error: AdapterError) -> ErrorResponse:
+    """The error as an OpenAI-style body: `type` is the stable code."""
+    return create_error_response(
+        message=error.text,
+        err_type=error.code,
+        status_code=_STATUS.get(error.code, HTTPStatus.BAD_REQUEST),
+        param="lora_path",
+    )
+
+
+def apply() -> None:
+    """Wraps the handler of the load route, and says at start what run-time loading may read."""
+    init, load = OpenAIServingModels.__init__, OpenAIServingModels.load_lora_adapter
+
+    @functools.wraps(init)
+    def new_init(self: Any, engine_client: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, engine_client, *args, **kwargs)
+        config = engine_client.vllm_config
+        settings = LoraExtSettings.from_additional_config(config.additional_config)
+        if config.lora_config and envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
+            if settings.adapter_roots is None:
+                logger.warning(
+                    "Run-time LoRA loading may read any path that this server can. Name the "
+                    "folders that hold adapters: --additional-config "
+                    '\'{"lora_ext": {"adapter_roots": ["/path/to/adapters"]}}\''
+                )
+
+    @functools.wraps(load)
+    async def new_load(self: Any, *args: Any, **kwargs: Any) -> Any:
+        answer = await load(self, *args, **kwargs)
+        if isinstance(answer, ErrorResponse):
+            error = AdapterError.parse(answer.error.message)
+            return answer if error is None else to_response(error)
+        return answer
+
+    OpenAIServingModels.__init__ = new_init  # type: ignore[method-assign]
+    OpenAIServingModels.load_lora_adapter = new_load  # type: ignore[method-assign]

@@ -1,0 +1,222 @@
+"""LoRA layers whose delta goes through `kernels.gated_lora`.
+
+Target: `vllm.lora.utils._all_lora_classes`, the tuple from which vLLM picks the wrapper of a
+linear layer. Each stock linear wrapper gets a subclass of the same name, put in its place; which
+layer a class may replace, tensor-parallel slicing and `forward` stay stock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+
+import torch
+import vllm.lora.utils as lora_utils
+from vllm.distributed import tensor_model_parallel_all_reduce
+from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
+from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA
+from vllm.model_executor.layers.linear import RowParallelLinear
+
+from vllm_lora_ext.adapters.model import RoutedModule
+from vllm_lora_ext.kernels.gated_lora import (
+    EmbeddingSite,
+    Site,
+    embedding_lora_,
+    gate_expand_,
+    gated_lora_,
+    register_site,
+    shrink,
+)
+
+_router_rows: ContextVar[int] = ContextVar("router_rows")
+
+
+@contextmanager
+def building(router_rows: int) -> Iterator[None]:
+    """Layers created inside hold up to `router_rows` router rows per slice."""
+    token = _router_rows.set(router_rows)
+    try:
+        yield
+    finally:
+        _router_rows.reset(token)
+
+
+class RoutedLinear(BaseLinearLayerWithLoRA):
+    """Mixed in before a stock wrapper: weights live in a `Site`, the delta is one opaque op."""
+
+    def create_lora_weights(self, max_loras, lora_config, model_config=None) -> None:  # type: ignore[no-untyped-def]
+        self.lora_config = lora_config
+        self._enable_aux_cuda_stream = False
+        if self.n_slices == 1:
+            self.output_slices = (self.output_size,)
+        rank = lora_config.max_lora_rank
+        # Under tensor parallelism a row-parallel input is a shard: A x and the logits are partial
+        # sums that must be reduced before the gate. Each rank then adds only its own columns, and
+        # the layer's own all-reduce puts them together.
+        self.reduces = isinstance(self.base_layer, RowParallelLinear) and self.tp_size > 1
+        sizes, y_start = self.output_slices, 0
+        if self.reduces:
+            bounds = [self.output_size * i // self.tp_size for i in range(self.tp_size + 1)]
+            y_start = bounds[self.tp_rank]
+            sizes = (bounds[self.tp_rank + 1] - y_start,)
+        self.site = Site(
+            max_loras, self.input_size, sizes, rank, _router_rows.get(),
+            lora_config.lora_dtype, self.device, y_start,
+        )  # fmt: skip
+        self.site_id = register_site(self.site)
+        # Only the shapes and dtypes of these are read (`create_dummy_lora`): no memory behind.
+        stub = {"dtype": lora_config.lora_dtype, "device": "meta"}
+        self.lora_a_stacked = tuple(
+            torch.empty(max_loras, 1, rank, self.input_size, **stub) for _ in self.output_slices
+        )
+        self.lora_b_stacked = tuple(
+            torch.empty(max_loras, 1, n, rank, **stub) for n in self.output_slices
+        )
+
+    def set_mapping(self, punica_wrapper) -> None:  # type: ignore[no-untyped-def]
+        super().set_mapping(punica_wrapper)
+        self.site.step = punica_wrapper.step_map
+
+    def reset_lora(self, index: int) -> None:
+        self.site.clear(index)
+
+    def set_lora(self, index, lora_a, lora_b) -> None:  # type: ignore[no-untyped-def]
+        """Stock's way in (warm-up's dummy adapters): plain LoRA, scale already in B."""
+        pairs = [(lora_a, lora_b)] if isinstance(lora_a, torch.Tensor) else zip(lora_a, lora_b)
+        self.load(index, [None if a is None else RoutedModule(a, b) for a, b in pairs])
+
+    def load(self, index: int, modules: Sequence[RoutedModule | None]) -> None:
+        """Puts an adapter's part at this layer into slot `index`.
+
+        Args:
+            modules: one entry per slice, or one for the whole fused layer; unsharded.
+        """
+        if len(modules) != self.n_slices:
+            modules = self._split(modules)
+        if self.tp_size > 1:
+            modules = [m and self._shard(i, m) for i, m in enumerate(modules)]
+        self.site.write(index, modules)
+
+    def full_sizes(self) -> tuple[int, tuple[int, ...]]:
+        """Unsharded in features, and out features of each slice."""
+        base = self.base_layer
+        if hasattr(base, "total_num_kv_heads"):
+            kv = base.total_num_kv_heads
+            v_size = getattr(base, "v_head_size", base.head_size)
+            qkv = (base.total_num_heads * base.head_size, kv * base.head_size, kv * v_size)
+            return base.input_size, qkv if self.n_slices == 3 else (sum(qkv),)
+        if self.n_slices > 1:
+            return base.input_size, tuple(base.output_sizes)
+        return base.input_size, (base.output_size,)
+
+    def _split(self, modules: Sequence[RoutedModule | None]) -> list[RoutedModule | None]:
+        """One adapter module over a fused layer: every slice shares its A and gate."""
+        (whole,) = modules
+        if whole is None:
+            return [None] * self.n_slices
+        parts = torch.split(whole.b_NR, self.full_sizes()[1])
+        return [replace(whole, b_NR=part) for part in parts]
+
+    def _shard(self, i: int, m: RoutedModule) -> RoutedModule:
+        """This rank's part of slice `i`, by stock's own slicing."""
+        if self.reduces:
+            start, size = self.site.y_start, self.site.slice_sizes[0]
+            cut = self.slice_lora_a
+            return replace(
+                m,
+                a_RK=cut(m.a_RK),
+                b_NR=m.b_NR[start : start + size],
+                router_GK=None if m.router_GK is None else cut(m.router_GK),
+                head_K=None if m.head_K is None else cut(m.head_K[None])[0],
+            )
+        if self.n_slices == 1:
+            return replace(m, b_NR=self.slice_lora_b(m.b_NR))
+        only: list[torch.Tensor | None] = [None] * self.n_slices
+        only[i] = m.b_NR
+        return replace(m, b_NR=self.slice_lora_b(only)[i])
+
+    def _apply_lora_to_output(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        y_TN, x_TK = output.view(-1, output.shape[-1]), x.reshape(-1, x.shape[-1])
+        if self.reduces:
+            u_TR = tensor_model_parallel_all_reduce(shrink(x_TK, self.site_id, self.site.num_rows))
+            gate_expand_(y_TN, u_TR, self.site_id)
+        else:
+            gated_lora_(y_TN, x_TK, self.site_id)
+        return output
+
+
+class CPUEmbedding(VocabParallelEmbeddingWithLoRA):
+    """Stock's embedding wrapper takes the last slot's rows for base tokens and freezes shapes
+    when traced; on CPU the delta is an opaque op that skips slots without an embedding LoRA."""
+
+    def create_lora_weights(self, max_loras, lora_config, model_config=None) -> None:  # type: ignore[no-untyped-def]
+        super().create_lora_weights(max_loras, lora_config, model_config)
+        self.site = EmbeddingSite(self.lora_a_stacked, self.lora_b_stacked[:, 0], None)  # type: ignore[arg-type]
+        self.site_id = register_site(self.site)
+
+    def set_mapping(self, punica_wrapper) -> None:  # type: ignore[no-untyped-def]
+        super().set_mapping(punica_wrapper)
+        self.site.step = punica_wrapper.step_map
+
+    def reset_lora(self, index: int) -> None:
+        if index in self.site.used:
+            self.site.used.discard(index)
+            super().reset_lora(index)
+
+    def set_lora(self, index, lora_a, lora_b) -> None:  # type: ignore[no-untyped-def]
+        super().set_lora(index, lora_a, lora_b)
+        self.site.used.add(index)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output = self.base_layer.forward(x)
+        embedding_lora_(output.view(-1, output.shape[-1]), x.reshape(-1), self.site_id)
+        return output
+
+
+class CPULogits(LogitsProcessorWithLoRA):
+    """Skips the output matrix's LoRA when no slot has one: stock gathers the whole [V, R] for
+    every row, and fails on the row count of `prompt_logprobs`."""
+
+    def create_lora_weights(self, max_loras, lora_config, model_config=None) -> None:  # type: ignore[no-untyped-def]
+        super().create_lora_weights(max_loras, lora_config, model_config)
+        self.used: set[int] = set()
+
+    def reset_lora(self, index: int) -> None:
+        if index in self.used:
+            self.used.discard(index)
+            super().reset_lora(index)
+
+    def set_lora(self, index, lora_a, lora_b) -> None:  # type: ignore[no-untyped-def]
+        super().set_lora(index, lora_a, lora_b)
+        self.used.add(index)
+
+    def _get_logits(self, hidden_states, lm_head, *args, **kwargs):  # type: ignore[no-untyped-def]
+        if self.used or self.sharded_to_full_mapping_gpu is not None:
+            return super()._get_logits(hidden_states, lm_head, *args, **kwargs)
+        actual = getattr(lm_head, "base_layer", lm_head)
+        return self.base_layer._get_logits(hidden_states, actual, *args, **kwargs)
+
+
+def apply() -> None:
+    """Puts the subclasses before vLLM's own choice of wrapper."""
+    from vllm.platforms import current_platform
+
+    lora_utils._all_lora_classes = tuple(map(_ours, lora_utils._all_lora_classes))
+    if current_platform.is_cpu():
+        lora_utils.LogitsProcessorWithLoRA = CPULogits
+
+
+def _ours(stock: type) -> type:
+    from vllm.platforms import current_platform
+
+    if stock is VocabParallelEmbeddingWithLoRA and current_platform.is_cpu():
+        return CPUEmbedding
+    # Fully sharded wrappers stay: the manager refuses that mode before one can be chosen.
+    if not issubclass(stock, BaseLinearLayerWithLoRA) or "Sharded" in stock.__name__:
+        return stock
+    if issubclass(stock, RoutedLinear):
+        return stock
+    return type(stock.__name__, (RoutedLinear, stock), {"__module__": __name__})

@@ -1,0 +1,177 @@
+"""The manager of the model's LoRA layers: places whole `RoutedAdapter`s into slots.
+
+Reached through `WorkerLoRAManager._manager_cls` (see `worker`), which is vLLM's own way to name a
+manager class.
+"""
+
+from __future__ import annotations
+
+
+from typing import Any
+
+from vllm.config import CUDAGraphMode
+from vllm.lora.layers import BaseLayerWithLoRA
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.model_manager import LRUCacheLoRAModelManager
+from vllm.lora.utils import parse_fine_tuned_lora_name
+from vllm.model_executor.models.utils import PPMissingLayer
+
+from vllm_lora_ext.adapters.checks import check_fits
+from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
+from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches.layers import RoutedLinear, building
+from vllm_lora_ext.settings import LoraExtSettings
+
+Placed = dict[str, list[RoutedModule | None]]
+
+
+class RoutedLoRAModel(LoRAModel):
+    """A checked adapter under vLLM's id: layer name in vLLM → what the adapter does to its slices."""
+
+    def __init__(self, lora_model_id: int, adapter: RoutedAdapter, placed: Placed) -> None:
+        super().__init__(lora_model_id, adapter.rank, {})
+        self.adapter, self.placed = adapter, placed
+
+    def clone(self, lora_model_id: int) -> RoutedLoRAModel:
+        return RoutedLoRAModel(lora_model_id, self.adapter, self.placed)
+
+
+class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
+    """Stock's LRU manager; only how an adapter gets into a slot, and out of it, is ours."""
+
+    def __init__(self, *args: Any, lora_config: Any, vllm_config: Any, **kwargs: Any) -> None:
+        settings = LoraExtSettings.from_additional_config(vllm_config.additional_config)
+        _refuse_unsupported(vllm_config)
+        self.router_rows = settings.router_rows(lora_config.max_lora_rank)
+        self.base_name = vllm_config.model_config.model
+        with building(self.router_rows):
+            super().__init__(*args, lora_config=lora_config, vllm_config=vllm_config, **kwargs)
+
+    def place(self, adapter: RoutedAdapter) -> Placed:
+        """Fits an adapter to this model's layers.
+
+        Raises:
+            AdapterError: a layer is unknown, a shape differs, a rank or a router is too large.
+        """
+        name_of = {name: self._vllm_name(name) for name in adapter.modules}
+        ours = {n: m for n, m in adapter.modules.items() if not self._elsewhere(name_of[n])}
+        shapes = self._shapes()
+        check_fits(
+            adapter,
+            {n: shapes[v] for n, v in name_of.items() if v in shapes}
+            | {n: _any_shape(adapter.modules[n]) for n in adapter.modules if n not in ours},
+            self.lora_config.max_lora_rank,
+            self.router_rows,
+            self.base_name,
+        )
+        module_of = {name_of[n]: m for n, m in ours.items()}
+        placed: Placed = {}
+        for layer_name in self.modules:
+            parts = [module_of.get(n) for n in self.packed_modules.get(layer_name, [layer_name])]
+            if any(p is not None for p in parts):
+                placed[layer_name] = parts
+        return placed
+
+    def _vllm_name(self, module: str) -> str:
+        mapper = getattr(self.model, "hf_to_vllm_mapper", None)
+        mapper = mapper and mapper.get_rename_mapper()
+        return parse_fine_tuned_lora_name(f"base_model.model.{module}.lora_A.weight", mapper)[0]
+
+    def _elsewhere(self, layer_name: str) -> bool:
+        """Whether the layer lives on another pipeline rank."""
+        missing = (n for n, m in self.model.named_modules() if isinstance(m, PPMissingLayer))
+        return any(layer_name == n or layer_name.startswith(n + ".") for n in missing)
+
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        """(in, out) of everything that an adapter can name, unsharded."""
+        shapes: dict[str, tuple[int, int]] = {}
+        for name, layer in self.modules.items():
+            if isinstance(layer, RoutedLinear):
+                k, sizes = layer.full_sizes()
+                parts = self.packed_modules.get(name)
+                if parts is None:
+                    shapes[name] = (k, sum(sizes))
+                elif len(parts) == len(sizes):
+                    shapes |= {part: (k, n) for part, n in zip(parts, sizes, strict=True)}
+            elif name.endswith("lm_head"):
+                shapes[name] = (layer.hidden_size, layer.vocab_size)
+            elif hasattr(layer.base_layer, "org_vocab_size"):
+                shapes[name] = (layer.base_layer.org_vocab_size, layer.base_layer.embedding_dim)
+        return shapes
+
+    def _add_adapter(self, lora: LoRAModel) -> None:
+        if isinstance(lora, RoutedLoRAModel):
+            self._registered_adapters[lora.id] = lora
+        else:
+            super()._add_adapter(lora)
+
+    def activate_adapter(self, lora_id: int) -> bool:
+        """Puts a registered adapter into a slot; all of it, or nothing and the error."""
+        model = self._registered_adapters.cache.get(lora_id)
+        if not isinstance(model, RoutedLoRAModel) or lora_id in self._active_adapters:
+            return super().activate_adapter(lora_id)
+        if len(self._active_adapters) >= self.lora_slots:
+            self._active_adapters.remove_oldest()
+        slot = self.lora_index_to_id.index(None)
+        try:
+            for name, layer in self.modules.items():
+                _load(layer, slot, model.placed.get(name))
+        except BaseException:
+            self._reset_slot(slot)
+            raise
+        self._registered_adapters.touch(lora_id)
+        self._active_adapters[lora_id] = None
+        self.lora_index_to_id[slot] = lora_id
+        return True
+
+    def _deactivate_adapter(self, lora_id: int) -> None:
+        if lora_id in self.lora_index_to_id:
+            self._reset_slot(self.lora_index_to_id.index(lora_id))
+        super()._deactivate_adapter(lora_id)
+
+    def remove_all_adapters(self) -> None:
+        super().remove_all_adapters()
+        for slot in range(self.lora_slots):
+            self._reset_slot(slot)
+
+    def _reset_slot(self, slot: int) -> None:
+        for layer in self.modules.values():
+            layer.reset_lora(slot)
+
+
+def _load(layer: BaseLayerWithLoRA, slot: int, parts: list[RoutedModule | None] | None) -> None:
+    layer.reset_lora(slot)
+    if parts is None:
+        return
+    if isinstance(layer, RoutedLinear):
+        layer.load(slot, parts)
+        return
+    (part,) = parts  # an embedding or the output matrix
+    assert part is not None
+    layer.set_lora(slot, part.a_RK, part.b_NR)
+
+
+def _any_shape(m: RoutedModule) -> tuple[int, int]:
+    return m.a_RK.shape[1], m.b_NR.shape[0]
+
+
+def _refuse_unsupported(vllm_config: Any) -> None:
+    if vllm_config.lora_config.fully_sharded_loras:
+        raise AdapterError(
+            "bad_settings",
+            "fully_sharded_loras is not supported with routed adapters",
+            seen=True,
+            limit=False,
+            fix="start without --fully-sharded-loras; row-parallel layers already shard B",
+        )
+    graphs = vllm_config.compilation_config.cudagraph_mode
+    if vllm_config.device_config.device_type != "cpu" and graphs not in (None, CUDAGraphMode.NONE):
+        raise AdapterError(
+            "bad_settings",
+            "cudagraph_mode is not supported yet: this release runs its PyTorch path on GPUs",
+            seen=str(graphs),
+            limit="NONE",
+            fix="start with --enforce-eager, or VLLM_LORA_EXT_DISABLE=1 for stock LoRA",
+        )
+
+

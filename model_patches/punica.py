@@ -1,0 +1,74 @@
+"""vLLM's per-step LoRA metadata, extended by a `StepMap`.
+
+Target: the name `get_punica_wrapper` in `vllm.lora.model_manager`. The class that vLLM chooses for
+the platform is subclassed, so every platform's own metadata stays as it is.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+import vllm.lora.model_manager as model_manager
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
+
+from vllm_lora_ext.kernels.gated_lora import StepMap
+
+
+class StepMixin:
+    """Fills a `StepMap` whenever vLLM maps the step's rows to slots."""
+
+    def __init__(self, max_num_batched_tokens: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(max_num_batched_tokens, *args, **kwargs)
+        self.step_map = StepMap(max_num_batched_tokens, self.device)  # type: ignore[attr-defined]
+
+    def update_metadata(self, mapping, lora_index_to_id, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
+        super().update_metadata(mapping, lora_index_to_id, *args, **kwargs)  # type: ignore[misc]
+        slot_of = {id_: slot for slot, id_ in enumerate(lora_index_to_id) if id_ is not None}
+        ids, inverse_T = np.unique(np.asarray(mapping.index_mapping), return_inverse=True)
+        slots = np.array([slot_of[int(i)] if i > 0 else -1 for i in ids], dtype=np.int64)
+        self.step_map.update(slots[inverse_T] if len(ids) else slots)
+
+
+class CPUPunica(StepMixin, PunicaWrapperCPU):
+    """Stock's CPU ops give rows without an adapter the last slot's (index -1 wraps)."""
+
+    def add_lora_logits(self, y, x, lora_a_stacked, lora_b_stacked, scale, **kwargs) -> None:  # type: ignore[no-untyped-def]
+        slots_T = self._rows(x)
+        for slot in slots_T.unique().tolist():
+            if slot >= 0:
+                rows_T = torch.nonzero(slots_T == slot).flatten()
+                h_TR = x[rows_T].float() @ lora_a_stacked[slot, 0].float().t()
+                delta_TV = (h_TR * scale) @ lora_b_stacked[slot, 0].float().t()
+                y.index_add_(0, rows_T, delta_TV.to(y.dtype))
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        """Slots of the rows whose logits are asked for: the sampled tokens, or, for
+        `prompt_logprobs`, a run of the batch's rows, which is a view into all of them."""
+        is_view = x.untyped_storage().nbytes() > x.numel() * x.element_size()
+        if not is_view and len(x) == len(self.sampler_indices):
+            return self.sampler_indices
+        first = x.storage_offset() // x.stride(0)
+        return self.step_map.token_slots_T[first : first + len(x)]
+
+
+@cache
+def _with_step(stock: type) -> type:
+    if stock is PunicaWrapperCPU:
+        return CPUPunica
+    return type(stock.__name__, (StepMixin, stock), {"__module__": __name__})
+
+
+def apply() -> None:
+    """Makes vLLM's managers build the subclass of whatever wrapper the platform names."""
+
+    def get_punica_wrapper(*args: Any, **kwargs: Any) -> Any:
+        from vllm.platforms import current_platform
+        from vllm.utils.import_utils import resolve_obj_by_qualname
+
+        stock = resolve_obj_by_qualname(current_platform.get_punica_wrapper())
+        return _with_step(stock)(*args, **kwargs)
+
+    model_manager.get_punica_wrapper = get_punica_wrapper

@@ -1,0 +1,103 @@
+"""The worker's manager: reads and checks an adapter before anything of it reaches a slot.
+
+Target: the name `LRUCacheWorkerLoRAManager` in `vllm.v1.worker.lora_model_runner_mixin`, from which
+both model runners take their manager.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import vllm.v1.worker.lora_model_runner_mixin as runner_mixin
+from vllm.lora.request import LoRARequest
+from vllm.lora.utils import get_adapter_absolute_path
+from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+from vllm_lora_ext.adapters.folder import resolve_inside
+from vllm_lora_ext.adapters.registry import load_adapter
+from vllm_lora_ext.model_patches.manager import RoutedLoRAModel, RoutedLoRAModelManager
+from vllm_lora_ext.settings import LoraExtSettings
+
+
+class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
+    """Loads any adapter format that has a reader."""
+
+    _manager_cls = RoutedLoRAModelManager
+    _adapter_manager: RoutedLoRAModelManager
+
+    def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, *args, **kwargs)
+        self.settings = LoraExtSettings.from_additional_config(vllm_config.additional_config)
+        self._evicted = _HostCache(self.settings.host_cache_mb << 20)
+        self._in_step = False
+
+    def _load_adapter(self, lora_request: LoRARequest) -> RoutedLoRAModel:
+        kept = self._evicted.get(lora_request) if self._in_step else None
+        return kept or self._read(lora_request)
+
+    def _read(self, request: LoRARequest) -> RoutedLoRAModel:
+        path = get_adapter_absolute_path(request.lora_path)
+        if self.settings.adapter_roots is not None:
+            path = str(resolve_inside(path, self.settings.adapter_roots))
+        adapter = load_adapter(path)
+        model = RoutedLoRAModel(request.lora_int_id, adapter, self._adapter_manager.place(adapter))
+        self._evicted.put(request, model)
+        return model
+
+    def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
+        # An adapter that vLLM's cache evicted is read again in the middle of a step, where a file
+        # that has changed since would end the engine: take the copy that was checked.
+        self._in_step = True
+        try:
+            super()._apply_adapters(lora_requests)
+        finally:
+            self._in_step = False
+
+    def remove_adapter(self, adapter_id: int) -> bool:
+        self._evicted.drop(adapter_id)
+        return super().remove_adapter(adapter_id)
+
+    def remove_all_adapters(self) -> None:
+        self._evicted.clear()
+        super().remove_all_adapters()
+
+
+class _HostCache:
+    """Checked adapters by id, least recently used out first, up to `limit` bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit, self._bytes = limit, 0
+        self._models: OrderedDict[int, tuple[LoRARequest, RoutedLoRAModel, int]] = OrderedDict()
+
+    def get(self, request: LoRARequest) -> RoutedLoRAModel | None:
+        found = self._models.get(request.lora_int_id)
+        if found is None or found[0] != request or found[0].lora_path != request.lora_path:
+            return None
+        self._models.move_to_end(request.lora_int_id)
+        return found[1]
+
+    def put(self, request: LoRARequest, model: RoutedLoRAModel) -> None:
+        self.drop(request.lora_int_id)
+        size = sum(_bytes(m) for m in model.adapter.modules.values())
+        self._models[request.lora_int_id] = (request, model, size)
+        self._bytes += size
+        while self._bytes > self._limit and self._models:
+            self.drop(next(iter(self._models)))
+
+    def drop(self, adapter_id: int) -> None:
+        self._bytes -= self._models.pop(adapter_id, (None, None, 0))[2]
+
+    def clear(self) -> None:
+        self._models.clear()
+        self._bytes = 0
+
+
+def _bytes(module: Any) -> int:
+    tensors = (module.a_RK, module.b_NR, module.router_GK, module.bias_G, module.head_K)
+    return sum(t.nbytes for t in tensors if t is not None)
+
+
+def apply() -> None:
+    """Both runners build this manager from now on."""
+    runner_mixin.LRUCacheWorkerLoRAManager = RoutedWorkerLoRAManager

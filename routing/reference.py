@@ -1,0 +1,92 @@
+"""The gate pipeline in plain fp32 PyTorch: the specification that every kernel is held against."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_lora_ext.routing.spec import GateSpec
+
+
+def gate_reference(
+    spec: GateSpec,
+    u_TG: torch.Tensor,
+    bias_G: torch.Tensor | None = None,
+    head_T: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Gate values of every token.
+
+    Args:
+        spec: the gate; its source must not be `none`.
+        u_TG: [T, G] logits: router (or prototype) times x, or A x for source `self`.
+        bias_G: [G], when spec.bias is not `none`.
+        head_T: [T], threshold head's logit `h x + c`, when spec.threshold_head.
+    Returns:
+        [T, R] fp32 gate per rank, R = sum(spec.blocks).
+    """
+    score_TG = _score(spec, u_TG.float())
+    key_TG = score_TG
+    if spec.bias != "none":
+        assert bias_G is not None
+        key_TG = score_TG + bias_G.float()
+    value_TG = key_TG if spec.bias == "value" else score_TG
+    if spec.key == "abs":
+        key_TG = key_TG.abs()
+    threshold_T1 = torch.full_like(score_TG[:, :1], spec.threshold)
+    if spec.threshold_head:
+        assert head_T is not None
+        threshold_T1 = spec.threshold * torch.sigmoid(head_T.float())[:, None]
+    kept_TG = _select(spec, key_TG, threshold_T1)
+    if spec.subtract_threshold:
+        value_TG = value_TG - threshold_T1
+    g_TG = _weigh(spec, value_TG, kept_TG)
+    if spec.mask_below is not None:
+        g_TG = torch.where(score_TG >= spec.mask_below, g_TG, 0.0)
+    blocks_G = torch.tensor(spec.blocks, device=g_TG.device)
+    return torch.repeat_interleave(spec.constant * g_TG, blocks_G, dim=1)
+
+
+def _score(spec: GateSpec, u_TG: torch.Tensor) -> torch.Tensor:
+    match spec.score:
+        case "identity":
+            return u_TG
+        case "softmax":
+            return torch.softmax(u_TG / spec.score_temperature, dim=-1)
+        case "sigmoid":
+            return torch.sigmoid(u_TG)
+        case "l2":
+            norm_T1 = u_TG.norm(dim=-1, keepdim=True)
+            return torch.where(norm_T1 > 0, u_TG / norm_T1, 0.0)
+        case "abs":
+            return u_TG.abs()
+
+
+def _select(spec: GateSpec, key_TG: torch.Tensor, threshold_T1: torch.Tensor) -> torch.Tensor:
+    match spec.select:
+        case "all":
+            return torch.ones_like(key_TG, dtype=torch.bool)
+        case "threshold":
+            return key_TG >= threshold_T1
+        case "top_k":
+            order_TG = torch.sort(key_TG, dim=-1, descending=True, stable=True).indices
+            kept_TG = torch.zeros_like(key_TG, dtype=torch.bool)
+            return kept_TG.scatter_(1, order_TG[:, : spec.k], True)
+        case "top_p":
+            sorted_TG, order_TG = torch.sort(key_TG, dim=-1, descending=True, stable=True)
+            before_TG = torch.cumsum(sorted_TG, dim=-1) - sorted_TG
+            kept_TG = torch.zeros_like(key_TG, dtype=torch.bool)
+            return kept_TG.scatter_(1, order_TG, before_TG < spec.top_p)
+
+
+def _weigh(spec: GateSpec, value_TG: torch.Tensor, kept_TG: torch.Tensor) -> torch.Tensor:
+    match spec.weight:
+        case "one":
+            return kept_TG.float()
+        case "score":
+            return torch.where(kept_TG, value_TG, 0.0)
+        case "renormalise":
+            kept_value_TG = torch.where(kept_TG, value_TG, 0.0)
+            sum_T1 = kept_value_TG.sum(dim=-1, keepdim=True)
+            return kept_value_TG / torch.where(sum_T1 == 0, 1.0, sum_T1)
+        case "softmax":
+            logits_TG = torch.where(kept_TG, value_TG / spec.temperature, float("-inf"))
+            return torch.nan_to_num(torch.softmax(logits_TG, dim=-1))  # nothing kept: zeros

@@ -1,0 +1,187 @@
+"""The op against its reference: random gates, odd shapes, mixed rows, poisoned buffers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from tests.make_adapters import random_module, random_spec
+from vllm_lora_ext.kernels.gated_lora import (
+    EmbeddingSite,
+    Site,
+    StepMap,
+    embedding_lora_,
+    gate_expand_,
+    gated_lora_,
+    gated_lora_reference,
+    register_site,
+    shrink,
+)
+
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+SLOTS, MAX_RANK = 4, 40
+
+
+def build(rng, sizes=(13, 7, 7), k=24, specs=None, dtype=torch.float32, poison=True):
+    """A site with `SLOTS` slots, three of them filled with random adapters, one left empty."""
+    site = Site(SLOTS, k, sizes, MAX_RANK, MAX_RANK, dtype, "cpu")
+    if poison:
+        for buffer in (site.rows_SRK, *site.bt_SRN):
+            buffer.fill_(float("nan"))
+    slots = [[None] * len(sizes) for _ in range(SLOTS)]
+    for slot in (0, 1, 3):
+        for i, n in enumerate(sizes):
+            if specs is not None or rng.random() < 0.8:
+                spec = specs[i] if specs else random_spec(rng)
+                slots[slot][i] = random_module(rng, k, n, spec)
+        site.write(slot, slots[slot])
+    site.step = StepMap(64)
+    return site, slots
+
+
+def relative_error(got, want):
+    assert torch.isfinite(got).all()
+    return ((got - want).norm() / want.norm().clamp_min(1e-9)).item()
+
+
+def rows(rng, kind, t):
+    """Slot of each row: mixed (with base rows and the empty slot), one slot, or base only."""
+    if kind == "mixed":
+        return np.array([int(rng.integers(-1, SLOTS)) for _ in range(t)])
+    return np.full(t, {"one": 3, "base": -1}[kind])
+
+
+@pytest.mark.parametrize("kind", ["mixed", "one", "base"])
+@pytest.mark.parametrize("t", [1, 7, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(8))
+def test_equals_reference(seed, dtype, t, kind):
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    site, slots = build(rng)
+    x_TK, slots_T = torch.randn(t, 24).to(dtype), rows(rng, kind, t)
+    site.step.update(slots_T)
+    y_TN = torch.zeros(t, 27, dtype=dtype)
+    gated_lora_(y_TN, x_TK, register_site(site))
+    want = gated_lora_reference(x_TK, torch.tensor(slots_T), slots, (13, 7, 7))
+    if kind == "base":
+        assert not y_TN.any()
+    else:
+        assert relative_error(y_TN.float(), want) < TOLERANCE[dtype]
+    assert not y_TN[slots_T < 0].any()
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_two_launches_equal_one(seed):
+    """shrink → (all-reduce) → gate_expand_ is what row-parallel layers run."""
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    site, slots = build(rng, sizes=(16,))
+    number, x_TK, slots_T = register_site(site), torch.randn(21, 24), rows(rng, "mixed", 21)
+    site.step.update(slots_T)
+    once, twice = torch.zeros(21, 16), torch.zeros(21, 16)
+    gated_lora_(once, x_TK, number)
+    u_TR = shrink(x_TK, number, site.num_rows)
+    before = u_TR.clone()
+    gate_expand_(twice, u_TR, number)
+    torch.testing.assert_close(once, twice)
+    assert torch.equal(u_TR, before)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_sharded_input_and_output_sum_to_the_whole(seed):
+    """Two ranks: A, router and x cut along K; the reduced shrink gated alike; B cut along N."""
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    module = random_module(rng, 24, 16, random_spec(rng))
+    x_TK, slots_T = torch.randn(9, 24), np.array([0, -1, 0, 0, 0, -1, 0, 0, 0])
+    want = gated_lora_reference(x_TK, torch.tensor(slots_T), [[module]], (16,))
+    sites = []
+    for rank in range(2):
+        k, n = slice(12 * rank, 12 * rank + 12), slice(8 * rank, 8 * rank + 8)
+        part = type(module)(
+            module.a_RK[:, k], module.b_NR[n], module.gate,
+            None if module.router_GK is None else module.router_GK[:, k], module.bias_G,
+            None if module.head_K is None else module.head_K[k], module.head_bias,
+        )  # fmt: skip
+        site = Site(1, 12, (8,), MAX_RANK, MAX_RANK, torch.float32, "cpu", y_start=8 * rank)
+        site.write(0, [part])
+        site.step = StepMap(16)
+        site.step.update(slots_T)
+        sites.append((site, register_site(site), x_TK[:, k].contiguous()))
+    u_TR = sum(shrink(x, number, site.num_rows) for site, number, x in sites)
+    y_TN = torch.zeros(9, 16)
+    for _, number, _ in sites:
+        gate_expand_(y_TN, u_TR, number)
+    assert relative_error(y_TN, want) < 2e-5
+
+
+def test_mapping_is_read_when_the_op_runs_not_when_it_is_traced():
+    """A frozen mapping would answer every request as the adapter of the warm-up."""
+    rng = np.random.default_rng(0)
+    site, slots = build(rng, sizes=(16,))
+    number = register_site(site)
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def layer(x_TK):
+        y_TN = torch.zeros(x_TK.shape[0], 16)
+        gated_lora_(y_TN, x_TK, number)
+        return y_TN
+
+    x_TK = torch.randn(5, 24)
+    answers = []
+    for slot in (0, 3, -1, 1):
+        site.step.update(np.full(5, slot))
+        answers.append(layer(x_TK))
+        want = gated_lora_reference(x_TK, torch.full((5,), slot), slots, (16,))
+        torch.testing.assert_close(answers[-1], want, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(answers[0], answers[1])
+
+
+def test_a_cleared_or_refused_slot_adds_nothing():
+    rng = np.random.default_rng(1)
+    site, _ = build(rng, sizes=(16,))
+    number, x_TK = register_site(site), torch.randn(3, 24)
+    site.step.update(np.array([0, 0, 1]))
+    site.clear(0)
+    with pytest.raises(ValueError, match="slice 0"):
+        site.write(1, [random_module(rng, 23, 16, random_spec(rng))])
+    y_TN = torch.zeros(3, 16)
+    gated_lora_(y_TN, x_TK, number)
+    assert not y_TN.any()
+
+
+def test_rewriting_a_slot_forgets_the_old_adapter():
+    rng = np.random.default_rng(2)
+    site, _ = build(rng, sizes=(16,))
+    new = random_module(rng, 24, 16, random_spec(rng))
+    site.write(0, [new])
+    site.step.update(np.zeros(4, dtype=int))
+    x_TK, y_TN = torch.randn(4, 24), torch.zeros(4, 16)
+    gated_lora_(y_TN, x_TK, register_site(site))
+    want = gated_lora_reference(x_TK, torch.zeros(4, dtype=torch.long), [[new]], (16,))
+    assert relative_error(y_TN, want) < 2e-5
+
+
+def test_embedding_adds_columns_of_a_and_skips_base_rows_and_unused_slots():
+    torch.manual_seed(0)
+    step = StepMap(8)
+    site = EmbeddingSite(torch.randn(2, 11, 6), torch.randn(2, 5, 6), step, used={1})
+    step.update(np.array([1, -1, 1, 0, 1]))
+    ids, y_TN = torch.tensor([3, 4, 10, 2, 3]), torch.zeros(5, 5)
+    embedding_lora_(y_TN, ids, register_site(site))
+    want = site.a_SVR[1][ids] @ site.b_SNR[1].t()
+    want[[1, 3]] = 0
+    torch.testing.assert_close(y_TN, want)
+
+
+def test_step_map_groups_rows_and_marks_padding_as_base():
+    step = StepMap(8)
+    step.update(np.array([2, 2, -1, 0, 2]))
+    assert step.token_slots_T.tolist() == [2, 2, -1, 0, 2, -1, -1, -1]
+    found = {g.slot: (g.start, g.stop, None if g.index_T is None else g.index_T.tolist())
+             for g in step.groups}  # fmt: skip
+    assert found == {0: (3, 4, None), 2: (0, 5, [0, 1, 4])}
+    step.update(np.array([], dtype=int))
+    assert step.groups == []

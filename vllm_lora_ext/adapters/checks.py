@@ -1,0 +1,198 @@
+"""Checks of a RoutedAdapter: of itself, and against the model that is to serve it.
+
+Both run before a tensor reaches a slot: one NaN there would poison the KV cache of every request.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
+from vllm_lora_ext.errors import AdapterError
+
+ALLOWED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank accepts
+
+
+def check_adapter(adapter: RoutedAdapter) -> None:
+    """What must hold of any adapter, whatever the model.
+
+    Raises:
+        AdapterError: `empty_adapter`, `bad_shape`, `rank_mismatch`, `missing_tensor`,
+            `unexpected_tensor`, `not_finite`, `unsupported_feature`.
+    """
+    if not adapter.modules:
+        raise AdapterError(
+            "empty_adapter", "the adapter adapts no layer at all", fix="save the adapter again"
+        )
+    for name, module in adapter.modules.items():
+        _check_matrices(name, module)
+        _check_gate_tensors(name, module)
+        _check_finite(name, module)
+
+
+def check_fits(
+    adapter: RoutedAdapter,
+    shapes: Mapping[str, tuple[int, int]],
+    max_rank: int | None = None,
+    max_router_rows: int | None = None,
+    base_name: str = "",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """What must hold for this model and this server to serve the adapter.
+
+    Args:
+        shapes: module name → (in, out) of every layer of the model that can be adapted.
+        max_rank: the server's `--max-lora-rank`.
+        max_router_rows: rows that a slot keeps for routers.
+        base_name: name or path of the served model.
+        dtype: in which A and B will be stored.
+    Raises:
+        AdapterError: `wrong_base`, `unknown_module`, `shape_mismatch`, `rank_too_large`,
+            `router_too_large`, `overflow`.
+    """
+    wrong = {
+        name: error for name, m in adapter.modules.items() if (error := _fits(name, m, shapes))
+    }
+    trained_on, served = _last_part(adapter.base_model), _last_part(base_name)
+    if trained_on and served and trained_on != served and 2 * len(wrong) > len(adapter.modules):
+        raise AdapterError(
+            "wrong_base",
+            f"the adapter was made for '{trained_on}', this server runs '{served}': {len(wrong)} of"
+            f" {len(adapter.modules)} adapted layers do not fit, for example {min(wrong)}",
+            fix=f"serve it with '{trained_on}'",
+        )
+    for error in wrong.values():
+        raise error
+    for name, module in adapter.modules.items():
+        _check_limits(name, module, max_rank, max_router_rows)
+        if dtype is not None:
+            _check_range(name, module, dtype)
+
+
+def _check_matrices(name: str, module: RoutedModule) -> None:
+    a, b = module.a_RK, module.b_NR
+    for letter, matrix in (("A", a), ("B", b)):
+        if matrix.ndim != 2 or 0 in matrix.shape:
+            raise AdapterError(
+                "bad_shape", f"{letter} of {name} must be a matrix of rank >= 1",
+                seen=list(matrix.shape), limit="[R, in] for A, [out, R] for B, none of them 0",
+                fix="save the adapter again",
+            )  # fmt: skip
+    if a.shape[0] != b.shape[1]:
+        raise AdapterError(
+            "rank_mismatch", f"A and B of {name} disagree on the rank",
+            seen=f"A {list(a.shape)}, B {list(b.shape)}", limit="A [R, in], B [out, R]",
+            fix="save the adapter again",
+        )  # fmt: skip
+    gate = module.gate
+    if gate.source != "none" and sum(gate.blocks) != a.shape[0]:
+        raise AdapterError(
+            "rank_mismatch", f"the gate of {name} covers another number of ranks than A has",
+            seen=f"blocks sum to {sum(gate.blocks)}", limit=f"{a.shape[0]}, the rows of A",
+            fix="mend the gate's blocks",
+        )  # fmt: skip
+    if gate.source != "none" and module.kind == "embedding":
+        raise AdapterError(
+            "unsupported_feature", f"{name} is an embedding with a gate", seen=gate.source,
+            limit="plain LoRA on embeddings", fix="leave the embedding without a gate",
+        )  # fmt: skip
+
+
+def _check_gate_tensors(name: str, module: RoutedModule) -> None:
+    gate, width = module.gate, module.a_RK.shape[1]
+    routed = gate.source in ("router", "prototype")
+    wanted: tuple[tuple[str, torch.Tensor | None, bool, list[int]], ...] = (
+        ("router", module.router_GK, routed, [gate.num_gates, width]),
+        ("bias", module.bias_G, gate.bias != "none", [gate.num_gates]),
+        ("threshold head", module.head_K, gate.threshold_head, [width]),
+    )
+    for what, tensor, needed, shape in wanted:
+        if tensor is None and needed:
+            raise AdapterError(
+                "missing_tensor", f"{name} has no {what}, its gate needs one", limit=shape,
+                fix="save the adapter again",
+            )  # fmt: skip
+        if tensor is not None and not needed:
+            raise AdapterError(
+                "unexpected_tensor", f"{name} has a {what} that its gate does not use",
+                seen=list(tensor.shape), fix="mend the gate, or remove the tensor",
+            )  # fmt: skip
+        if tensor is not None and list(tensor.shape) != shape:
+            raise AdapterError(
+                "bad_shape", f"the {what} of {name} has the wrong shape", seen=list(tensor.shape),
+                limit=shape, fix="save the adapter again",
+            )  # fmt: skip
+
+
+def _check_finite(name: str, module: RoutedModule) -> None:
+    tensors = {
+        "A": module.a_RK, "B times its scale": module.b_NR, "router": module.router_GK,
+        "bias": module.bias_G, "threshold head": module.head_K,
+        "threshold head's bias": torch.tensor(module.head_bias),
+    }  # fmt: skip
+    for what, tensor in tensors.items():
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            bad = int((~torch.isfinite(tensor)).sum())
+            raise AdapterError(
+                "not_finite", f"{what} of {name} holds NaN or infinity",
+                seen=f"{bad} of {tensor.numel()} values", limit="finite numbers",
+                fix="train or save the adapter again",
+            )  # fmt: skip
+
+
+def _fits(
+    name: str, module: RoutedModule, shapes: Mapping[str, tuple[int, int]]
+) -> AdapterError | None:
+    if name not in shapes:
+        return AdapterError(
+            "unknown_module", "the adapter adapts a layer that this model does not have, or that"
+            " cannot be adapted", seen=name, limit=f"{len(shapes)} layers, for example"
+            f" {min(shapes, default='none')}", fix="serve it with the model it was trained on",
+        )  # fmt: skip
+    seen = (module.a_RK.shape[1], module.b_NR.shape[0])
+    if seen != tuple(shapes[name]):
+        return AdapterError(
+            "shape_mismatch", f"{name} has other sizes in the adapter than in the model",
+            seen=f"in {seen[0]}, out {seen[1]}",
+            limit=f"in {shapes[name][0]}, out {shapes[name][1]}",
+            fix="serve it with the model it was trained on",
+        )  # fmt: skip
+    return None
+
+
+def _check_limits(
+    name: str, module: RoutedModule, max_rank: int | None, max_router_rows: int | None
+) -> None:
+    if max_rank is not None and module.rank > max_rank:
+        enough = next((rank for rank in ALLOWED_RANKS if rank >= module.rank), None)
+        raise AdapterError(
+            "rank_too_large", f"the experts of {name} together have too large a rank",
+            seen=module.rank, limit=f"--max-lora-rank {max_rank}",
+            fix=f"start the server with --max-lora-rank {enough}" if enough
+            else f"serve fewer experts: vLLM stops at rank {ALLOWED_RANKS[-1]}",
+        )  # fmt: skip
+    rows = module.gate.router_rows
+    if max_router_rows is not None and rows > max_router_rows:
+        raise AdapterError(
+            "router_too_large", f"the router of {name} has too many rows", seen=rows,
+            limit=f"max_router_rows {max_router_rows}",
+            fix="start the server with --additional-config "
+            f"'{{\"lora_ext\": {{\"max_router_rows\": {rows}}}}}'",
+        )  # fmt: skip
+
+
+def _check_range(name: str, module: RoutedModule, dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    for what, tensor in (("A", module.a_RK), ("B times its scale", module.b_NR)):
+        seen = float(tensor.abs().max())
+        if seen > largest:
+            raise AdapterError(
+                "overflow", f"{what} of {name} has values too large for {dtype}", seen=seen,
+                limit=largest, fix="start the server with --dtype bfloat16 or float32",
+            )  # fmt: skip
+
+
+def _last_part(name: str) -> str:
+    return name.rstrip("/").rsplit("/", 1)[-1]

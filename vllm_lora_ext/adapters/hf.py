@@ -1,0 +1,101 @@
+"""An adapter in a transformers model: slow and obviously right, to compare a server with."""
+
+from __future__ import annotations
+
+import dataclasses
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_lora_ext.adapters.checks import check_fits
+from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
+from vllm_lora_ext.routing import gate_reference
+
+
+class AppliedAdapter:
+    """Hooks that add an adapter to a model; leaving the `with` block, or `remove`, takes it off."""
+
+    def __init__(self, handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+        self._handles = handles
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __enter__(self) -> AppliedAdapter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:  # fmt: skip
+        self.remove()
+
+
+def apply_adapter(hf_model: nn.Module, adapter: RoutedAdapter) -> AppliedAdapter:
+    """Add `B (g(x) ⊙ (A x))` to every adapted layer of a transformers model, in fp32.
+
+    Args:
+        hf_model: its `nn.Linear` and `nn.Embedding` layers go by the adapter's module names.
+    Raises:
+        AdapterError: `unknown_module`, `shape_mismatch`, `wrong_base`.
+    """
+    check_fits(adapter, model_shapes(hf_model))
+    handles = []
+    for name, module in adapter.modules.items():
+        layer = hf_model.get_submodule(name)
+        handles.append(layer.register_forward_hook(_hook(_to(module, layer))))
+    return AppliedAdapter(handles)
+
+
+def model_shapes(hf_model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Module name → (in, out) of every linear and embedding; an embedding's `in` is its rows."""
+    shapes = {}
+    for name, layer in hf_model.named_modules():
+        if isinstance(layer, nn.Linear):
+            shapes[name] = (layer.in_features, layer.out_features)
+        elif isinstance(layer, nn.Embedding):
+            shapes[name] = (layer.num_embeddings, layer.embedding_dim)
+    return shapes
+
+
+def delta_reference(module: RoutedModule, x_TK: torch.Tensor) -> torch.Tensor:
+    """What an adapted layer adds to its output.
+
+    Args:
+        x_TK: [T, in] inputs; [T] token ids for an embedding.
+    Returns:
+        [T, out] fp32.
+    """
+    if module.kind == "embedding":
+        return module.a_RK.float()[:, x_TK].T @ module.b_NR.float().T
+    x_TK = x_TK.float()
+    z_TR = x_TK @ module.a_RK.float().T
+    if module.gate.source == "none":
+        return z_TR @ module.b_NR.float().T
+    u_TG = z_TR if module.router_GK is None else x_TK @ module.router_GK.float().T
+    head_T = None if module.head_K is None else x_TK @ module.head_K.float() + module.head_bias
+    return (gate_reference(module.gate, u_TG, module.bias_G, head_T) * z_TR) @ module.b_NR.float().T
+
+
+def _hook(module: RoutedModule) -> Any:
+    def add(layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        x = args[0]
+        flat = x.reshape(-1) if module.kind == "embedding" else x.reshape(-1, x.shape[-1])
+        delta = delta_reference(module, flat).reshape(output.shape)
+        return (output.float() + delta).to(output.dtype)
+
+    return add
+
+
+def _to(module: RoutedModule, layer: nn.Module) -> RoutedModule:
+    device = next(layer.parameters()).device
+    moved: dict[str, Any] = {
+        field.name: value.to(device)
+        for field in dataclasses.fields(module)
+        if isinstance(value := getattr(module, field.name), torch.Tensor)
+    }
+    return dataclasses.replace(module, **moved)

@@ -1,0 +1,75 @@
+"""Where a file may lie: the checks between a name somebody sent and a file that is opened."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable
+from pathlib import Path
+
+from vllm_lora_ext.errors import AdapterError
+
+
+def resolve_inside(path: str | os.PathLike[str], roots: Iterable[str | os.PathLike[str]]) -> Path:
+    """The real path behind `path`, if it lies inside one of `roots`.
+
+    A relative path is tried under every root in turn. `..`, absolute paths and symlinks are all
+    judged by where they really lead.
+
+    Raises:
+        AdapterError: `path_not_allowed`.
+    """
+    text = os.fspath(path)
+    shown = [os.fspath(root) for root in roots]
+    if text and "\0" not in text:
+        for root in shown:
+            real_root = Path(os.path.realpath(root))
+            real = Path(os.path.realpath(real_root / text))
+            if real.is_relative_to(real_root):
+                return real
+    raise AdapterError(
+        "path_not_allowed",
+        "the adapter's path leads outside the allowed folders",
+        seen=text.replace("\0", "\\0"),
+        limit=shown or "no folder at all",
+        fix="put the adapter inside one of them, or start the server with that folder allowed",
+    )
+
+
+def real_file(folder: Path, name: str) -> Path | None:
+    """The real path of the regular file `name` in `folder`, or None when there is none.
+
+    Raises:
+        AdapterError: `path_not_allowed`, the name or a symlink leads out of the folder;
+            `bad_file`, it is there but no regular file (opening a pipe would hang the server).
+    """
+    real_folder = Path(os.path.realpath(folder))
+    if not name or "\0" in name or os.path.isabs(name):
+        raise _outside(name)
+    real = Path(os.path.realpath(real_folder / name))
+    if not (real.is_relative_to(real_folder) or _is_hub_blob(real_folder, real)):
+        raise _outside(name)
+    try:
+        mode = os.stat(real).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise AdapterError("bad_file", f"'{name}' cannot be opened: {error.strerror}") from error
+    if not stat.S_ISREG(mode):
+        raise AdapterError("bad_file", f"'{name}' is not a regular file", fix="put a file there")
+    return real
+
+
+def _is_hub_blob(real_folder: Path, real: Path) -> bool:
+    """A snapshot in the Hugging Face cache is made of symlinks into its own `blobs` folder."""
+    snapshots = real_folder.parent
+    return snapshots.name == "snapshots" and real.parent == snapshots.parent / "blobs"
+
+
+def _outside(name: str) -> AdapterError:
+    return AdapterError(
+        "path_not_allowed",
+        "a file of the adapter lies outside the adapter's folder",
+        seen=name.replace("\0", "\\0"),
+        fix="copy the file into the folder in place of the link",
+    )

@@ -1,0 +1,34 @@
+"""What a reader is: how a format is recognised and turned into a RoutedAdapter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vllm_lora_ext.adapters.folder import AdapterFolder
+from vllm_lora_ext.adapters.model import RoutedAdapter
+
+
+@dataclass(frozen=True)
+class Reader:
+    """One published format.
+
+    Args:
+        name: the system's name, `RoutedAdapter.system`.
+        title: how its authors call it.
+        url: where it is defined.
+        files: what a folder of this format holds, for messages and documentation.
+        peft_types: values of `peft_type` that its configs carry; empty when it has no config.
+        detect: whether a folder is of this format, from tensor names and config together. Must
+            raise nothing.
+        read: the adapter; must take or skip every tensor, and may leave `source` and `digest`
+            empty. Raises AdapterError.
+    """
+
+    name: str
+    title: str
+    url: str
+    files: str
+    peft_types: tuple[str, ...]
+    detect: Callable[[AdapterFolder], bool]
+    read: Callable[[AdapterFolder], RoutedAdapter]

@@ -1,0 +1,241 @@
+"""The native format: every linear-level system in one shape (docs/native_format.md)."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from vllm_lora_ext.adapters.folder import CONFIG, WEIGHTS, AdapterFolder
+from vllm_lora_ext.adapters.gates import make_gate
+from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
+from vllm_lora_ext.adapters.readers.base import Reader
+from vllm_lora_ext.adapters.readers.names import group, part
+from vllm_lora_ext.adapters.readers.peft_config import bad_value, base_model_of
+from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.routing import GateSpec
+
+PEFT_TYPE, FORMAT_VERSION = "ROUTED_LORA", 1
+_KEYS = frozenset({
+    "peft_type", "format_version", "base_model_name_or_path", "system", "target_modules", "routing",
+})  # fmt: skip
+_NEEDED = _KEYS - {"base_model_name_or_path"}
+_PART = re.compile(
+    r"(?P<module>.+?)\.(?P<part>(lora_A|lora_B|lora_embedding_A|lora_embedding_B)\.weight"
+    r"|(router|threshold)\.(weight|bias))"
+)
+
+
+def detect(folder: AdapterFolder) -> bool:
+    return folder.config.get("peft_type") == PEFT_TYPE
+
+
+def read(folder: AdapterFolder) -> RoutedAdapter:
+    config = folder.config
+    _check_config(config)
+    groups = group(folder.names, _PART)
+    _match_targets(config["target_modules"], list(groups))
+    gates = _gates(config["routing"], list(groups))
+    modules = {name: _read_module(folder, name, p, gates[name]) for name, p in groups.items()}
+    return RoutedAdapter(modules, system=config["system"], base_model=base_model_of(config, CONFIG))
+
+
+def write_native(
+    adapter: RoutedAdapter, folder: str | os.PathLike[str], dtype: torch.dtype | None = None
+) -> Path:
+    """Write `adapter` in the native format; reading it again gives the same tensors, bit for bit.
+
+    Args:
+        folder: made when missing; files of an earlier adapter there are replaced.
+        dtype: float32, float16 or bfloat16 for A and B; None keeps theirs. Routers, biases and
+            threshold heads stay as they are: rounding them would change which experts are chosen.
+    Returns:
+        The folder.
+    """
+    where = Path(folder)
+    where.mkdir(parents=True, exist_ok=True)
+    tensors: dict[str, torch.Tensor] = {}
+    for name, module in adapter.modules.items():
+        tensors.update(_tensors(name, module, dtype))
+    config = {
+        "peft_type": PEFT_TYPE,
+        "format_version": FORMAT_VERSION,
+        "base_model_name_or_path": adapter.base_model,
+        "system": adapter.system,
+        "target_modules": sorted(adapter.modules),
+        "routing": _routing(adapter.modules),
+    }
+    # Each file is put in place whole: a server may be reading the old one.
+    save_file(tensors, where / f".{WEIGHTS[0]}.part", metadata={"format": "pt"})
+    (where / f".{CONFIG}.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for name in (WEIGHTS[0], CONFIG):
+        os.replace(where / f".{name}.part", where / name)
+    return where
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    for key in sorted(set(config) - _KEYS):
+        raise AdapterError(
+            "unknown_key", f"{CONFIG} holds an unknown key '{key}'", seen=config[key],
+            limit=sorted(_KEYS), fix=f"remove '{key}'",
+        )  # fmt: skip
+    for key in sorted(_NEEDED - set(config)):
+        raise AdapterError("missing_key", f"{CONFIG} has no '{key}'", fix=f"add '{key}'")
+    version = config["format_version"]
+    if type(version) is not int or version != FORMAT_VERSION:
+        raise AdapterError(
+            "unknown_version", f"format_version in {CONFIG} is not known here", seen=version,
+            limit=FORMAT_VERSION, fix="update vllm-lora-ext, or write the adapter again",
+        )  # fmt: skip
+    if not isinstance(config["system"], str) or not config["system"]:
+        raise bad_value(f"system in {CONFIG}", config["system"], "a name")
+    targets = config["target_modules"]
+    if not isinstance(targets, list) or not all(isinstance(t, str) and t for t in targets):
+        raise bad_value(f"target_modules in {CONFIG}", targets, "a list of module names")
+
+
+def _match_targets(targets: list[str], modules: list[str]) -> None:
+    """`target_modules` and the tensors must name the same layers: a lost layer is an error."""
+    tails = {tail for module in modules for tail in _tails(module)}
+    for target in targets:
+        if target not in tails:
+            raise AdapterError(
+                "missing_tensor", f"target_modules in {CONFIG} names a layer without tensors",
+                seen=target, fix="save the adapter again, or remove the name",
+            )  # fmt: skip
+    wanted = set(targets)
+    for module in modules:
+        if wanted.isdisjoint(_tails(module)):
+            raise AdapterError(
+                "unexpected_tensor", f"there are tensors of a layer that target_modules in {CONFIG}"
+                " does not name", seen=module, fix="add it to target_modules",
+            )  # fmt: skip
+
+
+def _tails(module: str) -> list[str]:
+    """A module's name and all its tails: `a.b.c`, `b.c`, `c`."""
+    words = module.split(".")
+    return [".".join(words[i:]) for i in range(len(words))]
+
+
+def _gates(routing: Any, modules: list[str]) -> dict[str, GateSpec]:
+    """Every module's gate: the entry with the longest tail of its name, or the default."""
+    if not isinstance(routing, dict):
+        raise bad_value(f"routing in {CONFIG}", routing, "an object")
+    for key in sorted(set(routing) - {"default", "modules"}):
+        raise AdapterError(
+            "unknown_key", f"routing in {CONFIG} holds an unknown key '{key}'", seen=routing[key],
+            limit=["default", "modules"], fix=f"remove '{key}'",
+        )  # fmt: skip
+    default = _gate(routing.get("default", {}), "routing.default")
+    entries = routing.get("modules", {})
+    if not isinstance(entries, dict):
+        raise bad_value(f"routing.modules in {CONFIG}", entries, "an object")
+    specs = {tail: _gate(fields, f"routing.modules['{tail}']") for tail, fields in entries.items()}
+    found, used = {}, set()
+    for module in modules:
+        tail = next((t for t in _tails(module) if t in specs), None)
+        found[module] = default if tail is None else specs[tail]
+        used.add(tail)
+    for tail in specs:
+        if tail not in used:
+            raise AdapterError(
+                "bad_gate", f"routing.modules in {CONFIG} has a gate that no layer uses",
+                seen=tail, fix="remove it, or mend the layer's name",
+            )  # fmt: skip
+    return found
+
+
+def _gate(fields: Any, where: str) -> GateSpec:
+    if not isinstance(fields, dict):
+        raise bad_value(f"{where} in {CONFIG}", fields, "an object with the fields of a gate")
+    return make_gate(fields, where)
+
+
+def _read_module(
+    folder: AdapterFolder, module: str, parts: dict[str, str], gate: GateSpec
+) -> RoutedModule:
+    embedding = any(name.startswith("lora_embedding_") for name in parts)
+    stem = "lora_embedding_" if embedding else "lora_"
+    take = {name: folder.take(tensor) for name, tensor in parts.items()}
+    a_RK = take.pop(_key(parts, f"{stem}A.weight", module))
+    b_NR = take.pop(_key(parts, f"{stem}B.weight", module))
+    head_1K = take.pop("threshold.weight", None)
+    head_bias = take.pop("threshold.bias", None)
+    router, bias = take.pop("router.weight", None), take.pop("router.bias", None)
+    if take:  # both kinds of A and B
+        raise AdapterError(
+            "unexpected_tensor", f"{module} is adapted both as a linear and as an embedding",
+            seen=sorted(take), fix="keep one of them",
+        )  # fmt: skip
+    if (head_1K is None) != (head_bias is None):
+        have = "threshold.weight" if head_bias is None else "threshold.bias"
+        raise AdapterError(
+            "missing_tensor", f"{module}.{have} stands alone: a threshold head needs weight and"
+            " bias", fix="save the adapter again",
+        )  # fmt: skip
+    width = a_RK.shape[-1] if a_RK.ndim else 0
+    for name, tensor, shape in (
+        ("weight", head_1K, (1, width)), ("bias", head_bias, (1,)),
+    ):  # fmt: skip
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise AdapterError(
+                "bad_shape", f"{module}.threshold.{name} has the wrong shape",
+                seen=list(tensor.shape), limit=list(shape), fix="save the adapter again",
+            )  # fmt: skip
+    return RoutedModule(
+        a_RK=a_RK, b_NR=b_NR, gate=gate, router_GK=router, bias_G=bias,
+        head_K=None if head_1K is None else head_1K[0],
+        head_bias=0.0 if head_bias is None else float(head_bias),
+        kind="embedding" if embedding else "linear",
+    )  # fmt: skip
+
+
+def _key(parts: dict[str, str], name: str, module: str) -> str:
+    part(parts, name, module)
+    return name
+
+
+def _tensors(name: str, module: RoutedModule, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    stem = "lora_embedding_" if module.kind == "embedding" else "lora_"
+    matrices = {f"{stem}A.weight": module.a_RK, f"{stem}B.weight": module.b_NR}
+    found = {key: value.to(dtype or value.dtype) for key, value in matrices.items()}
+    if module.router_GK is not None:
+        found["router.weight"] = module.router_GK
+    if module.bias_G is not None:
+        found["router.bias"] = module.bias_G
+    if module.head_K is not None:
+        found["threshold.weight"] = module.head_K[None]
+        found["threshold.bias"] = torch.tensor([module.head_bias], dtype=torch.float32)
+    # Clones, because safetensors refuses tensors that share memory.
+    return {
+        f"{name}.{key}": value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for key, value in found.items()
+    }
+
+
+def _routing(modules: dict[str, RoutedModule]) -> dict[str, Any]:
+    """The commonest gate as the default, the others by the layers' full names."""
+    specs = {name: module.gate for name, module in modules.items()}
+    default = Counter(specs.values()).most_common(1)[0][0] if specs else GateSpec()
+    others = {name: spec.to_dict() for name, spec in specs.items() if spec != default}
+    return {"default": default.to_dict(), "modules": others}
+
+
+READER = Reader(
+    name="native",
+    title="native routed LoRA",
+    url="docs/native_format.md",
+    files="adapter_config.json (peft_type ROUTED_LORA, format_version, system, target_modules, "
+    "routing), adapter_model.safetensors with <module>.lora_A.weight, .lora_B.weight, "
+    ".router.weight, ...",
+    peft_types=(PEFT_TYPE,),
+    detect=detect,
+    read=read,
+)

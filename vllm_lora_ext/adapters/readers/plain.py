@@ -1,0 +1,100 @@
+"""Ordinary LoRA as PEFT saves it: one A and one B per layer, no gate."""
+
+from __future__ import annotations
+
+import re
+
+from vllm_lora_ext.adapters.folder import AdapterFolder
+from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
+from vllm_lora_ext.adapters.readers.base import Reader
+from vllm_lora_ext.adapters.readers.names import group, part, rank_mismatch
+from vllm_lora_ext.adapters.readers.peft_config import PeftLora, read_peft_config
+from vllm_lora_ext.errors import AdapterError
+
+# PEFT keeps the adapter's name in the middle when a state dict is saved by hand.
+_LINEAR = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])(\.\w+)?\.weight")
+_EMBEDDING = re.compile(r"(?P<module>.+)\.(?P<part>lora_embedding_[AB])(\.\w+)?(\.weight)?")
+# Tensor names that make a LORA folder something else.
+_OTHER = re.compile(
+    r"lora_route|lora_[AB]_?\d|lora_topk_bias|loranew_|router\.router|moe_gate|lora_router"
+    r"|lora_gating|lora_biases"
+)
+# Keys of such systems: with one of these, ordinary tensors would be only a part of the adapter.
+_OTHER_KEYS = ("lora_nums", "use_moram", "num_experts", "routing_strategy")
+
+
+def detect(folder: AdapterFolder) -> bool:
+    return (
+        folder.config.get("peft_type") == "LORA"
+        and not any(key in folder.config for key in _OTHER_KEYS)
+        and any(_LINEAR.fullmatch(n) or _EMBEDDING.fullmatch(n) for n in folder.names)
+        and not any(_OTHER.search(n) for n in folder.names)
+    )
+
+
+def read(folder: AdapterFolder) -> RoutedAdapter:
+    config = read_peft_config(folder.config)
+    _refuse_magnitudes(folder.names)
+    linear, embedding = group(folder.names, _LINEAR), group(folder.names, _EMBEDDING)
+    both = sorted(set(linear) & set(embedding))
+    if both:
+        raise AdapterError(
+            "duplicate_tensor", f"{both[0]} is adapted both as a linear and as an embedding",
+            fix="save one adapter per folder",
+        )  # fmt: skip
+    modules = {}
+    for name, parts in linear.items():
+        modules[name] = _read_pair(folder, config, name, parts, "lora_")
+    for name, parts in embedding.items():
+        modules[name] = _read_pair(folder, config, name, parts, "lora_embedding_")
+    _skip_base_embeddings(folder, modules)
+    return RoutedAdapter(modules, system="plain", base_model=config.base_model)
+
+
+def _read_pair(
+    folder: AdapterFolder, config: PeftLora, module: str, parts: dict[str, str], stem: str
+) -> RoutedModule:
+    a_name, b_name = part(parts, f"{stem}A", module), part(parts, f"{stem}B", module)
+    rank = config.rank(module)
+    a_shape, b_shape = folder.shape(a_name), folder.shape(b_name)
+    if len(a_shape) != 2 or a_shape[0] != rank:
+        raise rank_mismatch(a_name, a_shape, f"[{rank}, in] (r in {config.where})")
+    if len(b_shape) != 2 or b_shape[1] != rank:
+        raise rank_mismatch(b_name, b_shape, f"[out, {rank}] (r in {config.where})")
+    return RoutedModule(
+        a_RK=folder.take(a_name),
+        b_NR=folder.take(b_name) * config.scale(module),
+        kind="embedding" if stem == "lora_embedding_" else "linear",
+    )
+
+
+def _refuse_magnitudes(names: list[str]) -> None:
+    found = [name for name in names if "lora_magnitude_vector" in name]
+    if found:
+        raise AdapterError(
+            "unsupported_feature", "the adapter has DoRA's magnitude vectors, which are not served",
+            seen=found[0], fix="train without DoRA, or merge it into the base model",
+        )  # fmt: skip
+
+
+def _skip_base_embeddings(folder: AdapterFolder, modules: dict[str, RoutedModule]) -> None:
+    """PEFT saves a copy of the base weight beside an adapted embedding or output matrix."""
+    for name in folder.names:
+        module = name.removeprefix("base_model.model.").removesuffix(".base_layer.weight")
+        if name.endswith(".base_layer.weight") and module in modules:
+            out, width = modules[module].b_NR.shape[0], modules[module].a_RK.shape[1]
+            rows = (width, out) if modules[module].kind == "embedding" else (out, width)
+            if folder.shape(name) == rows:
+                folder.skip([name])
+
+
+READER = Reader(
+    name="plain",
+    title="LoRA (PEFT)",
+    url="https://github.com/huggingface/peft",
+    files="adapter_config.json (peft_type LORA), adapter_model.safetensors with "
+    "<module>.lora_A.weight and <module>.lora_B.weight",
+    peft_types=("LORA",),
+    detect=detect,
+    read=read,
+)

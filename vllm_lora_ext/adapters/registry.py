@@ -1,0 +1,87 @@
+"""The table of formats, and the one way from a folder to a checked RoutedAdapter."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+
+from vllm_lora_ext.adapters.checks import check_adapter
+from vllm_lora_ext.adapters.folder import CONFIG, AdapterFolder, Limits
+from vllm_lora_ext.adapters.model import RoutedAdapter
+from vllm_lora_ext.adapters.readers import loramoe, meteora, native, plain
+from vllm_lora_ext.adapters.readers.base import Reader
+from vllm_lora_ext.errors import AdapterError
+
+__all__ = ["READERS", "Reader", "find_reader", "load_adapter"]
+
+READERS: tuple[Reader, ...] = (
+    plain.READER,
+    loramoe.READER,
+    meteora.READER,
+    native.READER,
+)
+
+# Formats that are known and not read yet: better to be named than to be "unknown".
+_KNOWN_MARKS = {
+    "lora_topk_bias": "FlyLoRA", "loranew_A": "MoRAM", "router.router": "MoLA",
+    "lora_router": "SMoRA", "lora_gating": "AdaMoLE or MoLE", "lora_route": "HydraLoRA",
+    "internal_xlora_classifier": "X-LoRA",
+}  # fmt: skip
+
+
+def load_adapter(path: str | os.PathLike[str], limits: Limits | None = None) -> RoutedAdapter:
+    """Read and check the adapter in a folder.
+
+    Args:
+        path: the folder. Its files are never executed, and none outside it is opened.
+        limits: sizes that are still taken for an adapter.
+    Returns:
+        The adapter, with fp32 tensors in memory of their own, all finite, no tensor left over.
+    Raises:
+        AdapterError: the folder cannot be served; docs/errors.md lists the codes. Nothing else.
+    """
+    folder = AdapterFolder(path, limits)
+    adapter = find_reader(folder).read(folder)
+    digest = folder.finish()
+    adapter = dataclasses.replace(adapter, source=os.fspath(path), digest=digest)
+    check_adapter(adapter)
+    return adapter
+
+
+def find_reader(folder: AdapterFolder) -> Reader:
+    """The one reader whose format the folder has.
+
+    Raises:
+        AdapterError: `unknown_peft_type`, `unknown_format`, `ambiguous_format`.
+    """
+    peft_type = folder.config.get("peft_type")
+    known = sorted({name for reader in READERS for name in reader.peft_types})
+    if folder.has_config and peft_type not in known:
+        raise AdapterError(
+            "unknown_peft_type", f"peft_type in {CONFIG} is none that can be served",
+            seen=peft_type, limit=known, fix="convert the adapter, or save it in a known format",
+        )  # fmt: skip
+    found = [reader for reader in READERS if reader.detect(folder)]
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise AdapterError(
+            "ambiguous_format", "the folder fits several formats",
+            seen=[reader.name for reader in found], limit="one",
+            fix="keep the files of one adapter only",
+        )  # fmt: skip
+    near = [r for r in READERS if bool(r.peft_types) == folder.has_config]
+    raise AdapterError(
+        "unknown_format", f"the tensors{_looks_like(folder)} are of no format that can be served",
+        seen=sorted(folder.names)[:3] or "no tensors",
+        limit=[r.name for r in near],
+        fix="; ".join(f"a {r.title} folder has {r.files}" for r in near)
+        + ("" if folder.has_config else f"; here {CONFIG} is missing"),
+    )  # fmt: skip
+
+
+def _looks_like(folder: AdapterFolder) -> str:
+    for mark, system in _KNOWN_MARKS.items():
+        if any(mark in name for name in folder.names):
+            return f", which look like {system}'s,"
+    return ""

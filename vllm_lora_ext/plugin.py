@@ -1,0 +1,46 @@
+"""Entry point of `vllm.general_plugins`: runs in every vLLM process, once each.
+
+vLLM swallows an error while *importing* a plugin and would then serve plain vLLM in silence, so
+this module imports nothing that can fail; an error inside `register` stops vLLM.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+
+logger = logging.getLogger("vllm.lora_ext")
+_registered = False
+
+
+def register() -> None:
+    """Checks every patch target, then applies the patches.
+
+    Raises:
+        RuntimeError: a target is not the code that the patch was written for.
+    """
+    global _registered
+    from vllm_lora_ext.settings import disabled
+
+    if _registered or disabled():
+        return
+    from vllm_lora_ext.model_patches.check import check_tree, installed_root, installed_version
+    from vllm_lora_ext.model_patches.register import PATCHES, VERSIONS
+
+    root = installed_root()
+    assert root is not None, "vLLM calls this, so it is installed"
+    wrong = [f for f in check_tree(root) if f.state != "ok"]
+    if wrong and os.environ.get("VLLM_LORA_EXT_UNCHECKED") != "1":
+        first = wrong[0]
+        raise RuntimeError(
+            f"vllm-lora-ext does not know this vLLM ({installed_version()}; checked on "
+            f"{', '.join(VERSIONS)}): {first.target} is {first.state} ({first.detail})"
+            f"{f' and {len(wrong) - 1} more' if len(wrong) > 1 else ''}. Nothing was patched. "
+            "Install a checked vLLM, or set VLLM_LORA_EXT_DISABLE=1 to run without the plugin, "
+            "or VLLM_LORA_EXT_UNCHECKED=1 to patch at your own risk; `vllm-lora-ext doctor` "
+            "shows every target."
+        )
+    for patch in PATCHES:
+        patch.apply()
+    _registered = True
+    logger.debug("vllm-lora-ext: %d patches applied", len(PATCHES))
