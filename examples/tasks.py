@@ -1,7 +1,7 @@
 """The demo's tasks: short questions with one right answer, made from well-kept packages.
 
     words    "Write in words: 4271"  ->  "four thousand, two hundred and seventy-one"   (num2words)
-    plural   'Plural of "shelf"'      ->  "shelves"                                      (inflect)
+    plural   'Plural of "shelf"'     ->  "shelves"                                      (inflect)
     date     "Date: 2024-03-09"      ->  "March 9th, 2024"                              (stdlib)
 
 No question says how to answer; the three must be told apart by what they ask about. Everything
@@ -24,6 +24,7 @@ from pathlib import Path
 HELD_OUT = 120
 SEED = 20240309
 NOUNS = Path(__file__).parent / "data" / "nouns.txt"
+ADAPTERS = Path(__file__).parent / "adapters"  # one folder per task, and `routed`
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from smollm import BASE_NAME, LINEARS, PrefixBatcher, answers, epochs, load
-from tasks import TASKS, held_out, is_right, training
+from tasks import ADAPTERS, TASKS, held_out, is_right, training
 
 RANK = 4
 ALPHA = 8
@@ -31,7 +31,6 @@ BATCH = 24
 RATE = 2e-3
 WARMUP = 5
 SEED = 7
-ADAPTERS = Path(__file__).parent / "adapters"
 
 
 def train(task: str, steps: int) -> Path:

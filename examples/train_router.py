@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from rich.progress import Progress
 from safetensors.torch import load_file
 from smollm import BASE_NAME, Batch, PrefixBatcher, epochs, load
-from tasks import TASKS, Item, training
-from train_adapters import ADAPTERS, ALPHA, RANK
+from tasks import ADAPTERS, TASKS, Item, training
+from train_adapters import ALPHA, RANK
 
 from vllm_lora_ext.routing import GateSpec, gate_reference
 

@@ -152,8 +152,8 @@ def _patch_table(rows: list[dict[str, Any]]) -> Table:
 
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, show_header=any(columns))
-    for column in columns:
-        table.add_column(column, overflow="fold")
+    for index, column in enumerate(columns):
+        table.add_column(column, overflow="fold", no_wrap=index == 0)
     return table
 
 
