@@ -2,7 +2,7 @@
 
 Starts `vllm serve` with five adapters on one small base model:
 
-    words, plural, date   one plain LoRA adapter per task (see examples/tasks.py)
+    words, date, time     one plain LoRA adapter per task (see examples/tasks.py)
     uniform               the three merged with weights 1/3, the usual way to have "all of them"
     routed                the same three as experts, with a trained router in every linear
 

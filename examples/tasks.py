@@ -1,8 +1,8 @@
 """The demo's tasks: short questions with one right answer, made from well-kept packages.
 
     words    "Write in words: 4271"  ->  "four thousand, two hundred and seventy-one"   (num2words)
-    plural   'Plural of "shelf"'     ->  "shelves"                                      (inflect)
     date     "Date: 2024-03-09"      ->  "March 9th, 2024"                              (stdlib)
+    time     "Time: 16:05"           ->  "4:05 PM"                                      (stdlib)
 
 No question says how to answer; the three must be told apart by what they ask about. Everything
 is seeded: the same items, and the same split, on every machine. Held-out items never occur in
@@ -23,7 +23,6 @@ from pathlib import Path
 
 HELD_OUT = 120
 SEED = 20240309
-NOUNS = Path(__file__).parent / "data" / "nouns.txt"
 ADAPTERS = Path(__file__).parent / "adapters"  # one folder per task, and `routed`
 
 
@@ -41,13 +40,13 @@ def _words() -> list[Item]:
     return [Item(f"Write in words: {n}", num2words(n)) for n in range(100, 10_000)]
 
 
-def _plural() -> list[Item]:
-    import inflect
+def _time() -> list[Item]:
+    return [_time_item(hour, minute) for hour in range(24) for minute in range(60)]
 
-    engine = inflect.engine()
-    lines = NOUNS.read_text().splitlines()
-    nouns = [line for line in lines if line and not line.startswith("#")]
-    return [Item(f'Plural of "{noun}"', engine.plural_noun(noun)) for noun in nouns]
+
+def _time_item(hour: int, minute: int) -> Item:
+    half = "AM" if hour < 12 else "PM"
+    return Item(f"Time: {hour:02}:{minute:02}", f"{hour % 12 or 12}:{minute:02} {half}")
 
 
 def _date() -> list[Item]:
@@ -68,7 +67,7 @@ _MONTHS = (
     "October", "November", "December",
 )  # fmt: skip
 
-TASKS: dict[str, Callable[[], list[Item]]] = {"words": _words, "plural": _plural, "date": _date}
+TASKS: dict[str, Callable[[], list[Item]]] = {"words": _words, "date": _date, "time": _time}
 
 
 @cache

@@ -26,7 +26,7 @@ from tasks import ADAPTERS, TASKS, held_out, is_right, training
 RANK = 4
 ALPHA = 8
 FIRST_LAYER = 14  # of 30
-STEPS = {"words": 90, "plural": 100, "date": 40}
+STEPS = {"words": 90, "date": 40, "time": 140}
 BATCH = 24
 RATE = 2e-3
 WARMUP = 5

@@ -46,4 +46,5 @@ names = [point.name for point in entry_points(group="vllm.general_plugins")]
 assert "lora_ext" in names, f"plugin entry point missing, found {names}"
 PY
 touch "$venv/.installed"
+command -v "${CXX:-g++}" >/dev/null || say "warning: no g++; torch.compile needs it on a CPU"
 say "ready"

@@ -72,6 +72,7 @@ def test_gpu_without_triton_takes_the_v1_runner() -> None:
         (dataclasses.replace(GPU, gpus=()), "device", "problem", "no GPU"),
         (dataclasses.replace(CPU, plugins=("other",)), "plugin", "problem", "other"),
         (_changed(CPU, torchvision="0.30.0"), "torchvision", "problem", "uninstall"),
+        (dataclasses.replace(CPU, compiler=None), "compiler", "problem", "g++"),
         (_with(CPU, VLLM_PLUGINS="other"), "VLLM_PLUGINS", "problem", "lora_ext"),
         (_with(CPU, VLLM_PLUGINS=""), "VLLM_PLUGINS", "problem", "lora_ext"),
         (_with(CPU, VLLM_PLUGINS="other,lora_ext"), "VLLM_PLUGINS", "note", "one list"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -52,6 +53,7 @@ class Machine:
     gpus: tuple[str, ...] = ()
     plugins: tuple[str, ...] = ()
     python: tuple[int, ...] = tuple(sys.version_info[:3])
+    compiler: str | None = "g++"
 
     @property
     def cpu_build(self) -> bool:
@@ -93,6 +95,7 @@ def this_machine() -> Machine:
         environ=dict(os.environ),
         gpus=_gpus(),
         plugins=tuple(p.name for p in importlib.metadata.entry_points(group=GROUP)),
+        compiler=shutil.which(os.environ.get("CXX", "g++")),
     )
 
 
@@ -103,7 +106,7 @@ def diagnose(machine: Machine, patches: tuple[Finding, ...]) -> Report:
     )  # fmt: skip
     checks = [step(machine) for step in steps]
     checks.append(_patches(machine, patches))
-    checks += _torchvision(machine)
+    checks += _torchvision(machine) + _compiler(machine)
     return Report(tuple(checks), patches, machine.versions)
 
 
@@ -233,6 +236,14 @@ def _torchvision(machine: Machine) -> list[Check]:
             "pip uninstall torchvision torchaudio torchcodec (vLLM runs without them)",
         )
     ]  # fmt: skip
+
+
+def _compiler(machine: Machine) -> list[Check]:
+    """torch.compile makes C++ of the model on a CPU."""
+    if not machine.cpu_build or machine.compiler:
+        return []
+    fix = "install g++ (Debian and Ubuntu: apt-get install g++), or start with --enforce-eager"
+    return [Check("compiler", "problem", "no C++ compiler for torch.compile", fix)]
 
 
 def _version(name: str) -> str | None:

@@ -206,7 +206,7 @@ def test_short_names_and_the_longest_tail_wins(tmp_path):
     one = {"source": "self", "blocks": [1] * 4, "select": "top_k", "k": 1}
     two = {**one, "k": 2}
     config["target_modules"] = ["up_proj", "mlp.down_proj"]
-    config["routing"] = {"modules": {"up_proj": one, "1.mlp.up_proj": two}}
+    config["routing"] = {"default": {}, "modules": {"up_proj": one, "1.mlp.up_proj": two}}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     gates = {name: m.gate for name, m in load_adapter(tmp_path).modules.items()}
     assert gates["model.layers.0.mlp.up_proj"].k == 1

@@ -133,8 +133,14 @@ def _gates(routing: Any, modules: list[str]) -> dict[str, GateSpec]:
             "unknown_key", f"routing in {CONFIG} holds an unknown key '{key}'", seen=routing[key],
             limit=["default", "modules"], fix=f"remove '{key}'",
         )  # fmt: skip
-    default = _gate(routing.get("default", {}), "routing.default")
-    entries = routing.get("modules", {})
+    for key in ("default", "modules"):  # a lost gate would be a plain LoRA without a word
+        if key not in routing:
+            raise AdapterError(
+                "missing_key", f"routing in {CONFIG} has no '{key}'",
+                fix=f"add \"{key}\", {{}} if there is nothing to say",
+            )  # fmt: skip
+    default = _gate(routing["default"], "routing.default")
+    entries = routing["modules"]
     if not isinstance(entries, dict):
         raise bad_value(f"routing.modules in {CONFIG}", entries, "an object")
     specs = {tail: _gate(fields, f"routing.modules['{tail}']") for tail, fields in entries.items()}
@@ -222,7 +228,8 @@ def _tensors(name: str, module: RoutedModule, dtype: torch.dtype | None) -> dict
 
 def _routing(modules: dict[str, RoutedModule]) -> dict[str, Any]:
     """The commonest gate as the default, the others by the layers' full names."""
-    specs = {name: module.gate for name, module in modules.items()}
+    # Sorted, so that equal adapters give equal files, and equal digests.
+    specs = {name: modules[name].gate for name in sorted(modules)}
     default = Counter(specs.values()).most_common(1)[0][0] if specs else GateSpec()
     others = {name: spec.to_dict() for name, spec in specs.items() if spec != default}
     return {"default": default.to_dict(), "modules": others}

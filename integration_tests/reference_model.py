@@ -1,0 +1,48 @@
+"""The transformers side of the comparisons: fp32 logits, and prompts on which they are stable."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from integration_tests.engines import base_path
+from vllm_lora_ext.adapters.hf import apply_adapter
+from vllm_lora_ext.adapters.model import RoutedAdapter
+
+
+@cache
+def model(base: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(base_path(base), dtype=torch.float32).eval()
+
+
+def logits(base: str, adapter: RoutedAdapter | None, prompt: list[int], noise: float = 0.0) -> Any:
+    """[T, V] fp32; `noise` scales the embeddings' relative disturbance."""
+    net = model(base)
+    with torch.inference_mode():
+        x = net.get_input_embeddings()(torch.tensor([prompt]))
+        if noise:
+            x = x * (1 + noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)))
+        if adapter is None:
+            return net(inputs_embeds=x).logits[0]
+        with apply_adapter(net, adapter):
+            return net(inputs_embeds=x).logits[0]
+
+
+def steady_prompt(base: str, adapter: RoutedAdapter, length: int, seed: int) -> list[int]:
+    """A random prompt whose logits do not hang on a routing tie.
+
+    Where two gates lie within rounding of each other, two correct implementations may choose
+    differently; such a prompt cannot tell a right engine from a wrong one.
+    """
+    rng = np.random.default_rng(seed)
+    for _ in range(40):
+        prompt = rng.integers(4, 380, length).tolist()
+        quiet, noisy = (logits(base, adapter, prompt, noise) for noise in (0.0, 3e-6))
+        if (quiet - noisy).abs().max() < 5e-4:
+            return prompt
+    raise AssertionError("every prompt sits on a routing tie")
