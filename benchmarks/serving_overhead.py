@@ -85,13 +85,13 @@ def _write_plain(folder: Path, shapes: Any, rank: int, rng: Any) -> Path:
     save_file(tensors, folder / "adapter_model.safetensors")
     targets = sorted({name.rpartition(".")[2] for name in shapes})
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": targets,
-              "bias": "none", "task_type": "CAUSAL_LM", "base_model_name_or_path": "smollm2"}  # fmt: skip
+              "bias": "none", "base_model_name_or_path": "smollm2"}  # fmt: skip
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
 
 
 def serve(kind: str, base: str, folders: dict[str, Path], pipe: Any, cores: str) -> None:
-    """One engine's process: answers (`what`, `prompts`, `decode tokens`) with seconds and tokens."""
+    """One engine's process: answers (what, prompts, number of tokens) with seconds and tokens."""
     os.environ |= {
         "VLLM_LORA_EXT_DISABLE": "0" if kind == "plugin" else "1", "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
@@ -100,7 +100,7 @@ def serve(kind: str, base: str, folders: dict[str, Path], pipe: Any, cores: str)
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
-    lora = {} if kind == "base" else dict(enable_lora=True, max_loras=3, max_lora_rank=64)
+    lora = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 64} if kind != "base" else {}
     llm = LLM(
         model=base, dtype="bfloat16", max_model_len=512, max_num_seqs=32, seed=0,
         max_num_batched_tokens=2048, enable_prefix_caching=False, disable_log_stats=True, **lora,
@@ -186,10 +186,14 @@ def table(times: dict[str, float], batches: list[int]) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=REPO / "benchmarks/results/serving_overhead.json")
+    parser.add_argument(
+        "--out", type=Path, default=REPO / "benchmarks/results/serving_overhead.json"
+    )
     args = parser.parse_args()
     batches = [int(b) for b in args.batches.split(",")]
     from base_model import ensure_base

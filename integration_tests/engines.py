@@ -1,4 +1,4 @@
-"""Engines and numbers that the integration tests share. An engine start costs 20-45 s: few, reused."""
+"""Engines and numbers that the integration tests share. A start costs 20-45 s: few, reused."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def make_engine(base: str, **overrides: Any) -> Any:
     os.environ.update(ENVIRONMENT)
     from vllm import LLM
 
-    options: dict[str, Any] = dict(
-        model=str(base_path(base)), skip_tokenizer_init=True, enable_lora=True, max_loras=4,
-        max_cpu_loras=8, max_lora_rank=64, dtype="float32", max_model_len=256, max_num_seqs=8,
-        enable_prefix_caching=True, max_num_batched_tokens=64, block_size=32, seed=0,
-        max_logprobs=-1, disable_log_stats=True,
-    )  # fmt: skip
+    options: dict[str, Any] = {
+        "model": str(base_path(base)), "skip_tokenizer_init": True, "dtype": "float32",
+        "enable_lora": True, "max_loras": 4, "max_cpu_loras": 8, "max_lora_rank": 64,
+        "max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64, "block_size": 32,
+        "enable_prefix_caching": True, "max_logprobs": -1, "disable_log_stats": True, "seed": 0,
+    }  # fmt: skip
     return LLM(**(options | overrides))
 
 
@@ -111,6 +111,14 @@ def prompt_logprobs(
         torch.stack([_row(r, vocab) for r in o.prompt_logprobs[1:] + o.outputs[0].logprobs])
         for o in outputs
     ]
+
+
+def last_logprobs(
+    llm: Any, requests: list[tuple[list[int], Any]], vocab: int
+) -> list[torch.Tensor]:
+    """[vocab] log-probabilities after each request's last prompt position."""
+    outputs = run(llm, requests, greedy(1, logprobs=-1))
+    return [_row(o.outputs[0].logprobs[0], vocab) for o in outputs]
 
 
 def _row(logprobs: Any, vocab: int) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -23,14 +24,12 @@ def model(base: str) -> Any:
 def logits(base: str, adapter: RoutedAdapter | None, prompt: list[int], noise: float = 0.0) -> Any:
     """[T, V] fp32; `noise` scales the embeddings' relative disturbance."""
     net = model(base)
-    with torch.inference_mode():
+    applied = nullcontext() if adapter is None else apply_adapter(net, adapter)
+    with torch.inference_mode(), applied:
         x = net.get_input_embeddings()(torch.tensor([prompt]))
         if noise:
             x = x * (1 + noise * torch.randn(x.shape, generator=torch.Generator().manual_seed(0)))
-        if adapter is None:
-            return net(inputs_embeds=x).logits[0]
-        with apply_adapter(net, adapter):
-            return net(inputs_embeds=x).logits[0]
+        return net(inputs_embeds=x).logits[0]
 
 
 def steady_prompt(base: str, adapter: RoutedAdapter, length: int, seed: int) -> list[int]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from integration_tests.engines import lora, prompt_logprobs, recorded, run, tokens, worst
 from integration_tests.engines import greedy as sampling
+from integration_tests.engines import lora, prompt_logprobs, recorded, run, tokens, worst
 
 BOUND = 2e-3
 

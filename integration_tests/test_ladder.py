@@ -9,7 +9,15 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from integration_tests.engines import base_path, greedy, lora, prompt_logprobs, recorded, run, tokens
+from integration_tests.engines import (
+    base_path,
+    greedy,
+    lora,
+    prompt_logprobs,
+    recorded,
+    run,
+    tokens,
+)
 from integration_tests.reference_model import steady_prompt
 from tests.make_adapters import random_adapter, router_spec
 from vllm_lora_ext.adapters.model import RoutedAdapter
@@ -68,7 +76,9 @@ def test_equal_experts_are_one(llama, prompt, tmp_path, k):
     four = each(plain, lambda m: dataclasses.replace(
         m, a_RK=m.a_RK.repeat(4, 1), b_NR=m.b_NR.repeat(1, 4), gate=gate,
         router_GK=torch.randn(4, m.a_RK.shape[1])))  # fmt: skip
-    want = prompt_logprobs(llama, [(prompt, lora("plain", recorded("plain-a").folder))], VOCABULARY)[0]
+    want = prompt_logprobs(
+        llama, [(prompt, lora("plain", recorded("plain-a").folder))], VOCABULARY
+    )[0]
     assert difference(ask(llama, prompt, four, tmp_path / f"equal{k}"), want) < 1e-4
 
 
@@ -106,7 +116,7 @@ def test_alone_equals_mixed_and_cached_equals_first(llama, routed, prompt, tmp_p
 
 
 def test_poisoned_unused_slots_leak_nothing(llama, routed, prompt, tmp_path):
-    """NaN in everything that the adapter at work does not own: other slots, and rows past its own."""
+    """NaN in all that the adapter at work does not own: other slots, and rows past its own."""
     mine = lora("clean", write_native(routed, tmp_path / "clean"))
     want = [prompt_logprobs(llama, [(prompt, a)], VOCABULARY)[0] for a in (mine, None)]
     assert llama.collective_rpc(poison, args=(mine.lora_int_id,))[0] > 0

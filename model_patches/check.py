@@ -73,7 +73,11 @@ def _compare(
 ) -> tuple[State, str, int]:
     node = parsed and _find(parsed[1], target.qualname)
     if parsed is None or node is None:
-        return "missing", "module not found" if parsed is None else "name not found", 0
+        return (
+            "missing",
+            "module not found or not readable" if parsed is None else "name not found",
+            0,
+        )
     known = {v: h for v, h in target.sha256.items() if version in (None, v)} or target.sha256
     got = _hash(parsed[0], node)
     same = [v for v, h in known.items() if h == got]
@@ -87,7 +91,10 @@ def _parse(root: Path, module: str) -> tuple[str, ast.Module] | None:
     for file in (path.with_suffix(".py"), path / "__init__.py"):
         if file.is_file():
             text = file.read_text()
-            return text, ast.parse(text)
+            try:
+                return text, ast.parse(text)
+            except SyntaxError:  # newer syntax than this Python's, or a half-written file
+                return None
     return None
 
 

@@ -15,7 +15,7 @@ from vllm.platforms.cpu import CpuPlatform
 
 def apply() -> None:
     """Hides the LoRA config from that one method."""
-    stock = CpuPlatform.check_and_update_config.__func__  # type: ignore[attr-defined]
+    stock = CpuPlatform.check_and_update_config.__func__
 
     def check_and_update_config(cls: type, vllm_config: Any) -> None:
         lora_config, vllm_config.lora_config = vllm_config.lora_config, None
@@ -24,4 +24,4 @@ def apply() -> None:
         finally:
             vllm_config.lora_config = lora_config
 
-    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)  # type: ignore[assignment]
+    CpuPlatform.check_and_update_config = classmethod(check_and_update_config)

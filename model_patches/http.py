@@ -42,13 +42,13 @@ def apply() -> None:
         init(self, engine_client, *args, **kwargs)
         config = engine_client.vllm_config
         settings = LoraExtSettings.from_additional_config(config.additional_config)
-        if config.lora_config and envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:
-            if settings.adapter_roots is None:
-                logger.warning(
-                    "Run-time LoRA loading may read any path that this server can. Name the "
-                    "folders that hold adapters: --additional-config "
-                    '\'{"lora_ext": {"adapter_roots": ["/path/to/adapters"]}}\''
-                )
+        open_door = config.lora_config and envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING
+        if open_door and settings.adapter_roots is None:
+            logger.warning(
+                "Run-time LoRA loading may read any path that this server can. Name the "
+                "folders that hold adapters: --additional-config "
+                '\'{"lora_ext": {"adapter_roots": ["/path/to/adapters"]}}\''
+            )
 
     @functools.wraps(load)
     async def new_load(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -58,5 +58,5 @@ def apply() -> None:
             return answer if error is None else to_response(error)
         return answer
 
-    OpenAIServingModels.__init__ = new_init  # type: ignore[method-assign]
-    OpenAIServingModels.load_lora_adapter = new_load  # type: ignore[method-assign]
+    OpenAIServingModels.__init__ = new_init
+    OpenAIServingModels.load_lora_adapter = new_load

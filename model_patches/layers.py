@@ -85,7 +85,9 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
 
     def set_lora(self, index, lora_a, lora_b) -> None:  # type: ignore[no-untyped-def]
         """Stock's way in (warm-up's dummy adapters): plain LoRA, scale already in B."""
-        pairs = [(lora_a, lora_b)] if isinstance(lora_a, torch.Tensor) else zip(lora_a, lora_b)
+        if isinstance(lora_a, torch.Tensor):
+            lora_a, lora_b = [lora_a], [lora_b]
+        pairs = zip(lora_a, lora_b, strict=True)
         self.load(index, [None if a is None else RoutedModule(a, b) for a, b in pairs])
 
     def load(self, index: int, modules: Sequence[RoutedModule | None]) -> None:
@@ -117,7 +119,7 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
         (whole,) = modules
         if whole is None:
             return [None] * self.n_slices
-        parts = torch.split(whole.b_NR, self.full_sizes()[1])
+        parts = torch.split(whole.b_NR, list(self.full_sizes()[1]))
         return [replace(whole, b_NR=part) for part in parts]
 
     def _shard(self, i: int, m: RoutedModule) -> RoutedModule:

@@ -6,7 +6,6 @@ manager class.
 
 from __future__ import annotations
 
-
 from typing import Any
 
 from vllm.config import CUDAGraphMode
@@ -26,7 +25,7 @@ Placed = dict[str, list[RoutedModule | None]]
 
 
 class RoutedLoRAModel(LoRAModel):
-    """A checked adapter under vLLM's id: layer name in vLLM → what the adapter does to its slices."""
+    """A checked adapter under vLLM's id: layer name → what the adapter does to its slices."""
 
     def __init__(self, lora_model_id: int, adapter: RoutedAdapter, placed: Placed) -> None:
         super().__init__(lora_model_id, adapter.rank, {})
@@ -173,5 +172,3 @@ def _refuse_unsupported(vllm_config: Any) -> None:
             limit="NONE",
             fix="start with --enforce-eager, or VLLM_LORA_EXT_DISABLE=1 for stock LoRA",
         )
-
-

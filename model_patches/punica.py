@@ -21,7 +21,7 @@ class StepMixin:
     """Fills a `StepMap` whenever vLLM maps the step's rows to slots."""
 
     def __init__(self, max_num_batched_tokens: int, *args: Any, **kwargs: Any) -> None:
-        super().__init__(max_num_batched_tokens, *args, **kwargs)
+        super().__init__(max_num_batched_tokens, *args, **kwargs)  # type: ignore[call-arg]
         self.step_map = StepMap(max_num_batched_tokens, self.device)  # type: ignore[attr-defined]
 
     def update_metadata(self, mapping, lora_index_to_id, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]

@@ -63,15 +63,17 @@ PATCHES: tuple[Patch, ...] = (
             "`_all_lora_classes`; on CPU also of the embedding and logits wrappers."
         ),
         upstream=(
-            "vllm-project/vllm#49705 (router-driven mixtures), #48421 and #49656 (index -1 on "
-            "CPU)"
+            "vllm-project/vllm#49705 (router-driven mixtures), #48421 and #49656 (index -1 on CPU)"
         ),
         remove_when="vLLM offers a hook for the delta of a LoRA layer.",
         targets=(
             Target(
                 "vllm.lora.utils",
                 "_all_lora_classes",
-                _each("41570789c73e4e551f0480e44405b88afe8d5d1950b53a7840dbe3a2b182fb21", "93de9f2e44192212ef97883a76f36bcddea0f274bfba66a6a6709b37ab3addaa"),
+                _each(
+                    "41570789c73e4e551f0480e44405b88afe8d5d1950b53a7840dbe3a2b182fb21",
+                    "93de9f2e44192212ef97883a76f36bcddea0f274bfba66a6a6709b37ab3addaa",
+                ),
             ),
             Target(
                 "vllm.lora.utils",
@@ -172,10 +174,7 @@ PATCHES: tuple[Patch, ...] = (
             "The op reads which slot each row uses when it runs; stock CPU ops wrap index -1 "
             "to the last slot and crash on prompt_logprobs."
         ),
-        how=(
-            "A mixin before the platform's punica wrapper fills a StepMap in "
-            "`update_metadata`."
-        ),
+        how=("A mixin before the platform's punica wrapper fills a StepMap in `update_metadata`."),
         upstream="vllm-project/vllm#48421, #49656",
         remove_when="vLLM's wrapper classes can be named by a plugin.",
         targets=(
@@ -228,10 +227,7 @@ PATCHES: tuple[Patch, ...] = (
             "Stock accepts NaN weights, wrong ranks and unknown layers, and a failed "
             "activation leaves a slot that answers from the base model."
         ),
-        how=(
-            "Subclasses of the worker manager and (through `_manager_cls`) of the model "
-            "manager."
-        ),
+        how=("Subclasses of the worker manager and (through `_manager_cls`) of the model manager."),
         upstream="vllm-project/vllm#51940, #51294",
         remove_when="vLLM takes a manager class from a plugin.",
         targets=(
@@ -243,7 +239,10 @@ PATCHES: tuple[Patch, ...] = (
             Target(
                 "vllm.v1.worker.lora_model_runner_mixin",
                 "LoRAModelRunnerMixin.load_lora_model",
-                _each("186fbb3793a247ff3f4f00a011729574b56f28cdd217ab69bcef20932286ab5a", "5b65d5d47b5c53b2f8e5471a7384f267cb2c4581112b5db3530dca0f8a573b22"),
+                _each(
+                    "186fbb3793a247ff3f4f00a011729574b56f28cdd217ab69bcef20932286ab5a",
+                    "5b65d5d47b5c53b2f8e5471a7384f267cb2c4581112b5db3530dca0f8a573b22",
+                ),
             ),
             Target(
                 "vllm.lora.worker_manager",
@@ -253,7 +252,10 @@ PATCHES: tuple[Patch, ...] = (
             Target(
                 "vllm.lora.worker_manager",
                 "WorkerLoRAManager._load_adapter",
-                _each("0b052a4493e20f18191889f06ea416a0258975e0082e1dd3f6266b2f1ca63cc5", "e0c286c9c7a7e29feb337fb25927271d0ee7e0b02175da59f57e380c58629c5b"),
+                _each(
+                    "0b052a4493e20f18191889f06ea416a0258975e0082e1dd3f6266b2f1ca63cc5",
+                    "e0c286c9c7a7e29feb337fb25927271d0ee7e0b02175da59f57e380c58629c5b",
+                ),
             ),
             Target(
                 "vllm.lora.worker_manager",
@@ -268,12 +270,18 @@ PATCHES: tuple[Patch, ...] = (
             Target(
                 "vllm.lora.model_manager",
                 "LoRAModelManager.__init__",
-                _each("cead7d6a7b99eb85551d2a0d4291d11bca0f6fad961e33c42553de6b2d1869a4", "f20ed28576151f259754faffc4f7ae4c66e384b041b9849ceb5f8416730b02c9"),
+                _each(
+                    "cead7d6a7b99eb85551d2a0d4291d11bca0f6fad961e33c42553de6b2d1869a4",
+                    "f20ed28576151f259754faffc4f7ae4c66e384b041b9849ceb5f8416730b02c9",
+                ),
             ),
             Target(
                 "vllm.lora.model_manager",
                 "LoRAModelManager.activate_adapter",
-                _each("ff6e9539601488dbd20b2ab256e97caca2d6afc9f0265d7f4d70726a06d89731", "abc39d9f2a9ba13004a4b2d8bc24acbc2bd9a58c590ff5221c1ab61884dfd793"),
+                _each(
+                    "ff6e9539601488dbd20b2ab256e97caca2d6afc9f0265d7f4d70726a06d89731",
+                    "abc39d9f2a9ba13004a4b2d8bc24acbc2bd9a58c590ff5221c1ab61884dfd793",
+                ),
             ),
             Target(
                 "vllm.lora.model_manager",
@@ -341,7 +349,10 @@ PATCHES: tuple[Patch, ...] = (
             Target(
                 "vllm.platforms.cpu",
                 "CpuPlatform.check_and_update_config",
-                _each("8b709c18ef31440e6cab10f2d251feff34d206d198ca929d13c48591a4ff8bca", "18877c491872510baf221feb8c9e9e90c52f4b83ca410719957188d54fd4830f"),
+                _each(
+                    "8b709c18ef31440e6cab10f2d251feff34d206d198ca929d13c48591a4ff8bca",
+                    "18877c491872510baf221feb8c9e9e90c52f4b83ca410719957188d54fd4830f",
+                ),
             ),
         ),
     ),
@@ -404,7 +415,10 @@ PATCHES: tuple[Patch, ...] = (
             Target(
                 "vllm.entrypoints.openai.models.serving",
                 "OpenAIServingModels.load_lora_adapter",
-                _each("9dba183afe32ba8cee6457edc574e475f9a06ff0dcf7e0f13ef8175f089f8cf9", "6c254e77834c6a99a4ec93f222f6b5ea64cd00dbdde81fa598994002e6469754"),
+                _each(
+                    "9dba183afe32ba8cee6457edc574e475f9a06ff0dcf7e0f13ef8175f089f8cf9",
+                    "6c254e77834c6a99a4ec93f222f6b5ea64cd00dbdde81fa598994002e6469754",
+                ),
             ),
         ),
     ),

@@ -2,9 +2,46 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from vllm_lora_ext.routing.spec import GateSpec
+
+
+class GatedSlice(Protocol):
+    """What one adapter does to one linear layer, or to one slice of a fused one.
+
+    a_RK [R, in], b_NR [out, R] with every scale folded in, router_GK [G, in], bias_G [G],
+    head_K [in]; the last three where the gate asks for them.
+    """
+
+    @property
+    def a_RK(self) -> torch.Tensor: ...
+    @property
+    def b_NR(self) -> torch.Tensor: ...
+    @property
+    def gate(self) -> GateSpec: ...
+    @property
+    def router_GK(self) -> torch.Tensor | None: ...
+    @property
+    def bias_G(self) -> torch.Tensor | None: ...
+    @property
+    def head_K(self) -> torch.Tensor | None: ...
+    @property
+    def head_bias(self) -> float: ...
+
+
+def delta_reference(s: GatedSlice, x_TK: torch.Tensor) -> torch.Tensor:
+    """`B (g(x) ⊙ (A x))`: what the adapter adds to the layer's output, [T, out] fp32."""
+    x_TK = x_TK.float()
+    ax_TR = x_TK @ s.a_RK.float().t()
+    if s.gate.source == "none":
+        return ax_TR @ s.b_NR.float().t()
+    u_TG = ax_TR if s.router_GK is None else x_TK @ s.router_GK.float().t()
+    head_T = None if s.head_K is None else x_TK @ s.head_K.float() + s.head_bias
+    g_TR = gate_reference(s.gate, u_TG, s.bias_G, head_T)
+    return (g_TR * ax_TR) @ s.b_NR.float().t()
 
 
 def gate_reference(

@@ -13,12 +13,11 @@ from vllm_lora_ext.kernels.gated_lora.op import (
     shrink,
 )
 from vllm_lora_ext.kernels.gated_lora.reference import gated_lora_reference
-from vllm_lora_ext.kernels.gated_lora.site import GatedSlice, Site
+from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.kernels.gated_lora.step import StepMap
 
 __all__ = [
     "EmbeddingSite",
-    "GatedSlice",
     "Site",
     "StepMap",
     "embedding_lora_",

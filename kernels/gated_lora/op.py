@@ -7,6 +7,7 @@ graph: a 32-layer model would carry two thousand of them through every call.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -30,7 +31,7 @@ class EmbeddingSite:
     used: set[int] = field(default_factory=set)
 
 
-_sites: WeakValueDictionary[int, Site | EmbeddingSite] = WeakValueDictionary()
+_sites: WeakValueDictionary[int, Any] = WeakValueDictionary()
 _next_id = 0
 
 

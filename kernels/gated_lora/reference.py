@@ -6,8 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_lora_ext.kernels.gated_lora.site import GatedSlice
-from vllm_lora_ext.routing import gate_reference
+from vllm_lora_ext.routing import GatedSlice, delta_reference
 
 
 def gated_lora_reference(
@@ -33,17 +32,6 @@ def gated_lora_reference(
         at = 0
         for s, size in zip(slices, slice_sizes, strict=True):
             if s is not None and len(rows_T):
-                delta_TN[rows_T, at : at + size] = gated_slice_reference(x_TK[rows_T], s)
+                delta_TN[rows_T, at : at + size] = delta_reference(s, x_TK[rows_T])
             at += size
     return delta_TN
-
-
-def gated_slice_reference(x_TK: torch.Tensor, s: GatedSlice) -> torch.Tensor:
-    """`B (g(x) ⊙ (A x))` of one slice: [T, N] fp32."""
-    ax_TR = x_TK @ s.a_RK.float().t()
-    if s.gate.source == "none":
-        return ax_TR @ s.b_NR.float().t()
-    u_TG = ax_TR if s.router_GK is None else x_TK @ s.router_GK.float().t()
-    head_T = None if s.head_K is None else x_TK @ s.head_K.float() + s.head_bias
-    g_TR = gate_reference(s.gate, u_TG, s.bias_G, head_T)
-    return (g_TR * ax_TR) @ s.b_NR.float().t()

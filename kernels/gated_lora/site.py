@@ -4,31 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
 from vllm_lora_ext.kernels.gated_lora.step import StepMap
-from vllm_lora_ext.routing import GateSpec
-
-
-class GatedSlice(Protocol):
-    """What one adapter does to one slice of a layer (see `adapters.RoutedModule`)."""
-
-    @property
-    def a_RK(self) -> torch.Tensor: ...
-    @property
-    def b_NR(self) -> torch.Tensor: ...
-    @property
-    def gate(self) -> GateSpec: ...
-    @property
-    def router_GK(self) -> torch.Tensor | None: ...
-    @property
-    def bias_G(self) -> torch.Tensor | None: ...
-    @property
-    def head_K(self) -> torch.Tensor | None: ...
-    @property
-    def head_bias(self) -> float: ...
+from vllm_lora_ext.routing import GatedSlice, GateSpec
 
 
 @dataclass(frozen=True)
@@ -92,9 +72,12 @@ class Site:
         self.slice_sizes = tuple(slice_sizes)
         self.max_rank, self.max_router_rows, self.y_start = max_rank, max_router_rows, y_start
         self.num_rows = len(self.slice_sizes) * (max_rank + max_router_rows + 1)
-        self.rows_SRK = torch.zeros(num_slots, self.num_rows, in_features, dtype=dtype, device=device)
+        self.rows_SRK = torch.zeros(
+            num_slots, self.num_rows, in_features, dtype=dtype, device=device
+        )
         self.bt_SRN = [
-            torch.zeros(num_slots, max_rank, n, dtype=dtype, device=device) for n in self.slice_sizes
+            torch.zeros(num_slots, max_rank, n, dtype=dtype, device=device)
+            for n in self.slice_sizes
         ]
         self.plans: list[SlotPlan | None] = [None] * num_slots
         self.step = StepMap(0)
@@ -141,7 +124,9 @@ class Site:
             )
         want = (self.rows_SRK.shape[2], self.slice_sizes[i])
         if (s.a_RK.shape[1], s.b_NR.shape[0]) != want:
-            raise ValueError(f"slice {i}: in, out are {s.a_RK.shape[1], s.b_NR.shape[0]}, not {want}")
+            raise ValueError(
+                f"slice {i}: in, out are {s.a_RK.shape[1], s.b_NR.shape[0]}, not {want}"
+            )
 
     def _plan_slice(
         self, slot: int, i: int, s: GatedSlice, a_start: int, router_start: int

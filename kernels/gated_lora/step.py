@@ -1,4 +1,4 @@
-"""StepMap: which slot each row of this step's batch uses. Written once a step, read by every site."""
+"""StepMap: which slot each row of the batch uses. Written once a step, read by every site."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def test_two_launches_equal_one(seed):
     """shrink → (all-reduce) → gate_expand_ is what row-parallel layers run."""
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    site, slots = build(rng, sizes=(16,))
+    site, _ = build(rng, sizes=(16,))
     number, x_TK, slots_T = register_site(site), torch.randn(21, 24), rows(rng, "mixed", 21)
     site.step.update(slots_T)
     once, twice = torch.zeros(21, 16), torch.zeros(21, 16)

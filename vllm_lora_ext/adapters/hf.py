@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from vllm_lora_ext import routing
 from vllm_lora_ext.adapters.checks import check_fits
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
-from vllm_lora_ext.routing import gate_reference
 
 
 class AppliedAdapter:
@@ -72,13 +72,7 @@ def delta_reference(module: RoutedModule, x_TK: torch.Tensor) -> torch.Tensor:
     """
     if module.kind == "embedding":
         return module.a_RK.float()[:, x_TK].T @ module.b_NR.float().T
-    x_TK = x_TK.float()
-    z_TR = x_TK @ module.a_RK.float().T
-    if module.gate.source == "none":
-        return z_TR @ module.b_NR.float().T
-    u_TG = z_TR if module.router_GK is None else x_TK @ module.router_GK.float().T
-    head_T = None if module.head_K is None else x_TK @ module.head_K.float() + module.head_bias
-    return (gate_reference(module.gate, u_TG, module.bias_G, head_T) * z_TR) @ module.b_NR.float().T
+    return routing.delta_reference(module, x_TK)
 
 
 def _hook(module: RoutedModule) -> Any:

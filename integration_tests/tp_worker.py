@@ -1,0 +1,174 @@
+"""Runs one tensor-parallel engine in an environment of its own, for `test_tensor_parallel`.
+
+    python -m integration_tests.tp_worker JOB.json RESULT.pt
+
+Its own process because the environment decides (threads, executor, Ray's switches) and because
+what it starts must be gone afterwards. Every process of it carries `MARK` in its environment.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from integration_tests.engines import (
+    ENVIRONMENT,
+    close,
+    greedy,
+    lora,
+    make_engine,
+    prompt_logprobs,
+    run,
+    tokens,
+)
+
+MARK = "VLLM_LORA_EXT_TP_RUN"
+HOST = "127.0.0.1"
+TP_ENVIRONMENT = ENVIRONMENT | {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine in the script's process: one start less
+    "OMP_NUM_THREADS": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # ranks share a NUMA node
+    "VLLM_HOST_IP": HOST,
+    "GLOO_SOCKET_IFNAME": "lo",
+    "RAY_AUTH_MODE": "disabled",  # nothing but loopback can reach this Ray
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_enable_metrics_collection": "0",
+}
+
+# In every rank: what the gates saw and gave, in the order of the calls.
+_seen: list[tuple[str, str, Any]] = []
+
+
+def main(job_file: str, result_file: str) -> None:
+    job = json.loads(Path(job_file).read_text())
+    began = time.time()
+    with ray_cluster() if job["backend"] == "ray" else nothing():
+        llm = make_engine(
+            job["base"], tensor_parallel_size=2, distributed_executor_backend=job["backend"],
+            max_loras=6, max_num_batched_tokens=256, **job["options"],
+        )  # fmt: skip
+        try:
+            started = time.time()
+            torch.save(ask(llm, job) | {"started": started - began}, result_file)
+        finally:
+            close(llm)
+
+
+def ask(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """All requests in one batch, three times: log-probabilities, tokens, and what the gates did."""
+    requests = [(ids, name and lora(name, folder)) for ids, name, folder in job["requests"]]
+    result: dict[str, Any] = {
+        "executor": type(llm.llm_engine.engine_core.engine_core.model_executor).__name__,
+        "logprobs": prompt_logprobs(llm, requests, job["vocabulary"]),
+        "tokens": [tokens(o) for o in run(llm, requests, greedy())],
+    }
+    llm.reset_prefix_cache()
+    llm.collective_rpc(watch)
+    run(llm, requests, greedy(3))
+    result["ranks"] = llm.collective_rpc(seen)
+    result["listening"] = listening()
+    return result
+
+
+def watch(worker: Any) -> None:
+    """In a rank: from now on keep the sums that enter every gate, and what leaves it."""
+    from vllm_lora_ext.kernels.gated_lora import cpu
+
+    modules = worker.model_runner.lora_manager._adapter_manager.modules
+    names = {id(layer.site): name for name, layer in modules.items() if hasattr(layer, "site")}
+    of_plan = {
+        id(plan): name
+        for name, layer in modules.items()
+        for plan in getattr(getattr(layer, "site", None), "plans", ())
+        if plan is not None
+    }
+    gate, shrink = cpu._gate_, cpu.shrink
+
+    def watched_gate(h_TR: torch.Tensor, plan: Any) -> None:
+        name = of_plan[id(plan)]
+        _seen.append((name, "sums", h_TR.clone()))
+        gate(h_TR, plan)
+        _seen.append((name, "plain" if plan.plain else "gated", h_TR[:, : plan.num_ranks].clone()))
+
+    def watched_shrink(x_TK: torch.Tensor, site: Any) -> torch.Tensor:
+        u_TR = shrink(x_TK, site)
+        _seen.append((names[id(site)], "partial", u_TR.clone()))
+        return u_TR
+
+    cpu._gate_, cpu.shrink = watched_gate, watched_shrink
+
+
+def seen(worker: Any) -> list[tuple[str, str, Any]]:
+    return [(name, what, value.numpy()) for name, what, value in _seen]
+
+
+def ours(mark: str) -> list[psutil.Process]:
+    """Every live process that was started in the run `mark`, found by its environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+def listening() -> list[tuple[str, str]]:
+    """(address, process name) of every TCP socket that this run listens on."""
+    return sorted(
+        {
+            (c.laddr.ip, process.name())
+            for process in ours(os.environ[MARK])
+            for c in process.net_connections("tcp")
+            if c.status == psutil.CONN_LISTEN
+        }
+    )
+
+
+@contextmanager
+def nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def ray_cluster() -> Iterator[None]:
+    """A Ray of its own on loopback that believes in two GPUs, and a CPU platform that Ray knows."""
+    import ray
+    from ray._private import ray_constants
+
+    # Ray replaces a loopback address by the machine's own unless it believes in no cluster.
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    cpu_platform_is_a_gpu()
+    ray.init(
+        address="local", num_cpus=1, num_gpus=2, include_dashboard=False, _node_ip_address=HOST,
+        object_store_memory=100 << 20, logging_level="ERROR",
+        runtime_env={"worker_process_setup_hook": cpu_platform_is_a_gpu},
+    )  # fmt: skip
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def cpu_platform_is_a_gpu() -> None:
+    """In every Ray worker, before vLLM asks: workers are placed by Ray's `GPU` resource."""
+    from vllm.platforms.cpu import CpuPlatform
+
+    CpuPlatform.ray_device_key = "GPU"
+
+
+if __name__ == "__main__":
+    # Under its own name, so that the ranks find the functions that they are sent.
+    from integration_tests import tp_worker
+
+    tp_worker.main(*sys.argv[1:])
