@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -149,15 +150,17 @@ def ray_cluster() -> Iterator[None]:
     # Ray replaces a loopback address by the machine's own unless it believes in no cluster.
     ray_constants.ENABLE_RAY_CLUSTER = False
     cpu_platform_is_a_gpu()
-    ray.init(
-        address="local", num_cpus=1, num_gpus=2, include_dashboard=False, _node_ip_address=HOST,
-        object_store_memory=100 << 20, logging_level="ERROR",
-        runtime_env={"worker_process_setup_hook": cpu_platform_is_a_gpu},
-    )  # fmt: skip
-    try:
-        yield
-    finally:
-        ray.shutdown()
+    with TemporaryDirectory(prefix="ray") as folder:
+        ray.init(
+            address="local", num_cpus=1, num_gpus=2, include_dashboard=False,
+            _node_ip_address=HOST, _temp_dir=folder, object_store_memory=100 << 20,
+            logging_level="ERROR",
+            runtime_env={"worker_process_setup_hook": cpu_platform_is_a_gpu},
+        )  # fmt: skip
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 def cpu_platform_is_a_gpu() -> None:

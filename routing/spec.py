@@ -112,6 +112,12 @@ class GateSpec:
                 raise GateSpecError("k", self.k, f"1 to {self.num_gates}, the number of gates")
         elif type(self.k) is not int or self.k != 0:
             raise GateSpecError("k", self.k, "only with select 'top_k'")
+        for name, (switch, needed) in _ONLY_WITH.items():
+            # A setting that does nothing is a mistake: the author meant it to do something.
+            if getattr(self, name) != getattr(_PLAIN, name) and getattr(self, switch) != needed:
+                raise GateSpecError(name, getattr(self, name), f"only with {switch} '{needed}'")
+        if self.select == "all" and self.key != "signed":
+            raise GateSpecError("key", self.key, "'signed' when select is 'all'")
         if not 0 < self.top_p <= 1:
             raise GateSpecError("top_p", self.top_p, "0 < top_p <= 1")
         if self.select != "threshold" and (self.threshold_head or self.subtract_threshold):
@@ -164,6 +170,12 @@ _CHOICES: dict[str, tuple[str, ...]] = {
 _FLOATS = (
     "score_temperature", "threshold", "top_p", "temperature", "mask_below", "constant",
 )  # fmt: skip
+_ONLY_WITH = {
+    "score_temperature": ("score", "softmax"),
+    "threshold": ("select", "threshold"),
+    "top_p": ("select", "top_p"),
+    "temperature": ("weight", "softmax"),
+}
 _PLAIN = object.__new__(GateSpec)
 for _name, _field in GateSpec.__dataclass_fields__.items():
     object.__setattr__(_PLAIN, _name, _field.default)
