@@ -26,13 +26,14 @@ def base_path(name: str) -> Path:
     return FIXTURES / "bases" / name
 
 
-def make_engine(base: str, **overrides: Any) -> Any:
+def make_engine(base: str | Path, **overrides: Any) -> Any:
     """An offline fp32 engine on a tiny base, LoRA on, small prefill chunks, prefix cache on."""
     os.environ.update(ENVIRONMENT)
     from vllm import LLM
 
     options: dict[str, Any] = {
-        "model": str(base_path(base)), "skip_tokenizer_init": True, "dtype": "float32",
+        "model": str(base_path(base) if isinstance(base, str) else base),
+        "skip_tokenizer_init": True, "dtype": "float32",
         "enable_lora": True, "max_loras": 4, "max_cpu_loras": 8, "max_lora_rank": 64,
         "max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64, "block_size": 32,
         "enable_prefix_caching": True, "max_logprobs": -1, "disable_log_stats": True, "seed": 0,

@@ -140,7 +140,9 @@ def tp2(request, requests, tmp_path_factory) -> Iterator[Run]:
 
 def test_log_probabilities_and_greedy_tokens_are_those_of_one_rank(tp2, requests):
     """In one batch: base rows, plain and routed adapters on all seven linears."""
-    assert tp2.result["executor"] == {"mp": "MultiprocExecutor", "ray": "RayExecutorV2"}[tp2.backend]
+    assert (
+        tp2.result["executor"] == {"mp": "MultiprocExecutor", "ray": "RayExecutorV2"}[tp2.backend]
+    )
     got = tp2.result["logprobs"]
     diffs = [worst(g, r.logits) for g, r in zip(got, requests, strict=True)]
     print(f"TP=2 {tp2.backend}: max |dlogp| {max(diffs):.1e}; ", end="")

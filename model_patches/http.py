@@ -10,6 +10,7 @@ import functools
 from http import HTTPStatus
 from typing import Any
 
+import msgspec
 from vllm import envs
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve import create_error_response
@@ -33,6 +34,20 @@ def to_response(error: AdapterError) -> ErrorResponse:
     )
 
 
+def _fresh(models: Any, request: Any) -> Any:
+    """The request, its path spelt in a way that this name was never loaded from before.
+
+    The prefix cache knows an adapter by name and path. Files that changed behind both would be
+    answered from KV of the old weights; `DIR/.` is the same folder and another key.
+    """
+    seen = models.__dict__.setdefault("_lora_ext_paths", set())
+    path = request.lora_path
+    while (request.lora_name, path) in seen:
+        path += "/."
+    seen.add((request.lora_name, path))
+    return request.model_copy(update={"lora_path": path})
+
+
 def apply() -> None:
     """Wraps the handler of the load route, and says at start what run-time loading may read."""
     init, load = OpenAIServingModels.__init__, OpenAIServingModels.load_lora_adapter
@@ -51,11 +66,15 @@ def apply() -> None:
             )
 
     @functools.wraps(load)
-    async def new_load(self: Any, *args: Any, **kwargs: Any) -> Any:
-        answer = await load(self, *args, **kwargs)
+    async def new_load(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        request = _fresh(self, request)
+        answer = await load(self, request, *args, **kwargs)
         if isinstance(answer, ErrorResponse):
             error = AdapterError.parse(answer.error.message)
             return answer if error is None else to_response(error)
+        # Stock 0.32 keeps the flag, and every later request would load the adapter again.
+        loaded = self.lora_requests[request.lora_name]
+        self.lora_requests[request.lora_name] = msgspec.structs.replace(loaded, load_inplace=False)
         return answer
 
     OpenAIServingModels.__init__ = new_init

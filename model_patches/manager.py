@@ -53,7 +53,8 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
             AdapterError: a layer is unknown, a shape differs, a rank or a router is too large.
         """
         name_of = {name: self._vllm_name(name) for name in adapter.modules}
-        ours = {n: m for n, m in adapter.modules.items() if not self._elsewhere(name_of[n])}
+        missing = self._missing()
+        ours = {n: m for n, m in adapter.modules.items() if not name_of[n].startswith(missing)}
         shapes = self._shapes()
         check_fits(
             adapter,
@@ -76,10 +77,10 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         mapper = mapper and mapper.get_rename_mapper()
         return parse_fine_tuned_lora_name(f"base_model.model.{module}.lora_A.weight", mapper)[0]
 
-    def _elsewhere(self, layer_name: str) -> bool:
-        """Whether the layer lives on another pipeline rank."""
-        missing = (n for n, m in self.model.named_modules() if isinstance(m, PPMissingLayer))
-        return any(layer_name == n or layer_name.startswith(n + ".") for n in missing)
+    def _missing(self) -> tuple[str, ...]:
+        """Prefixes of the layers that live on another pipeline rank."""
+        modules = self.model.named_modules()
+        return tuple(f"{name}." for name, m in modules if isinstance(m, PPMissingLayer))
 
     def _shapes(self) -> dict[str, tuple[int, int]]:
         """(in, out) of everything that an adapter can name, unsharded."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import Any
 
+import msgspec
 import vllm.v1.worker.lora_model_runner_mixin as runner_mixin
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
@@ -49,8 +50,10 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         # An adapter that vLLM's cache evicted is read again in the middle of a step, where a file
         # that has changed since would end the engine: take the copy that was checked.
         self._in_step = True
+        # `load_inplace` was done when the request was admitted; stock repeats it every step.
+        once = {msgspec.structs.replace(r, load_inplace=False) for r in lora_requests if r}
         try:
-            super()._apply_adapters(lora_requests)
+            super()._apply_adapters(once)
         finally:
             self._in_step = False
 

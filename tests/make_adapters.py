@@ -66,6 +66,8 @@ def random_spec(
     if stable and fields["weight"] == "renormalise":
         # value - threshold is >= 0 too: only what is above the threshold stays.
         fields["score"] = pick(rng, ["softmax", "sigmoid", "abs"])
+        if fields["score"] != "softmax":
+            fields.pop("score_temperature", None)
         fields["key"] = "signed"
         if fields["bias"] == "value":
             fields["bias"] = "select"

@@ -1,4 +1,7 @@
-"""The CPU path: rows grouped by slot, one product per slot and launch, gates vectorised.
+"""The PyTorch path: rows grouped by slot, one product per slot and launch, gates vectorised.
+
+Made for CPUs; GPUs run it too until they have a backend of their own (eager only: the groups are
+Python's, so a captured graph would freeze them).
 
 No weight is gathered per token. Rows of one slot that lie together are views, not copies, which
 is nearly always: vLLM keeps a request's tokens together, and most batches use few adapters.
@@ -19,7 +22,7 @@ def gated_lora_(y_TN: torch.Tensor, x_TK: torch.Tensor, site: Site) -> None:
         if plan is None:
             continue
         rows_TK = x_TK[start:stop] if index_T is None else x_TK.index_select(0, index_T)
-        h_TR = torch.mm(rows_TK.float(), plan.rows_RK.t())
+        h_TR = torch.mm(rows_TK.float(), plan.rows_RK.t().float())
         _gate_(h_TR, plan)
         _expand_(y_TN, h_TR, plan, start, stop, index_T)
 

@@ -59,7 +59,9 @@ def test_a_changed_target_is_found(tree, target):
 def test_vllm_does_not_start_on_a_changed_target(tree, monkeypatch):
     """The line names the target and what to do; nothing is patched."""
     path = tree / "vllm/lora/worker_manager.py"
-    path.write_text(path.read_text().replace("def _load_adapter(self,", "def _load_adapter(self, /,"))
+    path.write_text(
+        path.read_text().replace("def _load_adapter(self,", "def _load_adapter(self, /,")
+    )
     applied = []
     monkeypatch.setattr(check, "installed_root", lambda: tree)
     monkeypatch.setattr("vllm_lora_ext.model_patches.register.Patch.apply", applied.append)

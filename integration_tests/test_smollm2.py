@@ -1,0 +1,78 @@
+"""The demo's model in bfloat16, end to end: greedy text against transformers.
+
+bfloat16 keeps eight bits of mantissa and the two programs add in another order, so their logits
+differ in the second decimal. Where transformers' best token beats the engine's by less than
+`BOUND` the two are tied for this test; past such a place the texts are not compared.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from integration_tests.engines import close, greedy, lora, make_engine, run, tokens
+from vllm_lora_ext.adapters.hf import apply_adapter
+from vllm_lora_ext.adapters.registry import load_adapter
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+BOUND = 0.35  # logits; the demo's answers are decided by 3 to 20
+ITEMS, TOKENS = 6, 16
+
+
+@pytest.fixture(scope="module")
+def demo():
+    """The examples' modules, as `make demo` imports them."""
+    sys.path.insert(0, str(EXAMPLES))
+    import smollm
+    import tasks
+
+    yield smollm, tasks
+    sys.path.remove(str(EXAMPLES))
+
+
+def test_greedy_text_equals_transformers(demo):
+    smollm, tasks = demo
+    model, tokenizer = smollm.load(torch.bfloat16)
+    names = [*tasks.TASKS, "routed"]
+    folders = {name: tasks.ADAPTERS / name for name in names}
+    requests = [
+        (smollm.prompt_ids(tokenizer, item.question), name)
+        for task in tasks.TASKS
+        for item in tasks.held_out(task, ITEMS)
+        for name in (None, *names)
+    ]
+    llm = make_engine(
+        smollm.ensure_base(), dtype="bfloat16", max_model_len=128, max_num_seqs=32,
+        max_num_batched_tokens=1024,
+    )  # fmt: skip
+    try:
+        asked = [(p, n and lora(n, folders[n])) for p, n in requests]
+        answers = [tokens(o) for o in run(llm, asked, greedy(TOKENS))]
+    finally:
+        close(llm)
+    adapters = {name: load_adapter(folders[name]) for name in names}
+    same, ties = 0, 0
+    for (prompt, name), answer in zip(requests, answers, strict=True):
+        gap = first_difference(model, adapters.get(name), prompt, answer)
+        assert gap < BOUND, f"{name}: {tokenizer.decode(prompt)!r} -> {tokenizer.decode(answer)!r}"
+        same, ties = same + (gap == 0), ties + (gap > 0)
+    print(f"{same} of {len(requests)} texts equal, {ties} part at a tie below {BOUND}")
+    assert same >= 0.8 * len(requests)
+
+
+def first_difference(model, adapter, prompt: list[int], answer: list[int]) -> float:
+    """By how much transformers prefers its own token where the texts part; 0 when they don't."""
+    applied = apply_adapter(model, adapter) if adapter else None
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].float()
+    if applied:
+        applied.remove()
+    best = logits.argmax(-1)
+    parted = [i for i, token in enumerate(answer) if int(best[i]) != token]
+    if not parted:
+        return 0.0
+    at = parted[0]
+    return (logits[at].max() - logits[at, answer[at]]).item() or 1e-6
