@@ -22,7 +22,7 @@ venv: $(READY) ## create .venv with every pinned requirement
 $(READY): $(PINS) setup.py scripts/make_venv.sh
 	@VENV=$(VENV) PYTHON=$(PYTHON) scripts/make_venv.sh
 
-demo: $(READY) ## train, serve and draw a routed adapter on this machine
+demo: $(READY) ## serve the trained example adapters, ask them, draw the table
 	$(BIN)/python examples/demo.py
 
 test: lint types ## everything CI runs: lint, types, unit and engine tests

@@ -41,9 +41,10 @@ from uniform import ensure_uniform
 MODELS = ("base", *TASKS, "uniform", "routed")
 ITEMS = 50
 AT_ONCE = 24
-MAX_TOKENS = 24
+MAX_TOKENS = 16  # the longest right answer has 12
 MARGIN = 3.0  # points that routed may lack of the best single adapter
-SHOWN = 2  # answers side by side, per task
+SHOWN = 0  # which question of each task is shown with all answers
+LONGEST = 48  # characters shown of an answer
 RESULTS = Path(__file__).parent / "results"
 
 Said = dict[tuple[str, str], list[str]]  # (model, task) -> answers
@@ -119,19 +120,19 @@ def show(accuracy: Accuracy, count: int, console: Console) -> None:
 
 
 def show_answers(said: Said, items: dict[str, list[Item]], console: Console) -> None:
-    table = Table(title="the same question, six models", show_lines=True)
-    table.add_column("question")
-    for model in MODELS:
-        table.add_column(model, overflow="fold")
+    """One question of every task, side by side."""
+    table = Table(title="the same questions, six models")
+    table.add_column("model")
     for task in TASKS:
-        for i in range(min(SHOWN, len(items[task]))):
-            item = items[task][i]
-            cells = []
-            for model in MODELS:
-                text = said[model, task][i]
-                color = "green" if is_right(item, text) else "red"
-                cells.append(f"[{color}]{escape(text.strip())}[/]")
-            table.add_row(escape(item.question), *cells)
+        table.add_column(escape(items[task][SHOWN].question))
+    for model in MODELS:
+        cells = []
+        for task in TASKS:
+            item, text = items[task][SHOWN], " ".join(said[model, task][SHOWN].split())
+            color = "green" if is_right(item, text) else "red"
+            cut = text if len(text) <= LONGEST else text[: LONGEST - 1] + "…"
+            cells.append(f"[{color}]{escape(cut)}[/]")
+        table.add_row(model, *cells)
     console.print(table)
 
 

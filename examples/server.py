@@ -17,7 +17,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-READY_TIMEOUT_S = 300
+READY_TIMEOUT_S = 480  # a busy machine of two cores has needed 180
 STOP_TIMEOUT_S = 20
 LOG_TAIL_LINES = 25
 

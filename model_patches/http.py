@@ -7,6 +7,7 @@ Targets: `OpenAIServingModels.{__init__, load_lora_adapter}`. Stock answers ever
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from http import HTTPStatus
 from typing import Any
 
@@ -18,6 +19,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.logger import init_logger
 
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches.worker import shortest
 from vllm_lora_ext.settings import LoraExtSettings
 
 logger = init_logger(f"vllm.{__name__}")
@@ -38,13 +40,18 @@ def _fresh(models: Any, request: Any) -> Any:
     """The request, its path spelt in a way that this name was never loaded from before.
 
     The prefix cache knows an adapter by name and path. Files that changed behind both would be
-    answered from KV of the old weights; `DIR/.` is the same folder and another key.
+    answered from KV of the old weights; `DIR/.` and `DIR//.` are the same folder and other keys.
+    The number of earlier loads is written with these two as digits, so that the path stays short
+    however often an adapter is replaced.
     """
-    seen = models.__dict__.setdefault("_lora_ext_paths", set())
-    path = request.lora_path
-    while (request.lora_name, path) in seen:
-        path += "/."
-    seen.add((request.lora_name, path))
+    if not request.lora_path:
+        return request
+    counts = models.__dict__.setdefault("_lora_ext_loads", Counter())
+    path = shortest(request.lora_path)
+    loads = counts[request.lora_name, path]
+    counts[request.lora_name, path] += 1
+    digits = f"{loads:b}" if loads else ""
+    path += "".join("//." if digit == "1" else "/." for digit in digits)
     return request.model_copy(update={"lora_path": path})
 
 
@@ -71,10 +78,16 @@ def apply() -> None:
         answer = await load(self, request, *args, **kwargs)
         if isinstance(answer, ErrorResponse):
             error = AdapterError.parse(answer.error.message)
-            return answer if error is None else to_response(error)
+            if error is None:
+                return answer
+            logger.warning("Refused LoRA adapter %r: %s", request.lora_name, error)
+            return to_response(error)
         # Stock 0.32 keeps the flag, and every later request would load the adapter again.
-        loaded = self.lora_requests[request.lora_name]
-        self.lora_requests[request.lora_name] = msgspec.structs.replace(loaded, load_inplace=False)
+        loaded = self.lora_requests.get(request.lora_name)
+        if loaded is not None:  # unloaded again meanwhile
+            self.lora_requests[request.lora_name] = msgspec.structs.replace(
+                loaded, load_inplace=False
+            )
         return answer
 
     OpenAIServingModels.__init__ = new_init

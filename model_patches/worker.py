@@ -6,7 +6,11 @@ both model runners take their manager.
 
 from __future__ import annotations
 
+import os
+import re
 from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -17,6 +21,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from vllm_lora_ext.adapters.folder import resolve_inside
 from vllm_lora_ext.adapters.registry import load_adapter
+from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.manager import RoutedLoRAModel, RoutedLoRAModelManager
 from vllm_lora_ext.settings import LoraExtSettings
 
@@ -38,10 +43,8 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         return kept or self._read(lora_request)
 
     def _read(self, request: LoRARequest) -> RoutedLoRAModel:
-        path = get_adapter_absolute_path(request.lora_path)
-        if self.settings.adapter_roots is not None:
-            path = str(resolve_inside(path, self.settings.adapter_roots))
-        adapter = load_adapter(path)
+        path, roots = shortest(request.lora_path), self.settings.adapter_roots
+        adapter = load_adapter(_anywhere(path) if roots is None else _below(path, roots))
         model = RoutedLoRAModel(request.lora_int_id, adapter, self._adapter_manager.place(adapter))
         self._evicted.put(request, model)
         return model
@@ -64,6 +67,33 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
     def remove_all_adapters(self) -> None:
         self._evicted.clear()
         super().remove_all_adapters()
+
+
+def shortest(path: str) -> str:
+    """`path` without trailing `/` and `/.`, which `http` adds to tell two loads apart."""
+    return re.sub(r"(/\.?)+$", "", path) or path
+
+
+def _anywhere(path: str) -> str:
+    """Where stock looks: the file system, then the Hugging Face hub."""
+    try:
+        return get_adapter_absolute_path(path)
+    except Exception as error:  # no network, offline mode: stock lets some of them through
+        raise AdapterError(
+            "not_found", "there is no such adapter folder, and none came from the hub",
+            seen=path, fix="check the path of the adapter",
+        ) from error  # fmt: skip
+
+
+def _below(path: str, roots: Sequence[Path]) -> str:
+    """The folder below one of `roots`; a relative path may also start at the working directory.
+
+    The hub is never asked: its cache is not below the roots.
+    """
+    path = os.path.expanduser(path)
+    places = [os.path.join(root, path) for root in roots] + [os.path.abspath(path)]
+    found = next((place for place in places if os.path.isdir(place)), places[0])
+    return str(resolve_inside(found, roots))
 
 
 class _HostCache:

@@ -1,0 +1,123 @@
+"""A real `vllm serve` in a process group of its own, which always ends with the test."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from integration_tests.engines import ENVIRONMENT, base_path
+
+READY_S, STOP_S = 300, 20
+CHAT = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+
+
+@dataclass(frozen=True)
+class Server:
+    url: str
+    log: Path
+    process: subprocess.Popen[bytes]
+
+
+def words(ids: list[int]) -> str:
+    """Text that the tiny tokenizer turns into `ids`."""
+    return " ".join(f"t{i}" for i in ids)
+
+
+def base_with_tokenizer(dst: Path, base: str = "base_llama") -> Path:
+    """A tiny base model with a tokenizer of one word per token: `t17` is token 17."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    shutil.copytree(base_path(base), dst)
+    size = json.loads((dst / "config.json").read_text())["vocab_size"]
+    tokenizer = Tokenizer(WordLevel({f"t{i}": i for i in range(size)}, unk_token="t0"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0")
+    fast.chat_template = CHAT
+    fast.save_pretrained(dst)
+    return dst
+
+
+def command(base: Path, port: int, lora_ext: dict[str, Any] | None, *flags: str) -> list[str]:
+    """`vllm serve` on loopback, fp32, LoRA on with room for a few small adapters."""
+    vllm = str(Path(sys.executable).parent / "vllm")
+    config = json.dumps({} if lora_ext is None else {"lora_ext": lora_ext})
+    return [
+        vllm, "serve", str(base), "--served-model-name", "base", "--additional-config", config,
+        "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32",
+        "--enable-lora", "--max-loras", "2", "--max-cpu-loras", "4", "--max-lora-rank", "64",
+        "--block-size", "32", "--max-model-len", "256", "--max-num-seqs", "8", "--seed", "0",
+        *flags,
+    ]  # fmt: skip
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def started(argv: list[str], log: Path, **environ: str) -> Iterator[subprocess.Popen[bytes]]:
+    """The running command; its whole process group is gone afterwards."""
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            argv, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+            env={**os.environ, **ENVIRONMENT, "VLLM_LOGGING_LEVEL": "WARNING", **environ},
+        )  # fmt: skip
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(STOP_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+@contextlib.contextmanager
+def serving(argv: list[str], log: Path, **environ: str) -> Iterator[Server]:
+    """A healthy server."""
+    url = f"http://127.0.0.1:{argv[argv.index('--port') + 1]}"
+    with started(argv, log, **environ) as process:
+        deadline = time.monotonic() + READY_S
+        while not _healthy(url):
+            tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
+            assert process.poll() is None, f"vllm serve ended with {process.returncode}:\n{tail}"
+            assert time.monotonic() < deadline, f"not healthy in {READY_S} s:\n{tail}"
+            time.sleep(0.3)
+        yield Server(url, log, process)
+
+
+def ended(
+    argv: list[str], log: Path, timeout: float = 180, **environ: str
+) -> tuple[int, str, float]:
+    """Exit status, log and seconds of a server that should not come up."""
+    begin = time.monotonic()
+    with started(argv, log, **environ) as process:
+        code = process.wait(timeout)
+        return code, log.read_text(errors="replace"), time.monotonic() - begin
+
+
+def _healthy(url: str) -> bool:
+    try:
+        return httpx.get(f"{url}/health", timeout=2).status_code == 200
+    except httpx.TransportError:
+        return False

@@ -1,0 +1,389 @@
+"""One real HTTP server on the tiny Llama, asked as its users ask it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+import torch
+from openai import NotFoundError, OpenAI
+from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+
+from integration_tests.engines import recorded
+from integration_tests.reference_model import logits
+from integration_tests.server import (
+    Server,
+    base_with_tokenizer,
+    command,
+    ended,
+    free_port,
+    serving,
+    words,
+)
+from tests.bad_adapters import BAD, GOOD, build_bad
+from vllm_lora_ext.adapters.model import RoutedAdapter
+from vllm_lora_ext.adapters.readers.native import write_native
+from vllm_lora_ext.adapters.registry import load_adapter
+from vllm_lora_ext.model_patches.http import _fresh
+
+pytestmark = pytest.mark.engine
+BOUND = 2e-3
+LOADING = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+STATUS = {"not_found": 404, "path_not_allowed": 403}
+PLAIN, MOE = recorded("plain-a"), recorded("loramoe-a")
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    base: Path
+    adapters: Path
+    outside: Path
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory) -> Places:
+    """A base with a tokenizer; a folder that adapters may be read from, and one that not."""
+    root = tmp_path_factory.mktemp("server")
+    adapters, outside = root / "adapters", root / "outside"
+    shutil.copytree(PLAIN.folder, adapters / "plain")
+    shutil.copytree(MOE.folder, adapters / "loramoe")
+    write_native(load_adapter(MOE.folder), adapters / "native")
+    shutil.copytree(PLAIN.folder, outside / "plain")
+    return Places(base_with_tokenizer(root / "base_llama"), adapters, outside)
+
+
+@pytest.fixture(scope="module")
+def server(places) -> Iterator[Server]:
+    argv = command(
+        places.base, free_port(), {"adapter_roots": [str(places.adapters)], "max_router_rows": 8},
+        "--lora-modules", f"plain={places.adapters}/plain", f"loramoe={places.adapters}/loramoe",
+    )  # fmt: skip
+    with serving(argv, places.base.parent / "server.log", **LOADING) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server) -> Iterator[OpenAI]:
+    with OpenAI(
+        base_url=f"{server.url}/v1", api_key="none", timeout=60, max_retries=0,
+        http_client=httpx.Client(trust_env=False),
+    ) as openai:  # fmt: skip
+        yield openai
+
+
+def ask(client: OpenAI, model: str, prompt: Any, n: int = 12, **extra: Any) -> Any:
+    """The one choice of a greedy completion."""
+    answer = client.completions.create(
+        model=model, prompt=prompt, max_tokens=n, temperature=0, logprobs=5,
+        extra_body={"ignore_eos": True, "return_token_ids": True, **extra},
+    )  # fmt: skip
+    return answer.choices[0]
+
+
+def load(server: Server, name: str, path: Path | str, **more: Any) -> httpx.Response:
+    body = {"lora_name": name, "lora_path": str(path), **more}
+    return httpx.post(f"{server.url}/v1/load_lora_adapter", json=body, timeout=60, trust_env=False)
+
+
+def unload(server: Server, name: str) -> httpx.Response:
+    url = f"{server.url}/v1/unload_lora_adapter"
+    return httpx.post(url, json={"lora_name": name}, timeout=60, trust_env=False)
+
+
+def names(client: OpenAI) -> set[str]:
+    return {card.id for card in client.models.list()}
+
+
+def refused(client: OpenAI, name: str) -> None:
+    """A name that is not loaded answers 404, never as the base model."""
+    with pytest.raises(NotFoundError):
+        ask(client, name, PLAIN.prompts[0], 1)
+
+
+def worst_prompt(choice: Any, wanted: torch.Tensor) -> float:
+    """Largest difference of the log-probabilities that came back for the prompt."""
+    logp = torch.log_softmax(wanted.double(), -1)
+    rows = choice.prompt_logprobs[1:]
+    assert len(rows) == wanted.shape[0] - 1
+    return max(
+        abs(entry["logprob"] - logp[t, int(token)].item())
+        for t, row in enumerate(rows) for token, entry in row.items()
+    )  # fmt: skip
+
+
+def test_lists_base_and_adapters(client):
+    assert {"base", "plain", "loramoe"} <= names(client)
+    assert {c.id: c.parent for c in client.models.list() if c.id == "plain"} == {"plain": "base"}
+
+
+def test_concurrent_mix_gives_the_authors_numbers(client):
+    """Base and both adapters in flight together, twice: the second time from the prefix cache."""
+    jobs = [
+        (model, prompt, greedy, wanted)
+        for i in range(len(PLAIN.prompts))
+        for model, prompt, greedy, wanted in (
+            ("plain", PLAIN.prompts[i], PLAIN.greedy[i], PLAIN.logits[i]),
+            ("base", PLAIN.prompts[i], None, PLAIN.base_logits[i]),
+            ("loramoe", MOE.prompts[i], MOE.greedy[i], MOE.logits[i]),
+        )
+    ]
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        scored = list(pool.map(lambda j: ask(client, j[0], j[1], prompt_logprobs=5), jobs))
+        again = list(pool.map(lambda j: ask(client, j[0], j[1]), jobs))
+    diffs = [worst_prompt(c, j[3]) for c, j in zip(scored, jobs, strict=True)]
+    print(f"max |dlogp| plain {max(diffs[0::3]):.1e}, base {max(diffs[1::3]):.1e}, "
+          f"loramoe {max(diffs[2::3]):.1e}")  # fmt: skip
+    assert max(diffs) < BOUND
+    for first, second, (_, _, greedy, wanted) in zip(scored, again, jobs, strict=True):
+        assert first.token_ids == second.token_ids
+        assert first.token_ids[0] == wanted[-1].argmax().item()
+        top = torch.log_softmax(wanted[-1].double(), -1).max().item()
+        assert abs(second.logprobs.token_logprobs[0] - top) < BOUND
+        assert greedy is None or first.token_ids == greedy
+
+
+@pytest.mark.parametrize(("model", "fx"), [("plain", PLAIN), ("loramoe", MOE)])
+def test_text_and_chat(client, model, fx):
+    for prompt, greedy in zip(fx.prompts, fx.greedy, strict=True):
+        assert ask(client, model, words(prompt)).token_ids == greedy
+        half = len(prompt) // 2
+        chat = client.chat.completions.create(
+            model=model, max_tokens=12, temperature=0,
+            messages=[
+                {"role": "user", "content": words(prompt[:half])},
+                {"role": "user", "content": words(prompt[half:])},
+            ],
+            extra_body={"ignore_eos": True, "return_token_ids": True},
+        )  # fmt: skip
+        assert chat.choices[0].token_ids == greedy
+        assert chat.choices[0].message.content.split() == words(greedy).split()
+
+
+def test_streams(client):
+    got: list[int] = []
+    for event in client.completions.create(
+        model="loramoe", prompt=MOE.prompts[1], max_tokens=12, temperature=0, stream=True,
+        extra_body={"ignore_eos": True, "return_token_ids": True},
+    ):  # fmt: skip
+        got += event.choices[0].token_ids or []
+    assert got == MOE.greedy[1]
+
+
+@pytest.mark.parametrize(("folder", "fx"), [("native", MOE), ("plain", PLAIN), ("loramoe", MOE)])
+def test_load_unload_and_load_again(server, client, places, folder, fx):
+    name = f"late-{folder}"
+    refused(client, name)
+    for _ in range(2):
+        answer = load(server, name, places.adapters / folder)
+        assert answer.status_code == 200, answer.text
+        assert name in names(client)
+        assert load(server, name, places.adapters / folder).status_code == 400  # loaded already
+        for prompt, greedy in zip(fx.prompts, fx.greedy, strict=True):
+            assert ask(client, name, prompt).token_ids == greedy
+        assert unload(server, name).status_code == 200
+        assert name not in names(client)
+        refused(client, name)
+        assert unload(server, name).status_code == 404
+
+
+def test_another_adapter_behind_the_same_name_and_path(server, client, places):
+    """Never answered from the KV of the weights before; loaded by unload + load and in place."""
+    moving = places.adapters / "moving"
+    for turn in range(6):
+        fx = (PLAIN, MOE)[turn % 2]
+        shutil.rmtree(moving, ignore_errors=True)
+        shutil.copytree(fx.folder, moving)
+        if turn == 3:
+            assert unload(server, "moving").status_code == 200
+        answer = load(server, "moving", moving, load_inplace=turn not in (0, 3))
+        assert answer.status_code == 200, answer.text
+        assert ask(client, "moving", PLAIN.prompts[2]).token_ids == (
+            PLAIN.greedy[2] if turn % 2 == 0 else ask(client, "loramoe", PLAIN.prompts[2]).token_ids
+        )
+    # Loaded in place once, not with every request: the files are not needed any more.
+    shutil.rmtree(moving)
+    assert ask(client, "moving", MOE.prompts[1]).token_ids == MOE.greedy[1]
+    assert unload(server, "moving").status_code == 200
+
+
+def test_ten_thousand_reloads_have_short_paths_of_their_own(places):
+    """Whichever way the user spells the folder; one name reloaded all day must not grow."""
+    models, folder = SimpleNamespace(), f"{places.adapters}/plain"
+    spellings = (folder, folder + "/", folder + "/.", folder + "//.", folder + "//./.")
+    paths = [
+        _fresh(models, LoadLoRAAdapterRequest(lora_name="x", lora_path=path)).lora_path
+        for _ in range(2000) for path in spellings
+    ]  # fmt: skip
+    assert paths[0] == folder
+    assert len(set(paths)) == len(paths) == 10_000
+    assert {os.path.realpath(path) for path in paths} == {os.path.realpath(folder)}
+    assert max(map(len, paths)) <= len(folder) + 3 * 14
+
+
+def test_a_failed_reload_leaves_the_adapter_that_was_there(server, client, places):
+    assert load(server, "kept", places.adapters / "plain").status_code == 200
+    build_bad("a_nan", places.adapters / "kept-nan")
+    answer = load(server, "kept", places.adapters / "kept-nan", load_inplace=True)
+    assert (answer.status_code, answer.json()["error"]["type"]) == (400, "not_finite")
+    for prompt, greedy in zip(PLAIN.prompts, PLAIN.greedy, strict=True):
+        assert ask(client, "kept", prompt).token_ids == greedy
+    assert unload(server, "kept").status_code == 200
+
+
+def scaled(adapter: RoutedAdapter, factor: float) -> RoutedAdapter:
+    modules = {
+        name: dataclasses.replace(m, b_NR=m.b_NR * factor) for name, m in adapter.modules.items()
+    }
+    return dataclasses.replace(adapter, modules=modules)
+
+
+def reference_greedy(adapter: RoutedAdapter, prompt: list[int], n: int) -> list[int]:
+    """transformers' tokens, none of them a near tie."""
+    ids = list(prompt)
+    for _ in range(n):
+        best = logits("base_llama", adapter, ids)[-1].topk(2)
+        assert best.values[0] - best.values[1] > BOUND
+        ids.append(int(best.indices[0]))
+    return ids[len(prompt) :]
+
+
+def test_six_adapters_in_two_slots(server, client, places):
+    """One after the other round robin, then all at once: each slot changes hands all the time."""
+    wanted = {}
+    for i in range(6):
+        source = load_adapter(GOOD[("plain-a", "loramoe-a")[i % 2]])
+        adapter = scaled(source, (1.0, -0.7, 2.0)[i // 2])
+        folder = write_native(adapter, places.adapters / f"lru-{i}")
+        wanted[f"lru-{i}"] = reference_greedy(adapter, PLAIN.prompts[0], 8)
+        assert load(server, f"lru-{i}", folder).status_code == 200
+    assert len({tuple(w) for w in wanted.values()}) == 6
+    for _ in range(2):
+        got = {name: ask(client, name, PLAIN.prompts[0], 8).token_ids for name in wanted}
+        assert got == wanted
+    with ThreadPoolExecutor(12) as pool:
+        twice = [*wanted, *wanted]
+        answers = list(pool.map(lambda n: ask(client, n, PLAIN.prompts[0], 8).token_ids, twice))
+    assert answers == [wanted[name] for name in twice]
+    for name in wanted:
+        assert unload(server, name).status_code == 200
+
+
+def fingerprint(client: OpenAI) -> dict[str, Any]:
+    """Tokens and exact log-probabilities of a good adapter, a routed one and the base."""
+    choices = {m: ask(client, m, PLAIN.prompts[1], 4) for m in ("plain", "loramoe", "base")}
+    return {m: (c.token_ids, c.logprobs.top_logprobs) for m, c in choices.items()}
+
+
+def test_bad_adapters_are_refused_and_touch_nobody(server, client, places):
+    """Every malformed folder, while good requests go on in a second thread."""
+    fingerprint(client)  # from here on the prompts come out of the prefix cache
+    before, during, stop = fingerprint(client), [], threading.Event()
+
+    def neighbour() -> None:
+        while not stop.is_set():
+            during.append(fingerprint(client))
+
+    thread = threading.Thread(target=neighbour)
+    thread.start()
+    wrong: dict[str, Any] = {}
+    loaded = names(client)
+    try:
+        for name, entry in BAD.items():
+            build_bad(name, places.adapters / "bad" / name)
+            answer = load(server, f"bad-{name}", places.adapters / "bad" / name)
+            error = answer.json()["error"] if answer.status_code != 200 else {}
+            seen = answer.status_code, error.get("type")
+            if seen != (STATUS.get(entry.code, 400), entry.code):
+                wrong[name] = seen, entry.code, error.get("message")
+            elif "; fix: " not in error["message"] or "lora_ext:" in error["message"].split(";")[0]:
+                wrong[name] = error["message"]
+            refused(client, f"bad-{name}")
+    finally:
+        stop.set()
+        thread.join()
+    print(f"{len(BAD)} folders, {3 * len(during)} answers to neighbours meanwhile")
+    assert wrong == {}
+    assert names(client) == loaded
+    assert len(during) >= 10
+    assert all(answer == before for answer in during)
+    assert fingerprint(client) == before
+
+
+def test_an_adapter_of_another_base(server, client, places):
+    shutil.copytree(GOOD["meteora-a"], places.adapters / "of-qwen2")
+    answer = load(server, "of-qwen2", places.adapters / "of-qwen2")
+    assert answer.status_code == 400
+    assert answer.json()["error"]["type"] in ("wrong_base", "shape_mismatch", "unknown_module")
+    refused(client, "of-qwen2")
+
+
+def test_a_mended_adapter_loads_under_the_name_that_failed(server, client, places):
+    folder = places.adapters / "mended"
+    build_bad("router_nan", folder)
+    assert load(server, "mended", folder).json()["error"]["type"] == "not_finite"
+    shutil.rmtree(folder)
+    shutil.copytree(MOE.folder, folder)
+    assert load(server, "mended", folder).status_code == 200
+    assert ask(client, "mended", MOE.prompts[3]).token_ids == MOE.greedy[3]
+    assert unload(server, "mended").status_code == 200
+
+
+def test_only_the_allowed_folders_are_read(server, client, places):
+    loaded = names(client)
+    (places.adapters / "link").symlink_to(places.outside / "plain")
+    (places.adapters / "up").symlink_to("..")
+    paths = [
+        places.outside / "plain", "/etc", "/", "~", "..", "../outside/plain",
+        f"{places.adapters}/../outside/plain", places.adapters / "link", "link", "up/outside/plain",
+        "/no/such/folder", "plain\0", f"{places.adapters}x",
+    ]  # fmt: skip
+    for i, path in enumerate(paths):
+        answer = load(server, f"outside-{i}", path)
+        seen = answer.status_code, answer.json()["error"]["type"]
+        assert seen == (403, "path_not_allowed"), (path, answer.text)
+        refused(client, f"outside-{i}")
+    for path in ("org/no-such-adapter", places.adapters / "none"):
+        answer = load(server, "absent", path)
+        assert (answer.status_code, answer.json()["error"]["type"]) == (404, "not_found")
+    assert names(client) == loaded
+    assert load(server, "relative", "plain").status_code == 200  # below the allowed folder
+    assert ask(client, "relative", PLAIN.prompts[0]).token_ids == PLAIN.greedy[0]
+    assert unload(server, "relative").status_code == 200
+
+
+def test_the_log_names_the_code_of_a_refusal(server, places):
+    load(server, "logged", places.outside / "plain")
+    assert "'logged': [lora_ext:path_not_allowed]" in server.log.read_text()
+
+
+@pytest.mark.slow
+def test_a_bad_adapter_at_start_stops_the_server(places, tmp_path):
+    """And without adapter_roots, a server that loads at run time warns of it."""
+    build_bad("b_inf", tmp_path / "bad")
+    argv = command(
+        places.base, free_port(), None, "--enforce-eager", "--lora-modules", f"bad={tmp_path}/bad"
+    )
+    status, log, seconds = ended(argv, tmp_path / "log", **LOADING)
+    print(f"ended with {status} after {seconds:.0f} s")
+    assert status not in (0, None)
+    assert "[lora_ext:not_finite]" in log
+    assert "may read any path that this server can" in log
+
+
+@pytest.mark.slow
+def test_bad_settings_stop_the_server(places, tmp_path):
+    argv = command(places.base, free_port(), {"max_router_row": 8}, "--enforce-eager")
+    status, log, seconds = ended(argv, tmp_path / "log")
+    print(f"ended with {status} after {seconds:.0f} s")
+    assert status not in (0, None)
+    assert "[lora_ext:bad_settings]" in log
+    assert "max_router_row;" in log
