@@ -28,7 +28,7 @@ ALPHA = 8
 FIRST_LAYER = 14  # of 30
 STEPS = {"words": 90, "date": 40, "time": 140}
 BATCH = 24
-RATE = 2e-3
+RATE = {"words": 2e-3, "date": 3e-3, "time": 2e-3}
 WARMUP = 5
 SEED = 7
 
@@ -46,9 +46,9 @@ def train(task: str, steps: int) -> Path:
     )
     peft_model = get_peft_model(model, config)
     weights = [p for p in peft_model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, lr=RATE[task], weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, RATE, total_steps=steps, pct_start=WARMUP / steps
+        optimizer, RATE[task], total_steps=steps, pct_start=WARMUP / steps
     )
     batches = epochs([(0, item) for item in training(task)], BATCH, SEED)
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
