@@ -86,23 +86,27 @@ def start(backend: str, requests: list[Request], folder: Path, **options: Any) -
     command = [sys.executable, "-m", "integration_tests.tp_worker"]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     log = folder / "log.txt"
+    with log.open("w") as out:
+        engine = subprocess.Popen(
+            [*command, str(folder / "job.json"), str(folder / "result.pt")],
+            env=os.environ | TP_ENVIRONMENT | {"PYTHONPATH": path, MARK: mark},
+            cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
     try:
-        with log.open("w") as out:
-            done = subprocess.run(
-                [*command, str(folder / "job.json"), str(folder / "result.pt")],
-                env=os.environ | TP_ENVIRONMENT | {"PYTHONPATH": path, MARK: mark},
-                cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, timeout=TIMEOUT,
-            )  # fmt: skip
+        code = engine.wait(TIMEOUT)
+    except BaseException:
+        engine.kill()
+        raise
     finally:
-        left = end_all(mark)
+        left = end_all(mark, engine.pid)
     assert not left, f"still running after the engine's end: {left}"
-    return done.returncode, log.read_text()
+    return code, log.read_text()
 
 
-def end_all(mark: str) -> list[str]:
+def end_all(mark: str, session: int) -> list[str]:
     """Ends what is left of a run after a moment's grace, and says what that was."""
     deadline = time.monotonic() + 15
-    while (left := ours(mark)) and time.monotonic() < deadline:
+    while (left := ours(mark, session)) and time.monotonic() < deadline:
         time.sleep(0.2)
     names = []
     for process in left:

@@ -3,7 +3,7 @@
     python -m integration_tests.tp_worker JOB.json RESULT.pt
 
 Its own process because the environment decides (threads, executor, Ray's switches) and because
-what it starts must be gone afterwards. Every process of it carries `MARK` in its environment.
+what it starts must be gone afterwards: see `ours`.
 """
 
 from __future__ import annotations
@@ -115,23 +115,31 @@ def seen(worker: Any) -> list[tuple[str, str, Any]]:
     return [(name, what, value.numpy()) for name, what, value in _seen]
 
 
-def ours(mark: str) -> list[psutil.Process]:
-    """Every live process that was started in the run `mark`, found by its environment."""
+def ours(mark: str, session: int) -> list[psutil.Process]:
+    """Every live process of a run: Ray's daemons keep its mark, vLLM's workers its session.
+
+    (A worker that sets its title overwrites the environment that others see.)
+    """
     found = []
     for process in psutil.process_iter():
         try:
-            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+            mine = os.getsid(process.pid) == session or process.environ().get(MARK) == mark
+            if mine and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
+        except (psutil.NoSuchProcess, psutil.AccessDenied, ProcessLookupError, PermissionError):
             continue
     return found
+
+
+def this_run() -> list[psutil.Process]:
+    return ours(os.environ[MARK], os.getsid(0))
 
 
 def shared_memory() -> set[Path]:
     """The shared memory of this run's processes."""
     return {
         Path(m.path)
-        for process in ours(os.environ[MARK])
+        for process in this_run()
         for m in process.memory_maps()
         if m.path.startswith("/dev/shm/") and not m.path.endswith("(deleted)")
     }
@@ -142,7 +150,7 @@ def listening() -> list[tuple[str, str]]:
     return sorted(
         {
             (c.laddr.ip, process.name())
-            for process in ours(os.environ[MARK])
+            for process in this_run()
             for c in process.net_connections("tcp")
             if c.status == psutil.CONN_LISTEN
         }
@@ -151,7 +159,7 @@ def listening() -> list[tuple[str, str]]:
 
 @contextmanager
 def shared_memory_removed() -> Iterator[set[Path]]:
-    """vLLM ends its Ray workers by SIGKILL, so that their shared memory stays (0.32)."""
+    """vLLM ends its workers by a signal, so that some of their shared memory stays (0.32)."""
     kept: set[Path] = set()
     try:
         yield kept
