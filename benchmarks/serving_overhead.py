@@ -150,24 +150,28 @@ def check(ask: Any, base: str, folders: dict[str, Path]) -> None:
     print("check passed: greedy tokens equal transformers' for", ", ".join(ENGINES["plugin"]))
 
 
-def measure(ask: Any, batches: list[int], rounds: int) -> dict[str, Any]:
-    """Seconds per phase: decode is a long generation minus the same with one token."""
+def warm_up(ask: Any, batch: int) -> None:
+    """Allocations, and shapes that the compiler has not seen."""
+    prompts = np.random.default_rng(3).integers(1000, 20000, (batch, 16)).tolist()
+    for kind, whats in ENGINES.items():
+        for what in whats:
+            ask(kind, what, prompts, 4)
+
+
+def measure(ask: Any, batch: int, rounds: int) -> dict[str, float]:
+    """Median seconds per phase; decode is a long generation minus the same with one token."""
     times: dict[str, list[float]] = {}
     rng = np.random.default_rng(2)
-    for kind, whats in ENGINES.items():
-        for what in whats:  # warm up: allocations, and shapes that the compiler has not seen
-            ask(kind, what, rng.integers(1000, 20000, (max(batches), 16)).tolist(), 4)
-    for batch in batches:
-        for turn in range(1, rounds + 1):
-            prompts = rng.integers(1000, 20000, (batch, PREFILL)).tolist()
-            short = [p[:16] for p in prompts]
-            for kind, whats in ENGINES.items():
-                for what in whats:
-                    prefill = ask(kind, what, prompts, 1)[0]
-                    one, many = ask(kind, what, short, 1)[0], ask(kind, what, short, DECODE + 1)[0]
-                    times.setdefault(f"{kind}/{what}/prefill/{batch}", []).append(prefill)
-                    times.setdefault(f"{kind}/{what}/decode/{batch}", []).append(many - one)
-            print(f"batch {batch}: round {turn}/{rounds}", flush=True)
+    for turn in range(1, rounds + 1):
+        prompts = rng.integers(1000, 20000, (batch, PREFILL)).tolist()
+        short = [p[:16] for p in prompts]
+        for kind, whats in ENGINES.items():
+            for what in whats:
+                prefill = ask(kind, what, prompts, 1)[0]
+                one, many = ask(kind, what, short, 1)[0], ask(kind, what, short, DECODE + 1)[0]
+                times.setdefault(f"{kind}/{what}/prefill/{batch}", []).append(prefill)
+                times.setdefault(f"{kind}/{what}/decode/{batch}", []).append(many - one)
+        print(f"batch {batch}: round {turn}/{rounds}", flush=True)
     return {key: statistics.median(values) for key, values in times.items()}
 
 
@@ -219,19 +223,27 @@ def main() -> None:
 
         try:
             check(ask, base, folders)
-            times = measure(ask, batches, args.rounds)
+            warm_up(ask, max(batches))
+            times: dict[str, float] = {}
+            for i, batch in enumerate(batches, 1):
+                times |= measure(ask, batch, args.rounds)
+                save(args.out, times, batches[:i])
         finally:
             for kind in pipes:
                 pipes[kind].send(None)
             for process in processes:
                 process.join(20)
-    rows = table(times, batches)
-    show(rows)
-    result = {"machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores",
-              "torch": torch.__version__, "prefill_tokens": PREFILL, "decode_tokens": DECODE,
-              "seconds": times, "overhead": rows}  # fmt: skip
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(result, indent=1) + "\n")
+    show(table(times, batches))
+
+
+def save(out: Path, times: dict[str, float], batches: list[int]) -> None:
+    result = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__,
+        "prefill_tokens": PREFILL, "decode_tokens": DECODE, "seconds": times,
+        "overhead": table(times, batches),
+    }  # fmt: skip
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def show(rows: list[dict[str, Any]]) -> None:

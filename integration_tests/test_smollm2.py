@@ -1,8 +1,9 @@
 """The demo's model in bfloat16, end to end: greedy text against transformers.
 
-bfloat16 keeps eight bits of mantissa and the two programs add in another order, so their logits
-differ in the second decimal. Where transformers' best token beats the engine's by less than
-`BOUND` the two are tied for this test; past such a place the texts are not compared.
+transformers computes the same bfloat16 weights in float32. bfloat16 keeps eight bits, so at the
+size of these logits (16 to 32) a step is 0.125, and thirty layers of rounding come to a few steps.
+Where transformers' best token beats the engine's by less than `BOUND` the two are tied for this
+test; past such a place the texts are not compared.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from vllm_lora_ext.adapters.hf import apply_adapter
 from vllm_lora_ext.adapters.registry import load_adapter
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-BOUND = 0.5  # four steps of bfloat16 at the size of these logits; answers are decided by 3 to 20
+BOUND = 0.35  # logits, three steps; the demo's answers are decided by 3 to 20
 ITEMS, TOKENS = 4, 14
 
 
@@ -35,7 +36,7 @@ def demo():
 
 def test_greedy_text_equals_transformers(demo):
     smollm, tasks = demo
-    model, tokenizer = smollm.load(torch.bfloat16)
+    model, tokenizer = smollm.load(torch.float32)
     names = [*tasks.TASKS, "routed"]
     folders = {name: tasks.ADAPTERS / name for name in names}
     requests = [
@@ -54,13 +55,16 @@ def test_greedy_text_equals_transformers(demo):
     finally:
         close(llm)
     adapters = {name: load_adapter(folders[name]) for name in names}
-    same, ties = 0, 0
-    for (prompt, name), answer in zip(requests, answers, strict=True):
-        gap = first_difference(model, adapters.get(name), prompt, answer)
-        assert gap < BOUND, f"{name}: {tokenizer.decode(prompt)!r} -> {tokenizer.decode(answer)!r}"
-        same, ties = same + (gap == 0), ties + (gap > 0)
-    print(f"{same} of {len(requests)} texts equal, {ties} part at a tie below {BOUND}")
-    assert same >= 0.8 * len(requests)
+    gaps = {
+        (name, tokenizer.decode(prompt), tokenizer.decode(answer)): first_difference(
+            model, adapters.get(name), prompt, answer
+        )
+        for (prompt, name), answer in zip(requests, answers, strict=True)
+    }
+    same = sum(gap == 0 for gap in gaps.values())
+    print(f"{same} of {len(gaps)} texts equal, largest gap at a parting {max(gaps.values()):.2f}")
+    assert [k for k, gap in gaps.items() if gap >= BOUND] == []
+    assert same >= 0.85 * len(gaps)
 
 
 def until_end(answer: list[int], tokenizer) -> list[int]:
