@@ -13,7 +13,8 @@ class GatedSlice(Protocol):
     """What one adapter does to one linear layer, or to one slice of a fused one.
 
     a_RK [R, in], b_NR [out, R] with every scale folded in, router_GK [G, in], bias_G [G],
-    head_K [in]; the last three where the gate asks for them.
+    head_K [in]; the last three where the gate asks for them. a_RK has R / n rows when n experts
+    share one A.
     """
 
     @property
@@ -41,7 +42,8 @@ def delta_reference(s: GatedSlice, x_TK: torch.Tensor) -> torch.Tensor:
     u_TG = ax_TR if s.router_GK is None else x_TK @ s.router_GK.float().t()
     head_T = None if s.head_K is None else x_TK @ s.head_K.float() + s.head_bias
     g_TR = gate_reference(s.gate, u_TG, s.bias_G, head_T)
-    return (g_TR * ax_TR) @ s.b_NR.float().t()
+    sharing = s.b_NR.shape[1] // s.a_RK.shape[0]
+    return (g_TR * ax_TR.repeat(1, sharing)) @ s.b_NR.float().t()
 
 
 def gate_reference(

@@ -67,7 +67,7 @@ def _gate_(h_TR: torch.Tensor, plan: SlotPlan) -> None:
         h_TR[:, : plan.num_ranks].unflatten(1, (n, block)).mul_(g_TSG.reshape(-1, n, 1))
         return
     for p in plan.slices:
-        if p.gate.source != "none":
+        if p.gate.source != "none" and not p.shares_a:
             ax_TR = h_TR[:, p.a_start : p.a_stop]
             ax_TR.mul_(_slice_gate(h_TR, ax_TR, p))
 
@@ -118,6 +118,9 @@ def _expand_(
 ) -> None:
     for p in plan.slices:
         h = h_TR[:, p.a_start : p.a_stop]
+        if p.shares_a:  # one Ax for all experts; each has its own gate and its own B
+            g_TR = _slice_gate(h_TR, h, p)
+            h = g_TR * h.repeat(1, g_TR.shape[1] // h.shape[1])
         y = y_TN[:, p.y_start : p.y_stop]
         if index_T is not None:
             y.index_add_(0, index_T, torch.mm(h, p.bt_RN.float()).to(y.dtype))

@@ -13,7 +13,10 @@ from vllm_lora_ext.routing import GatedSlice, GateSpec
 
 @dataclass(frozen=True)
 class SlicePlan:
-    """Where one slice's numbers stand: columns of u, columns of y, its gate and its B."""
+    """Where one slice's numbers stand: columns of u, columns of y, its gate and its B.
+
+    `bt_RN` has more rows than A when its experts share one A.
+    """
 
     gate: GateSpec
     y_start: int
@@ -25,6 +28,10 @@ class SlicePlan:
     bt_RN: torch.Tensor
     bias_G: torch.Tensor | None
     head_bias: float
+
+    @property
+    def shares_a(self) -> bool:
+        return self.bt_RN.shape[0] != self.a_stop - self.a_start
 
 
 @dataclass(frozen=True)
@@ -93,12 +100,17 @@ class Site:
             ValueError: a slice does not fit the buffers (the slot is left empty).
         """
         self.plans[slot] = None
+        self.plans[slot] = self.store(slot, slices)
+
+    def store(self, slot: int, slices: Sequence[GatedSlice | None]) -> SlotPlan | None:
+        """Writes a slot's weights and says where they stand, without the slot adding anything:
+        for blocks of layers that use them in their own way. Raises ValueError, as `write`."""
         parts = [(i, s) for i, s in enumerate(slices) if s is not None]
         if not parts:
-            return
+            return None
         for i, s in parts:
             self._check(i, s)
-        num_ranks = sum(s.a_RK.shape[0] for _, s in parts)
+        num_ranks = sum(s.a_RK.shape[0] for _, s in parts)  # a shared A counts once
         routers = [_router_rows(s) for _, s in parts]
         rows_RK = torch.cat([s.a_RK for _, s in parts] + [r for r in routers if r is not None])
         self.rows_SRK[slot, : len(rows_RK)].copy_(rows_RK)
@@ -107,7 +119,7 @@ class Site:
             plans.append(self._plan_slice(slot, i, s, a_start, router_start))
             a_start += s.a_RK.shape[0]
             router_start += 0 if router is None else len(router)
-        self.plans[slot] = SlotPlan(
+        return SlotPlan(
             rows_RK=self.rows_SRK[slot, : len(rows_RK)],
             num_ranks=num_ranks,
             slices=tuple(plans),
@@ -116,7 +128,7 @@ class Site:
         )
 
     def _check(self, i: int, s: GatedSlice) -> None:
-        rank, router_rows = s.a_RK.shape[0], s.gate.router_rows - int(s.gate.threshold_head)
+        rank, router_rows = s.b_NR.shape[1], s.gate.router_rows - int(s.gate.threshold_head)
         if rank > self.max_rank or router_rows > self.max_router_rows:
             raise ValueError(
                 f"slice {i}: rank {rank} of {self.max_rank}, router rows {router_rows} of "
@@ -131,8 +143,7 @@ class Site:
     def _plan_slice(
         self, slot: int, i: int, s: GatedSlice, a_start: int, router_start: int
     ) -> SlicePlan:
-        rank = s.a_RK.shape[0]
-        bt_RN = self.bt_SRN[i][slot, :rank]
+        bt_RN = self.bt_SRN[i][slot, : s.b_NR.shape[1]]
         bt_RN.copy_(s.b_NR.t())
         y_start = self.y_start + sum(self.slice_sizes[:i])
         bias_G = None if s.bias_G is None else s.bias_G.float().to(bt_RN.device)
@@ -141,7 +152,7 @@ class Site:
             y_start=y_start,
             y_stop=y_start + self.slice_sizes[i],
             a_start=a_start,
-            a_stop=a_start + rank,
+            a_stop=a_start + s.a_RK.shape[0],
             router_start=router_start,
             head_at=router_start + s.gate.router_rows - 1,
             bt_RN=bt_RN,
@@ -160,7 +171,7 @@ def _router_rows(s: GatedSlice) -> torch.Tensor | None:
 def _shared_gate(plans: Sequence[SlicePlan]) -> GateSpec | None:
     """The slices' gate when one view of u holds all their logits and all blocks are equal."""
     gate = plans[0].gate
-    same = all(p.gate == gate for p in plans) and all(p.bias_G is None for p in plans)
+    same = all(p.gate == gate and p.bias_G is None and not p.shares_a for p in plans)
     if same and gate.router_rows == gate.num_gates > 0 and len(set(gate.blocks)) == 1:
         return gate
     return None

@@ -9,9 +9,15 @@ from collections.abc import Mapping
 
 import torch
 
-from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
+from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
 from vllm_lora_ext.errors import AdapterError
 
+# Linears of an MLP block on which experts may stand, by how the model spells its block.
+BLOCK_PARTS = (
+    frozenset({"gate_proj", "up_proj", "down_proj"}),
+    frozenset({"gate_up_proj", "down_proj"}),
+    frozenset({"fc1", "fc2"}),
+)
 ALLOWED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank accepts
 
 
@@ -22,7 +28,7 @@ def check_adapter(adapter: RoutedAdapter) -> None:
         AdapterError: `empty_adapter`, `bad_shape`, `rank_mismatch`, `missing_tensor`,
             `unexpected_tensor`, `not_finite`, `unsupported_feature`.
     """
-    if not adapter.modules:
+    if not adapter.modules and not adapter.blocks:
         raise AdapterError(
             "empty_adapter", "the adapter adapts no layer at all", fix="save the adapter again"
         )
@@ -30,6 +36,14 @@ def check_adapter(adapter: RoutedAdapter) -> None:
         _check_matrices(name, module)
         _check_gate_tensors(name, module)
         _check_finite(name, module)
+    for name, block in adapter.blocks.items():
+        _check_block(name, block)
+    twice = sorted(set(adapter.modules) & set(_block_parts(adapter)))
+    if twice:
+        raise AdapterError(
+            "duplicate_tensor", "a layer is adapted both by itself and in its MLP block",
+            seen=twice[0], fix="keep one of them",
+        )  # fmt: skip
 
 
 def check_fits(
@@ -52,23 +66,25 @@ def check_fits(
         AdapterError: `wrong_base`, `unknown_module`, `shape_mismatch`, `rank_too_large`,
             `router_too_large`, `overflow`.
     """
-    wrong = {
-        name: error for name, m in adapter.modules.items() if (error := _fits(name, m, shapes))
-    }
+    layers: dict[str, RoutedModule | LowRank] = {**adapter.modules, **_block_parts(adapter)}
+    wrong = {name: error for name, m in layers.items() if (error := _fits(name, m, shapes))}
     trained_on, served = _last_part(adapter.base_model), _last_part(base_name)
-    if trained_on and served and trained_on != served and 2 * len(wrong) > len(adapter.modules):
+    if trained_on and served and trained_on != served and 2 * len(wrong) > len(layers):
         raise AdapterError(
             "wrong_base",
             f"the adapter was made for '{trained_on}', this server runs '{served}': {len(wrong)} of"
-            f" {len(adapter.modules)} adapted layers do not fit, for example {min(wrong)}",
+            f" {len(layers)} adapted layers do not fit, for example {min(wrong)}",
             fix=f"serve it with '{trained_on}'",
         )
     for error in wrong.values():
         raise error
-    for name, module in adapter.modules.items():
-        _check_limits(name, module, max_rank, max_router_rows)
-        if dtype is not None:
-            _check_range(name, module, dtype)
+    for name, block in adapter.blocks.items():
+        _check_router_width(name, block, shapes)
+    for name, gated in {**adapter.modules, **adapter.blocks}.items():
+        _check_limits(name, gated, max_rank, max_router_rows)
+    if dtype is not None:
+        for name, layer in layers.items():
+            _check_range(name, layer, dtype)
 
 
 def _check_matrices(name: str, module: RoutedModule) -> None:
@@ -80,17 +96,19 @@ def _check_matrices(name: str, module: RoutedModule) -> None:
                 seen=list(matrix.shape), limit="[R, in] for A, [out, R] for B, none of them 0",
                 fix="save the adapter again",
             )  # fmt: skip
-    if a.shape[0] != b.shape[1]:
+    gate = module.gate
+    # Experts that share one A: each block of B goes with all rows of A.
+    shared = gate.source in ("router", "prototype") and set(gate.blocks) == {a.shape[0]}
+    if a.shape[0] != b.shape[1] and not shared:
         raise AdapterError(
             "rank_mismatch", f"A and B of {name} disagree on the rank",
             seen=f"A {list(a.shape)}, B {list(b.shape)}", limit="A [R, in], B [out, R]",
             fix="save the adapter again",
         )  # fmt: skip
-    gate = module.gate
-    if gate.source != "none" and sum(gate.blocks) != a.shape[0]:
+    if gate.source != "none" and sum(gate.blocks) != b.shape[1]:
         raise AdapterError(
-            "rank_mismatch", f"the gate of {name} covers another number of ranks than A has",
-            seen=f"blocks sum to {sum(gate.blocks)}", limit=f"{a.shape[0]}, the rows of A",
+            "rank_mismatch", f"the gate of {name} covers another number of ranks than B has",
+            seen=f"blocks sum to {sum(gate.blocks)}", limit=f"{b.shape[1]}, the columns of B",
             fix="mend the gate's blocks",
         )  # fmt: skip
     if gate.source != "none" and module.kind == "embedding":
@@ -132,6 +150,10 @@ def _check_finite(name: str, module: RoutedModule) -> None:
         "bias": module.bias_G, "threshold head": module.head_K,
         "threshold head's bias": torch.tensor(module.head_bias),
     }  # fmt: skip
+    _refuse_not_finite(name, tensors)
+
+
+def _refuse_not_finite(name: str, tensors: Mapping[str, torch.Tensor | None]) -> None:
     for what, tensor in tensors.items():
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             bad = int((~torch.isfinite(tensor)).sum())
@@ -142,8 +164,62 @@ def _check_finite(name: str, module: RoutedModule) -> None:
             )  # fmt: skip
 
 
+def _check_block(name: str, block: MixBlock) -> None:
+    gate = block.gate
+    plain = gate.bias == "none" and not gate.threshold_head
+    if gate.source != "router" or not plain:
+        raise AdapterError(
+            "unsupported_feature", f"the MLP block {name} has a gate that blocks do not have",
+            seen=gate.to_dict(), limit="a router without bias or threshold head",
+            fix="use experts of single layers",
+        )  # fmt: skip
+    names = set(block.parts)
+    if not names or not any(names <= known for known in BLOCK_PARTS):
+        raise AdapterError(
+            "unsupported_feature", f"the experts of the MLP block {name} stand on unknown layers",
+            seen=sorted(names), limit=[", ".join(sorted(known)) for known in BLOCK_PARTS],
+            fix="check which system the adapter is of",
+        )  # fmt: skip
+    router = block.router_GK
+    if router.ndim != 2 or router.shape[0] != gate.num_gates:
+        raise AdapterError(
+            "bad_shape", f"the router of {name} has the wrong shape", seen=list(router.shape),
+            limit=f"[{gate.num_gates}, in]", fix="save the adapter again",
+        )  # fmt: skip
+    for part, m in block.parts.items():
+        a, b = m.a_RK, m.b_NR
+        wanted = a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] == block.rank
+        if not wanted or 0 in (*a.shape, *b.shape):
+            raise AdapterError(
+                "rank_mismatch", f"A and B of {name}.{part} do not have the experts' ranks",
+                seen=f"A {list(a.shape)}, B {list(b.shape)}",
+                limit=f"A [{block.rank}, in], B [out, {block.rank}]", fix="save the adapter again",
+            )  # fmt: skip
+        _refuse_not_finite(f"{name}.{part}", {"A": a, "B times its scale": b})
+    _refuse_not_finite(name, {"router": router})
+
+
+def _check_router_width(
+    name: str, block: MixBlock, shapes: Mapping[str, tuple[int, int]]
+) -> None:
+    """The router reads what the block's first linear reads, adapted or not."""
+    first = (f"{name}.{part}" for part in ("gate_proj", "up_proj", "gate_up_proj", "fc1"))
+    width = next((shapes[layer][0] for layer in first if layer in shapes), None)
+    if width != block.router_GK.shape[1]:
+        raise AdapterError(
+            "shape_mismatch", f"the router of {name} does not fit the model",
+            seen=list(block.router_GK.shape),
+            limit="no such block" if width is None else f"[experts, {width}]",
+            fix="serve it with the model it was trained on",
+        )  # fmt: skip
+
+
+def _block_parts(adapter: RoutedAdapter) -> dict[str, LowRank]:
+    return {f"{n}.{p}": m for n, b in adapter.blocks.items() for p, m in b.parts.items()}
+
+
 def _fits(
-    name: str, module: RoutedModule, shapes: Mapping[str, tuple[int, int]]
+    name: str, module: RoutedModule | LowRank, shapes: Mapping[str, tuple[int, int]]
 ) -> AdapterError | None:
     if name not in shapes:
         return AdapterError(
@@ -163,7 +239,7 @@ def _fits(
 
 
 def _check_limits(
-    name: str, module: RoutedModule, max_rank: int | None, max_router_rows: int | None
+    name: str, module: RoutedModule | MixBlock, max_rank: int | None, max_router_rows: int | None
 ) -> None:
     if max_rank is not None and module.rank > max_rank:
         enough = next((rank for rank in ALLOWED_RANKS if rank >= module.rank), None)
@@ -183,7 +259,7 @@ def _check_limits(
         )  # fmt: skip
 
 
-def _check_range(name: str, module: RoutedModule, dtype: torch.dtype) -> None:
+def _check_range(name: str, module: RoutedModule | LowRank, dtype: torch.dtype) -> None:
     largest = torch.finfo(dtype).max
     for what, tensor in (("A", module.a_RK), ("B times its scale", module.b_NR)):
         seen = float(tensor.abs().max())

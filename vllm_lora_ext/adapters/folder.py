@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from vllm_lora_ext.adapters.paths import real_file, resolve_inside
+from vllm_lora_ext.adapters.paths import outside, real_file, resolve_inside
 from vllm_lora_ext.adapters.strict_json import parse_object
 from vllm_lora_ext.errors import AdapterError
 
@@ -49,37 +50,102 @@ class Limits:
     read_bytes: int = 16 << 30
 
 
+@dataclass
+class _Budget:
+    """What was read so far, over a folder and all its subfolders."""
+
+    read_bytes: int = 0
+
+
 class AdapterFolder:
     """An adapter's files, opened safely.
 
     Args:
         path: the folder.
         limits: see `Limits`.
+        settings: what the files leave out, in place of or beside the sidecar `routing.json`.
     Attributes:
-        names: names of all tensors in the weights file.
+        names: names of all tensors in the weights file; empty when there is none.
         config: `adapter_config.json`, empty when there is none.
+        no_weights: the error to raise when no format is made of subfolders only; None when there
+            is a weights file.
     Raises:
         AdapterError: `not_found`, `pickle_refused`, `missing_file`, `unexpected_file`,
             `path_not_allowed`, `bad_file`, `bad_json`, `bad_safetensors`, `too_large`, `bad_dtype`.
     """
 
-    def __init__(self, path: str | os.PathLike[str], limits: Limits | None = None) -> None:
-        self.path, self.limits = Path(path), limits or Limits()
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        limits: Limits | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._open(Path(path), "", limits or Limits(), _Budget(), settings)
+
+    def _open(
+        self, root: Path, below: str, limits: Limits, budget: _Budget,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
+        self._root, self._below, self.limits, self._budget = root, below, limits, budget
+        self.path = root / below
         if not os.path.isdir(self.path):
             raise AdapterError(
-                "not_found", "there is no adapter folder", seen=str(self.path),
+                "not_found", "there is no adapter folder", seen=below or str(self.path),
                 fix="check the path of the adapter",
             )  # fmt: skip
         self._parts: dict[str, bytes] = {}
         self._taken: set[str] = set()
         self._settings_taken: set[str] = set()
-        self._read_bytes = 0
-        self._has_config = real_file(self.path, CONFIG) is not None
+        self._subfolders: dict[str, AdapterFolder] = {}
+        self._has_config = self._real(CONFIG) is not None
         self.config: dict[str, Any] = self.json(CONFIG) if self._has_config else {}
-        has_sidecar = real_file(self.path, SIDECAR) is not None
+        has_sidecar = self._real(SIDECAR) is not None
         self._sidecar: dict[str, Any] = self.json(SIDECAR) if has_sidecar else {}
+        self._add_settings(settings or {})
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self.no_weights: AdapterError | None = None
         self._weights_name = self._find_weights()
-        self._open_weights()
+        if self._weights_name:
+            self._open_weights()
+
+    def _add_settings(self, settings: Mapping[str, Any]) -> None:
+        for key, value in settings.items():
+            if key in self._sidecar and self._sidecar[key] != value:
+                raise AdapterError(
+                    "setting_mismatch", f"'{key}' is given, and {SIDECAR} says something else",
+                    seen=value, limit=self._sidecar[key], fix="give it once",
+                )  # fmt: skip
+        if settings:
+            self._sidecar = {**self._sidecar, **settings}
+            text = json.dumps(dict(settings), sort_keys=True, default=str)
+            self._parts["settings"] = hashlib.sha256(text.encode()).digest()
+
+    def _real(self, name: str) -> Path | None:
+        return real_file(self._root, os.path.join(self._below, name) if name else name)
+
+    def subfolder(self, name: str) -> AdapterFolder:
+        """An adapter folder inside this one; its files count as this adapter's.
+
+        Raises:
+            AdapterError: what opening a folder raises, or the name leads out of this one.
+        """
+        if name not in self._subfolders:
+            below = os.path.join(self._below, name)
+            if name in ("", ".") or os.path.isabs(name) or "\0" in name:
+                raise outside(name)
+            if not Path(os.path.realpath(self._root / below)).is_relative_to(
+                os.path.realpath(self.path)
+            ):
+                raise outside(name)
+            inner = object.__new__(AdapterFolder)
+            inner._open(self._root, below, self.limits, self._budget)
+            self._subfolders[name] = inner
+        return self._subfolders[name]
+
+    def subfolders(self) -> list[str]:
+        """Names of the folders inside that hold an `adapter_config.json`, sorted."""
+        found = (entry for entry in self._list() if (self.path / entry / CONFIG).is_file())
+        return list(found)
 
     @property
     def has_config(self) -> bool:
@@ -92,7 +158,7 @@ class AdapterFolder:
 
     def json(self, name: str) -> dict[str, Any]:
         """A JSON object of the folder. Raises AdapterError when missing, too large or broken."""
-        path = real_file(self.path, name)
+        path = self._real(name)
         if path is None:
             raise AdapterError("missing_file", f"'{name}' is missing", fix=f"add {name}")
         text = _read(path, name, self.limits.json_bytes + 1)
@@ -136,8 +202,8 @@ class AdapterFolder:
             AdapterError: `missing_tensor`, `too_large`, `bad_safetensors`.
         """
         shape = self.shape(name)
-        self._read_bytes += 4 * _count(shape)
-        if self._read_bytes > self.limits.read_bytes:
+        self._budget.read_bytes += 4 * _count(shape)
+        if self._budget.read_bytes > self.limits.read_bytes:
             raise AdapterError(
                 "too_large", "the adapter's tensors need too much memory",
                 seen=f"over {self.limits.read_bytes} bytes", limit=self.limits.read_bytes,
@@ -177,30 +243,37 @@ class AdapterFolder:
                 seen=unread[0], limit=sorted(self._settings_taken) or "none",
                 fix=f"remove it from {SIDECAR}",
             )  # fmt: skip
+        for name, inner in self._subfolders.items():
+            self._parts[f"folder {name}"] = bytes.fromhex(inner.finish())
         digest = hashlib.sha256()
         for name in sorted(self._parts):
             digest.update(hashlib.sha256(name.encode()).digest() + self._parts[name])
         return digest.hexdigest()
 
-    def _find_weights(self) -> str:
+    def _list(self) -> list[str]:
         try:
-            entries = sorted(os.listdir(self.path))
+            return sorted(os.listdir(self.path))
         except OSError as error:
             raise AdapterError("bad_file", f"the folder cannot be listed: {error}") from error
+
+    def _find_weights(self) -> str:
+        """Name of the weights file; empty, and `no_weights` set, when there is none."""
+        entries = self._list()
         found = [name for name in entries if name.endswith(".safetensors")]
-        if not found:
-            pickles = [name for name in entries if name.endswith(PICKLES)]
-            if pickles:
-                raise AdapterError(
-                    "pickle_refused", "the adapter's tensors are in a pickle, which can run code",
-                    seen=pickles[0], limit="*.safetensors",
-                    fix="convert it offline with `vllm-lora-ext convert --allow-pickle`"
-                    " (next release), or save it as safetensors",
-                )  # fmt: skip
+        pickles = [name for name in entries if name.endswith(PICKLES)]
+        if not found and pickles:
             raise AdapterError(
+                "pickle_refused", "the adapter's tensors are in a pickle, which can run code",
+                seen=pickles[0], limit="*.safetensors",
+                fix="convert it offline with `vllm-lora-ext convert --allow-pickle`,"
+                " or save it as safetensors",
+            )  # fmt: skip
+        if not found:
+            self.no_weights = AdapterError(
                 "missing_file", "the adapter has no safetensors file", limit=list(WEIGHTS),
                 fix=f"save its tensors as {WEIGHTS[0]}",
             )  # fmt: skip
+            return ""
         if len(found) > 1 or found[0] not in WEIGHTS:
             raise AdapterError(
                 "unexpected_file", "the adapter must have exactly one safetensors file",
@@ -210,7 +283,7 @@ class AdapterFolder:
 
     def _open_weights(self) -> None:
         name, limits = self._weights_name, self.limits
-        path = real_file(self.path, name)
+        path = self._real(name)
         if path is None:
             raise AdapterError("missing_file", f"'{name}' is missing", fix=f"save {name} again")
         _check_header(path, name, limits)

@@ -19,6 +19,7 @@ class RoutedModule:
 
     Args:
         a_RK: [R, in], the experts' A stacked along R (an embedding's A is [R, vocabulary]).
+            [R / n, in] when n experts share one A (HydraLoRA): it is stored and computed once.
         b_NR: [out, R], the experts' B side by side, times alpha/r (or alpha/sqrt(r), ...).
         gate: how g is computed; `NO_GATE` for a plain LoRA.
         router_GK: [G, in], for sources `router` and `prototype`.
@@ -37,7 +38,47 @@ class RoutedModule:
 
     @property
     def rank(self) -> int:
-        return self.a_RK.shape[0]
+        return self.b_NR.shape[1]
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """`B A`, its scale folded into B: a_RK [R, in], b_NR [out, R]; R stacks the experts'."""
+
+    a_RK: torch.Tensor
+    b_NR: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.b_NR.shape[1]
+
+
+@dataclass(frozen=True)
+class MixBlock:
+    """One MLP block whose experts are mixed after the non-linearity (MixLoRA).
+
+        y = down(a) + sum_e v_e B_d^e A_d^e a_e,   a = sum_e v_e a_e,   v = gate(router x)
+        a_e = act(gate(x) + B_g^e A_g^e x) * (up(x) + B_u^e A_u^e x)
+
+    where gate, up and down are the base model's. An MLP without a gate has `up` only:
+    a_e = act(up(x) + ...).
+
+    Args:
+        gate: how v is computed; source `router`. Its blocks are the experts' ranks.
+        router_GK: [E, in], over the block's input.
+        parts: linear's name inside the block (`gate_proj`, `up_proj`, `down_proj`; `gate_up_proj`;
+            `fc1`, `fc2`) → its experts, ranks stacked in the order of the gate's blocks.
+        act: name of the activation as transformers spells it, or None for the model's own.
+    """
+
+    gate: GateSpec
+    router_GK: torch.Tensor
+    parts: dict[str, LowRank] = field(repr=False)
+    act: str | None = None
+
+    @property
+    def rank(self) -> int:
+        return sum(self.gate.blocks)
 
 
 @dataclass(frozen=True)
@@ -46,6 +87,8 @@ class RoutedAdapter:
 
     Args:
         modules: module name in the Hugging Face model (`model.layers.0.mlp.up_proj`) → its layer.
+        blocks: name of an MLP block (`model.layers.0.mlp`) → its experts. A layer may not stand in
+            both.
         system: name of the published system (a row of the table of readers), `plain` for LoRA.
         base_model: what the files say they were trained on; may be empty.
         source: the folder, for messages.
@@ -57,13 +100,16 @@ class RoutedAdapter:
     base_model: str = ""
     source: str = ""
     digest: str = ""
+    blocks: dict[str, MixBlock] = field(default_factory=dict, repr=False)
 
     @property
     def rank(self) -> int:
         """Largest total rank of a module: what `max_lora_rank` must hold."""
-        return max((m.rank for m in self.modules.values()), default=0)
+        every = [*self.modules.values(), *self.blocks.values()]
+        return max((m.rank for m in every), default=0)
 
     @property
     def router_rows(self) -> int:
         """Largest number of rows that a module's gate adds to its A."""
-        return max((m.gate.router_rows for m in self.modules.values()), default=0)
+        every = [*self.modules.values(), *self.blocks.values()]
+        return max((m.gate.router_rows for m in every), default=0)

@@ -45,10 +45,10 @@ def real_file(folder: Path, name: str) -> Path | None:
     """
     real_folder = Path(os.path.realpath(folder))
     if not name or "\0" in name or os.path.isabs(name):
-        raise _outside(name)
+        raise outside(name)
     real = Path(os.path.realpath(real_folder / name))
     if not (real.is_relative_to(real_folder) or _is_hub_blob(real_folder, real)):
-        raise _outside(name)
+        raise outside(name)
     try:
         mode = os.stat(real).st_mode
     except (FileNotFoundError, NotADirectoryError):
@@ -66,7 +66,8 @@ def _is_hub_blob(real_folder: Path, real: Path) -> bool:
     return snapshots.name == "snapshots" and real.parent == snapshots.parent / "blobs"
 
 
-def _outside(name: str) -> AdapterError:
+def outside(name: str) -> AdapterError:
+    """The error for a name that leads out of an adapter's folder."""
     return AdapterError(
         "path_not_allowed",
         "a file of the adapter lies outside the adapter's folder",

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import entry_points
+from typing import Any
 
 from vllm_lora_ext.adapters.checks import check_adapter
 from vllm_lora_ext.adapters.folder import CONFIG, AdapterFolder, Limits
@@ -12,7 +16,10 @@ from vllm_lora_ext.adapters.readers import loramoe, meteora, native, plain
 from vllm_lora_ext.adapters.readers.base import Reader
 from vllm_lora_ext.errors import AdapterError
 
-__all__ = ["READERS", "Reader", "find_reader", "load_adapter"]
+__all__ = ["ENTRY_POINTS", "READERS", "Reader", "find_reader", "load_adapter", "readers"]
+
+# Packages may bring readers of their own: an entry point of this group names a `Reader`.
+ENTRY_POINTS = "vllm_lora_ext.readers"
 
 READERS: tuple[Reader, ...] = (
     plain.READER,
@@ -29,18 +36,54 @@ _KNOWN_MARKS = {
 }  # fmt: skip
 
 
-def load_adapter(path: str | os.PathLike[str], limits: Limits | None = None) -> RoutedAdapter:
+@cache
+def readers() -> tuple[Reader, ...]:
+    """Every reader: the table's, then those of installed packages, by name.
+
+    Raises:
+        AdapterError: `bad_reader`, an entry point cannot be loaded or is no Reader.
+    """
+    found = []
+    for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
+        try:
+            reader = entry.load()
+        except Exception as error:  # whatever a foreign package raises while it is imported
+            raise _bad_reader(entry.value, f"it cannot be loaded ({error})") from error
+        if not isinstance(reader, Reader):
+            raise _bad_reader(entry.value, f"it is a {type(reader).__name__}, not a Reader")
+        found.append(reader)
+    names = [reader.name for reader in (*READERS, *found)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise _bad_reader(twice[0], "two readers have this name")
+    return (*READERS, *found)
+
+
+def _bad_reader(what: str, why: str) -> AdapterError:
+    return AdapterError(
+        "bad_reader", f"an installed package brings a reader that cannot be used: {why}",
+        seen=what, limit=f"a Reader under the entry point group {ENTRY_POINTS}",
+        fix="mend or uninstall that package",
+    )  # fmt: skip
+
+
+def load_adapter(
+    path: str | os.PathLike[str],
+    limits: Limits | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> RoutedAdapter:
     """Read and check the adapter in a folder.
 
     Args:
         path: the folder. Its files are never executed, and none outside it is opened.
         limits: sizes that are still taken for an adapter.
+        settings: what the files leave out, as the sidecar `routing.json` would say it.
     Returns:
         The adapter, with fp32 tensors in memory of their own, all finite, no tensor left over.
     Raises:
         AdapterError: the folder cannot be served; docs/errors.md lists the codes. Nothing else.
     """
-    folder = AdapterFolder(path, limits)
+    folder = AdapterFolder(path, limits, settings)
     adapter = find_reader(folder).read(folder)
     digest = folder.finish()
     adapter = dataclasses.replace(adapter, source=os.fspath(path), digest=digest)
@@ -55,22 +98,26 @@ def find_reader(folder: AdapterFolder) -> Reader:
         AdapterError: `unknown_peft_type`, `unknown_format`, `ambiguous_format`.
     """
     peft_type = folder.config.get("peft_type")
-    known = sorted({name for reader in READERS for name in reader.peft_types})
+    known = sorted({name for reader in readers() for name in reader.peft_types})
     if folder.has_config and peft_type not in known:
+        if folder.no_weights is not None:
+            raise folder.no_weights
         raise AdapterError(
             "unknown_peft_type", f"peft_type in {CONFIG} is none that can be served",
             seen=peft_type, limit=known, fix="convert the adapter, or save it in a known format",
         )  # fmt: skip
-    found = [reader for reader in READERS if reader.detect(folder)]
+    found = [reader for reader in readers() if reader.detect(folder)]
     if len(found) == 1:
         return found[0]
+    if folder.no_weights is not None:
+        raise folder.no_weights
     if found:
         raise AdapterError(
             "ambiguous_format", "the folder fits several formats",
             seen=[reader.name for reader in found], limit="one",
             fix="keep the files of one adapter only",
         )  # fmt: skip
-    near = [r for r in READERS if bool(r.peft_types) == folder.has_config]
+    near = [r for r in readers() if bool(r.peft_types) == folder.has_config]
     raise AdapterError(
         "unknown_format", f"the tensors{_looks_like(folder)} are of no format that can be served",
         seen=sorted(folder.names)[:3] or "no tensors",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 from vllm_lora_ext.adapters.folder import AdapterFolder
 from vllm_lora_ext.adapters.model import RoutedAdapter
@@ -23,6 +23,13 @@ class Reader:
             raise nothing.
         read: the adapter; must take or skip every tensor, and may leave `source` and `digest`
             empty. Raises AdapterError.
+        paper: title and where it can be read; empty when there is none.
+        summary: one or two sentences: what its gate does, in the words of the field.
+        formula: what one adapted layer computes, as plain text.
+        settings: name → meaning of what the files leave out and the sidecar `routing.json` (or
+            `convert --set`) must say.
+        traps: what is easily taken wrongly about this format, a sentence each.
+        refused: why a known format is not served; empty for the others. `read` then raises.
     """
 
     name: str
@@ -32,3 +39,9 @@ class Reader:
     peft_types: tuple[str, ...]
     detect: Callable[[AdapterFolder], bool]
     read: Callable[[AdapterFolder], RoutedAdapter]
+    paper: str = ""
+    summary: str = ""
+    formula: str = ""
+    settings: Mapping[str, str] = field(default_factory=dict)
+    traps: tuple[str, ...] = ()
+    refused: str = ""

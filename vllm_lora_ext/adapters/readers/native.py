@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from vllm_lora_ext.adapters.folder import CONFIG, WEIGHTS, AdapterFolder
 from vllm_lora_ext.adapters.gates import make_gate
-from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
+from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.readers.base import Reader
 from vllm_lora_ext.adapters.readers.names import group, part
 from vllm_lora_ext.adapters.readers.peft_config import bad_value, base_model_of
@@ -24,8 +24,9 @@ from vllm_lora_ext.routing import GateSpec
 PEFT_TYPE, FORMAT_VERSION = "ROUTED_LORA", 1
 _KEYS = frozenset({
     "peft_type", "format_version", "base_model_name_or_path", "system", "target_modules", "routing",
+    "blocks",
 })  # fmt: skip
-_NEEDED = _KEYS - {"base_model_name_or_path"}
+_NEEDED = _KEYS - {"base_model_name_or_path", "blocks"}
 _PART = re.compile(
     r"(?P<module>.+?)\.(?P<part>(lora_A|lora_B|lora_embedding_A|lora_embedding_B)\.weight"
     r"|(router|threshold)\.(weight|bias))"
@@ -41,9 +42,14 @@ def read(folder: AdapterFolder) -> RoutedAdapter:
     _check_config(config)
     groups = group(folder.names, _PART)
     _match_targets(config["target_modules"], list(groups))
+    blocks = {
+        name: _read_block(folder, name, fields, groups)
+        for name, fields in _block_table(config).items()
+    }
     gates = _gates(config["routing"], list(groups))
     modules = {name: _read_module(folder, name, p, gates[name]) for name, p in groups.items()}
-    return RoutedAdapter(modules, system=config["system"], base_model=base_model_of(config, CONFIG))
+    base_model = base_model_of(config, CONFIG)
+    return RoutedAdapter(modules, system=config["system"], base_model=base_model, blocks=blocks)
 
 
 def write_native(
@@ -63,14 +69,22 @@ def write_native(
     tensors: dict[str, torch.Tensor] = {}
     for name, module in adapter.modules.items():
         tensors.update(_tensors(name, module, dtype))
+    for name, block in adapter.blocks.items():
+        tensors.update(_block_tensors(name, block, dtype))
+    parts = [f"{name}.{part}" for name, block in adapter.blocks.items() for part in block.parts]
     config = {
         "peft_type": PEFT_TYPE,
         "format_version": FORMAT_VERSION,
         "base_model_name_or_path": adapter.base_model,
         "system": adapter.system,
-        "target_modules": sorted(adapter.modules),
+        "target_modules": sorted([*adapter.modules, *adapter.blocks, *parts]),
         "routing": _routing(adapter.modules),
     }
+    if adapter.blocks:
+        config["blocks"] = {
+            name: {"gate": block.gate.to_dict(), "act": block.act}
+            for name, block in sorted(adapter.blocks.items())
+        }
     # Each file is put in place whole: a server may be reading the old one.
     save_file(tensors, where / f".{WEIGHTS[0]}.part", metadata={"format": "pt"})
     (where / f".{CONFIG}.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -164,6 +178,63 @@ def _gate(fields: Any, where: str) -> GateSpec:
     return make_gate(fields, where)
 
 
+def _block_table(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    table = config.get("blocks", {})
+    if not isinstance(table, dict):
+        raise bad_value(f"blocks in {CONFIG}", table, "an object")
+    for name, fields in table.items():
+        where = f"blocks['{name}'] in {CONFIG}"
+        if not isinstance(fields, dict):
+            raise bad_value(where, fields, "an object with 'gate' and 'act'")
+        for key in sorted(set(fields) - {"gate", "act"}):
+            raise AdapterError(
+                "unknown_key", f"{where} holds an unknown key '{key}'", seen=fields[key],
+                limit=["act", "gate"], fix=f"remove '{key}'",
+            )  # fmt: skip
+        for key in sorted({"gate", "act"} - set(fields)):
+            raise AdapterError("missing_key", f"{where} has no '{key}'", fix=f"add '{key}'")
+        if fields["act"] is not None and not isinstance(fields["act"], str):
+            raise bad_value(f"act of {where}", fields["act"], "a name or null")
+    return table
+
+
+def _read_block(
+    folder: AdapterFolder, name: str, fields: dict[str, Any], groups: dict[str, dict[str, str]]
+) -> MixBlock:
+    """Takes the block and the layers inside it out of `groups`."""
+    own = groups.pop(name, {})
+    router_GK = folder.take(part(own, "router.weight", name))
+    if len(own) > 1:
+        raise AdapterError(
+            "unexpected_tensor", f"the MLP block {name} has more than a router",
+            seen=sorted(own), limit="router.weight", fix="remove the others",
+        )  # fmt: skip
+    parts = {}
+    for layer in [layer for layer in groups if layer.rpartition(".")[0] == name]:
+        tensors = groups.pop(layer)
+        a_RK = folder.take(part(tensors, "lora_A.weight", layer))
+        b_NR = folder.take(part(tensors, "lora_B.weight", layer))
+        if len(tensors) > 2:
+            raise AdapterError(
+                "unexpected_tensor", f"{layer} belongs to an MLP block and has more than A and B",
+                seen=sorted(tensors), limit="lora_A.weight, lora_B.weight",
+                fix="remove the others",
+            )  # fmt: skip
+        parts[layer.rpartition(".")[2]] = LowRank(a_RK, b_NR)
+    gate = _gate(fields["gate"], f"blocks['{name}'].gate")
+    return MixBlock(gate, router_GK, parts, fields["act"])
+
+
+def _block_tensors(
+    name: str, block: MixBlock, dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    found = {f"{name}.router.weight": block.router_GK}
+    for layer, m in block.parts.items():
+        found[f"{name}.{layer}.lora_A.weight"] = m.a_RK.to(dtype or m.a_RK.dtype)
+        found[f"{name}.{layer}.lora_B.weight"] = m.b_NR.to(dtype or m.b_NR.dtype)
+    return {key: _own(value) for key, value in found.items()}
+
+
 def _read_module(
     folder: AdapterFolder, module: str, parts: dict[str, str], gate: GateSpec
 ) -> RoutedModule:
@@ -219,11 +290,12 @@ def _tensors(name: str, module: RoutedModule, dtype: torch.dtype | None) -> dict
     if module.head_K is not None:
         found["threshold.weight"] = module.head_K[None]
         found["threshold.bias"] = torch.tensor([module.head_bias], dtype=torch.float32)
-    # Clones, because safetensors refuses tensors that share memory.
-    return {
-        f"{name}.{key}": value.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for key, value in found.items()
-    }
+    return {f"{name}.{key}": _own(value) for key, value in found.items()}
+
+
+def _own(tensor: torch.Tensor) -> torch.Tensor:
+    """A clone, because safetensors refuses tensors that share memory."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _routing(modules: dict[str, RoutedModule]) -> dict[str, Any]:
