@@ -96,11 +96,15 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
         Args:
             modules: one entry per slice, or one for the whole fused layer; unsharded.
         """
+        self.site.write(index, self.sharded(modules))
+
+    def sharded(self, modules: Sequence[RoutedModule | None]) -> list[RoutedModule | None]:
+        """This rank's part of every slice; `modules` as for `load`."""
         if len(modules) != self.n_slices:
             modules = self._split(modules)
         if self.tp_size > 1:
-            modules = [m and self._shard(i, m) for i, m in enumerate(modules)]
-        self.site.write(index, modules)
+            return [m and self._shard(i, m) for i, m in enumerate(modules)]
+        return list(modules)
 
     def full_sizes(self) -> tuple[int, tuple[int, ...]]:
         """Unsharded in features, and out features of each slice."""

@@ -15,10 +15,11 @@ from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from vllm_lora_ext.adapters.checks import check_fits
-from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
+from vllm_lora_ext.adapters.checks import BLOCK_PARTS, check_fits
+from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.layers import RoutedLinear, building
+from vllm_lora_ext.model_patches.mlp import wrap_blocks
 from vllm_lora_ext.settings import LoraExtSettings
 
 Placed = dict[str, list[RoutedModule | None]]
@@ -27,12 +28,18 @@ Placed = dict[str, list[RoutedModule | None]]
 class RoutedLoRAModel(LoRAModel):
     """A checked adapter under vLLM's id: layer name → what the adapter does to its slices."""
 
-    def __init__(self, lora_model_id: int, adapter: RoutedAdapter, placed: Placed) -> None:
+    def __init__(
+        self,
+        lora_model_id: int,
+        adapter: RoutedAdapter,
+        placed: Placed,
+        blocks: dict[str, MixBlock],
+    ) -> None:
         super().__init__(lora_model_id, adapter.rank, {})
-        self.adapter, self.placed = adapter, placed
+        self.adapter, self.placed, self.blocks = adapter, placed, blocks
 
     def clone(self, lora_model_id: int) -> RoutedLoRAModel:
-        return RoutedLoRAModel(lora_model_id, self.adapter, self.placed)
+        return RoutedLoRAModel(lora_model_id, self.adapter, self.placed, self.blocks)
 
 
 class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
@@ -45,32 +52,51 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         self.base_name = vllm_config.model_config.model
         with building(self.router_rows):
             super().__init__(*args, lora_config=lora_config, vllm_config=vllm_config, **kwargs)
+        self.blocks = wrap_blocks(self.model, self.modules)
 
-    def place(self, adapter: RoutedAdapter) -> Placed:
+    def model_of(self, lora_model_id: int, adapter: RoutedAdapter) -> RoutedLoRAModel:
         """Fits an adapter to this model's layers.
 
         Raises:
-            AdapterError: a layer is unknown, a shape differs, a rank or a router is too large.
+            AdapterError: a layer is unknown, a shape differs, a rank or a router is too large, or
+                the model's MLP blocks cannot hold experts.
         """
-        name_of = {name: self._vllm_name(name) for name in adapter.modules}
         missing = self._missing()
-        ours = {n: m for n, m in adapter.modules.items() if not name_of[n].startswith(missing)}
+        name_of = {n: self._vllm_name(n) for n in (*adapter.modules, *_block_layers(adapter))}
+        away = {n for n, v in name_of.items() if v.startswith(missing)}
         shapes = self._shapes()
         check_fits(
             adapter,
-            {n: shapes[v] for n, v in name_of.items() if v in shapes}
-            | {n: _any_shape(adapter.modules[n]) for n in adapter.modules if n not in ours},
+            {n: shapes[v] for n, v in name_of.items() if v in shapes} | _own_shapes(adapter, away),
             self.lora_config.max_lora_rank,
             self.router_rows,
             self.base_name,
         )
-        module_of = {name_of[n]: m for n, m in ours.items()}
+        module_of = {name_of[n]: m for n, m in adapter.modules.items() if n not in away}
+        blocks = {}
+        for name, block in adapter.blocks.items():
+            first = f"{name}.{min(block.parts)}"
+            if first not in away:
+                blocks[self._block(name, name_of[first].rpartition(".")[0])] = block
+        return RoutedLoRAModel(lora_model_id, adapter, self._place(module_of), blocks)
+
+    def _place(self, module_of: dict[str, RoutedModule]) -> Placed:
         placed: Placed = {}
         for layer_name in self.modules:
             parts = [module_of.get(n) for n in self.packed_modules.get(layer_name, [layer_name])]
             if any(p is not None for p in parts):
                 placed[layer_name] = parts
         return placed
+
+    def _block(self, name: str, vllm_name: str) -> str:
+        if vllm_name not in self.blocks:
+            raise AdapterError(
+                "unsupported_feature", f"the adapter's experts are whole MLP blocks, and {name} is"
+                " no block that can hold them", seen=type(self.model).__name__,
+                limit="blocks that do first linear, activation, second linear and nothing else",
+                fix="serve it with the model it was trained on",
+            )  # fmt: skip
+        return vllm_name
 
     def _vllm_name(self, module: str) -> str:
         mapper = getattr(self.model, "hf_to_vllm_mapper", None)
@@ -116,6 +142,8 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         try:
             for name, layer in self.modules.items():
                 _load(layer, slot, model.placed.get(name))
+            for name, block in model.blocks.items():
+                self.blocks[name].load(slot, block)
         except BaseException:
             self._reset_slot(slot)
             raise
@@ -137,6 +165,8 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
     def _reset_slot(self, slot: int) -> None:
         for layer in self.modules.values():
             layer.reset_lora(slot)
+        for block in self.blocks.values():
+            block.site.clear(slot)
 
 
 def _load(layer: BaseLayerWithLoRA, slot: int, parts: list[RoutedModule | None] | None) -> None:
@@ -151,8 +181,23 @@ def _load(layer: BaseLayerWithLoRA, slot: int, parts: list[RoutedModule | None] 
     layer.set_lora(slot, part.a_RK, part.b_NR)
 
 
-def _any_shape(m: RoutedModule) -> tuple[int, int]:
-    return m.a_RK.shape[1], m.b_NR.shape[0]
+def _block_layers(adapter: RoutedAdapter) -> list[str]:
+    """Every layer that a block of the adapter may have, adapted or not."""
+    every = sorted(set().union(*BLOCK_PARTS))
+    return [f"{block}.{layer}" for block in adapter.blocks for layer in every]
+
+
+def _own_shapes(adapter: RoutedAdapter, names: set[str]) -> dict[str, tuple[int, int]]:
+    """(in, out) as the adapter has them, of layers that live elsewhere and are checked there."""
+    layers: dict[str, RoutedModule | LowRank] = dict(adapter.modules)
+    for block, experts in adapter.blocks.items():
+        layers |= {f"{block}.{part}": m for part, m in experts.parts.items()}
+    shapes = {n: (m.a_RK.shape[1], m.b_NR.shape[0]) for n, m in layers.items() if n in names}
+    for block, experts in adapter.blocks.items():
+        width = experts.router_GK.shape[1]
+        first = (f"{block}.{n}" for n in ("gate_proj", "up_proj", "gate_up_proj", "fc1"))
+        shapes |= {n: (width, 0) for n in first if n in names and n not in shapes}
+    return shapes
 
 
 def _refuse_unsupported(vllm_config: Any) -> None:

@@ -14,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import torch
 import vllm.v1.worker.lora_model_runner_mixin as runner_mixin
 from vllm.lora.request import LoRARequest
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from vllm_lora_ext.adapters.folder import resolve_inside
+from vllm_lora_ext.adapters.model import RoutedAdapter
 from vllm_lora_ext.adapters.registry import load_adapter
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.manager import RoutedLoRAModel, RoutedLoRAModelManager
@@ -45,7 +47,7 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
     def _read(self, request: LoRARequest) -> RoutedLoRAModel:
         path, roots = shortest(request.lora_path), self.settings.adapter_roots
         adapter = load_adapter(_anywhere(path) if roots is None else _below(path, roots))
-        model = RoutedLoRAModel(request.lora_int_id, adapter, self._adapter_manager.place(adapter))
+        model = self._adapter_manager.model_of(request.lora_int_id, adapter)
         self._evicted.put(request, model)
         return model
 
@@ -112,7 +114,7 @@ class _HostCache:
 
     def put(self, request: LoRARequest, model: RoutedLoRAModel) -> None:
         self.drop(request.lora_int_id)
-        size = sum(_bytes(m) for m in model.adapter.modules.values())
+        size = _bytes(model.adapter)
         self._models[request.lora_int_id] = (request, model, size)
         self._bytes += size
         while self._bytes > self._limit and self._models:
@@ -126,9 +128,11 @@ class _HostCache:
         self._bytes = 0
 
 
-def _bytes(module: Any) -> int:
-    tensors = (module.a_RK, module.b_NR, module.router_GK, module.bias_G, module.head_K)
-    return sum(t.nbytes for t in tensors if t is not None)
+def _bytes(adapter: RoutedAdapter) -> int:
+    blocks = adapter.blocks.values()
+    owners = [*adapter.modules.values(), *blocks, *(p for b in blocks for p in b.parts.values())]
+    tensors = (value for owner in owners for value in vars(owner).values())
+    return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
 
 
 def apply() -> None:

@@ -74,7 +74,8 @@ def test_entry_points(wheel: Path, names: set[str]) -> None:
     assert dict(points["console_scripts"]) == {"vllm-lora-ext": "vllm_lora_ext.cli:app"}
     for section in ("vllm.general_plugins", "console_scripts"):
         for target in points[section].values():
-            assert target.split(":")[0].replace(".", "/") + ".py" in names
+            module = target.split(":")[0].replace(".", "/")
+            assert {f"{module}.py", f"{module}/__init__.py"} & names
 
 
 def test_vllm_is_an_extra_and_never_a_hard_dependency(wheel: Path) -> None:

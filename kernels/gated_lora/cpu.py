@@ -1,7 +1,8 @@
-"""The PyTorch path: rows grouped by slot, one product per slot and launch, gates vectorised.
+"""The CPU backend: the compiled kernels of `cpu.cpp` where there are any, else PyTorch.
 
-Made for CPUs; GPUs run it too until they have a backend of their own (eager only: the groups are
-Python's, so a captured graph would freeze them).
+The PyTorch path: rows grouped by slot, one product per slot and launch, gates vectorised. GPUs
+run it too until they have a backend of their own (eager only: the groups are Python's, so a
+captured graph would freeze them).
 
 No weight is gathered per token. Rows of one slot that lie together are views, not copies, which
 is nearly always: vLLM keeps a request's tokens together, and most batches use few adapters.
@@ -11,12 +12,15 @@ from __future__ import annotations
 
 import torch
 
+from vllm_lora_ext.kernels.gated_lora import cpu_native
 from vllm_lora_ext.kernels.gated_lora.site import Site, SlicePlan, SlotPlan
 from vllm_lora_ext.routing import GateSpec, gate_reference
 
 
 def gated_lora_(y_TN: torch.Tensor, x_TK: torch.Tensor, site: Site) -> None:
     """Adds the adapters' part to y in place; y is [T, N], x [T, K]."""
+    if (native := cpu_native.tables(site, y_TN, x_TK)) is not None:
+        return cpu_native.gated_lora_(y_TN, x_TK, site, native)
     for slot, start, stop, index_T in site.step.groups:
         plan = site.plans[slot]
         if plan is None:
@@ -30,6 +34,9 @@ def gated_lora_(y_TN: torch.Tensor, x_TK: torch.Tensor, site: Site) -> None:
 def shrink(x_TK: torch.Tensor, site: Site) -> torch.Tensor:
     """`[A; router] x` of each row's own slot: [T, site.num_rows] fp32, zeros past a slot's rows."""
     u_TR = torch.zeros(x_TK.shape[0], site.num_rows, dtype=torch.float32, device=x_TK.device)
+    if (native := cpu_native.tables(site, x_TK)) is not None:
+        cpu_native.shrink(u_TR, x_TK, site, native)
+        return u_TR
     for slot, start, stop, index_T in site.step.groups:
         plan = site.plans[slot]
         if plan is None:
@@ -45,6 +52,8 @@ def shrink(x_TK: torch.Tensor, site: Site) -> torch.Tensor:
 
 def gate_expand_(y_TN: torch.Tensor, u_TR: torch.Tensor, site: Site) -> None:
     """Adds `B (g ⊙ Ax)` to y in place, from a (reduced) shrink."""
+    if (native := cpu_native.tables(site, y_TN, u_TR)) is not None:
+        return cpu_native.gate_expand_(y_TN, u_TR, site, native)
     for slot, start, stop, index_T in site.step.groups:
         plan = site.plans[slot]
         if plan is None:

@@ -7,6 +7,7 @@ graph: a 32-layer model would carry two thousand of them through every call.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -43,18 +44,51 @@ def register_site(site: Site | EmbeddingSite) -> int:
     return _next_id
 
 
+@cache
+def _triton() -> tuple[Any, Any]:
+    """The kernels' launchers; not imported where no site uses them."""
+    from vllm_lora_ext.kernels.gated_lora.triton_expand import expand_
+    from vllm_lora_ext.kernels.gated_lora.triton_shrink import shrink_parts
+
+    return shrink_parts, expand_
+
+
 def _gated_lora(y: torch.Tensor, x: torch.Tensor, site: int) -> None:
     found = _sites[site]
-    if found.step.groups:
+    # What runs must not depend on the step's slots, only on whether it has any: an engine that
+    # captures graphs keeps those of base batches apart, as it does for its own LoRA kernels.
+    if not found.step.active:
+        return
+    if found.tables is None:
         cpu.gated_lora_(y, x, found)
+    else:
+        shrink_parts, expand_ = _triton()
+        expand_(y, shrink_parts(x, found), found)
+    if found.after is not None:
+        found.after(y, x)
 
 
 def _shrink(x: torch.Tensor, site: int, num_rows: int) -> torch.Tensor:
-    return cpu.shrink(x, _sites[site])
+    found = _sites[site]
+    if found.tables is None:
+        u = cpu.shrink(x, found)
+    else:
+        shrink_parts, _ = _triton()
+        u = shrink_parts(x, found, zeroed=True).sum(dim=0)
+    if found.after_shrink is not None:
+        found.after_shrink(u)
+    return u
 
 
 def _gate_expand(y: torch.Tensor, u: torch.Tensor, site: int) -> None:
-    cpu.gate_expand_(y, u, _sites[site])
+    found = _sites[site]
+    if found.tables is None:
+        cpu.gate_expand_(y, u, found)
+    else:
+        _, expand_ = _triton()
+        expand_(y, u[None], found)
+    if found.after_expand is not None:
+        found.after_expand(y, u)
 
 
 def _embedding_lora(y: torch.Tensor, ids: torch.Tensor, site: int) -> None:

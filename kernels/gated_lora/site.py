@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 
 from vllm_lora_ext.kernels.gated_lora.step import StepMap
+from vllm_lora_ext.kernels.gated_lora.tables import SlotTables
 from vllm_lora_ext.routing import GatedSlice, GateSpec
 
 
@@ -61,6 +65,9 @@ class Site:
         dtype, device: of the weights. On a CPU they are kept in fp32 whatever the model's dtype:
             small fp32 products are two to five times faster there than bf16 ones, and exact.
         y_start: first column of y that this rank adds to (row-parallel layers under TP).
+        triton: whether the Triton kernels serve this site; by default on a GPU that has Triton.
+            They read `tables`, the slices of B side by side (`b_SRN`, of which `bt_SRN` are
+            views), and the routers in fp32 (`router_SGK`).
     """
 
     def __init__(
@@ -73,8 +80,12 @@ class Site:
         dtype: torch.dtype,
         device: torch.device | str,
         y_start: int = 0,
+        triton: bool | None = None,
     ) -> None:
-        if torch.device(device).type == "cpu":
+        on_cpu = torch.device(device).type == "cpu"
+        if triton is None:
+            triton = not on_cpu and _has_triton()
+        if on_cpu and not triton:
             dtype = torch.float32
         self.slice_sizes = tuple(slice_sizes)
         self.max_rank, self.max_router_rows, self.y_start = max_rank, max_router_rows, y_start
@@ -82,16 +93,43 @@ class Site:
         self.rows_SRK = torch.zeros(
             num_slots, self.num_rows, in_features, dtype=dtype, device=device
         )
-        self.bt_SRN = [
-            torch.zeros(num_slots, max_rank, n, dtype=dtype, device=device)
-            for n in self.slice_sizes
-        ]
+        self.tables: SlotTables | None = None
+        if triton:
+            self._keep_tables(num_slots, in_features, dtype, device)
+        else:
+            self.bt_SRN = [
+                torch.zeros(num_slots, max_rank, n, dtype=dtype, device=device)
+                for n in self.slice_sizes
+            ]
         self.plans: list[SlotPlan | None] = [None] * num_slots
+        self.native: Any = None  # the plans as C++ reads them; None: to be made (again)
         self.step = StepMap(0)
+        # Set by a block of layers that uses the slots in its own way; run after the ops, with the
+        # same tensors: `after` (y, x), or, where x is a shard, `after_shrink` and `after_expand`.
+        self.after: Callable[[torch.Tensor, torch.Tensor], None] | None = None
+        self.after_shrink: Callable[[torch.Tensor], None] | None = None
+        self.after_expand: Callable[[torch.Tensor, torch.Tensor], None] | None = None
+
+    def _keep_tables(
+        self, num_slots: int, in_features: int, dtype: torch.dtype, device: torch.device | str
+    ) -> None:
+        sizes = self.slice_sizes
+        router_rows = len(sizes) * (self.max_router_rows + 1)
+        self.tables = SlotTables(num_slots, sizes, self.max_rank, device)
+        self.router_SGK = torch.zeros(num_slots, router_rows, in_features, device=device)
+        self.b_SRN = torch.zeros(num_slots, self.max_rank, sum(sizes), dtype=dtype, device=device)
+        self.bt_SRN = list(self.b_SRN.split(sizes, dim=2))
+
+    @property
+    def padded_rank(self) -> int:
+        """`max_rank` as a power of two that a tensor core takes."""
+        return max(16, 1 << (self.max_rank - 1).bit_length())
 
     def clear(self, slot: int) -> None:
         """The slot adds nothing any more. Its weights stay: nothing reads a slot without a plan."""
-        self.plans[slot] = None
+        self.plans[slot] = self.native = None
+        if self.tables is not None:
+            self.tables.clear(slot)
 
     def write(self, slot: int, slices: Sequence[GatedSlice | None]) -> None:
         """Puts one adapter into a slot; `None` leaves that slice at the base weights.
@@ -99,8 +137,13 @@ class Site:
         Raises:
             ValueError: a slice does not fit the buffers (the slot is left empty).
         """
-        self.plans[slot] = None
-        self.plans[slot] = self.store(slot, slices)
+        self.clear(slot)
+        plan = self.plans[slot] = self.store(slot, slices)
+        if plan is not None and self.tables is not None:
+            numbers = (i for i, s in enumerate(slices) if s is not None)
+            num_routers = len(plan.rows_RK) - plan.num_ranks
+            parts = zip(numbers, plan.slices, strict=True)
+            self.tables.write(slot, plan.num_ranks, num_routers, parts)
 
     def store(self, slot: int, slices: Sequence[GatedSlice | None]) -> SlotPlan | None:
         """Writes a slot's weights and says where they stand, without the slot adding anything:
@@ -114,6 +157,8 @@ class Site:
         routers = [_router_rows(s) for _, s in parts]
         rows_RK = torch.cat([s.a_RK for _, s in parts] + [r for r in routers if r is not None])
         self.rows_SRK[slot, : len(rows_RK)].copy_(rows_RK)
+        if self.tables is not None:
+            self.router_SGK[slot, : len(rows_RK) - num_ranks].copy_(rows_RK[num_ranks:])
         plans, a_start, router_start = [], 0, num_ranks
         for (i, s), router in zip(parts, routers, strict=True):
             plans.append(self._plan_slice(slot, i, s, a_start, router_start))
@@ -175,3 +220,8 @@ def _shared_gate(plans: Sequence[SlicePlan]) -> GateSpec | None:
     if same and gate.router_rows == gate.num_gates > 0 and len(set(gate.blocks)) == 1:
         return gate
     return None
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+TILE_ROWS = (16, 64)  # rows of a tile: of a decode step, and of a prefill
+
 
 class Group(NamedTuple):
     """The rows of one slot: `start:stop` when they lie together, else `index_T`."""
@@ -23,25 +25,91 @@ class StepMap:
     Ops look the map up when they *run*, never when they are traced, so a compiled graph or a
     captured one follows the mapping of the step it runs in.
 
+    GPU kernels read it as tiles: up to `TILE_ROWS[i]` rows of one slot. Tile j of size i has the
+    rows `order_T[start[j] : stop[j]]`; slot -1 marks where the tiles end. A graph captured for T
+    rows launches `max_tiles(T, slots, rows)` tiles, whatever the step holds.
+
     Args:
         max_tokens: most rows a step may hold.
-        device: where `token_slots_T` lives; its address never changes.
+        device: where the tables live; their addresses never change.
+        tiled: whether to keep the tiles, by default on anything but a CPU.
     """
 
-    def __init__(self, max_tokens: int, device: torch.device | str = "cpu") -> None:
-        self.token_slots_T = torch.full((max_tokens,), -1, dtype=torch.int32, device=device)
-        self.groups: list[Group] = []
+    def __init__(
+        self, max_tokens: int, device: torch.device | str = "cpu", tiled: bool | None = None
+    ) -> None:
+        self.device = torch.device(device)
+        self.tiled = self.device.type != "cpu" if tiled is None else tiled
+        rows = 2 + 3 * len(TILE_ROWS) if self.tiled else 1
+        self.table = torch.full((rows, max_tokens), -1, dtype=torch.int32, device=device)
+        self.token_slots_T = self.table[0]
+        self.active = False
+        self._width = 0
+        self._slots_T = np.empty(0, dtype=np.int64)
+        self._groups: list[Group] | None = []
 
     def update(self, slots_T: np.ndarray) -> None:
-        """Takes the slot of every row (int, [T]; -1: base model). Rows past T count as base."""
-        n = len(slots_T)
-        self.token_slots_T[n:].fill_(-1)
-        self.token_slots_T[:n].copy_(torch.from_numpy(slots_T.astype(np.int32)))
-        self.groups = [self._group(slot, slots_T) for slot in np.unique(slots_T) if slot >= 0]
+        """Takes the slot of every row (int, [T]; -1: base model). Rows past T count as base.
 
-    def _group(self, slot: int, slots_T: np.ndarray) -> Group:
-        rows_T = np.flatnonzero(slots_T == slot)
+        One copy to the device and no wait: the host runs ahead of the device, so each step's
+        numbers lie in a pinned block of their own, which the allocator takes back in time.
+        """
+        self._slots_T, self._groups = slots_T, None
+        self.active = bool((slots_T >= 0).any())
+        # As wide as the last step, so that nothing of it is left behind.
+        width = max(len(slots_T), self._width)
+        self._width = len(slots_T)
+        pinned = self.device.type == "cuda"
+        host = torch.empty(len(self.table), width, dtype=torch.int32, pin_memory=pinned)
+        host_np = host.numpy()
+        host_np.fill(-1)
+        host_np[0, : len(slots_T)] = slots_T
+        if self.tiled and self.active:
+            _tile(host_np[1:], slots_T)
+        self.table[:, :width].copy_(host, non_blocking=pinned)
+
+    @property
+    def order_T(self) -> torch.Tensor:
+        """Rows that have a slot, sorted by it."""
+        return self.table[1]
+
+    def tiles(self, rows: int) -> torch.Tensor:
+        """[3, max_tokens]: slot, start and stop of every tile of up to `rows` rows."""
+        at = 2 + 3 * TILE_ROWS.index(rows)
+        return self.table[at : at + 3]
+
+    @property
+    def groups(self) -> list[Group]:
+        """The rows of every slot of the step, for backends that loop over slots."""
+        if self._groups is None:
+            slots = np.unique(self._slots_T)
+            self._groups = [self._group(slot) for slot in slots if slot >= 0]
+        return self._groups
+
+    def _group(self, slot: int) -> Group:
+        rows_T = np.flatnonzero(self._slots_T == slot)
         start, stop = int(rows_T[0]), int(rows_T[-1]) + 1
         together = stop - start == len(rows_T)
-        index_T = None if together else torch.from_numpy(rows_T).to(self.token_slots_T.device)
+        index_T = None if together else torch.from_numpy(rows_T).to(self.device)
         return Group(int(slot), start, stop, index_T)
+
+
+def max_tiles(num_rows: int, num_slots: int, rows: int) -> int:
+    """Most tiles that a step of `num_rows` rows can have: every slot may end in a part of one."""
+    slots = min(num_rows, num_slots)
+    return slots + (num_rows - slots) // rows
+
+
+def _tile(out: np.ndarray, slots_T: np.ndarray) -> None:
+    """Fills order, then slot, start and stop for every tile size."""
+    order_T = np.argsort(slots_T, kind="stable")
+    order_T = order_T[np.count_nonzero(slots_T < 0) :]
+    out[0, : len(order_T)] = order_T
+    slots, first, count = np.unique(slots_T[order_T], return_index=True, return_counts=True)
+    for i, rows in enumerate(TILE_ROWS):
+        tiles = -(-count // rows)
+        group = np.repeat(np.arange(len(slots)), tiles)
+        number = np.arange(len(group)) - np.repeat(np.cumsum(tiles) - tiles, tiles)
+        start = first[group] + rows * number
+        stop = np.minimum(start + rows, (first + count)[group])
+        out[1 + 3 * i : 4 + 3 * i, : len(group)] = slots[group], start, stop

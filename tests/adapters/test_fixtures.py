@@ -12,7 +12,10 @@ from safetensors.torch import load_file
 from vllm_lora_ext.adapters import load_adapter, write_native
 from vllm_lora_ext.adapters.hf import apply_adapter
 
-SYSTEMS = ["plain-a", "loramoe-a", "meteora-a"]
+SYSTEMS = [
+    "plain-a", "loramoe-a", "meteora-a", "smora-a", "flylora-a", "moram-a", "mola-a", "hydralora-a",
+    "loramoe_moepeft-a", "mola_moepeft-a",
+]  # fmt: skip
 TOLERANCE = 1e-3
 
 

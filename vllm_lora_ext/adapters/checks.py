@@ -199,9 +199,7 @@ def _check_block(name: str, block: MixBlock) -> None:
     _refuse_not_finite(name, {"router": router})
 
 
-def _check_router_width(
-    name: str, block: MixBlock, shapes: Mapping[str, tuple[int, int]]
-) -> None:
+def _check_router_width(name: str, block: MixBlock, shapes: Mapping[str, tuple[int, int]]) -> None:
     """The router reads what the block's first linear reads, adapted or not."""
     first = (f"{name}.{part}" for part in ("gate_proj", "up_proj", "gate_up_proj", "fc1"))
     width = next((shapes[layer][0] for layer in first if layer in shapes), None)

@@ -27,6 +27,8 @@ __all__ = ["AdapterFolder", "Limits", "resolve_inside"]
 
 CONFIG, SIDECAR = "adapter_config.json", "routing.json"
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
+# Of a format that is known and refused: opened so that it can be refused by its name.
+REFUSED_WEIGHTS = ("xlora_classifier.safetensors",)
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
 
@@ -274,7 +276,8 @@ class AdapterFolder:
                 fix=f"save its tensors as {WEIGHTS[0]}",
             )  # fmt: skip
             return ""
-        if len(found) > 1 or found[0] not in WEIGHTS:
+        known = WEIGHTS if self._has_config else WEIGHTS + REFUSED_WEIGHTS
+        if len(found) > 1 or found[0] not in known:
             raise AdapterError(
                 "unexpected_file", "the adapter must have exactly one safetensors file",
                 seen=found[:4], limit=list(WEIGHTS), fix="remove or rename the others",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -10,8 +11,11 @@ import torch
 from torch import nn
 
 from vllm_lora_ext import routing
-from vllm_lora_ext.adapters.checks import check_fits
-from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
+from vllm_lora_ext.adapters.blocks import activation
+from vllm_lora_ext.adapters.checks import BLOCK_PARTS, check_fits
+from vllm_lora_ext.adapters.model import MixBlock, RoutedAdapter, RoutedModule
+from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.routing.mix import mix_reference
 
 
 class AppliedAdapter:
@@ -41,10 +45,13 @@ def apply_adapter(hf_model: nn.Module, adapter: RoutedAdapter) -> AppliedAdapter
     Args:
         hf_model: its `nn.Linear` and `nn.Embedding` layers go by the adapter's module names.
     Raises:
-        AdapterError: `unknown_module`, `shape_mismatch`, `wrong_base`.
+        AdapterError: `unknown_module`, `shape_mismatch`, `wrong_base`, `unsupported_feature`.
     """
     check_fits(adapter, model_shapes(hf_model))
     handles = []
+    for name, block in adapter.blocks.items():
+        mlp = hf_model.get_submodule(name)
+        handles.append(mlp.register_forward_hook(_block_hook(name, block, mlp)))
     for name, module in adapter.modules.items():
         layer = hf_model.get_submodule(name)
         handles.append(layer.register_forward_hook(_hook(_to(module, layer))))
@@ -83,6 +90,39 @@ def _hook(module: RoutedModule) -> Any:
         return (output.float() + delta).to(output.dtype)
 
     return add
+
+
+def _block_hook(name: str, block: MixBlock, mlp: nn.Module) -> Any:
+    """Replaces the block's output by that of its experts."""
+    children = dict(mlp.named_children())
+    linears = {n: children[n] for names in BLOCK_PARTS for n in names if n in children}
+    own = [c for n, c in children.items() if n not in linears]
+    if set(linears) not in BLOCK_PARTS or len(own) != 1:
+        raise AdapterError(
+            "unsupported_feature", f"{name} is not an MLP block that is known here",
+            seen=type(mlp).__name__, limit=[", ".join(sorted(names)) for names in BLOCK_PARTS],
+            fix="serve the adapter with the model it was trained on",
+        )  # fmt: skip
+    act = own[0] if block.act is None else activation(block.act)
+    device = next(mlp.parameters()).device
+    parts = {
+        n: replace(p, a_RK=p.a_RK.to(device), b_NR=p.b_NR.to(device))
+        for n, p in block.parts.items()
+    }
+    moved = replace(block, router_GK=block.router_GK.to(device), parts=parts)
+
+    def mix(layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        flat = args[0].reshape(-1, args[0].shape[-1])
+        as_fp32 = {n: _in_fp32(linear) for n, linear in linears.items()}
+        return mix_reference(moved, flat, as_fp32, act).reshape(output.shape).to(output.dtype)
+
+    return mix
+
+
+def _in_fp32(linear: nn.Module) -> Any:
+    """The linear without its own hooks, as a function of fp32."""
+    bias = None if linear.bias is None else linear.bias.float()
+    return lambda h: nn.functional.linear(h, linear.weight.float(), bias)
 
 
 def _to(module: RoutedModule, layer: nn.Module) -> RoutedModule:

@@ -12,7 +12,34 @@ from typing import Any
 from vllm_lora_ext.adapters.checks import check_adapter
 from vllm_lora_ext.adapters.folder import CONFIG, AdapterFolder, Limits
 from vllm_lora_ext.adapters.model import RoutedAdapter
-from vllm_lora_ext.adapters.readers import loramoe, meteora, native, plain
+from vllm_lora_ext.adapters.readers import (
+    adalora,
+    adamole,
+    arrow,
+    delora,
+    flylora,
+    gralora,
+    hydralora,
+    lily,
+    loha,
+    lokr,
+    lora_mixer,
+    loramoe,
+    meteora,
+    miss,
+    mixlora,
+    moe_peft,
+    moelora,
+    mola,
+    moram,
+    native,
+    plain,
+    poly,
+    smora,
+    vblora,
+    vera,
+    xlora,
+)
 from vllm_lora_ext.adapters.readers.base import Reader
 from vllm_lora_ext.errors import AdapterError
 
@@ -25,14 +52,36 @@ READERS: tuple[Reader, ...] = (
     plain.READER,
     loramoe.READER,
     meteora.READER,
+    smora.READER,
+    flylora.READER,
+    moram.READER,
+    mola.READER,
+    hydralora.READER,
+    adamole.ADAMOLE,
+    adamole.MOLE,
+    moe_peft.LORAMOE,
+    moe_peft.MOLA,
+    mixlora.READER,
+    lora_mixer.READER,
+    moelora.READER,
+    poly.READER,
+    arrow.READER,
+    xlora.READER,
+    lily.READER,
     native.READER,
+    adalora.READER,
+    delora.READER,
+    gralora.READER,
+    loha.READER,
+    lokr.READER,
+    miss.READER,
+    vblora.READER,
+    vera.READER,
 )
 
 # Formats that are known and not read yet: better to be named than to be "unknown".
 _KNOWN_MARKS = {
-    "lora_topk_bias": "FlyLoRA", "loranew_A": "MoRAM", "router.router": "MoLA",
-    "lora_router": "SMoRA", "lora_gating": "AdaMoLE or MoLE", "lora_route": "HydraLoRA",
-    "internal_xlora_classifier": "X-LoRA",
+    "internal_xlora_classifier": "X-LoRA", "old_lora_A": "MoRAM for CLIP (X-TAIL)",
 }  # fmt: skip
 
 
@@ -117,7 +166,8 @@ def find_reader(folder: AdapterFolder) -> Reader:
             seen=[reader.name for reader in found], limit="one",
             fix="keep the files of one adapter only",
         )  # fmt: skip
-    near = [r for r in readers() if bool(r.peft_types) == folder.has_config]
+    near = [r for r in readers() if not folder.has_config and not r.peft_types]
+    near += [r for r in readers() if peft_type in r.peft_types]
     raise AdapterError(
         "unknown_format", f"the tensors{_looks_like(folder)} are of no format that can be served",
         seen=sorted(folder.names)[:3] or "no tensors",

@@ -151,4 +151,24 @@ READER = Reader(
     peft_types=(),
     detect=detect,
     read=read,
+    paper="MeteoRA: Multiple-tasks Embedded LoRA for Large Language Models (arXiv 2405.13053)",
+    summary="A router per linear over ordinary adapters that were trained before: the top_k logits "
+    "go through a softmax with a temperature.",
+    formula="l = R x;  y = W x + sum over the top_k e of softmax(l over the top_k / T)_e "
+    "s_e B_e A_e x,  s_e = alpha_e / r_e",
+    settings={
+        "top_k": "experts that a token uses (2 in the authors' code)",
+        "temperature": "T of the softmax over the chosen experts (1 in the authors' code; their "
+        "README sets 15, 20 and 30 for 3, 5 and 10 tasks in one prompt)",
+        "expert_order": "the experts' folders in the order of their rows in lora_A",
+        "scaling": "alpha / r of every expert; optional, checked against the experts' configs",
+    },
+    traps=(
+        "The weights file is the state dict of the whole wrapped model; base weights in it are "
+        "not read. r and alpha come from the experts' own folders.",
+        "expert_order is the order of training: another order swaps the experts' scales.",
+        "The slow path of the authors' code ignores the temperature; the default path, and we, "
+        "do not.",
+        "All experts must have the same rank.",
+    ),
 )

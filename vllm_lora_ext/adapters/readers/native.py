@@ -317,4 +317,12 @@ READER = Reader(
     peft_types=(PEFT_TYPE,),
     detect=detect,
     read=read,
+    summary="This package's own format: any gate of the table, spelled by name in the config. "
+    "convert writes it, for every system.",
+    formula="y = W x + B (g * (A x));  "
+    "g = expand(constant * mask(weight(select(score(u)))), block)",
+    traps=(
+        "lora_B holds the experts' B times alpha / r: nothing is scaled later.",
+        "Unknown keys and gate fields without effect are errors.",
+    ),
 )

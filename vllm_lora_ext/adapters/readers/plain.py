@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 
 from vllm_lora_ext.adapters.folder import AdapterFolder
@@ -17,23 +18,45 @@ _EMBEDDING = re.compile(r"(?P<module>.+)\.(?P<part>lora_embedding_[AB])(\.\w+)?(
 # Tensor names that make a LORA folder something else.
 _OTHER = re.compile(
     r"lora_route|lora_[AB]_?\d|lora_topk_bias|loranew_|router\.router|moe_gate|lora_router"
-    r"|lora_gating|lora_biases"
+    r"|lora_gating|lora_threshold|lora_biases"
 )
 # Keys of such systems: with one of these, ordinary tensors would be only a part of the adapter.
-_OTHER_KEYS = ("lora_nums", "use_moram", "num_experts", "routing_strategy")
+_OTHER_KEYS = (
+    "lora_nums", "use_moram", "use_mora", "r_sum", "save_loranew", "num_experts", "lora_rank",
+    "routing_strategy", "bias_u", "activate_r", "rank_partition",
+)  # fmt: skip
 
 
 def detect(folder: AdapterFolder) -> bool:
     return (
         folder.config.get("peft_type") == "LORA"
         and not any(key in folder.config for key in _OTHER_KEYS)
+        and not folder.config.get("arrow_config")
         and any(_LINEAR.fullmatch(n) or _EMBEDDING.fullmatch(n) for n in folder.names)
         and not any(_OTHER.search(n) for n in folder.names)
     )
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
-    config = read_peft_config(folder.config)
+    config, pairs = read_pairs(folder)
+    modules = {
+        name: dataclasses.replace(pair, b_NR=pair.b_NR * config.scale(name))
+        for name, pair in pairs.items()
+    }
+    return RoutedAdapter(modules, system="plain", base_model=config.base_model)
+
+
+def read_pairs(
+    folder: AdapterFolder, where: str = "adapter_config.json"
+) -> tuple[PeftLora, dict[str, RoutedModule]]:
+    """An ordinary LoRA before its scales are folded in: B as it is stored.
+
+    Args:
+        where: the config file, for messages.
+    Raises:
+        AdapterError: as `read`.
+    """
+    config = read_peft_config(folder.config, where)
     _refuse_magnitudes(folder.names)
     linear, embedding = group(folder.names, _LINEAR), group(folder.names, _EMBEDDING)
     both = sorted(set(linear) & set(embedding))
@@ -48,7 +71,7 @@ def read(folder: AdapterFolder) -> RoutedAdapter:
     for name, parts in embedding.items():
         modules[name] = _read_pair(folder, config, name, parts, "lora_embedding_")
     _skip_base_embeddings(folder, modules)
-    return RoutedAdapter(modules, system="plain", base_model=config.base_model)
+    return config, modules
 
 
 def _read_pair(
@@ -63,7 +86,7 @@ def _read_pair(
         raise rank_mismatch(b_name, b_shape, f"[out, {rank}] (r in {config.where})")
     return RoutedModule(
         a_RK=folder.take(a_name),
-        b_NR=folder.take(b_name) * config.scale(module),
+        b_NR=folder.take(b_name),
         kind="embedding" if stem == "lora_embedding_" else "linear",
     )
 
@@ -97,4 +120,12 @@ READER = Reader(
     peft_types=("LORA",),
     detect=detect,
     read=read,
+    paper="LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685)",
+    summary="One pair of low-rank matrices per layer and no gate. Served as stock vLLM does.",
+    formula="y = W x + alpha/r B A x;  alpha / sqrt(r) with use_rslora",
+    traps=(
+        "rank_pattern and alpha_pattern change r and alpha of single layers, and are honoured.",
+        "DoRA, trained biases, modules_to_save and adapters that changed the base weights when "
+        "training began (PiSSA, OLoRA, CorDA, LoftQ) are refused by name.",
+    ),
 )

@@ -1,0 +1,110 @@
+// The gate table of routing/spec.py for one token and slice; routing/reference.py specifies it.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <vector>
+
+using std::int64_t;
+
+enum Score : int64_t { kIdentity, kSoftmax, kSigmoid, kL2, kAbs };
+enum Select : int64_t { kAll, kTopK, kThreshold, kTopP };
+enum Weight : int64_t { kScore, kRenormalise, kSoftmaxKept, kOne };
+
+struct Gate {
+  int64_t gated, self, score, bias, bias_value, select, key_abs, k, threshold_head;
+  int64_t subtract_threshold, weight, masked, num_gates;
+  float score_temperature, threshold, top_p, temperature, mask_below, constant, head_bias, unused;
+  const float* bias_G;
+  const int64_t* block_start;  // [G + 1] first rank of each gate
+};
+
+namespace {
+
+void softmax(float* v, int64_t n, float temperature) {
+  float top = -std::numeric_limits<float>::infinity(), total = 0;
+  for (int64_t i = 0; i < n; i++) top = std::max(top, v[i] /= temperature);
+  for (int64_t i = 0; i < n; i++) total += v[i] = std::exp(v[i] - top);
+  for (int64_t i = 0; i < n; i++) v[i] /= total;
+}
+
+struct GateScratch {
+  std::vector<float> score, key, value;
+  std::vector<char> kept;
+  std::vector<int32_t> order;
+};
+
+void score(const Gate& s, const float* u, std::vector<float>& v) {
+  const int64_t n = s.num_gates;
+  v.assign(u, u + n);
+  if (s.score == kSoftmax) softmax(v.data(), n, s.score_temperature);
+  if (s.score == kSigmoid)
+    for (float& e : v) e = 1 / (1 + std::exp(-e));
+  if (s.score == kAbs)
+    for (float& e : v) e = std::fabs(e);
+  if (s.score == kL2) {
+    double squares = 0;
+    for (float e : v) squares += double(e) * e;
+    const float norm = std::sqrt(squares);
+    for (float& e : v) e = norm > 0 ? e / norm : 0;
+  }
+}
+
+void select(const Gate& s, float threshold, GateScratch& m) {
+  const int64_t n = s.num_gates;
+  const std::vector<float>& key = m.key;
+  m.kept.assign(n, s.select == kAll);
+  if (s.select == kThreshold)
+    for (int64_t i = 0; i < n; i++) m.kept[i] = key[i] >= threshold;
+  if (s.select != kTopK && s.select != kTopP) return;
+  m.order.resize(n);
+  for (int64_t i = 0; i < n; i++) m.order[i] = i;
+  const int64_t sorted = s.select == kTopK ? s.k : n;
+  std::partial_sort(m.order.begin(), m.order.begin() + sorted, m.order.end(), [&](int a, int b) {
+    // As torch sorts: NaN before all, ties to the lower index.
+    const bool a_nan = key[a] != key[a], b_nan = key[b] != key[b];
+    if (a_nan != b_nan) return a_nan;
+    if (!a_nan && key[a] != key[b]) return key[a] > key[b];
+    return a < b;
+  });
+  double total = 0;
+  for (int64_t i = 0; i < sorted; i++) {
+    const float value = key[m.order[i]];
+    total += value;
+    m.kept[m.order[i]] = s.select == kTopK || float(total) - value < s.top_p;
+  }
+}
+
+// g [G] into m.value, as routing/reference.py.
+void gate(const Gate& s, const float* u, float head, GateScratch& m) {
+  const int64_t n = s.num_gates;
+  score(s, u, m.score);
+  m.key = m.score;
+  if (s.bias)
+    for (int64_t i = 0; i < n; i++) m.key[i] += s.bias_G[i];
+  m.value = s.bias_value ? m.key : m.score;
+  if (s.key_abs)
+    for (float& e : m.key) e = std::fabs(e);
+  float threshold = s.threshold;
+  if (s.threshold_head) threshold *= 1 / (1 + std::exp(-(head + s.head_bias)));
+  select(s, threshold, m);
+  for (int64_t i = 0; i < n; i++) {
+    if (s.subtract_threshold) m.value[i] -= threshold;
+    if (!m.kept[i]) m.value[i] = s.weight == kSoftmaxKept ? -INFINITY : 0;
+    else if (s.weight == kOne) m.value[i] = 1;
+  }
+  if (s.weight == kRenormalise) {
+    float total = 0;
+    for (float e : m.value) total += e;
+    for (float& e : m.value) e /= total == 0 ? 1 : total;
+  }
+  if (s.weight == kSoftmaxKept) {
+    softmax(m.value.data(), n, s.temperature);
+    for (float& e : m.value) e = e == e ? e : 0;  // nothing kept
+  }
+  for (int64_t i = 0; i < n; i++)
+    m.value[i] = s.masked && !(m.score[i] >= s.mask_below) ? 0 : s.constant * m.value[i];
+}
+
+}  // namespace

@@ -1,0 +1,159 @@
+"""The C++ kernels of `cpu.cpp` on a site: its tables as C structures, and the calls.
+
+A site's tables are made at the first call after one of its slots has changed. They hold addresses
+of the site's buffers, which never move.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from ctypes import Structure, c_float, c_int64, c_void_p
+from typing import Any, NamedTuple
+
+import torch
+
+from vllm_lora_ext.kernels.gated_lora import cpu_build
+from vllm_lora_ext.kernels.gated_lora.site import Site, SlicePlan, SlotPlan
+from vllm_lora_ext.routing import GateSpec
+
+_SCORES = {"identity": 0, "softmax": 1, "sigmoid": 2, "l2": 3, "abs": 4}
+_SELECTS = {"all": 0, "top_k": 1, "threshold": 2, "top_p": 3}
+_WEIGHTS = {"score": 0, "renormalise": 1, "softmax": 2, "one": 3}
+_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+class _Gate(Structure):
+    _fields_ = (
+        *((name, c_int64) for name in (
+            "gated", "self", "score", "bias", "bias_value", "select", "key_abs", "k",
+            "threshold_head", "subtract_threshold", "weight", "masked", "num_gates",
+        )),
+        *((name, c_float) for name in (
+            "score_temperature", "threshold", "top_p", "temperature", "mask_below", "constant",
+            "head_bias", "unused",
+        )),
+        ("bias_G", c_void_p),
+        ("block_start", ctypes.POINTER(c_int64)),
+    )  # fmt: skip
+
+
+class _Slice(Structure):
+    _fields_ = (
+        ("gate", _Gate),
+        ("bt_RN", c_void_p),
+        *((name, c_int64) for name in (
+            "index", "ranks", "a_start", "a_rows", "router_start", "head_at", "y_start", "n",
+            "h_start",
+        )),
+    )  # fmt: skip
+
+
+class _Slot(Structure):
+    _fields_ = (
+        ("rows_RK", c_void_p),
+        *((name, c_int64) for name in ("k", "num_rows", "num_ranks", "h_width", "num_slices")),
+        ("slices", ctypes.POINTER(_Slice)),
+    )  # fmt: skip
+
+
+class Tables(NamedTuple):
+    """What a call takes: the entry point, an array of `_Slot*`, and what those point to."""
+
+    call: Any
+    slots: Any
+    num_slots: int
+    kept: list[_Slot | None]
+
+
+def tables(site: Site, *tensors: torch.Tensor) -> Tables | None:
+    """The site's tables when the kernels can work on these tensors, else None."""
+    for tensor in tensors:
+        if not tensor.is_cpu or tensor.dtype not in _TYPES or tensor.stride(-1) != 1:
+            return None
+    if site.native is None:
+        site.native = _make(site)
+    return site.native or None
+
+
+def gated_lora_(y_TN: torch.Tensor, x_TK: torch.Tensor, site: Site, t: Tables) -> None:
+    slots_T = site.step.token_slots_T
+    t.call(
+        t.slots, t.num_slots, slots_T.data_ptr(), min(len(x_TK), len(slots_T)),
+        x_TK.data_ptr(), x_TK.stride(0), _TYPES[x_TK.dtype], None, 0,
+        y_TN.data_ptr(), y_TN.stride(0), _TYPES[y_TN.dtype],
+    )  # fmt: skip
+
+
+def shrink(u_TR: torch.Tensor, x_TK: torch.Tensor, site: Site, t: Tables) -> None:
+    """Fills the columns of u that a row's slot has; the others stay."""
+    slots_T = site.step.token_slots_T
+    t.call(
+        t.slots, t.num_slots, slots_T.data_ptr(), min(len(x_TK), len(slots_T)),
+        x_TK.data_ptr(), x_TK.stride(0), _TYPES[x_TK.dtype], u_TR.data_ptr(), u_TR.stride(0),
+        None, 0, 0,
+    )  # fmt: skip
+
+
+def gate_expand_(y_TN: torch.Tensor, u_TR: torch.Tensor, site: Site, t: Tables) -> None:
+    slots_T = site.step.token_slots_T
+    t.call(
+        t.slots, t.num_slots, slots_T.data_ptr(), min(len(u_TR), len(slots_T)),
+        None, 0, 0, u_TR.data_ptr(), u_TR.stride(0),
+        y_TN.data_ptr(), y_TN.stride(0), _TYPES[y_TN.dtype],
+    )  # fmt: skip
+
+
+def _make(site: Site) -> Tables | tuple[()]:
+    """Empty where there are no compiled kernels, so that nobody asks again."""
+    library = cpu_build.library()
+    if library is None or not site.rows_SRK.is_cpu:
+        return ()
+    call = library.gated_lora
+    call.argtypes = (
+        c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int64,
+        c_void_p, c_int64, c_int64,
+    )  # fmt: skip
+    call.restype = None
+    if library.has_float16():
+        _TYPES[torch.float16] = 2
+    kept = [None if plan is None else _slot(plan) for plan in site.plans]
+    pointers = [None if slot is None else ctypes.addressof(slot) for slot in kept]
+    return Tables(call, (c_void_p * len(kept))(*pointers), len(kept), kept)
+
+
+def _slot(plan: SlotPlan) -> _Slot:
+    slices = (_Slice * len(plan.slices))()
+    h_start = 0
+    for i, p in enumerate(plan.slices):
+        slices[i] = _slice(i, p, h_start)
+        h_start += slices[i].ranks
+    rows_RK = plan.rows_RK
+    return _Slot(
+        rows_RK.data_ptr(), rows_RK.shape[1], rows_RK.shape[0], plan.num_ranks, h_start,
+        len(slices), slices,
+    )  # fmt: skip
+
+
+def _slice(index: int, p: SlicePlan, h_start: int) -> _Slice:
+    return _Slice(
+        gate=_gate(p), bt_RN=p.bt_RN.data_ptr(), index=index, ranks=p.bt_RN.shape[0],
+        a_start=p.a_start, a_rows=p.a_stop - p.a_start, router_start=p.router_start,
+        head_at=p.head_at, y_start=p.y_start, n=p.bt_RN.shape[1], h_start=h_start,
+    )  # fmt: skip
+
+
+def _gate(p: SlicePlan) -> _Gate:
+    s: GateSpec = p.gate
+    starts = (c_int64 * (s.num_gates + 1))(*itertools.accumulate(s.blocks, initial=0))
+    return _Gate(
+        gated=s.source != "none", self=s.source == "self", score=_SCORES[s.score],
+        bias=s.bias != "none", bias_value=s.bias == "value", select=_SELECTS[s.select],
+        key_abs=s.key == "abs", k=s.k, threshold_head=s.threshold_head,
+        subtract_threshold=s.subtract_threshold, weight=_WEIGHTS[s.weight],
+        masked=s.mask_below is not None, num_gates=s.num_gates,
+        score_temperature=s.score_temperature, threshold=s.threshold, top_p=s.top_p,
+        temperature=s.temperature, mask_below=s.mask_below or 0.0, constant=s.constant,
+        head_bias=p.head_bias, bias_G=None if p.bias_G is None else p.bias_G.data_ptr(),
+        block_start=starts,
+    )  # fmt: skip

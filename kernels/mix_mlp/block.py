@@ -1,0 +1,202 @@
+"""BlockSite: the slot tables of one MLP block, and what runs around its three steps.
+
+Weights live in the `Site`s of the block's two linears, so that a block costs no memory of its own.
+The first linear's site holds A and B of gate and up, and the router; the second's those of down.
+Between the linears' ops the shrunk rows are kept here: the three ops of one block run one after
+the other, and the next step overwrites them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+
+from vllm_lora_ext.kernels.gated_lora.site import Site, SlicePlan, SlotPlan
+from vllm_lora_ext.kernels.gated_lora.step import Group
+from vllm_lora_ext.routing import GateSpec
+from vllm_lora_ext.routing.mix import expert_weights
+from vllm_lora_ext.routing.reference import GatedSlice
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """One adapter at one block.
+
+    Args:
+        gate: how the experts are weighted; its blocks are their ranks.
+        first: where the first linear's parts stand; its slices are gate (with the router) and up.
+        last: the same of the second linear's one part, or None when it has no experts.
+        act: the activation over [gate | up], as the model's own.
+        sums_to_one: the weights always do, so that a bias of the second linear is not scaled.
+    """
+
+    gate: GateSpec
+    first: SlotPlan
+    last: SlotPlan | None
+    act: Activation
+    sums_to_one: bool
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """First and last rank of every expert."""
+        return list(pairwise(accumulate(self.gate.blocks, initial=0)))
+
+
+class BlockSite:
+    """The experts of every slot at one MLP block.
+
+    Args:
+        first, last: sites of the block's two linears.
+        act: the model's own activation: [T, gate | up] → [T, inner], or elementwise without a gate.
+        last_bias_N: bias of the second linear as this rank adds it, None when there is none.
+    """
+
+    def __init__(
+        self, first: Site, last: Site, act: Activation, last_bias_N: torch.Tensor | None = None
+    ) -> None:
+        self.first, self.last, self.act, self.last_bias_N = first, last, act, last_bias_N
+        self.plans: dict[int, BlockPlan] = {}
+        self._u: dict[int, torch.Tensor] = {}
+        self._add: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        first.after, last.after = self.hold, lambda y_TN, _x: self.add_down(y_TN)
+        last.after_shrink, last.after_expand = self.fill, self.add_down
+
+    def clear(self, slot: int) -> None:
+        """The slot adds nothing any more."""
+        self.plans.pop(slot, None)
+
+    def write(
+        self,
+        slot: int,
+        gate: GateSpec,
+        first: list[GatedSlice],
+        last: GatedSlice | None,
+        act: Activation | None = None,
+    ) -> None:
+        """Puts one adapter into a slot.
+
+        Args:
+            first: gate (or the only one, without a gate) with the block's router, then up.
+            last: down, all of its output columns.
+            act: in place of the model's.
+        Raises:
+            ValueError: a part does not fit the buffers (the slot is left empty).
+        """
+        self.clear(slot)
+        first_plan = self.first.store(slot, first)
+        assert first_plan is not None
+        last_plan = None if last is None else self.last.store(slot, [last])
+        sums = gate.weight in ("renormalise", "softmax") and gate.constant == 1.0
+        self.plans[slot] = BlockPlan(gate, first_plan, last_plan, act or self.act, sums)
+
+    def hold(self, _y_TN: torch.Tensor, x_TK: torch.Tensor) -> None:
+        """After the first linear: shrinks the rows of the slots that have experts here."""
+        for group in self.first.step.groups:
+            plan = self.plans.get(group.slot)
+            if plan is not None:
+                rows_TK = _rows(x_TK, group).float()
+                self._u[group.slot] = torch.mm(rows_TK, plan.first.rows_RK.t().float())
+
+    def mix_act_(self, a_TI: torch.Tensor, gate_up_TN: torch.Tensor) -> None:
+        """Puts `sum_e v_e a_e` in place of the activations of rows that have experts here."""
+        for group in self.first.step.groups:
+            plan = self.plans.get(group.slot)
+            if plan is None:
+                continue
+            u_TR = self._u.pop(group.slot)
+            mixed_TI, z_TR, total_T = _mix(plan, _rows(gate_up_TN, group).float(), u_TR)
+            self._add[group.slot] = z_TR, total_T
+            if group.index_T is None:
+                a_TI[group.start : group.stop] = mixed_TI.to(a_TI.dtype)
+            else:
+                a_TI[group.index_T] = mixed_TI.to(a_TI.dtype)
+
+    def fill(self, u_TR: torch.Tensor) -> None:
+        """Under tensor parallelism, after the second linear's shrink: this rank's share of the
+        weighted A_d a_e goes into the rows that are summed over the ranks."""
+        for group in self.last.step.groups:
+            plan = self.plans.get(group.slot)
+            if plan is not None:
+                z_TR, _ = self._add[group.slot]
+                index_T = slice(group.start, group.stop) if group.index_T is None else group.index_T
+                u_TR[index_T, : z_TR.shape[1]] = z_TR
+
+    def add_down(self, y_TN: torch.Tensor, u_TR: torch.Tensor | None = None) -> None:
+        """After the second linear: adds the experts' down parts, already weighted.
+
+        Args:
+            u_TR: what `fill` wrote, summed over the ranks; None without tensor parallelism.
+        """
+        for group in self.last.step.groups:
+            plan = self.plans.get(group.slot)
+            if plan is None:
+                continue
+            z_TR, total_T = self._add.pop(group.slot)
+            if plan.last is not None:
+                if u_TR is not None:
+                    z_TR = _rows(u_TR, group)[:, : z_TR.shape[1]]
+                p = plan.last.slices[0]
+                delta_TN = torch.mm(z_TR, p.bt_RN.float())
+                _add_rows_(y_TN[:, p.y_start : p.y_stop], group, delta_TN)
+            if self.last_bias_N is not None and not plan.sums_to_one:
+                _add_rows_(y_TN, group, (total_T - 1)[:, None] * self.last_bias_N.float())
+
+
+def _mix(
+    plan: BlockPlan, base_TN: torch.Tensor, u_TR: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The mixed activations [T, inner], the weighted A_d a_e of every rank, the sum of weights."""
+    slices = plan.first.slices
+    at = slices[0].router_start
+    v_TE = expert_weights(plan.gate, u_TR[:, at : at + plan.gate.num_gates])
+    chosen_TE = v_TE != 0
+    z_TR = u_TR.new_zeros(len(u_TR), sum(plan.gate.blocks))
+    mixed: torch.Tensor | None = None
+    for e, (start, stop) in enumerate(plan.spans):
+        rows_T = torch.nonzero(chosen_TE[:, e]).flatten()
+        if not len(rows_T):
+            continue
+        a_TI = plan.act(_expert_input(slices, base_TN[rows_T], u_TR[rows_T], start, stop))
+        if plan.last is not None:
+            a_d_RI = plan.last.rows_RK[start:stop].float()
+            z_TR[rows_T, start:stop] = v_TE[rows_T, e, None] * torch.mm(a_TI, a_d_RI.t())
+        if mixed is None:
+            mixed = base_TN.new_zeros(len(u_TR), a_TI.shape[1])
+        mixed.index_add_(0, rows_T, v_TE[rows_T, e, None] * a_TI)
+    if mixed is None:  # no expert at all: the block's output is zero, as the formula has it
+        mixed = torch.zeros_like(plan.act(base_TN))
+    return mixed, z_TR, v_TE.sum(dim=1)
+
+
+def _expert_input(
+    slices: tuple[SlicePlan, ...], base_TN: torch.Tensor, u_TR: torch.Tensor, start: int, stop: int
+) -> torch.Tensor:
+    """gate(x) and up(x) of one expert, side by side."""
+    parts, at = [], 0
+    for p in slices:
+        width = p.y_stop - p.y_start
+        part = base_TN[:, at : at + width]
+        if p.a_stop > p.a_start:
+            h_TR = u_TR[:, p.a_start + start : p.a_start + stop]
+            part = torch.addmm(part, h_TR, p.bt_RN[start:stop].float())
+        parts.append(part)
+        at += width
+    return torch.cat(parts, dim=1)
+
+
+def _rows(x: torch.Tensor, group: Group) -> torch.Tensor:
+    if group.index_T is None:
+        return x[group.start : group.stop]
+    return x.index_select(0, group.index_T)
+
+
+def _add_rows_(y_TN: torch.Tensor, group: Group, add_TN: torch.Tensor) -> None:
+    if group.index_T is None:
+        y_TN[group.start : group.stop] += add_TN.to(y_TN.dtype)
+    else:
+        y_TN.index_add_(0, group.index_T, add_TN.to(y_TN.dtype))

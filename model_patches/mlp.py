@@ -1,0 +1,184 @@
+"""Experts that are whole MLP blocks (MixLoRA), in the model's own MLP modules.
+
+Target: none of vLLM's names; the activation module of each MLP that the manager finds is wrapped,
+in the model instance. A block is known by its structure: a class whose `forward` does nothing but
+first linear → activation → second linear, as every gated MLP of the Llama family's layout does
+(Llama, Mistral, Qwen, Gemma, Phi-3), and fc1 → activation → fc2 of others.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import nn
+
+from vllm_lora_ext.adapters.blocks import activation
+from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedModule
+from vllm_lora_ext.kernels.mix_mlp import BlockSite, mix_act_, register_block
+from vllm_lora_ext.model_patches.layers import RoutedLinear
+
+
+class MixedActivation(nn.Module):
+    """The model's activation, then the experts of the rows that have some: one opaque op."""
+
+    def __init__(self, act: nn.Module, block: BlockSite) -> None:
+        super().__init__()
+        self.act, self.block_id = act, register_block(block)
+
+    def forward(self, gate_up: torch.Tensor) -> torch.Tensor:
+        a = self.act(gate_up)
+        mix_act_(a.view(-1, a.shape[-1]), gate_up.view(-1, gate_up.shape[-1]), self.block_id)
+        return a
+
+
+@dataclass(frozen=True)
+class Block:
+    """One MLP block of the model: its two linears and its slots."""
+
+    first: RoutedLinear
+    last: RoutedLinear
+    site: BlockSite
+    gated: bool
+
+    def load(self, slot: int, block: MixBlock) -> None:
+        """Puts an adapter's experts into a slot. Raises ValueError when they do not fit."""
+        hidden, sizes = self.first.full_sizes()
+        up_first = dict(zip(self._first_names(), sizes, strict=True))
+        parts = {**block.parts, **_split(block.parts.get("gate_up_proj"), sizes)}
+        first = [_part(parts.get(name), hidden, size) for name, size in up_first.items()]
+        first[0] = RoutedModule(first[0].a_RK, first[0].b_NR, block.gate, block.router_GK)
+        down = parts.get("down_proj" if self.gated else "fc2")
+        last = None if down is None else RoutedModule(down.a_RK, down.b_NR)
+        self.site.write(
+            slot,
+            block.gate,
+            [m for m in self.first.sharded(first) if m is not None],
+            last and self.last.sharded([last])[0],
+            None if block.act is None else self._activation(block.act),
+        )
+
+    def _first_names(self) -> tuple[str, ...]:
+        return ("gate_proj", "up_proj") if self.gated else ("fc1",)
+
+    def _activation(self, name: str) -> nn.Module:
+        act = activation(name)
+        return _Gated(act) if self.gated else act
+
+
+class _Gated(nn.Module):
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.act = act
+
+    def forward(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self.act(gate) * up
+
+
+def wrap_blocks(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Block]:
+    """Finds the MLP blocks whose linears can be adapted, and wraps their activations.
+
+    Args:
+        layers: the model's LoRA layers by name.
+    Returns:
+        Block's name → the block.
+    """
+    found = {}
+    for name, module, (first_name, act_name, last_name) in list(_blocks(model)):
+        first = layers.get(f"{name}.{first_name}")
+        last = layers.get(f"{name}.{last_name}")
+        if not isinstance(first, RoutedLinear) or not isinstance(last, RoutedLinear):
+            continue
+        gated = first_name != "fc1"
+        if first.n_slices != 1 + gated or last.n_slices != 1:
+            continue
+        act = getattr(module, act_name)
+        bias = last.base_layer.bias if last.tp_rank == 0 else None
+        site = BlockSite(first.site, last.site, act, bias)
+        setattr(module, act_name, MixedActivation(act, site))
+        found[name] = Block(first, last, site, gated)
+    return found
+
+
+def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, str, str]]]:
+    for name, module in model.named_modules():
+        steps = _steps(type(module))
+        if steps is not None and (steps[0], steps[2]) in _LINEARS:
+            yield name, module, steps
+
+
+_LINEARS = {("gate_up_proj", "down_proj"), ("fc1", "fc2")}
+
+
+@cache
+def _steps(cls: type[nn.Module]) -> tuple[str, str, str] | None:
+    """The three children that `cls.forward` calls one after the other, if it does nothing else."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(cls.forward)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    function = tree.body[0]
+    if not isinstance(function, ast.FunctionDef) or len(function.args.args) != 2:
+        return None
+    value, calls = function.args.args[1].arg, []
+    for statement in function.body:
+        if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
+            continue  # a docstring
+        if isinstance(statement, ast.Return):
+            last = isinstance(statement.value, ast.Name) and statement.value.id == value
+            if last and len(calls) == 3 and statement is function.body[-1]:
+                return calls[0], calls[1], calls[2]
+            return None
+        called = _call(statement, value)
+        if called is None:
+            return None
+        child, value = called
+        calls.append(child)
+    return None
+
+
+def _call(statement: ast.stmt, value: str) -> tuple[str, str] | None:
+    """`y = self.child(value)` or `y, _ = self.child(value)`: the child and y.
+
+    `y = maybe_fused_act_quant(self.child, value, ...)` calls the child too: vLLM fuses activation
+    and quantisation for the activations it knows by type, which a wrapped one is not.
+    """
+    if not isinstance(statement, ast.Assign) or len(statement.targets) != 1:
+        return None
+    target, call = statement.targets[0], statement.value
+    if isinstance(target, ast.Tuple):
+        target = target.elts[0]
+    if not isinstance(target, ast.Name) or not isinstance(call, ast.Call) or call.keywords:
+        return None
+    func, args = call.func, call.args
+    if isinstance(func, ast.Name) and func.id == "maybe_fused_act_quant" and len(args) == 3:
+        func, args = args[0], args[1:2]
+    own = (
+        isinstance(func, ast.Attribute)
+        and isinstance(func.value, ast.Name)
+        and func.value.id == "self"
+    )
+    if not own or len(args) != 1 or not isinstance(args[0], ast.Name) or args[0].id != value:
+        return None
+    assert isinstance(func, ast.Attribute)
+    return func.attr, target.id
+
+
+def _split(fused: LowRank | None, sizes: tuple[int, ...]) -> dict[str, LowRank]:
+    """Experts over a fused gate and up: both share A."""
+    if fused is None:
+        return {}
+    gate_NR, up_NR = torch.split(fused.b_NR, list(sizes))
+    return {"gate_proj": LowRank(fused.a_RK, gate_NR), "up_proj": LowRank(fused.a_RK, up_NR)}
+
+
+def _part(part: LowRank | None, width: int, out: int) -> RoutedModule:
+    if part is None:  # experts stand on other linears only
+        return RoutedModule(torch.zeros(0, width), torch.zeros(out, 0))
+    return RoutedModule(part.a_RK, part.b_NR)

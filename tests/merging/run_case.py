@@ -1,0 +1,198 @@
+"""Runs the case of a merge fixture through the public merge path and writes a PEFT folder.
+
+    python -m tests.merging.run_case CASE_DIR OUT_DIR
+    python tests/merging/run_case.py CASE_DIR OUT_DIR [--rank R]
+
+The inputs' paths in `case.json` start at the folder above CASE_DIR. A case is understood by its
+system, method and parameters alone; conversions of one artefact are those of `run_variant.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file
+
+from vllm_lora_ext.merging import Factors, Merged, Term, load_factors, load_soups, merge, save_peft
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from run_variant import factors_of, handles
+
+Case = dict[str, Any]
+
+
+class Call(NamedTuple):
+    """Arguments of `merge`; own holds parameters of single adapters, weights replaces the case's."""
+
+    method: str
+    parameters: dict[str, Any]
+    own: list[dict[str, Any]] | None = None
+    weights: list[float] | None = None
+
+
+def peft(case: Case) -> Call:
+    """`add_weighted_adapter`; a case without a combination type is the plain sum."""
+    given = case["parameters"]
+    kind = given.get("combination_type")
+    if kind is None:
+        return Call("cat", {})
+    parameters = {"compat": "peft", **_some(given, "density", "majority_sign_method", "svd_rank")}
+    if kind not in ("svd", "cat") and kind.endswith("_svd"):
+        return Call(kind.removesuffix("_svd"), {**parameters, "space": "full"})
+    return Call(kind, parameters)
+
+
+def mergekit(case: Case) -> Call:
+    """A recipe of mergekit, its switches taken over by name."""
+    given = case["parameters"]
+    kind, switches = given["merge_method"], given.get("parameters", {})
+    own = [_some(model, "density", "epsilon", "gamma") for model in given.get("models", [])]
+    if kind in ("linear", "task_arithmetic"):
+        normalize = switches.get("normalize", kind == "linear")
+        return Call("cat", {"normalize": normalize, **_some(switches, "lambda")})
+    parameters = {"compat": "mergekit", **_some(switches, "normalize", "rescale", "lambda")}
+    return Call(kind, {**parameters, **_some(given, "epsilon", "gamma")}, own or None)
+
+
+def lorax(case: Case) -> Call:
+    """`merged_adapters` of a request; density counts where entries are dropped."""
+    given = case["parameters"]
+    kind = given["merge_strategy"]
+    names = () if kind == "linear" else ("density", "majority_sign_method")
+    if kind == "dare_linear":
+        names = ("density",)
+    return Call(kind, {"compat": "lorax", **_some(given, *names)})
+
+
+def lorahub(case: Case) -> Call:
+    return Call("lorahub", {})
+
+
+def core_space(case: Case) -> Call:
+    """One coefficient multiplies the merged delta; the tool has no weights."""
+    given, ones = case["parameters"], [1.0] * len(case["inputs"])
+    kind = given["merge_method"]
+    parameters = {"lambda": given["scaling_coeff"], "compat": "core_space",
+                  "space": given["merge_space"]}  # fmt: skip
+    if kind == "tv":
+        if given.get("isotropize"):
+            return Call("iso", parameters, weights=ones)
+        return Call("cat", {"lambda": given["scaling_coeff"]}, weights=ones)
+    parameters["isotropise"] = given.get("isotropize", False)
+    if kind == "ties":
+        parameters["density"] = _share(given["topK"])
+    elif kind == "cart":
+        parameters |= {
+            "keep": given["cart_pruning_rank"], "strength": given["cart_scaling_coeffs"]
+        }  # fmt: skip
+    return Call(kind, parameters, weights=ones)
+
+
+def knots(case: Case) -> Call:
+    """The code multiplies every adapter by the first coefficient."""
+    given, ones = case["parameters"], [1.0] * len(case["inputs"])
+    coefficient = given["scaling_coeffs"][0]
+    if given["merge_method"] != "ties":
+        return Call("cat", {"lambda": coefficient}, weights=ones)
+    parameters = {
+        "density": _share(given["topK_percent"]), "lambda": coefficient,
+        "divide": _DIVIDE[given.get("merging_type", "mean")],
+    }  # fmt: skip
+    return Call("knots_ties", parameters, weights=ones)
+
+
+def ties_original(case: Case) -> Call:
+    given = case["parameters"]
+    parameters = {
+        "compat": "ties_original", "density": _share(given["reset_thresh_percent"]),
+        "lambda": given["scaling_lambda"],
+        "divide": _DIVIDE[given["merge_func"].removeprefix("dis-")],
+    }  # fmt: skip
+    return Call("ties", parameters)
+
+
+def mergelm(case: Case) -> Call:
+    given = case["parameters"]
+    parameters = {
+        "compat": "mergelm", "density": 1 - given["mask_rate"], "rescale": given["use_rescale"],
+        "lambda": given["scaling_coefficient"],
+    }  # fmt: skip
+    return Call("dare_linear", parameters)
+
+
+def robustmerge(case: Case) -> Call:
+    return Call("robustmerge", _some(case["parameters"], "mask_ratio", "att_ratio", "fuse_weight"))
+
+
+def soups(case: Case) -> Call:
+    return Call("soups", {"mode": case["parameters"]["lora_mix_mode"]})
+
+
+_DIVIDE = {"mean": "voters", "sum": "none", "max": "largest"}
+SYSTEMS: dict[str, Callable[[Case], Call]] = {
+    "PEFT": peft, "mergekit": mergekit, "LoRAX": lorax, "LoraHub": lorahub,
+    "Core Space": core_space, "KnOTS": knots, "TIES-Merging": ties_original, "DARE": mergelm,
+    "RobustMerge": robustmerge, "LoRA-Soups": soups,
+}  # fmt: skip
+
+
+def merge_case(case_dir: Path, case: Case, rank: int | None = None) -> Merged:
+    """The merge that a case describes.
+
+    Args:
+        rank: largest rank of the result, in place of the case's own.
+    """
+    call = SYSTEMS[case["system"]](case)
+    inputs = case["inputs"]
+    if any(entry.get("weight") == "learned" for entry in inputs):
+        terms = load_soups([case_dir.parent / entry["adapter"] for entry in inputs])
+    else:
+        weights = call.weights or [entry["weight"] for entry in inputs]
+        terms = [
+            Term(load_factors(case_dir.parent / entry["adapter"]), weight, entry["name"], own)
+            for entry, weight, own in zip(
+                inputs, weights, call.own or [{}] * len(inputs), strict=True
+            )
+        ]
+    stored = case_dir / "masks.safetensors"
+    masks = load_file(stored) if stored.exists() else None
+    parameters = {**call.parameters, **({} if rank is None else {"rank": rank})}
+    return merge(call.method, terms, parameters, masks=masks)
+
+
+def run_case(case_dir: Path, rank: int | None = None) -> Factors:
+    """The adapter that a case gives."""
+    case = json.loads((case_dir / "case.json").read_text())
+    if handles(case):
+        return factors_of(case_dir, case)
+    return merge_case(case_dir, case, rank).factors
+
+
+def _some(table: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: table[name] for name in names if table.get(name) is not None}
+
+
+def _share(percent: float) -> float:
+    """The tools read numbers above 1 as percent."""
+    return percent / 100 if percent > 1 else float(percent)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("case", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--rank", type=int, default=None, help="largest rank of the result")
+    args = parser.parse_args()
+    torch.manual_seed(0)  # nothing may depend on it
+    folder = save_peft(run_case(args.case, args.rank), args.out)
+    print(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""Factors: an adapter as a map of modules to (A, B), and the way from and to PEFT folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+
+from vllm_lora_ext.adapters import AdapterFolder, Limits, RoutedAdapter, load_adapter
+from vllm_lora_ext.adapters.readers.peft_config import read_peft_config
+from vllm_lora_ext.errors import AdapterError
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Pair(NamedTuple):
+    """One module's delta `B A`, fp32, its scale folded into B.
+
+    a_RK: [R, in]; b_NR: [out, R]. R may be 0.
+    """
+
+    a_RK: torch.Tensor
+    b_NR: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.b_NR.shape[1]
+
+    def delta(self) -> torch.Tensor:
+        """The dense [out, in]: for tests and for merges in full space only."""
+        return self.b_NR @ self.a_RK
+
+
+@dataclass(frozen=True)
+class Factors:
+    """An adapter without scales, gates or files.
+
+    Args:
+        modules: name in the Hugging Face model (`model.layers.0.mlp.up_proj`) → its pair.
+        base_model: what the adapter says it was trained on; may be empty.
+        source: the folder, for messages.
+        scales: module → the scale (alpha/r, alpha/sqrt(r)) that was folded into its B. Merges that
+            imitate a tool working on unscaled factors divide by it; a module not in here has 1.
+        rslora: those scales were alpha/sqrt(r); only the imitation of PEFT's merges asks.
+    """
+
+    modules: dict[str, Pair] = field(repr=False)
+    base_model: str = ""
+    source: str = ""
+    scales: dict[str, float] = field(default_factory=dict, repr=False)
+    rslora: bool = False
+
+    def ranks(self) -> dict[str, int]:
+        return {name: pair.rank for name, pair in self.modules.items()}
+
+    @property
+    def rank(self) -> int:
+        """Largest rank of a module: what `max_lora_rank` must hold."""
+        return max(self.ranks().values(), default=0)
+
+
+def load_factors(folder: str | os.PathLike[str], limits: Limits | None = None) -> Factors:
+    """Read an ordinary LoRA folder, every scale folded into B.
+
+    Raises:
+        AdapterError: those of `load_adapter`; `unsupported_feature` for an adapter with gates or
+            on embeddings.
+    """
+    adapter = load_adapter(folder, limits)
+    config = AdapterFolder(folder, limits).config
+    return fold(adapter, config if adapter.system == "plain" else {})
+
+
+def fold(adapter: RoutedAdapter, config: Mapping[str, Any]) -> Factors:
+    """The factors of an adapter that has no gates.
+
+    Args:
+        config: the PEFT config that its scales came from; empty when they are not known.
+    Raises:
+        AdapterError: `unsupported_feature`.
+    """
+    gated = [name for name, m in adapter.modules.items() if m.gate.source != "none"]
+    gated += list(adapter.blocks)
+    if gated:
+        raise AdapterError(
+            "unsupported_feature", f"{adapter.source or 'the adapter'} is routed ({adapter.system})"
+            " and cannot be merged: its gates depend on the token", seen=sorted(gated)[0],
+            limit="ordinary LoRA", fix="serve it as it is, or bundle plain adapters with a router",
+        )  # fmt: skip
+    embeddings = [name for name, m in adapter.modules.items() if m.kind == "embedding"]
+    if embeddings:
+        raise AdapterError(
+            "unsupported_feature", f"{adapter.source or 'the adapter'} adapts an embedding, which"
+            " cannot be merged", seen=sorted(embeddings)[0], limit="linear layers",
+            fix="train without it, or serve the adapter alone",
+        )  # fmt: skip
+    modules = {name: Pair(m.a_RK, m.b_NR) for name, m in adapter.modules.items()}
+    if not config:
+        return Factors(modules, adapter.base_model, adapter.source)
+    lora = read_peft_config(dict(config))
+    scales = {name: lora.scale(name) for name in modules}
+    return Factors(modules, adapter.base_model, adapter.source, scales, lora.rslora)
+
+
+def save_peft(
+    factors: Factors,
+    folder: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    extra_config: Mapping[str, Any] | None = None,
+    extra_files: Mapping[str, bytes] | None = None,
+) -> Path:
+    """Write an ordinary PEFT folder of scale 1; the same factors give the same bytes.
+
+    The folder appears whole or not at all. Modules of rank 0 are left out.
+
+    Args:
+        folder: must be missing or empty.
+        dtype: float32, bfloat16 or float16; the one rounding on the way.
+        extra_config: more keys of `adapter_config.json` (`task_type`).
+        extra_files: name → content of files beside them (`recipe.lock.json`).
+    Raises:
+        AdapterError: `empty_adapter`, `bad_value` (dtype), `rank_mismatch`, `not_finite` (a value
+            that dtype cannot hold counts), `unexpected_file` (the folder holds something).
+    """
+    if dtype not in DTYPES:
+        raise AdapterError(
+            "bad_value", "an adapter cannot be saved in this dtype", seen=str(dtype),
+            limit=[str(d) for d in DTYPES], fix="choose one of them",
+        )  # fmt: skip
+    tensors = {}
+    for name, pair in sorted(factors.modules.items()):
+        if pair.rank:
+            tensors.update(_tensors(name, pair, dtype))
+    if not tensors:
+        raise AdapterError(
+            "empty_adapter", "nothing is left to save: every module has rank 0",
+            fix="check weights and filters",
+        )  # fmt: skip
+    config = {**peft_config(factors), **(extra_config or {})}
+    files = {CONFIG: (json.dumps(config, indent=2) + "\n").encode(), **(extra_files or {})}
+    return _write_whole(Path(folder), tensors, files)
+
+
+def peft_config(factors: Factors) -> dict[str, Any]:
+    """`adapter_config.json` for these factors: alpha equals the rank everywhere, so scale is 1."""
+    ranks = {name: rank for name, rank in factors.ranks().items() if rank}
+    largest = max(ranks.values(), default=1)
+    pattern = rank_pattern(ranks, largest)
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": factors.base_model or None,
+        "r": largest,
+        "lora_alpha": largest,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "target_modules": sorted(ranks),
+    }
+
+
+def rank_pattern(ranks: Mapping[str, int], default: int) -> dict[str, int]:
+    """PEFT's `rank_pattern`: last words of names where they say enough, else whole names.
+
+    PEFT takes the first key that equals a name or a tail of it, so longer keys come first.
+    """
+    of_tail: dict[str, set[int]] = defaultdict(set)
+    for name, rank in ranks.items():
+        of_tail[_tail(name)].add(rank)
+    found = {}
+    for name, rank in ranks.items():
+        alone = len(of_tail[_tail(name)]) == 1
+        if rank != default or not alone:
+            found[_tail(name) if alone else name] = rank
+    return dict(sorted(found.items(), key=lambda item: (-len(item[0]), item[0])))
+
+
+def _tail(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def _tensors(name: str, pair: Pair, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    a, b = pair.a_RK, pair.b_NR
+    if a.ndim != 2 or b.ndim != 2 or a.shape[0] != b.shape[1]:
+        raise AdapterError(
+            "rank_mismatch", f"A and B of {name} do not belong together",
+            seen=f"A {list(a.shape)}, B {list(b.shape)}", limit="A [R, in], B [out, R]",
+        )  # fmt: skip
+    tensors = {"lora_A": a.detach().to(dtype), "lora_B": b.detach().to(dtype)}
+    for part, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise AdapterError(
+                "not_finite", f"{part} of {name} is not finite in {dtype}",
+                fix="check the weights, or save in float32",
+            )  # fmt: skip
+    return {f"{PREFIX}{name}.{part}.weight": t.contiguous() for part, t in tensors.items()}
+
+
+def _write_whole(where: Path, tensors: dict[str, torch.Tensor], files: dict[str, bytes]) -> Path:
+    """Everything into a folder beside the target, then one rename."""
+    if where.is_symlink() or (where.exists() and (not where.is_dir() or any(where.iterdir()))):
+        raise AdapterError(
+            "unexpected_file", "the output folder holds something already", seen=str(where),
+            limit="a new or empty folder", fix="choose another folder, or empty it",
+        )  # fmt: skip
+    where.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{where.name}.", dir=where.parent))
+    try:
+        save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
+        for name, content in files.items():
+            (part / name).write_bytes(content)
+        for path in [*part.iterdir(), part]:
+            _sync(path)
+        part.chmod(0o755)
+        os.rename(part, where)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    _sync(where.parent)
+    return where
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

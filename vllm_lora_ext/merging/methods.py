@@ -1,0 +1,198 @@
+"""The table of methods: every name that a recipe, a request or a command may use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.merging import plans
+from vllm_lora_ext.merging.nonlinear import Rule
+from vllm_lora_ext.merging.plans import Planner
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to merge.
+
+    Args:
+        name: as recipes and requests spell it.
+        title: one line.
+        url: paper or code that defines it.
+        exact: the result is the sum of the weighted deltas, to rounding.
+        why: what is exact or lost.
+        plan: its arithmetic.
+        parameters: allowed names with their defaults; None means that the method decides.
+        only: parameters with fewer choices here than elsewhere; `compat` names the flavours.
+        commutes: the order of the adapters does not matter, whatever the parameters.
+    """
+
+    name: str
+    title: str
+    url: str
+    exact: bool
+    why: str
+    plan: Planner
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    only: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    commutes: bool = True
+
+
+_FIT = {"rank": None, "energy": None, "lambda": 1.0, "layers": None}
+_SUM = {**_FIT, "normalize": False}
+_BASIS = {**_FIT, "space": "core", "isotropise": False, "compat": None}
+_BASIS_ONLY = {"space": ("core", "knots", "knots_v", "full"), "compat": ("core_space",)}
+_PEFT = "https://github.com/huggingface/peft"
+_TIES = "https://arxiv.org/abs/2306.01708"
+_DARE = "https://arxiv.org/abs/2311.03099"
+_DELLA = "https://arxiv.org/abs/2406.11617"
+_CRUMBS = "https://arxiv.org/abs/2312.06795"
+_ENTRIES = "entries are dropped or outvoted; what is left is served exactly in core space"
+
+
+def _entrywise(
+    name: str, title: str, url: str, rules: Mapping[str | None, Rule], **defaults: Any
+) -> Method:
+    """A row for an entry-wise merge with its flavours."""
+    parameters = {
+        **_FIT, "space": None, "sign": None, "divide": None, "rescale": None, "normalize": None,
+        "isotropise": False, "seed": 0, "density": 1.0, "epsilon": 0.1, "gamma": 0.01,
+        "compat": None, **defaults,
+    }  # fmt: skip
+    flavours = tuple(flavour for flavour in rules if flavour)
+    return Method(
+        name, title, url, False, _ENTRIES, plans.entrywise(rules), parameters,
+        {"compat": flavours}, commutes=not any(rule.sides == "raw" for rule in rules.values()),
+    )  # fmt: skip
+
+
+def _magnitude(**fields: Any) -> Rule:
+    return Rule("magnitude", **fields)
+
+
+_VOTE: dict[str, Any] = {"sign": "total", "divide": "voters"}
+_ORIGINAL: dict[str, Any] = {**_VOTE, "extra": True, "majority": True}
+_MERGEKIT_VOTE: dict[str, Any] = {"space": "full", "sign": "weighted"}
+_KNOTS = _magnitude(space="knots", scope="adapter", **_ORIGINAL)
+_TIES_RULES: dict[str | None, Rule] = {
+    None: _magnitude(**_VOTE),
+    "peft": _magnitude(space="factor", **_VOTE),
+    "lorax": _magnitude(space="factor", sides="raw", **_VOTE),
+    "mergekit": _magnitude(divide="weights", **_MERGEKIT_VOTE),
+    "ties_original": _magnitude(space="full", scope="adapter", **_ORIGINAL),
+    "knots": _KNOTS,
+    "core_space": _magnitude(**_ORIGINAL),
+}
+_DARE_TIES_RULES: dict[str | None, Rule] = {
+    None: Rule("random", rescale="density", **_VOTE),
+    "peft": Rule("random", "factor", rescale="density", **_VOTE),
+    "lorax": Rule("random", "factor", sides="raw", **_VOTE),
+    "mergekit": Rule("random", rescale="l1", **_MERGEKIT_VOTE),
+}
+_DARE_LINEAR_RULES: dict[str | None, Rule] = {
+    None: Rule("random", rescale="density"),
+    "peft": Rule("random", "factor", rescale="density"),
+    "lorax": Rule("random", "factor", sides="raw"),
+    "mergekit": Rule("random", "full", rescale="l1"),
+    "mergelm": Rule("random", "full", rescale="density"),
+}
+_PRUNE_RULES: dict[str | None, Rule] = {
+    None: _magnitude(), "peft": _magnitude(space="factor")
+}  # fmt: skip
+_DELLA_RULES: dict[str | None, Rule] = {
+    None: Rule("della", rescale="density", **_VOTE),
+    "mergekit": Rule("della", rescale="l1", divide="weights", **_MERGEKIT_VOTE),
+}
+_DELLA_LINEAR_RULES: dict[str | None, Rule] = {
+    None: Rule("della", rescale="density"), "mergekit": Rule("della", "full", rescale="l1")
+}  # fmt: skip
+_CRUMBS_RULES: dict[str | None, Rule] = {
+    None: Rule("outliers"), "mergekit": Rule("outliers", "full")
+}  # fmt: skip
+_CRUMBS_TIES_RULES: dict[str | None, Rule] = {
+    None: Rule("outliers", **_VOTE), "mergekit": Rule("outliers", **_MERGEKIT_VOTE)
+}  # fmt: skip
+
+_ROWS = (
+    Method("cat", "sum of the weighted deltas, ranks side by side", _PEFT, True,
+           "exact: Σ w B A, rank Σ r", plans.sum_of_products, {**_SUM, "compat": None},
+           {"compat": ("peft",)}),
+    Method("linear", "sum of the weighted deltas; with compat, what a tool calls linear", _PEFT,
+           True, "exact without compat; with it, factors are added, and cross terms come in",
+           plans.linear, {**_SUM, "compat": None},
+           {"compat": ("peft", "lorax", "lorahub", "soups")}, commutes=False),
+    Method("svd", "sum of the weighted deltas, cut to a lower rank", _PEFT, False,
+           "the best approximation of its rank; the report says what is kept",
+           plans.truncated_sum, {**_SUM, "compat": None}, {"compat": ("peft",)}),
+    _entrywise("ties", "TIES: trim, elect signs, disjoint mean", _TIES, _TIES_RULES, density=0.2),
+    _entrywise("knots_ties", "TIES over all modules at once in KnOTS space",
+               "https://github.com/gstoica27/KnOTS", {None: _KNOTS}, density=0.2),
+    _entrywise("knots_plain_v_ties", "TIES on the plain V of KnOTS space, module by module",
+               "https://github.com/apanariello4/core-space-merging",
+               {None: _magnitude(space="knots_v", **_ORIGINAL)}, density=0.2),
+    _entrywise("dare_ties", "DARE's random dropping, then TIES' election", _DARE,
+               _DARE_TIES_RULES, density=0.5),
+    _entrywise("dare_linear", "DARE's random dropping, then the weighted sum", _DARE,
+               _DARE_LINEAR_RULES, density=0.5),
+    _entrywise("magnitude_prune", "largest entries only, then the weighted sum", _PEFT,
+               _PRUNE_RULES, density=0.5),
+    _entrywise("della", "DELLA: dropping by magnitude rank, then election", _DELLA, _DELLA_RULES,
+               density=0.5),
+    _entrywise("della_linear", "DELLA's dropping, then the weighted sum", _DELLA,
+               _DELLA_LINEAR_RULES, density=0.5),
+    _entrywise("breadcrumbs", "neither outliers nor the smallest entries", _CRUMBS,
+               _CRUMBS_RULES, density=0.9),
+    _entrywise("breadcrumbs_ties", "breadcrumbs, then election", _CRUMBS, _CRUMBS_TIES_RULES,
+               density=0.9),
+    _entrywise("iso", "Iso-C: all singular values of the sum become their mean",
+               "https://arxiv.org/abs/2502.04959", {None: Rule("none", iso=True),
+               "core_space": Rule("none", iso=True)}),
+    Method("tsv", "TSV-Merge: top singular directions, orthogonal across adapters",
+           "https://arxiv.org/abs/2412.00081", False, "small directions are dropped, the rest"
+           " turned; served exactly in core space", partial(plans.bases, method="tsv"),
+           {**_BASIS, "keep": None}, _BASIS_ONLY),
+    Method("cart", "CART: the mean plus low-rank rests", "https://arxiv.org/abs/2412.12153", False,
+           "differences to the mean are cut in rank; served exactly in core space",
+           partial(plans.bases, method="cart"), {**_BASIS, "keep": 0.3, "strength": 0.5},
+           _BASIS_ONLY),
+    Method("lego", "LoRA-LEGO: clusters of ranks", "https://arxiv.org/abs/2409.16167", False,
+           "exact when k is at least the number of ranks; otherwise a cluster's ranks share one",
+           plans.lego,
+           {**_FIT, "k": None, "gauge": "balanced", "parameter_reweighting": "none",
+            "output_reweighting": False, "init": "farthest", "restarts": 8, "seed": 0}),
+    Method("lorahub", "LoraHub: weights found by search, on A and on B",
+           "https://github.com/sail-sg/lorahub", False, "(Σ w B)(Σ w A): cross terms come in",
+           lambda settings, terms: plans.factors_linear("raw"), _FIT, commutes=False),
+    Method("robustmerge", "RobustMerge: thinned-out factors, rescaled rank by rank",
+           "https://github.com/AuroraZengfh/RobustMerge", False, "factors are thinned out and"
+           " added, the first adapter's scale holds for all", plans.robust,
+           {**_FIT, "mask_ratio": 0.2, "att_ratio": 0.2, "fuse_weight": 2.0}, commutes=False),
+    Method("soups", "LoRA Soups CAT: learned weights per module",
+           "https://github.com/aksh555/LoRA-Soups", True, "exact in mode cat; mode linear adds"
+           " factors", plans.soups, {**_FIT, "mode": "cat"}),
+    Method("dps", "ScaleZero: the first stages of a curriculum, each times its gate",
+           "https://github.com/opendilab/LightZero", True, "exact while the base's scale is 1",
+           plans.dps, {**_FIT, "stage": None}, commutes=False),
+    Method("select_layers", "only some layers (LayRA, Flexora)",
+           "https://github.com/kithib/Flexora", True, "exact on the layers that stay",
+           plans.one_adapter(plans.keep_layers), {**_FIT, "include": None, "exclude": None}),
+    Method("select_ranks", "only some ranks", "https://arxiv.org/abs/2303.10512", True,
+           "exact on the ranks that stay", plans.one_adapter(plans.keep_ranks),
+           {**_FIT, "indices": None, "top": None}, commutes=False),
+    Method("normalise", "the same delta in a fixed form", "https://arxiv.org/abs/2409.16167", True,
+           "exact", plans.one_adapter(plans.fix_gauge), {**_FIT, "form": "svd"}),
+)  # fmt: skip
+
+METHODS: dict[str, Method] = {method.name: method for method in _ROWS}
+
+
+def find_method(name: str) -> Method:
+    """The method of a name. Raises AdapterError `bad_value`."""
+    if name not in METHODS:
+        raise AdapterError(
+            "bad_value", "there is no merge method of this name", seen=name, limit=list(METHODS),
+            fix="choose one of them",
+        )  # fmt: skip
+    return METHODS[name]

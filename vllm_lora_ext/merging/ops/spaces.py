@@ -1,0 +1,125 @@
+"""Spaces: where entries of several deltas are compared, and the way back to a pair.
+
+Merges that drop or elect single entries depend on the basis. The full delta is the classic home,
+but there the result has full rank; in core and KnOTS space it keeps rank <= Σ R_i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.merging.factors import Pair
+from vllm_lora_ext.merging.ops.elect import Draw
+
+Name = Literal["core", "knots", "knots_v", "factor", "full"]
+SIGMA_MIN = 1e-5  # KnOTS drops directions below it
+
+
+@dataclass(frozen=True)
+class Space:
+    """Several deltas as tensors that can be merged entry by entry.
+
+    Args:
+        parts: part (`core`, `knots`, `delta`, `lora_A`, `lora_B`) → one tensor per adapter.
+        back: merged parts → a pair, or the dense delta [out, in] in full space.
+    """
+
+    parts: dict[str, list[Draw]]
+    back: Callable[[Mapping[str, torch.Tensor]], Pair | torch.Tensor]
+
+
+def core(pairs: Sequence[Pair]) -> Space:
+    """Core space: M_i = Uᵀ B_i A_i V [<= Σ R_i squared], U and V the left singular basis of the
+    stacked B and the right one of the stacked A. Lossless for each input.
+
+    Panariello et al. 2025, https://github.com/apanariello4/core-space-merging.
+    """
+    u_NC = _left_basis(torch.cat([pair.b_NR for pair in pairs], dim=1))
+    v_KD = _left_basis(torch.cat([pair.a_RK for pair in pairs], dim=0).t())
+    cores = [(u_NC.t() @ pair.b_NR) @ (pair.a_RK @ v_KD) for pair in pairs]
+    return Space(
+        {"core": [_made(m_CD) for m_CD in cores]},
+        lambda merged: Pair(v_KD.t().contiguous(), u_NC @ merged["core"]),
+    )
+
+
+def knots(pairs: Sequence[Pair], plain_v: bool = False) -> Space:
+    """KnOTS: [D_1 ... D_T] = U S [V_1 ... V_T]; the pieces S V_i [C, in] are merged.
+
+    Factored: QR of the stacked B, then the SVD of R [A'_1 ... A'_T], so no delta is formed.
+    Stoica et al. 2024, https://github.com/gstoica27/KnOTS.
+
+    Args:
+        plain_v: merge the V_i and multiply by S afterwards, as the Core Space repository does.
+    """
+    q_NR, r_RR = torch.linalg.qr(torch.cat([pair.b_NR for pair in pairs], dim=1))
+    blocks = r_RR.split([pair.rank for pair in pairs], dim=1)
+    wide = torch.cat([r @ pair.a_RK for r, pair in zip(blocks, pairs, strict=True)], dim=1)
+    # The wide matrix has T · in columns: its left basis comes from the QR of its transpose.
+    qt_WR, rt_RR = torch.linalg.qr(wide.t())
+    u_RC, s_C, vt_CR = torch.linalg.svd(rt_RR.t(), full_matrices=False)
+    keep = s_C > SIGMA_MIN
+    u_NC, s_C1 = (q_NR @ u_RC)[:, keep], s_C[keep, None]
+    v_CW = vt_CR[keep] @ qt_WR.t()
+    pieces = v_CW.split(pairs[0].a_RK.shape[1], dim=1)
+    if plain_v:
+        parts = [_made(v_CK) for v_CK in pieces]
+        return Space(
+            {"knots": parts}, lambda merged: Pair(s_C1 * merged["knots"], u_NC.contiguous())
+        )
+    parts = [_made(s_C1 * v_CK) for v_CK in pieces]
+    return Space({"knots": parts}, lambda merged: Pair(merged["knots"], u_NC.contiguous()))
+
+
+def factor(pairs: Sequence[Pair], module: str = "the module") -> Space:
+    """A and B by themselves. Depends on the gauge: (cA, B/c) merges differently.
+
+    Raises:
+        AdapterError: `rank_mismatch`.
+    """
+    same_rank(pairs, module)
+    parts = {
+        "lora_A": [_made(pair.a_RK) for pair in pairs],
+        "lora_B": [_made(pair.b_NR) for pair in pairs],
+    }
+    return Space(parts, lambda merged: Pair(merged["lora_A"], merged["lora_B"]))
+
+
+def full(pairs: Sequence[Pair]) -> Space:
+    """The dense deltas [out, in], made anew at every use: one at a time is in memory."""
+    return Space({"delta": [pair.delta for pair in pairs]}, lambda merged: merged["delta"])
+
+
+def same_rank(pairs: Sequence[Pair], module: str) -> None:
+    """Raises AdapterError `rank_mismatch` unless all pairs have one rank."""
+    ranks = [pair.rank for pair in pairs]
+    if len(set(ranks)) > 1:
+        raise AdapterError(
+            "rank_mismatch", f"the adapters have different ranks on {module}, and this merge adds"
+            " their factors", seen=ranks, limit="one rank",
+            fix="merge in core space, or use cat or svd",
+        )  # fmt: skip
+
+
+SPACES: dict[Name, Callable[[Sequence[Pair], str], Space]] = {
+    "core": lambda pairs, _: core(pairs),
+    "knots": lambda pairs, _: knots(pairs),
+    "knots_v": lambda pairs, _: knots(pairs, plain_v=True),
+    "factor": factor,
+    "full": lambda pairs, _: full(pairs),
+}
+
+
+def _left_basis(x_NR: torch.Tensor) -> torch.Tensor:
+    """Left singular vectors, by way of a QR: R is much smaller than N."""
+    q_NR, r_RR = torch.linalg.qr(x_NR)
+    return q_NR @ torch.linalg.svd(r_RR, full_matrices=False)[0]
+
+
+def _made(tensor: torch.Tensor) -> Draw:
+    return lambda: tensor

@@ -1,0 +1,67 @@
+"""One module's share of a merge, as the methods see it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from vllm_lora_ext.merging.factors import Pair
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one adapter has on one module.
+
+    Args:
+        index: the adapter's place among the terms.
+        name: the adapter's name; random draws and stored masks go by it.
+        pair: its factors, scale folded into B, weight not.
+        weight: the number that its weight means on this module.
+        scale: the scale that was folded in.
+        settings: the merge's settings with this adapter's own density, epsilon and gamma.
+    """
+
+    index: int
+    name: str
+    pair: Pair
+    weight: float
+    scale: float
+    settings: Mapping[str, Any]
+
+    @property
+    def raw(self) -> Pair:
+        """A and B as the tool that saved them had them, the scale taken out of B again."""
+        return Pair(self.pair.a_RK, self.pair.b_NR / self.scale) if self.scale else self.pair
+
+
+@dataclass(frozen=True)
+class Work:
+    """One module of a merge.
+
+    Args:
+        module: its name.
+        parts: the adapters that have it, in the order of the terms; at least one.
+        settings: the merge's parameters, all of them, defaults filled in.
+        masks: stored masks by `<module>.<part>.<adapter>`, or None to draw them.
+        shared: what the method's survey found out over all modules.
+    """
+
+    module: str
+    parts: list[Part]
+    settings: Mapping[str, Any]
+    masks: Mapping[str, torch.Tensor] | None = None
+    shared: Any = None
+
+
+@dataclass(frozen=True)
+class Result:
+    """A merged module: a pair, or a dense delta [out, in]; and what the report says of it."""
+
+    delta: Pair | torch.Tensor
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+Works = Callable[[], Iterator[Work]]  # all modules anew, for a survey

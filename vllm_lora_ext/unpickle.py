@@ -1,0 +1,168 @@
+"""Adapters whose tensors are in a pickle, made into safetensors: offline, and only when asked.
+
+Only `convert --allow-pickle` comes here, never a server. `torch.load(weights_only=True)` takes
+tensors and plain containers and refuses everything that would run code.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from vllm_lora_ext.adapters.folder import PICKLES, WEIGHTS, Limits
+from vllm_lora_ext.adapters.paths import real_file
+from vllm_lora_ext.errors import AdapterError
+
+# What a trainer leaves beside the weights.
+_LEFTOVERS = ("optimizer", "scheduler", "scaler", "training_args", "rng_state", "trainer_state")
+_NAMES = {"pytorch_model": WEIGHTS[1], "model": WEIGHTS[1]}
+_MAX_DEPTH, _MAX_FOLDERS = 4, 4096
+
+
+def copy_as_safetensors(
+    source: str | os.PathLike[str], target: Path, limits: Limits | None = None
+) -> list[str]:
+    """A copy of an adapter folder in which every pickle of tensors is a safetensors file.
+
+    JSON and safetensors files come along, those of the folders inside too; nothing else does.
+
+    Args:
+        target: made by this function.
+        limits: bounds on a file, on JSON, and on all tensors together, as for reading.
+    Returns:
+        The pickles that were read, as paths below `source`.
+    Raises:
+        AdapterError: `not_found`, `pickle_refused` (more than tensors, or broken), `too_large`,
+            `unexpected_file` (several pickles), `path_not_allowed`, `bad_file`.
+    """
+    root = Path(source)
+    if not root.is_dir():
+        raise AdapterError(
+            "not_found", "there is no adapter folder", seen=str(root),
+            fix="check the path of the adapter",
+        )  # fmt: skip
+    limits = limits or Limits()
+    done: list[str] = []
+    left = limits.read_bytes
+    for folder in _folders(root):
+        (target / folder).mkdir(parents=True)
+        names = sorted(os.listdir(root / folder))
+        for name in names:
+            if name.endswith((".json", ".safetensors")):
+                _bring(root, folder / name, target, limits)
+        if any(name.endswith(".safetensors") for name in names):
+            continue
+        pickle = _weights(names, folder)
+        if pickle is None:
+            continue
+        tensors = _load(root, folder / pickle, min(left, limits.file_bytes), limits.tensors)
+        left -= sum(t.numel() * t.element_size() for t in tensors.values())
+        name = _NAMES.get(Path(pickle).stem, WEIGHTS[0])
+        save_file(tensors, target / folder / name, metadata={"format": "pt"})
+        done.append(str(folder / pickle))
+    return done
+
+
+def _folders(root: Path) -> list[Path]:
+    """The folder and those inside, as paths below it; links to folders are left out."""
+    found = [Path()]
+    for folder in found:
+        with os.scandir(root / folder) as entries:
+            inside = sorted(e.name for e in entries if e.is_dir(follow_symlinks=False))
+        if len(folder.parts) < _MAX_DEPTH:
+            found += [folder / name for name in inside if not name.startswith(".")]
+        if len(found) > _MAX_FOLDERS:
+            raise AdapterError(
+                "too_large", "the adapter's folder holds too many folders", seen=len(found),
+                limit=_MAX_FOLDERS, fix="check that this is an adapter",
+            )  # fmt: skip
+    return found
+
+
+def _bring(root: Path, name: Path, target: Path, limits: Limits) -> None:
+    real = real_file(root, str(name))
+    if real is None:
+        return
+    limit = limits.json_bytes if name.suffix == ".json" else limits.file_bytes
+    _check_size(name, real.stat().st_size, limit)
+    try:
+        os.link(real, target / name)  # a MeteoRA file holds a whole model
+    except OSError:
+        shutil.copyfile(real, target / name)
+
+
+def _weights(names: list[str], folder: Path) -> str | None:
+    pickles = [n for n in names if n.endswith(PICKLES) and not n.startswith(_LEFTOVERS)]
+    for usual in ("adapter_model.bin", "pytorch_model.bin"):
+        if usual in pickles:
+            return usual
+    if len(pickles) > 1:
+        raise AdapterError(
+            "unexpected_file", "several pickles may be the adapter's weights",
+            seen=[str(folder / name) for name in pickles[:4]], limit="one",
+            fix="move the others away",
+        )  # fmt: skip
+    return pickles[0] if pickles else None
+
+
+def _load(root: Path, name: Path, limit: int, max_tensors: int) -> dict[str, torch.Tensor]:
+    real = real_file(root, str(name))
+    if real is None:
+        raise AdapterError("missing_file", f"'{name}' is missing", fix=f"save {name} again")
+    _check_size(name, real.stat().st_size, limit)
+    try:
+        with zipfile.ZipFile(real) as archive:
+            # Records may be compressed: what counts is what they grow to.
+            _check_size(name, sum(entry.file_size for entry in archive.infolist()), limit)
+    except zipfile.BadZipFile:
+        raise _refused(name, "it is no file that torch.save of release 1.6 or later writes") from (
+            None
+        )
+    try:
+        loaded = torch.load(real, map_location="cpu", weights_only=True)
+    except Exception as error:  # weights_only raises many kinds, and each of them means no
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise _refused(name, first) from error
+    return _tensors(name, loaded, limit, max_tensors)
+
+
+def _tensors(name: Path, loaded: object, limit: int, most: int) -> dict[str, torch.Tensor]:
+    if not isinstance(loaded, Mapping) or not loaded:
+        raise _refused(name, f"it holds a {type(loaded).__name__}, not a dict of tensors")
+    if len(loaded) > most:
+        _check_size(name, len(loaded), most)
+    total = 0
+    for key, value in loaded.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise _refused(name, f"{key!r} is a {type(value).__name__}, not a tensor")
+        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
+            raise _refused(name, f"'{key}' is a sparse, quantised or empty (meta) tensor")
+        # A tensor may claim any size over a small storage: ask before it is written out.
+        total += value.numel() * value.element_size()
+        _check_size(name, total, limit)
+    return {
+        key: value.detach().clone(memory_format=torch.contiguous_format)
+        for key, value in loaded.items()
+    }
+
+
+def _check_size(name: Path, seen: int, limit: int) -> None:
+    if seen > limit:
+        raise AdapterError(
+            "too_large", f"{name} is too large", seen=seen, limit=limit,
+            fix="check that this is an adapter",
+        )  # fmt: skip
+
+
+def _refused(name: Path, why: str) -> AdapterError:
+    return AdapterError(
+        "pickle_refused", f"{name} is not read, even with --allow-pickle: {why[:300]}",
+        limit="a dict of tensors, which torch.load(weights_only=True) takes",
+        fix="save the tensors alone, best as safetensors",
+    )  # fmt: skip
