@@ -87,6 +87,8 @@ def core_space(case: Case) -> Call:
     parameters["isotropise"] = given.get("isotropize", False)
     if kind == "ties":
         parameters["density"] = _share(given["topK"])
+    elif kind == "dare":
+        kind, parameters["density"] = "dare_linear", 1 - given["dare_pruning_coeffs"]
     elif kind == "cart":
         parameters |= {
             "keep": given["cart_pruning_rank"], "strength": given["cart_scaling_coeffs"]

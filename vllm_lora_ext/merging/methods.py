@@ -97,6 +97,7 @@ _DARE_LINEAR_RULES: dict[str | None, Rule] = {
     "lorax": Rule("random", "factor", sides="raw"),
     "mergekit": Rule("random", "full", rescale="l1"),
     "mergelm": Rule("random", "full", rescale="density"),
+    "core_space": Rule("random", rescale="density"),
 }
 _PRUNE_RULES: dict[str | None, Rule] = {
     None: _magnitude(), "peft": _magnitude(space="factor")

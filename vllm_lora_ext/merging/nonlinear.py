@@ -92,13 +92,11 @@ def merge_nonlinear(work: Work, rule: Rule) -> Result:
         weights = [_weight(part, rule, name) for part in work.parts]
         majority = work.shared.majority if work.shared else None
         merged[name] = merge_entries(thin, weights, rule.election, majority)
-        if rule.iso:
-            merged[name] = isotropise(merged[name])
     delta = space.back(merged)
     if rule.space == "factor" and rule.sides == "raw":
         assert isinstance(delta, Pair)
         delta = Pair(delta.a_RK, delta.b_NR * work.parts[0].scale)
-    return Result(delta)
+    return Result(isotropise(delta) if rule.iso else delta)
 
 
 def survey(works: Works, rule: Rule, terms: int) -> Survey | None:

@@ -142,9 +142,8 @@ def bases(settings: Settings, terms: Terms, method: str) -> Plan:
             merged = tsv(weighted, settings["keep"])
         else:
             merged = cart(weighted, settings["keep"], settings["strength"])
-        if settings["isotropise"]:
-            merged = isotropise(merged)
-        return Result(space.back({name: merged}))
+        delta = space.back({name: merged})
+        return Result(isotropise(delta) if settings["isotropise"] else delta)
 
     return Plan(merge)
 

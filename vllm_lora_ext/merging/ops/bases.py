@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
+
+from vllm_lora_ext.merging.factors import Pair
+from vllm_lora_ext.merging.ops.truncate import svd
 
 NULL = 1e-6  # singular values below this share of the largest carry no direction
 
@@ -22,7 +26,7 @@ def tsv(parts: Sequence[torch.Tensor], keep: float | None = None) -> torch.Tenso
     count = int(min(parts[0].shape) * share + 1e-9)
     us, ss, vs = [], [], []
     for part in parts:
-        u, s, vt = _svd(part)
+        u, s, vt = _live(*torch.linalg.svd(part, full_matrices=False))
         u, s, vt = u[:, :count], s[:count], vt[:count]
         us.append(u), ss.append(s), vs.append(vt)
     u, vt = _orthogonal(torch.cat(us, dim=1)), _orthogonal(torch.cat(vs, dim=0))
@@ -36,10 +40,10 @@ def cart(parts: Sequence[torch.Tensor], keep: float, strength: float) -> torch.T
 
     Args:
         parts: [m, n] each, weights already in.
-        keep: share of min(m, n) directions kept of every difference to the mean.
+        keep: share of min(m, n) directions, rounded up, kept of every difference to the mean.
     """
     mean = torch.stack(list(parts)).mean(dim=0)
-    count = max(int(min(mean.shape) * keep), 1)
+    count = math.ceil(min(mean.shape) * keep)
     rest = torch.zeros_like(mean)
     for part in parts:
         u, s, vt = torch.linalg.svd(part - mean, full_matrices=False)
@@ -47,17 +51,21 @@ def cart(parts: Sequence[torch.Tensor], keep: float, strength: float) -> torch.T
     return mean + strength * rest
 
 
-def isotropise(merged: torch.Tensor) -> torch.Tensor:
-    """Iso-C: all singular values become their mean. Null directions stay null.
+def isotropise(merged: Pair | torch.Tensor) -> Pair | torch.Tensor:
+    """Iso-C: all singular values of a delta become their mean. Null directions stay null.
 
     Marczak et al. 2025, https://arxiv.org/abs/2502.04959.
     """
-    u, s, vt = _svd(merged)
-    return (u * s.mean()) @ vt if len(s) else merged
+    if isinstance(merged, torch.Tensor):
+        u, s, vt = _live(*torch.linalg.svd(merged, full_matrices=False))
+        return (u * s.mean()) @ vt if len(s) else merged
+    u, s, vt = _live(*svd(merged))
+    return Pair(vt, u * s.mean()) if len(s) else merged
 
 
-def _svd(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    u, s, vt = torch.linalg.svd(x, full_matrices=False)
+def _live(
+    u: torch.Tensor, s: torch.Tensor, vt: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     keep = s > NULL * s[:1].clamp(min=torch.finfo(s.dtype).tiny)
     return u[:, keep], s[keep], vt[keep]
 

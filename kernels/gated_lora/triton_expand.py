@@ -1,0 +1,269 @@
+"""Second launch: gates, and `y += B (g ⊙ A x)`, for all slices of a layer.
+
+    g = constant · mask( weight( select( score(u) + bias ) ) )        per gate, spread over ranks
+    y[t, n] += sum_r B[slot(t), r, n] · g[t, r] · (A x)[t, r]
+
+The whole gate table (`routing.reference` is its specification) is evaluated in registers, over
+[tile, ranks]: every rank carries the score of its gate, and sums over gates count the first rank
+of each (`SlotTables`). A top-k of k gates costs k maxima over the row, ties to the lower index;
+a top-p costs one for each gate.
+
+One program takes one tile of rows of one slot (`StepMap`) and `WALK` columns of one slice. It
+loads only those rows of B whose gate is open for some row of its tile: at decode a top-2 router of
+8 experts reads a quarter of B. It owns its part of y, so no two programs add to one number.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_lora_ext.kernels.gated_lora import tables
+from vllm_lora_ext.kernels.gated_lora.site import Site
+from vllm_lora_ext.kernels.gated_lora.step import max_tiles
+from vllm_lora_ext.kernels.gated_lora.triton_shrink import operand
+from vllm_lora_ext.kernels.gated_lora.tuning import blocks, device_of
+
+SOFTMAX_SCORE = tl.constexpr(tables.SCORES.index("softmax"))
+SIGMOID_SCORE = tl.constexpr(tables.SCORES.index("sigmoid"))
+L2_SCORE = tl.constexpr(tables.SCORES.index("l2"))
+ABS_SCORE = tl.constexpr(tables.SCORES.index("abs"))
+NO_BIAS = tl.constexpr(tables.BIASES.index("none"))
+VALUE_BIAS = tl.constexpr(tables.BIASES.index("value"))
+TOP_K = tl.constexpr(tables.SELECTS.index("top_k"))
+TOP_P = tl.constexpr(tables.SELECTS.index("top_p"))
+THRESHOLD = tl.constexpr(tables.SELECTS.index("threshold"))
+SCORE_WEIGHT = tl.constexpr(tables.WEIGHTS.index("score"))
+RENORMALISE = tl.constexpr(tables.WEIGHTS.index("renormalise"))
+SOFTMAX_WEIGHT = tl.constexpr(tables.WEIGHTS.index("softmax"))
+COUNTS = tl.constexpr(tables.COUNTS)
+NUM_SPEC = tl.constexpr(len(tables.SPEC))
+NUM_VALUES = tl.constexpr(len(tables.VALUES))
+
+
+@triton.jit
+def expand_kernel(
+    y_ptr,
+    u_ptr,
+    b_ptr,
+    ints_ptr,
+    floats_ptr,
+    columns_ptr,
+    order_ptr,
+    tiles_ptr,
+    max_rank,
+    y_start,
+    stride_y,
+    stride_u_part,
+    stride_u,
+    stride_b_slot,
+    stride_b,
+    stride_ints,
+    stride_floats,
+    stride_tiles,
+    PARTS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WALK: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    tile = tl.program_id(2)
+    slot = tl.load(tiles_ptr + tile).to(tl.int64)
+    if slot < 0:
+        return
+    part = tl.program_id(1)
+    spec_ptr = ints_ptr + slot * stride_ints + COUNTS + part * (NUM_SPEC + 3 * max_rank)
+    values_ptr = floats_ptr + slot * stride_floats + part * (NUM_VALUES + max_rank)
+    ranks = tl.load(spec_ptr)
+    size = tl.load(columns_ptr + 2 * part + 1)
+    begin = tl.program_id(0) * WALK
+    if (ranks == 0) | (begin >= size):
+        return
+
+    start = tl.load(tiles_ptr + stride_tiles + tile)
+    stop = tl.load(tiles_ptr + 2 * stride_tiles + tile)
+    at_T = start + tl.arange(0, BLOCK_T)
+    ok_T = at_T < stop
+    token_T = tl.load(order_ptr + at_T, mask=ok_T, other=0).to(tl.int64)
+    rank_R = tl.arange(0, BLOCK_R)
+    ok_R = rank_R < ranks
+    ok_TR = ok_T[:, None] & ok_R[None, :]
+    vectors_R = spec_ptr + NUM_SPEC + rank_R
+    u_T = u_ptr + token_T * stride_u
+    at_R = tl.load(vectors_R + 2 * max_rank, mask=ok_R, other=0)
+    h_TR = _sum_parts(u_T[:, None] + at_R[None, :], ok_TR, stride_u_part, PARTS)
+    if tl.load(spec_ptr + 1) != 0:
+        logit_R = tl.load(vectors_R, mask=ok_R, other=0)
+        first_R = tl.load(vectors_R + max_rank, mask=ok_R, other=0)
+        bias_R = tl.load(values_ptr + NUM_VALUES + rank_R, mask=ok_R, other=0.0)
+        logits_TR = _sum_parts(u_T[:, None] + logit_R[None, :], ok_TR, stride_u_part, PARTS)
+        head = tl.load(spec_ptr + 7)
+        has_head_T = at_T < tl.where(head >= 0, stop, start)
+        head_T = _sum_parts(u_T + head, has_head_T, stride_u_part, PARTS)
+        h_TR *= _gate(logits_TR, head_T, bias_R, rank_R, first_R, ok_R, spec_ptr, values_ptr)
+
+    b_R = b_ptr + slot * stride_b_slot + rank_R.to(tl.int64) * stride_b
+    b_R += tl.load(columns_ptr + 2 * part)
+    y_T = y_ptr + token_T * stride_y + y_start + tl.load(columns_ptr + 2 * part)
+    open_R = tl.max((h_TR != 0).to(tl.int32), axis=0) != 0
+    h_TR = h_TR.to(b_ptr.dtype.element_ty).to(OPERAND)
+    for n in range(begin, tl.minimum(begin + WALK, size), BLOCK_N):
+        n_N = n + tl.arange(0, BLOCK_N)
+        ok_N = n_N < size
+        ok_TN = ok_T[:, None] & ok_N[None, :]
+        b_RN = tl.load(b_R[:, None] + n_N[None, :], mask=open_R[:, None] & ok_N[None, :], other=0.0)
+        delta_TN = tl.dot(h_TR, b_RN.to(OPERAND), input_precision="tf32x3")
+        y_TN = tl.load(y_T[:, None] + n_N[None, :], mask=ok_TN, other=0.0).to(tl.float32)
+        y_TN = (y_TN + delta_TN).to(y_ptr.dtype.element_ty)
+        tl.store(y_T[:, None] + n_N[None, :], y_TN, mask=ok_TN)
+
+
+@triton.jit
+def _sum_parts(u, ok, stride, PARTS: tl.constexpr):
+    """u in fp32, its parts added in order."""
+    total = tl.load(u, mask=ok, other=0.0)
+    for _ in tl.static_range(PARTS - 1):
+        u += stride
+        total += tl.load(u, mask=ok, other=0.0)
+    return total
+
+
+@triton.jit
+def _gate(logits_TR, head_T, bias_R, rank_R, first_R, ok_R, spec_ptr, values_ptr):
+    """Gate of every rank. `once` marks one rank per gate."""
+    score_kind, bias_kind = tl.load(spec_ptr + 2), tl.load(spec_ptr + 3)
+    select, by_magnitude, picks = (
+        tl.load(spec_ptr + 4), tl.load(spec_ptr + 5), tl.load(spec_ptr + 6),
+    )  # fmt: skip
+    head, subtract = tl.load(spec_ptr + 7), tl.load(spec_ptr + 8)
+    weight_kind, masked = tl.load(spec_ptr + 9), tl.load(spec_ptr + 10)
+    score_temperature, threshold = tl.load(values_ptr), tl.load(values_ptr + 1)
+    head_bias, top_p = tl.load(values_ptr + 2), tl.load(values_ptr + 3)
+    temperature, mask_below = tl.load(values_ptr + 4), tl.load(values_ptr + 5)
+    constant = tl.load(values_ptr + 6)
+
+    ok = ok_R[None, :]
+    once = ok & (first_R == rank_R)[None, :]
+    score_TR = _score(logits_TR, ok, once, score_kind, score_temperature)
+    key_TR = score_TR
+    if bias_kind != NO_BIAS:
+        key_TR += bias_R[None, :]
+    value_TR = score_TR
+    if bias_kind == VALUE_BIAS:
+        value_TR = key_TR
+    if by_magnitude != 0:
+        key_TR = tl.abs(key_TR)
+    threshold_T = tl.zeros_like(head_T) + threshold
+    if head >= 0:
+        threshold_T *= tl.sigmoid(head_T + head_bias)
+    kept_TR = _select(key_TR, ok, once, first_R, threshold_T, select, picks, top_p)
+    if subtract != 0:
+        value_TR -= threshold_T[:, None]
+    g_TR = _weigh(value_TR, kept_TR, once, weight_kind, temperature)
+    if masked != 0:
+        g_TR = tl.where(score_TR >= mask_below, g_TR, 0.0)
+    return g_TR * constant
+
+
+@triton.jit
+def _score(u_TR, ok, once, kind, temperature):
+    score_TR = u_TR
+    if kind == SOFTMAX_SCORE:
+        z_TR = tl.where(ok, u_TR / temperature, float("-inf"))
+        e_TR = tl.exp(z_TR - tl.max(z_TR, axis=1)[:, None])
+        score_TR = e_TR / tl.sum(tl.where(once, e_TR, 0.0), axis=1)[:, None]
+    elif kind == SIGMOID_SCORE:
+        score_TR = tl.sigmoid(u_TR)
+    elif kind == L2_SCORE:
+        norm_T = tl.sqrt(tl.sum(tl.where(once, u_TR * u_TR, 0.0), axis=1))
+        score_TR = u_TR / tl.where(norm_T > 0, norm_T, 1.0)[:, None]
+    elif kind == ABS_SCORE:
+        score_TR = tl.abs(u_TR)
+    return score_TR
+
+
+@triton.jit
+def _select(key_TR, ok, once, first_R, threshold_T, select, picks, top_p):
+    """Which ranks stay. The search takes the largest key left, `picks` times."""
+    kept_TR = tl.broadcast_to(ok, key_TR.shape)
+    if select == THRESHOLD:
+        kept_TR = ok & (key_TR >= threshold_T[:, None])
+    elif (select == TOP_K) | (select == TOP_P):
+        kept_TR = kept_TR & (first_R < 0)[None, :]
+        left_TR = tl.where(once, key_TR, float("-inf"))
+        before_T = tl.zeros_like(threshold_T)
+        for _ in range(picks):
+            best_T, at_T = tl.max(left_TR, axis=1, return_indices=True)
+            hit_TR = ok & (first_R[None, :] == at_T[:, None])
+            kept_TR = kept_TR | (hit_TR & ((select == TOP_K) | (before_T < top_p))[:, None])
+            before_T += best_T
+            left_TR = tl.where(hit_TR, float("-inf"), left_TR)
+    return kept_TR
+
+
+@triton.jit
+def _weigh(value_TR, kept_TR, once, kind, temperature):
+    g_TR = tl.where(kept_TR, 1.0, 0.0)
+    if (kind == SCORE_WEIGHT) | (kind == RENORMALISE):
+        g_TR = tl.where(kept_TR, value_TR, 0.0)
+    elif kind == SOFTMAX_WEIGHT:
+        z_TR = tl.where(kept_TR, value_TR / temperature, float("-inf"))
+        top_T = tl.max(z_TR, axis=1)
+        top_T = tl.where(top_T == float("-inf"), 0.0, top_T)  # nothing kept: zeros
+        g_TR = tl.exp(z_TR - top_T[:, None])
+    if (kind == RENORMALISE) | (kind == SOFTMAX_WEIGHT):
+        sum_T = tl.sum(tl.where(once, g_TR, 0.0), axis=1)
+        g_TR = g_TR / tl.where(sum_T == 0, 1.0, sum_T)[:, None]
+    return g_TR
+
+
+def expand_(y_TN: torch.Tensor, u_PTR: torch.Tensor, site: Site) -> None:
+    """Adds `B (g ⊙ A x)` to y in place.
+
+    Args:
+        y_TN: [T, N], columns adjacent; fp32, fp16 or bf16, as the site's weights.
+        u_PTR: [parts, T, site.num_rows] fp32, from `shrink_parts`.
+    """
+    slot_tables, b_SRN = site.tables, site.b_SRN
+    assert slot_tables is not None and y_TN.stride(1) == 1
+    num_tokens = y_TN.shape[0]
+    if not num_tokens:
+        return
+    device = device_of(y_TN.device.index)
+    _, e = blocks(num_tokens, site.padded_rank, b_SRN.itemsize, device)
+    tiles = site.step.tiles(e.tile)
+    grid = (
+        triton.cdiv(max(site.slice_sizes), e.walk),
+        len(site.slice_sizes),
+        max_tiles(num_tokens, len(b_SRN), e.tile),
+    )
+    expand_kernel[grid](
+        y_TN,
+        u_PTR,
+        b_SRN,
+        slot_tables.ints_SI,
+        slot_tables.floats_SF,
+        slot_tables.columns_S2,
+        site.step.order_T,
+        tiles,
+        site.max_rank,
+        site.y_start,
+        y_TN.stride(0),
+        u_PTR.stride(0),
+        u_PTR.stride(1),
+        b_SRN.stride(0),
+        b_SRN.stride(1),
+        slot_tables.ints_SI.stride(0),
+        slot_tables.floats_SF.stride(0),
+        tiles.stride(0),
+        PARTS=len(u_PTR),
+        BLOCK_T=e.tile,
+        BLOCK_R=site.padded_rank,
+        BLOCK_N=e.columns,
+        WALK=e.walk,
+        OPERAND=operand(b_SRN),
+        num_warps=e.warps,
+        num_stages=e.stages,
+    )

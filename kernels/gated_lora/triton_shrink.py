@@ -1,0 +1,187 @@
+"""First launch: `u = [A; router] x` of each row's own slot, in fp32.
+
+    u[t, r] = sum_k rows[slot(t), r, k] * x[t, k]
+
+Column r of u is row r of the slot's stack: A of every slice of the layer, then their routers and
+threshold heads. A has the model's dtype; routers are fp32, and their products are made of three
+TF32 ones each, so that logits are those of fp32 weights: rounding a router to bf16 changes the
+chosen experts of about one token in a hundred.
+
+One program multiplies one tile of rows of one slot (`StepMap`) with `BLOCK_R` rows of A or of the
+routers, over one part of K. The parts land side by side in `u[part]` and are summed in a fixed
+order by whoever reads u: no atomics, so equal runs give equal bits.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_lora_ext.kernels.gated_lora.site import Site
+from vllm_lora_ext.kernels.gated_lora.step import max_tiles
+from vllm_lora_ext.kernels.gated_lora.tuning import Shrink, blocks, device_of, splits
+
+OPERANDS = {
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
+
+
+@triton.jit
+def shrink_kernel(
+    u_ptr,
+    x_ptr,
+    a_ptr,
+    router_ptr,
+    ints_ptr,
+    order_ptr,
+    tiles_ptr,
+    num_k,
+    a_tiles,
+    stride_u_part,
+    stride_u,
+    stride_x,
+    stride_a_slot,
+    stride_router_slot,
+    stride_ints,
+    stride_tiles,
+    PARTS: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    tile = tl.program_id(1)
+    slot = tl.load(tiles_ptr + tile).to(tl.int64)
+    if slot < 0:
+        return
+    part = tl.program_id(0) % PARTS
+    row_tile = tl.program_id(0) // PARTS
+    num_a = tl.load(ints_ptr + slot * stride_ints)
+    num_routers = tl.load(ints_ptr + slot * stride_ints + 1)
+    is_router = row_tile >= a_tiles
+    first = tl.where(is_router, row_tile - a_tiles, row_tile) * BLOCK_R
+    rows_left = tl.where(is_router, num_routers, num_a) - first
+    if rows_left <= 0:
+        return
+
+    start = tl.load(tiles_ptr + stride_tiles + tile)
+    stop = tl.load(tiles_ptr + 2 * stride_tiles + tile)
+    at_T = start + tl.arange(0, BLOCK_T)
+    ok_T = at_T < stop
+    token_T = tl.load(order_ptr + at_T, mask=ok_T, other=0).to(tl.int64)
+    row_R = tl.arange(0, BLOCK_R)
+    ok_R = row_R < rows_left
+    x_T = x_ptr + token_T * stride_x
+    offset_R = (first + row_R).to(tl.int64) * num_k
+    length = tl.cdiv(num_k, PARTS * BLOCK_K) * BLOCK_K
+    begin = part * length
+    end = tl.minimum(begin + length, num_k)
+    if is_router:
+        w_R = router_ptr + slot * stride_router_slot + offset_R
+        u_TR = _dot(x_T, w_R, ok_T, ok_R, begin, end, num_k,
+                    BLOCK_T, BLOCK_R, BLOCK_K, EVEN_K, tl.float32)  # fmt: skip
+        first += num_a
+    else:
+        w_R = a_ptr + slot * stride_a_slot + offset_R
+        u_TR = _dot(x_T, w_R, ok_T, ok_R, begin, end, num_k,
+                    BLOCK_T, BLOCK_R, BLOCK_K, EVEN_K, OPERAND)  # fmt: skip
+    out_T = u_ptr + part.to(tl.int64) * stride_u_part + token_T * stride_u + first
+    tl.store(out_T[:, None] + row_R[None, :], u_TR, mask=ok_T[:, None] & ok_R[None, :])
+
+
+@triton.jit
+def _dot(
+    x_T,
+    w_R,
+    ok_T,
+    ok_R,
+    begin,
+    end,
+    num_k,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    """x w^T over k in [begin, end), from row pointers."""
+    u_TR = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    for k in range(begin, end, BLOCK_K):
+        k_K = k + tl.arange(0, BLOCK_K)
+        ok_TK, ok_RK = ok_T[:, None], ok_R[:, None]
+        if not EVEN_K:
+            ok_TK = ok_TK & (k_K < num_k)[None, :]
+            ok_RK = ok_RK & (k_K < num_k)[None, :]
+        x_TK = tl.load(x_T[:, None] + k_K[None, :], mask=ok_TK, other=0.0).to(OPERAND)
+        w_RK = tl.load(w_R[:, None] + k_K[None, :], mask=ok_RK, other=0.0).to(OPERAND)
+        u_TR = tl.dot(x_TK, tl.trans(w_RK), u_TR, input_precision="tf32x3")
+    return u_TR
+
+
+def shrink_parts(x_TK: torch.Tensor, site: Site, zeroed: bool = False) -> torch.Tensor:
+    """Parts of `[A; router] x` for each row's own slot.
+
+    Args:
+        x_TK: [T, K], any strides; fp32, fp16 or bf16, as the site's weights.
+        zeroed: whether what no program writes (rows of the base model, columns past a slot's
+            rows) is zero instead of undefined.
+    Returns:
+        [parts, T, site.num_rows] fp32, to be summed over the parts.
+    """
+    assert site.tables is not None
+    if x_TK.stride(1) != 1:
+        x_TK = x_TK.contiguous()
+    num_tokens, num_k = x_TK.shape
+    device = device_of(x_TK.device.index)
+    s, _ = blocks(num_tokens, site.padded_rank, site.rows_SRK.itemsize, device)
+    a_tiles = triton.cdiv(len(site.slice_sizes) * site.max_rank, s.rows)
+    row_tiles = a_tiles + triton.cdiv(site.router_SGK.shape[1], s.rows)
+    parts = splits(num_tokens, row_tiles, num_k, s, device)
+    new = x_TK.new_zeros if zeroed else x_TK.new_empty
+    u_PTR = new(parts, num_tokens, site.num_rows, dtype=torch.float32)
+    if num_tokens:
+        _launch(u_PTR, x_TK, site, s, a_tiles, row_tiles)
+    return u_PTR
+
+
+def _launch(
+    u_PTR: torch.Tensor, x_TK: torch.Tensor, site: Site, s: Shrink, a_tiles: int, row_tiles: int
+) -> None:
+    parts, num_tokens, _ = u_PTR.shape
+    num_slots, _, num_k = site.rows_SRK.shape
+    tiles = site.step.tiles(s.tile)
+    shrink_kernel[(row_tiles * parts, max_tiles(num_tokens, num_slots, s.tile))](
+        u_PTR,
+        x_TK,
+        site.rows_SRK,
+        site.router_SGK,
+        site.tables.ints_SI,  # type: ignore[union-attr]
+        site.step.order_T,
+        tiles,
+        num_k,
+        a_tiles,
+        u_PTR.stride(0),
+        u_PTR.stride(1),
+        x_TK.stride(0),
+        site.rows_SRK.stride(0),
+        site.router_SGK.stride(0),
+        site.tables.ints_SI.stride(0),  # type: ignore[union-attr]
+        tiles.stride(0),
+        PARTS=parts,
+        BLOCK_T=s.tile,
+        BLOCK_R=s.rows,
+        BLOCK_K=s.k,
+        EVEN_K=num_k % (parts * s.k) == 0,
+        OPERAND=operand(x_TK),
+        num_warps=s.warps,
+        num_stages=s.stages,
+    )
+
+
+def operand(x: torch.Tensor) -> tl.dtype:
+    """What a product takes its operands in; the interpreter cannot multiply bf16."""
+    return tl.float32 if x.device.type == "cpu" else OPERANDS[x.dtype]

@@ -1,0 +1,117 @@
+"""Block sizes of the GPU kernels by shape and device, in one table.
+
+Reasons behind the numbers (`kernels/README.md` has the cost model):
+
+- decode is a question of latency. Tiles have 16 rows, the least a tensor core takes, and the
+  shrink's K is split until about two programs stand on every multiprocessor; the expand sums the
+  splits again, so there are at most 16. One program of the expand adds one tile of columns.
+- prefill is a question of bytes of x and y. Tiles have 64 rows; the shrink takes 128 rows of A
+  per pass over x; a program of the expand computes its gates once and walks over 1024 columns.
+
+The expand holds h [tile, ranks] and B [ranks, columns] at once. `_columns` keeps both within the
+shared memory of a multiprocessor, whatever the rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+
+@dataclass(frozen=True)
+class Shrink:
+    """tile: rows of x; rows: rows of A or of the routers; k: columns of x in one step."""
+
+    tile: int
+    rows: int
+    k: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Expand:
+    """tile: rows of y; columns: of y in one step; walk: columns of y per program."""
+
+    tile: int
+    columns: int
+    walk: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """Block sizes for up to `max_tokens` rows in a step."""
+
+    max_tokens: int
+    shrink: Shrink
+    expand: Expand
+
+
+MAX_SPLITS = 16
+LARGEST = 1 << 30
+
+# By a part of the device's name; "" is the fallback. First match wins, so is the first row that
+# holds the step. `benchmarks/kernels/bench_gated_lora.py --sweep` prints what it finds best.
+TABLE: dict[str, tuple[Row, ...]] = {
+    "": (
+        Row(16, Shrink(16, 32, 128, 4, 3), Expand(16, 64, 64, 4, 1)),
+        Row(64, Shrink(16, 32, 128, 4, 3), Expand(16, 128, 128, 4, 1)),
+        Row(512, Shrink(16, 64, 128, 4, 3), Expand(16, 128, 256, 4, 2)),
+        Row(LARGEST, Shrink(64, 128, 64, 4, 3), Expand(64, 128, 1024, 8, 2)),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the choice needs to know: its name, multiprocessors, and shared memory of one."""
+
+    name: str
+    processors: int
+    shared_bytes: int
+
+
+@cache
+def device_of(index: int | None) -> Device:
+    """A GPU by its number; None stands for the interpreter on a CPU."""
+    if index is None:
+        return Device("interpreter", 8, 228 * 1024)
+    p = torch.cuda.get_device_properties(index)
+    shared = getattr(p, "shared_memory_per_block_optin", 99 * 1024)
+    return Device(p.name, p.multi_processor_count, shared)
+
+
+@cache
+def blocks(num_tokens: int, ranks: int, itemsize: int, device: Device) -> tuple[Shrink, Expand]:
+    """Block sizes of both launches for a step of `num_tokens` rows.
+
+    Args:
+        ranks: most ranks per slice, rounded up to a power of two.
+        itemsize: bytes of a weight.
+    """
+    rows = next(rows for name, rows in TABLE.items() if name in device.name)
+    row = next(row for row in rows if num_tokens <= row.max_tokens)
+    s, e = row.shrink, row.expand
+    s = Shrink(s.tile, s.rows, s.k * 2 // max(itemsize, 2), s.warps, s.stages)
+    tile = e.tile if _columns(e.tile, ranks, itemsize, e.stages, device) >= 32 else 16
+    columns = min(e.columns, max(16, _columns(tile, ranks, itemsize, e.stages, device)))
+    return s, Expand(tile, columns, max(e.walk, columns), e.warps, e.stages)
+
+
+def _columns(tile: int, ranks: int, itemsize: int, stages: int, device: Device) -> int:
+    """Columns of B, a power of two, that fit beside h; at most 32 KiB of them at once."""
+    free = min(device.shared_bytes - 4096 - tile * ranks * itemsize, stages * 32 * 1024)
+    fit = max(free, 0) // (stages * ranks * itemsize)
+    return 1 << (fit.bit_length() - 1) if fit else 0
+
+
+@cache
+def splits(num_tokens: int, row_tiles: int, k: int, s: Shrink, device: Device) -> int:
+    """Parts of K, a power of two: two programs per multiprocessor, each with work to do."""
+    programs = row_tiles * -(-num_tokens // s.tile)
+    wanted, most = 2 * device.processors // programs, min(MAX_SPLITS, -(-k // s.k))
+    return 1 << max(0, min(wanted, most).bit_length() - 1)
