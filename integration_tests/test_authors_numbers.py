@@ -15,10 +15,23 @@ def engine(request):
     return request.getfixturevalue(request.param)
 
 
+# (engine, system, the one beside it in the batch)
 CASES = [
     ("llama", "plain-a", "loramoe-a"),
     ("llama", "loramoe-a", "plain-a"),
+    ("llama", "smora-a", "mixlora-a"),
+    ("llama", "flylora-a", "smora-a"),
+    ("llama", "moram-a", "flylora-a"),
+    ("llama", "mola-a", "hydralora-a"),
+    ("llama", "hydralora-a", "mola-a"),
+    ("llama", "loramoe_moepeft-a", "mola_moepeft-a"),
+    ("llama", "mola_moepeft-a", "loramoe_moepeft-a"),
+    ("llama", "moelora-a", "moelora-perlayer"),
+    ("llama", "moelora-perlayer", "moelora-a"),
+    ("llama", "mixlora-a", "mixlora_moepeft-a"),
+    ("llama", "mixlora_moepeft-a", "mixlora-a"),
     ("llama_eager", "loramoe-a", "plain-a"),
+    ("llama_eager", "mixlora-a", "hydralora-a"),
     ("qwen2", "meteora-a", "meteora-a"),
 ]
 

@@ -14,6 +14,7 @@ import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -108,7 +109,8 @@ def wrap_blocks(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, str, str]]]:
     for name, module in model.named_modules():
-        steps = _steps(type(module))
+        cls: Any = type(module)  # mypy: a class is hashable
+        steps = _steps(cls)
         if steps is not None and (steps[0], steps[2]) in _LINEARS:
             yield name, module, steps
 
@@ -126,7 +128,8 @@ def _steps(cls: type[nn.Module]) -> tuple[str, str, str] | None:
     function = tree.body[0]
     if not isinstance(function, ast.FunctionDef) or len(function.args.args) != 2:
         return None
-    value, calls = function.args.args[1].arg, []
+    value = function.args.args[1].arg
+    calls: list[str] = []
     for statement in function.body:
         if isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant):
             continue  # a docstring

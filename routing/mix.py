@@ -62,7 +62,7 @@ def mix_reference(
     bounds = [0]
     for rank in block.gate.blocks:
         bounds.append(bounds[-1] + rank)
-    y_TN = 0
+    y_TN: torch.Tensor | None = None
     for e in range(block.gate.num_gates):
         ranks = slice(bounds[e], bounds[e + 1])
 
@@ -80,5 +80,7 @@ def mix_reference(
             y_e = run("down_proj", act(gate_TI) * up_TI)
         else:
             y_e = run("down_proj", act(run("gate_proj", x_TK)) * run("up_proj", x_TK))
-        y_TN = y_TN + v_TE[:, e : e + 1] * y_e
-    return y_TN  # type: ignore[return-value]
+        weighted_TN = v_TE[:, e : e + 1] * y_e
+        y_TN = weighted_TN if y_TN is None else y_TN + weighted_TN
+    assert y_TN is not None  # a gate has experts
+    return y_TN

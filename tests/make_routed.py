@@ -208,51 +208,41 @@ def write_hydralora(
 
 
 def write_mola_moepeft(
-    folder: str | Path, seed: int = 0, base_name: str = "base_llama", *, experts: int = 5,
-    k: int = 3, r: int = 3, alpha: int = 7, use_rslora: bool = False,
-    targets: Sequence[str] = SOME, layers: Sequence[int] | None = None,
+    folder: str | Path, seed: int = 0, base_name: str = "base_llama", *, k: int = 3,
+    targets: Sequence[str] = SOME, **shape: Any,
 ) -> Path:  # fmt: skip
-    own = {"routing_strategy": "mola", "num_experts": experts, "top_k": k}
-    names = linears(base_name, targets, layers)
-    config = _moe_peft(base_name, targets, "MOLA", r, alpha, use_rslora) | own
-    return _save(folder, config, _moe_peft_tensors("mola", seed, names, experts, r))
+    return _write_moe_peft(folder, seed, base_name, "mola", {"top_k": k}, targets, **shape)
 
 
 def write_loramoe_moepeft(
-    folder: str | Path, seed: int = 0, base_name: str = "base_llama", *, experts: int = 3,
-    r: int = 5, alpha: int = 7, use_rslora: bool = False,
-    targets: Sequence[str] = (*MLP, "q_proj"), layers: Sequence[int] | None = None,
+    folder: str | Path, seed: int = 0, base_name: str = "base_llama", *,
+    targets: Sequence[str] = (*MLP, "q_proj"), **shape: Any,
 ) -> Path:  # fmt: skip
     """Attention targets are plain LoRA, as MoE-PEFT makes them."""
-    own = {"routing_strategy": "loramoe", "num_experts": experts}
-    names = linears(base_name, targets, layers)
-    config = _moe_peft(base_name, targets, "LORAMOE", r, alpha, use_rslora) | own
-    return _save(folder, config, _moe_peft_tensors("loramoe", seed, names, experts, r))
+    return _write_moe_peft(folder, seed, base_name, "loramoe", {}, targets, **shape)
 
 
-def _moe_peft(
-    base_name: str, targets: Sequence[str], peft_type: str, r: int, alpha: int, use_rslora: bool
-) -> dict[str, Any]:
-    return ({"use_rslora": True} if use_rslora else {}) | {
-        "bias": "none", "peft_type": peft_type, "r": r, "lora_alpha": alpha, "lora_dropout": 0.05,
-        "target_modules": list(targets), "base_model_name_or_path": base_name,
-        "task_type": "CAUSAL_LM",
-    }  # fmt: skip
-
-
-def _moe_peft_tensors(
-    prefix: str, seed: int, names: dict[str, tuple[int, int]], experts: int, r: int
-) -> Tensors:
+def _write_moe_peft(
+    folder: str | Path, seed: int, base_name: str, method: str, own: dict[str, Any],
+    targets: Sequence[str], *, experts: int = 5, r: int = 3, alpha: int = 7,
+    use_rslora: bool = False, layers: Sequence[int] | None = None,
+) -> Path:  # fmt: skip
     rng, tensors = np.random.default_rng(seed), {}
-    for name, (width, out) in names.items():
-        stem = f"{prefix}.{name.removeprefix('model.')}."
-        plain = prefix == "loramoe" and ".self_attn." in name
+    for name, (width, out) in linears(base_name, targets, layers).items():
+        stem = f"{method}.{name.removeprefix('model.')}."
+        plain = method == "loramoe" and ".self_attn." in name
         if not plain:
             tensors[f"{stem}moe_gate.weight"] = _router(rng, experts, width)
         for inner in [""] if plain else [f"experts.{e}." for e in range(experts)]:
             tensors[f"{stem}{inner}lora_A.weight"] = _a(rng, r, width)
             tensors[f"{stem}{inner}lora_B.weight"] = _b(rng, out, r)
-    return tensors
+    config = ({"use_rslora": True} if use_rslora else {}) | {
+        "bias": "none", "peft_type": method.upper(), "r": r, "lora_alpha": alpha,
+        "lora_dropout": 0.05, "target_modules": list(targets), "routing_strategy": method,
+        "num_experts": experts, "base_model_name_or_path": base_name, "task_type": "CAUSAL_LM",
+        **own,
+    }  # fmt: skip
+    return _save(folder, config, tensors)
 
 
 def write_adamole(

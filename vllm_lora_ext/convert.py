@@ -137,6 +137,8 @@ def _make(
     _check_range(adapter, dtype)
     step("writing")
     native = write_native(adapter, scratch / "native", DTYPES[dtype])
+    # safetensors writes for the owner only; a server may run as somebody else.
+    os.chmod(native / WEIGHTS[0], os.stat(native / CONFIG).st_mode)
     step("reading back")
     copy = load_adapter(native)
     _check_copy(adapter, copy, dtype)

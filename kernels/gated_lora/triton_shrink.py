@@ -81,14 +81,12 @@ def shrink_kernel(
     begin = part * length
     end = tl.minimum(begin + length, num_k)
     if is_router:
-        w_R = router_ptr + slot * stride_router_slot + offset_R
-        u_TR = _dot(x_T, w_R, ok_T, ok_R, begin, end, num_k,
-                    BLOCK_T, BLOCK_R, BLOCK_K, EVEN_K, tl.float32)  # fmt: skip
+        u_TR = _dot(x_T, router_ptr + slot * stride_router_slot + offset_R, ok_T, ok_R,
+                    begin, end, num_k, BLOCK_T, BLOCK_R, BLOCK_K, EVEN_K, tl.float32)  # fmt: skip
         first += num_a
     else:
-        w_R = a_ptr + slot * stride_a_slot + offset_R
-        u_TR = _dot(x_T, w_R, ok_T, ok_R, begin, end, num_k,
-                    BLOCK_T, BLOCK_R, BLOCK_K, EVEN_K, OPERAND)  # fmt: skip
+        u_TR = _dot(x_T, a_ptr + slot * stride_a_slot + offset_R, ok_T, ok_R,
+                    begin, end, num_k, BLOCK_T, BLOCK_R, BLOCK_K, EVEN_K, OPERAND)  # fmt: skip
     out_T = u_ptr + part.to(tl.int64) * stride_u_part + token_T * stride_u + first
     tl.store(out_T[:, None] + row_R[None, :], u_TR, mask=ok_T[:, None] & ok_R[None, :])
 

@@ -128,9 +128,11 @@ def drop(name):
 
 
 def cut(name):
+    """All tensors whose name holds `name` lose a row: an expert and its second copy."""
+
     def change(tensors):
-        found = next(key for key in sorted(tensors) if name in key)
-        tensors[found] = tensors[found][:-1].clone()
+        for found in [key for key in tensors if name in key]:
+            tensors[found] = tensors[found][:-1].clone()
 
     return with_tensors(change)
 
@@ -143,7 +145,7 @@ MOELORA_BAD = {
     "unknown_setting": (with_json(lambda c: c.update(top_k=1), SIDE), "unknown_key"),
     "copies_differ": (poke("loraA.0.weight", 1), "duplicate_tensor"),
     "expert_gone": (drop("loraB.1.mlp"), "missing_tensor"),
-    "expert_cut": (cut("loraA.1.mlp"), "rank_mismatch"),
+    "expert_cut": (cut("loraA.1."), "rank_mismatch"),
     "tasks_wrong": (with_json(lambda c: c.update(task_num=5)), "bad_shape"),
     "width_wrong": (with_json(lambda c: c.update(task_embedding_dim=5)), "bad_shape"),
     "experts_do_not_divide": (with_json(lambda c: c.update(expert_num=5)), "rank_mismatch"),

@@ -80,7 +80,8 @@ def check_fits(
         raise error
     for name, block in adapter.blocks.items():
         _check_router_width(name, block, shapes)
-    for name, gated in {**adapter.modules, **adapter.blocks}.items():
+    every: dict[str, RoutedModule | MixBlock] = {**adapter.modules, **adapter.blocks}
+    for name, gated in every.items():
         _check_limits(name, gated, max_rank, max_router_rows)
     if dtype is not None:
         for name, layer in layers.items():

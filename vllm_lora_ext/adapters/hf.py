@@ -119,7 +119,7 @@ def _block_hook(name: str, block: MixBlock, mlp: nn.Module) -> Any:
     return mix
 
 
-def _in_fp32(linear: nn.Module) -> Any:
+def _in_fp32(linear: Any) -> Any:
     """The linear without its own hooks, as a function of fp32."""
     bias = None if linear.bias is None else linear.bias.float()
     return lambda h: nn.functional.linear(h, linear.weight.float(), bias)

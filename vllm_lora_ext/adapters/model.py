@@ -105,11 +105,13 @@ class RoutedAdapter:
     @property
     def rank(self) -> int:
         """Largest total rank of a module: what `max_lora_rank` must hold."""
-        every = [*self.modules.values(), *self.blocks.values()]
-        return max((m.rank for m in every), default=0)
+        return max((m.rank for m in self._gated), default=0)
 
     @property
     def router_rows(self) -> int:
         """Largest number of rows that a module's gate adds to its A."""
-        every = [*self.modules.values(), *self.blocks.values()]
-        return max((m.gate.router_rows for m in every), default=0)
+        return max((m.gate.router_rows for m in self._gated), default=0)
+
+    @property
+    def _gated(self) -> list[RoutedModule | MixBlock]:
+        return [*self.modules.values(), *self.blocks.values()]

@@ -27,9 +27,12 @@ def systems(as_json: Json = False) -> None:
     if as_json:
         print_json(rows)
         return
-    made = table("name", "system", "status", "routing.json must say", "what it does")
+    out, made = Console(), table("name", "system", "status", "routing.json must say")
     for row in rows:
         status = "[green]served[/]" if row["status"] == "served" else "[red]refused[/]"
-        cells = (", ".join(row["settings"]), row["reason"] or row["summary"] or row["paper"])
-        made.add_row(row["name"], escape(row["title"]), status, *map(escape, cells))
-    Console().print(made)
+        settings = ", ".join(row["settings"])
+        made.add_row(row["name"], escape(row["title"]), status, escape(settings))
+    out.print(made)
+    for row in rows:
+        if row["reason"]:
+            out.print(f"{row['name']} is refused: {escape(row['reason'])}", highlight=False)

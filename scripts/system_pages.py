@@ -1,0 +1,266 @@
+"""Writes docs/systems/<name>.md and README's table of systems from the readers' own metadata.
+
+    python scripts/system_pages.py            # write; `make docs`
+    python scripts/system_pages.py --check    # exit code 1 when a page differs
+    python scripts/system_pages.py --measure  # transformers' numbers of docs/systems/measured.json
+
+A page keeps what stands between its two `by hand` markers. Systems without a reader (merged
+adapters, plans) are sections of docs/systems/others.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from vllm_lora_ext.adapters.readers.base import Reader
+from vllm_lora_ext.adapters.registry import READERS
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = ROOT / "docs" / "systems"
+MEASURED, OTHERS = PAGES / "measured.json", PAGES / "others.json"
+FIXTURES = ROOT / "tests" / "fixtures" / "routed"
+BY_HAND, END_BY_HAND = "<!-- by hand -->", "<!-- end by hand -->"
+TABLE, END_TABLE = "<!-- systems: make docs -->", "<!-- end systems -->"
+NOTE = "<!-- Written by `make docs` from the reader; only the part by hand is kept. -->"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--measure", action="store_true")
+    options = parser.parse_args()
+    if options.measure:
+        measure()
+    stale = [path for path, text in files().items() if _old(path) != text]
+    for path in stale:
+        print(f"{'differs' if options.check else 'written'}: {path.relative_to(ROOT)}")
+        if not options.check:
+            path.write_text(files()[path], encoding="utf-8")
+    return int(options.check and bool(stale))
+
+
+def files() -> dict[Path, str]:
+    """Every generated file with the text that it must have."""
+    rows = json.loads(MEASURED.read_text(encoding="utf-8"))["rows"]
+    found = {}
+    for reader in READERS:
+        path = PAGES / f"{reader.name}.md"
+        mine = [row for row in rows if row["system"] == reader.name]
+        found[path] = page(reader, mine, _by_hand(_old(path)))
+    readme = ROOT / "README.md"
+    before, after = _around(_old(readme), TABLE, END_TABLE)
+    found[readme] = f"{before}{TABLE}\n\n{overview(rows)}\n{END_TABLE}{after}"
+    return found
+
+
+def page(reader: Reader, rows: list[dict[str, Any]], by_hand: str) -> str:
+    """One system's page; `rows` are its measurements."""
+    parts = [
+        f"# {reader.title}", NOTE, _facts(reader), _refused(reader), _section("Formula",
+        f"```text\n{reader.formula.strip()}\n```" if reader.formula else ""),
+        _section("Files", _sentence(reader.files)), _gates(rows), _settings(reader, rows),
+        "" if reader.refused else _serve(reader), _checked(reader, rows),
+        _section("Traps", "\n".join(f"- {_sentence(trap)}" for trap in reader.traps)),
+        f"{BY_HAND}{by_hand}{END_BY_HAND}",
+    ]  # fmt: skip
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def overview(rows: list[dict[str, Any]]) -> str:
+    """README's table: one section per kind of system."""
+    routed = [r for r in READERS if not r.summary.startswith("No gate") and not r.refused]
+    plain = [r for r in READERS if r.summary.startswith("No gate") and not r.refused]
+    text = ""
+    for title, some in (("Routed adapters", routed), ("Adapters without a gate", plain)):
+        text += f"### {title}\n\n| system | what it is | transformers | vLLM |\n|---|---|---|---|\n"
+        for reader in some:
+            mine = [row for row in rows if row["system"] == reader.name]
+            numbers = [_worst(mine, side) for side in ("transformers", "engine")]
+            text += f"| {_link(reader)} | {_first(reader.summary)} | {' | '.join(numbers)} |\n"
+        text += "\n"
+    refused = [reader for reader in READERS if reader.refused]
+    text += "### Known and refused\n\n| system | why |\n|---|---|\n"
+    text += "".join(f"| {_link(r)} | {_cell(_sentence(r.refused))} |\n" for r in refused) + "\n"
+    for section in json.loads(OTHERS.read_text(encoding="utf-8")):
+        text += f"### {section['title']}\n\n| system | status |\n|---|---|\n"
+        text += "".join(f"| {r['system']} | {r['status']} |\n" for r in section["rows"]) + "\n"
+    return text
+
+
+def _facts(reader: Reader) -> str:
+    code = f"[{reader.url.removeprefix('https://')}]({reader.url})"
+    if not reader.url.startswith("https://"):
+        code = f"[{Path(reader.url).name}](../{Path(reader.url).name})"
+    lines = [
+        reader.summary, "",
+        "| | |", "|---|---|",
+        f"| name | `{reader.name}` |",
+        f"| defined in | {code} |",
+    ]  # fmt: skip
+    if reader.paper:
+        lines.append(f"| paper | {_cell(reader.paper)} |")
+    lines.append(f"| status | {'refused' if reader.refused else 'served'} |")
+    return "\n".join(lines).strip()
+
+
+def _refused(reader: Reader) -> str:
+    return _section("Why it is refused", _sentence(reader.refused) if reader.refused else "")
+
+
+def _gates(rows: list[dict[str, Any]]) -> str:
+    """Rows of the gate table, of the adapters whose layers all have one gate."""
+    gates = {row["fixture"]: row["gate"] for row in rows if row.get("gate")}
+    lines = [f"- {name}: `{gate}`" for name, gate in gates.items()]
+    text = "As a row of the [gate table](../native_format.md#gates), in the checked adapters:\n\n"
+    return _section("Gate", text + "\n".join(lines) if lines else "")
+
+
+def _settings(reader: Reader, rows: list[dict[str, Any]]) -> str:
+    if not reader.settings:
+        return ""
+    text = "`routing.json`, beside the files, says what they leave out:\n\n"
+    text += "| key | meaning |\n|---|---|\n"
+    text += "".join(f"| `{key}` | {_cell(value)} |\n" for key, value in reader.settings.items())
+    examples = [FIXTURES / row["fixture"] / "adapter" / "routing.json" for row in rows]
+    for example in [path for path in examples if path.is_file()][:1]:
+        compact = json.dumps(json.loads(example.read_text(encoding="utf-8")))
+        text += f"\nFor example:\n\n```json\n{compact}\n```\n"
+    return _section("Settings", text.rstrip())
+
+
+def _serve(reader: Reader) -> str:
+    here = f"adapters/{reader.name}"
+    lines = [
+        f"vllm-lora-ext inspect {here}",
+        f"vllm serve BASE --enable-lora --max-lora-rank 64 --lora-modules mine={here}",
+    ]
+    text = "```bash\n" + "\n".join(lines) + "\n```\n\n`inspect` prints the rank that this adapter"
+    text += " needs. [adapters.md](../adapters.md) tells about `convert` and `verify`."
+    return _section("Serve it", text)
+
+
+def _checked(reader: Reader, rows: list[dict[str, Any]]) -> str:
+    if reader.refused:
+        return ""
+    if not rows:
+        return _section("What was checked", "Not yet against numbers of its own code.")
+    text = "| adapter | what | made with | effect | transformers | vLLM |\n|---|---|---|---|---|---|\n"
+    for row in rows:
+        cells = [row["fixture"], row["what"], row["reference"], f"{row['effect']:.2f}"]
+        cells += [_number(row, side) for side in ("transformers", "engine")]
+        text += f"| {' | '.join(_cell(cell) for cell in cells)} |\n"
+    text += "\n*effect*: mean change of a logit by the adapter. *transformers*: largest difference"
+    text += " of a logit from the recorded ones. *vLLM*: largest difference of a log-probability."
+    return _section("What was checked", text)
+
+
+def _section(title: str, text: str) -> str:
+    return f"## {title}\n\n{text}" if text else ""
+
+
+def _number(row: dict[str, Any], side: str) -> str:
+    found = row.get(side)
+    return f"{found['largest']:.0e} ({found['date']})" if found else "not measured"
+
+
+def _worst(rows: list[dict[str, Any]], side: str) -> str:
+    found = [row[side]["largest"] for row in rows if row.get(side)]
+    return f"{max(found):.0e}" if found else ""
+
+
+def _link(reader: Reader) -> str:
+    return f"[{reader.title}](docs/systems/{reader.name}.md)"
+
+
+def _first(text: str) -> str:
+    return _cell(re.split(r"(?<=[.!?]) ", text, maxsplit=1)[0])
+
+
+def _sentence(text: str) -> str:
+    """Placeholders such as <module> would vanish as tags."""
+    text = re.sub(r"<(\w+)>", r"&lt;\1&gt;", text.strip())
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "...")) else ".")
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _old(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
+
+
+def _by_hand(old: str) -> str:
+    return _between(old, BY_HAND, END_BY_HAND) if BY_HAND in old else "\n"
+
+
+def _between(text: str, start: str, end: str) -> str:
+    return text.split(start, 1)[1].split(end, 1)[0]
+
+
+def _around(text: str, start: str, end: str) -> tuple[str, str]:
+    before, rest = text.split(start, 1)
+    return before, rest.split(end, 1)[1]
+
+
+def measure() -> None:
+    """Runs every fixture in transformers and notes how far we are from the recorded numbers."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "adapters")]
+    import torch
+    from conftest import load_base
+    from test_fixtures import fixture, largest_error
+
+    from vllm_lora_ext.adapters import load_adapter
+
+    measured = json.loads(_old(MEASURED))
+    earlier = {row["fixture"]: row for row in measured["rows"]}
+    known, bases, rows = {reader.name for reader in READERS}, {}, []
+    for folder in sorted(path for path in FIXTURES.iterdir() if path.is_dir()):
+        path, meta, expected = fixture(folder.name)
+        if meta["system"] not in known:
+            continue
+        bases.setdefault(meta["base"], load_base(meta["base"]))
+        adapter = load_adapter(path)
+        with torch.inference_mode():
+            largest = largest_error(bases[meta["base"]], adapter, expected)
+        row = earlier.pop(folder.name, {"engine": None})
+        rows.append({
+            "fixture": folder.name,
+            "system": adapter.system,
+            "base": meta["base"],
+            "reference": meta["reference"],
+            "what": "logits of 4 prompts and of 12 greedy tokens after each, float32",
+            "effect": round(sum(meta["mean_abs_dlogit"]) / len(meta["mean_abs_dlogit"]), 2),
+            "gate": one_gate(adapter),
+            "transformers": {"largest": float(f"{largest:.1e}"), "date": _today()},
+            "engine": row["engine"],
+        })  # fmt: skip
+        print(f"{folder.name}: {largest:.1e}")
+    rows += [row for name, row in earlier.items() if not (FIXTURES / name).is_dir()]
+    measured["rows"] = rows
+    MEASURED.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+
+
+def one_gate(adapter: Any) -> str | None:
+    """The gate of all layers that have one, or None when they differ."""
+    from vllm_lora_ext.summary import gate_text
+
+    gates = [layer.gate for layer in (*adapter.modules.values(), *adapter.blocks.values())]
+    texts = {gate_text(gate) for gate in gates if gate.source != "none"}
+    return texts.pop() if len(texts) == 1 else None
+
+
+def _today() -> str:
+    return datetime.date.today().isoformat()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
