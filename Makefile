@@ -12,7 +12,7 @@ VERSION ?= 0.33.0
 PYTEST  := $(BIN)/pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast lint types format check-vllm bench dist clean
+.PHONY: help venv demo test test-fast lint types format docs check-vllm bench dist clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ types: $(READY) ## mypy over the package
 format: $(READY) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(READY) ## write the pages of systems and README's table from the readers
+	$(BIN)/python scripts/system_pages.py
 
 check-vllm: $(READY) ## do the patches fit another vLLM? make check-vllm VERSION=0.33.0
 	$(BIN)/vllm-lora-ext check-vllm $(VERSION)

@@ -16,6 +16,7 @@ import json
 import os
 import re
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +66,9 @@ def page(reader: Reader, rows: list[dict[str, Any]], by_hand: str) -> str:
     parts = [
         f"# {reader.title}", NOTE, _facts(reader), _refused(reader), _section("Formula",
         f"```text\n{reader.formula.strip()}\n```" if reader.formula else ""),
-        _section("Files", _sentence(reader.files)), _gates(rows), _settings(reader, rows),
+        _section("Files", _wrap(_sentence(reader.files))), _gates(rows), _settings(reader, rows),
         "" if reader.refused else _serve(reader), _checked(reader, rows),
-        _section("Traps", "\n".join(f"- {_sentence(trap)}" for trap in reader.traps)),
+        _section("Traps", "\n".join(_wrap(_sentence(trap), "- ") for trap in reader.traps)),
         f"{BY_HAND}{by_hand}{END_BY_HAND}",
     ]  # fmt: skip
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -75,8 +76,9 @@ def page(reader: Reader, rows: list[dict[str, Any]], by_hand: str) -> str:
 
 def overview(rows: list[dict[str, Any]]) -> str:
     """README's table: one section per kind of system."""
-    routed = [r for r in READERS if not r.summary.startswith("No gate") and not r.refused]
-    plain = [r for r in READERS if r.summary.startswith("No gate") and not r.refused]
+    served = [reader for reader in READERS if not reader.refused]
+    plain = [reader for reader in served if "no gate" in reader.summary.lower()]
+    routed = [reader for reader in served if reader not in plain]
     text = ""
     for title, some in (("Routed adapters", routed), ("Adapters without a gate", plain)):
         text += f"### {title}\n\n| system | what it is | transformers | vLLM |\n|---|---|---|---|\n"
@@ -91,7 +93,7 @@ def overview(rows: list[dict[str, Any]]) -> str:
     for section in json.loads(OTHERS.read_text(encoding="utf-8")):
         text += f"### {section['title']}\n\n| system | status |\n|---|---|\n"
         text += "".join(f"| {r['system']} | {r['status']} |\n" for r in section["rows"]) + "\n"
-    return text
+    return text.rstrip() + "\n"
 
 
 def _facts(reader: Reader) -> str:
@@ -99,7 +101,7 @@ def _facts(reader: Reader) -> str:
     if not reader.url.startswith("https://"):
         code = f"[{Path(reader.url).name}](../{Path(reader.url).name})"
     lines = [
-        reader.summary, "",
+        _wrap(_escape(reader.summary)), "",
         "| | |", "|---|---|",
         f"| name | `{reader.name}` |",
         f"| defined in | {code} |",
@@ -111,14 +113,14 @@ def _facts(reader: Reader) -> str:
 
 
 def _refused(reader: Reader) -> str:
-    return _section("Why it is refused", _sentence(reader.refused) if reader.refused else "")
+    return _section("Why it is refused", _wrap(_sentence(reader.refused)) if reader.refused else "")
 
 
 def _gates(rows: list[dict[str, Any]]) -> str:
     """Rows of the gate table, of the adapters whose layers all have one gate."""
     gates = {row["fixture"]: row["gate"] for row in rows if row.get("gate")}
     lines = [f"- {name}: `{gate}`" for name, gate in gates.items()]
-    text = "As a row of the [gate table](../native_format.md#gates), in the checked adapters:\n\n"
+    text = "As a row of the [gate table](../native_format.md#gates), in the adapters checked:\n\n"
     return _section("Gate", text + "\n".join(lines) if lines else "")
 
 
@@ -142,7 +144,7 @@ def _serve(reader: Reader) -> str:
         f"vllm serve BASE --enable-lora --max-lora-rank 64 --lora-modules mine={here}",
     ]
     text = "```bash\n" + "\n".join(lines) + "\n```\n\n`inspect` prints the rank that this adapter"
-    text += " needs. [adapters.md](../adapters.md) tells about `convert` and `verify`."
+    text += " needs; [adapters.md](../adapters.md)\ntells about `convert` and `verify`."
     return _section("Serve it", text)
 
 
@@ -150,14 +152,20 @@ def _checked(reader: Reader, rows: list[dict[str, Any]]) -> str:
     if reader.refused:
         return ""
     if not rows:
-        return _section("What was checked", "Not yet against numbers of its own code.")
-    text = "| adapter | what | made with | effect | transformers | vLLM |\n|---|---|---|---|---|---|\n"
+        return _section(
+            "What was checked", "There are no recorded numbers of its own code for it yet."
+        )
+    text = (
+        "| adapter | what | made with | effect | transformers | vLLM |\n|---|---|---|---|---|---|\n"
+    )
     for row in rows:
         cells = [row["fixture"], row["what"], row["reference"], f"{row['effect']:.2f}"]
         cells += [_number(row, side) for side in ("transformers", "engine")]
         text += f"| {' | '.join(_cell(cell) for cell in cells)} |\n"
-    text += "\n*effect*: mean change of a logit by the adapter. *transformers*: largest difference"
-    text += " of a logit from the recorded ones. *vLLM*: largest difference of a log-probability."
+    text += (
+        "\n*effect*: mean change of a logit by the adapter. *transformers*: largest difference of a"
+    )
+    text += " logit\nfrom the recorded ones. *vLLM*: largest difference of a log-probability."
     return _section("What was checked", text)
 
 
@@ -184,9 +192,23 @@ def _first(text: str) -> str:
 
 
 def _sentence(text: str) -> str:
+    """With a capital, unless it begins with a name of code, and a full stop."""
+    text = _escape(text.strip())
+    if re.match(r"[a-z]+('s)? ", text):
+        text = text[0].upper() + text[1:]
+    return text + ("" if text.endswith(".") else ".")
+
+
+def _escape(text: str) -> str:
     """Placeholders such as <module> would vanish as tags."""
-    text = re.sub(r"<(\w+)>", r"&lt;\1&gt;", text.strip())
-    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "...")) else ".")
+    return re.sub(r"<(\w+)>", r"&lt;\1&gt;", text)
+
+
+def _wrap(text: str, first: str = "") -> str:
+    return textwrap.fill(
+        text, width=100, initial_indent=first, subsequent_indent=" " * len(first),
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
 
 
 def _cell(text: str) -> str:
@@ -219,16 +241,21 @@ def measure() -> None:
     from test_fixtures import fixture, largest_error
 
     from vllm_lora_ext.adapters import load_adapter
+    from vllm_lora_ext.errors import AdapterError
 
     measured = json.loads(_old(MEASURED))
     earlier = {row["fixture"]: row for row in measured["rows"]}
-    known, bases, rows = {reader.name for reader in READERS}, {}, []
+    bases: dict[str, Any] = {}
+    rows = []
     for folder in sorted(path for path in FIXTURES.iterdir() if path.is_dir()):
         path, meta, expected = fixture(folder.name)
-        if meta["system"] not in known:
+        try:
+            adapter = load_adapter(path)
+        except AdapterError as error:
+            print(f"{folder.name}: {error.text}")
             continue
-        bases.setdefault(meta["base"], load_base(meta["base"]))
-        adapter = load_adapter(path)
+        if meta["base"] not in bases:
+            bases[meta["base"]] = load_base(meta["base"])
         with torch.inference_mode():
             largest = largest_error(bases[meta["base"]], adapter, expected)
         row = earlier.pop(folder.name, {"engine": None})

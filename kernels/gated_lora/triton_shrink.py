@@ -7,8 +7,8 @@ threshold heads. A has the model's dtype; routers are fp32, and their products a
 TF32 ones each, so that logits are those of fp32 weights: rounding a router to bf16 changes the
 chosen experts of about one token in a hundred.
 
-One program multiplies one tile of rows of one slot (`StepMap`) with `BLOCK_R` rows of A or of the
-routers, over one part of K. The parts land side by side in `u[part]` and are summed in a fixed
+One program multiplies one tile of rows of one slot (`StepMap`) with `BLOCK_R` rows of A or
+`BLOCK_G` of the routers, over one part of K. The parts land side by side in `u[part]` and are summed in a fixed
 order by whoever reads u: no atomics, so equal runs give equal bits.
 """
 
@@ -22,6 +22,7 @@ from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.kernels.gated_lora.step import max_tiles
 from vllm_lora_ext.kernels.gated_lora.tuning import Shrink, blocks, device_of, splits
 
+ROUTER_ROWS = 32  # routers are few: three slices with 8 experts and their heads have 27 rows
 OPERANDS = {
     torch.float32: tl.float32,
     torch.float16: tl.float16,
@@ -50,6 +51,7 @@ def shrink_kernel(
     PARTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    BLOCK_G: tl.constexpr,
     BLOCK_K: tl.constexpr,
     EVEN_K: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -62,41 +64,37 @@ def shrink_kernel(
     row_tile = tl.program_id(0) // PARTS
     num_a = tl.load(ints_ptr + slot * stride_ints)
     num_routers = tl.load(ints_ptr + slot * stride_ints + 1)
-    is_router = row_tile >= a_tiles
-    first = tl.where(is_router, row_tile - a_tiles, row_tile) * BLOCK_R
-    rows_left = tl.where(is_router, num_routers, num_a) - first
-    if rows_left <= 0:
-        return
-
     start = tl.load(tiles_ptr + stride_tiles + tile)
     stop = tl.load(tiles_ptr + 2 * stride_tiles + tile)
     at_T = start + tl.arange(0, BLOCK_T)
     ok_T = at_T < stop
     token_T = tl.load(order_ptr + at_T, mask=ok_T, other=0).to(tl.int64)
-    row_R = tl.arange(0, BLOCK_R)
-    ok_R = row_R < rows_left
     x_T = x_ptr + token_T * stride_x
-    offset_R = (first + row_R).to(tl.int64) * num_k
+    u_T = u_ptr + part.to(tl.int64) * stride_u_part + token_T * stride_u
     length = tl.cdiv(num_k, PARTS * BLOCK_K) * BLOCK_K
     begin = part * length
     end = tl.minimum(begin + length, num_k)
-    if is_router:
-        u_TR = _dot(x_T, router_ptr + slot * stride_router_slot + offset_R, ok_T, ok_R,
-                    begin, end, num_k, BLOCK_T, BLOCK_R, BLOCK_K, EVEN_K, tl.float32)  # fmt: skip
-        first += num_a
+    if row_tile < a_tiles:
+        first = row_tile * BLOCK_R
+        if first < num_a:
+            a_R = a_ptr + slot * stride_a_slot + first.to(tl.int64) * num_k
+            _rows(u_T + first, x_T, a_R, ok_T, num_a - first, begin, end, num_k,
+                  BLOCK_T, BLOCK_R, BLOCK_K, EVEN_K, OPERAND)  # fmt: skip
     else:
-        u_TR = _dot(x_T, a_ptr + slot * stride_a_slot + offset_R, ok_T, ok_R,
-                    begin, end, num_k, BLOCK_T, BLOCK_R, BLOCK_K, EVEN_K, OPERAND)  # fmt: skip
-    out_T = u_ptr + part.to(tl.int64) * stride_u_part + token_T * stride_u + first
-    tl.store(out_T[:, None] + row_R[None, :], u_TR, mask=ok_T[:, None] & ok_R[None, :])
+        first = (row_tile - a_tiles) * BLOCK_G
+        if first < num_routers:
+            router_G = router_ptr + slot * stride_router_slot + first.to(tl.int64) * num_k
+            _rows(u_T + num_a + first, x_T, router_G, ok_T, num_routers - first, begin, end, num_k,
+                  BLOCK_T, BLOCK_G, BLOCK_K, EVEN_K, tl.float32)  # fmt: skip
 
 
 @triton.jit
-def _dot(
+def _rows(
+    u_T,
     x_T,
-    w_R,
+    w,
     ok_T,
-    ok_R,
+    num_rows,
     begin,
     end,
     num_k,
@@ -106,7 +104,10 @@ def _dot(
     EVEN_K: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
-    """x w^T over k in [begin, end), from row pointers."""
+    """u = x w^T over k in [begin, end), from pointers to the rows of u and x."""
+    row_R = tl.arange(0, BLOCK_R)
+    ok_R = row_R < num_rows
+    w_R = w + row_R.to(tl.int64) * num_k
     u_TR = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
     for k in range(begin, end, BLOCK_K):
         k_K = k + tl.arange(0, BLOCK_K)
@@ -117,7 +118,7 @@ def _dot(
         x_TK = tl.load(x_T[:, None] + k_K[None, :], mask=ok_TK, other=0.0).to(OPERAND)
         w_RK = tl.load(w_R[:, None] + k_K[None, :], mask=ok_RK, other=0.0).to(OPERAND)
         u_TR = tl.dot(x_TK, tl.trans(w_RK), u_TR, input_precision="tf32x3")
-    return u_TR
+    tl.store(u_T[:, None] + row_R[None, :], u_TR, mask=ok_T[:, None] & ok_R[None, :])
 
 
 def shrink_parts(x_TK: torch.Tensor, site: Site, zeroed: bool = False) -> torch.Tensor:
@@ -137,7 +138,7 @@ def shrink_parts(x_TK: torch.Tensor, site: Site, zeroed: bool = False) -> torch.
     device = device_of(x_TK.device.index)
     s, _ = blocks(num_tokens, site.padded_rank, site.rows_SRK.itemsize, device)
     a_tiles = triton.cdiv(len(site.slice_sizes) * site.max_rank, s.rows)
-    row_tiles = a_tiles + triton.cdiv(site.router_SGK.shape[1], s.rows)
+    row_tiles = a_tiles + triton.cdiv(site.router_SGK.shape[1], ROUTER_ROWS)
     parts = splits(num_tokens, row_tiles, num_k, s, device)
     new = x_TK.new_zeros if zeroed else x_TK.new_empty
     u_PTR = new(parts, num_tokens, site.num_rows, dtype=torch.float32)
@@ -172,6 +173,7 @@ def _launch(
         PARTS=parts,
         BLOCK_T=s.tile,
         BLOCK_R=s.rows,
+        BLOCK_G=ROUTER_ROWS,
         BLOCK_K=s.k,
         EVEN_K=num_k % (parts * s.k) == 0,
         OPERAND=operand(x_TK),

@@ -179,7 +179,7 @@ def test_prototypes(rank, width, out, seed):
     assert abs(float(exact.norm()) - 1) < 1e-5
     assert float((delta @ exact.double()).norm() / top) > 1 - 1e-5
     # The power iteration goes to the same direction when it is given the time.
-    long = power_prototype(a_RK, b_NR, seed, steps=3000)
+    long = power_prototype(a_RK, b_NR, seed, steps=1000)
     assert float((delta @ long.double()).norm() / top) > 0.99
     short = prototypes([(a_RK, b_NR), (2 * a_RK, b_NR)], seed)
     assert short.shape == (2, width)
@@ -223,6 +223,11 @@ def inner(build, name):
         build(dst / name, dst / name)
 
     return change
+
+
+def inner_at(build, name):
+    """The same for a folder that is already a copy."""
+    return lambda dst, good: build(dst / name, dst / name)
 
 
 def both(*builds):
@@ -281,6 +286,14 @@ BAD = {
                  "unexpected_tensor", "x"),
     "nan": (inner(with_tensors(lambda t: t[min(t)].fill_(float("nan"))), "gks_0"),
             "not_finite", "A"),
+    "nan_svd": (both(unset("rng_seed"), side(prototypes="svd"), inner_at(
+        with_tensors(lambda t: t[min(t)].fill_(float("nan"))), "task_0")), "not_finite", "A"),
+    "narrow": (inner(with_tensors(lambda t: t.update({k: t[k][:, :-1] for k in t
+                                                      if "lora_A" in k})), "task_1"),
+               "bad_shape", "task_1"),
+    "short": (inner(with_tensors(lambda t: t.update({k: t[k][:-1] for k in t
+                                                     if "lora_B" in k})), "gks_0"),
+              "bad_shape", "gks_0"),
     "other_base": (inner(with_json(lambda c: c.update(base_model_name_or_path="gpt")), "task_1"),
                    "setting_mismatch", "gpt"),
     "embedding": (inner(with_tensors(lambda t: t.update({

@@ -11,7 +11,7 @@ import math
 import pytest
 import torch
 from bad_adapters import with_json, with_tensors
-from make_multi import write_lora_mixer
+from make_multi import write_lora_mixer, write_plain
 from safetensors.torch import load_file
 
 from vllm_lora_ext.adapters import load_adapter, write_native
@@ -100,7 +100,14 @@ def no_sidecar(dst, good):
     (dst / SIDE).unlink()
 
 
+def other_size(dst, good):
+    side()(dst, good)
+    write_plain(dst / "expert_1", 1, "base_qwen2", r=5, targets=("q_proj", "v_proj", "o_proj"),
+                layers=[0])  # fmt: skip
+
+
 BAD = {
+    "other_size": (other_size, "bad_shape", "expert_1"),
     "no_sidecar": (no_sidecar, "missing_setting", "lora-mixer"),
     "no_weights": (no_weights, "missing_file", "safetensors"),
     "no_system": (unset("system"), "missing_setting", "lora-mixer"),
@@ -110,6 +117,7 @@ BAD = {
     "k_too_large": (side(top_k=4), "k_too_large", "top_k"),
     "cold": (side(temperature=0), "bad_gate", "temperature"),
     "renormalise": (side(renormalise="x"), "bad_value", "renormalise"),
+    "renormalise_null": (side(renormalise=None), "bad_value", "renormalise"),
     "unknown_key": (side(topk=1), "unknown_key", "topk"),
     "order_short": (side(expert_order=["expert_0", "expert_1"]), "setting_mismatch", "expert_2"),
     "order_strange": (side(expert_order=["expert_0", "law", "expert_2"]), "missing_file", "law"),

@@ -27,9 +27,9 @@ def prototypes(
     Returns:
         [E, in] fp32, each row of length 1 (0 for an expert that adds nothing).
     """
-    rows = [svd_prototype(a, b) if seed is None else power_prototype(a, b, seed)
-            for a, b in experts]  # fmt: skip
-    return torch.stack(rows)
+    if seed is None:
+        return torch.stack([svd_prototype(a, b) for a, b in experts])
+    return torch.stack([power_prototype(a, b, seed) for a, b in experts])
 
 
 def power_prototype(
@@ -52,9 +52,14 @@ def power_prototype(
 
 
 def svd_prototype(a_RK: torch.Tensor, b_NR: torch.Tensor) -> torch.Tensor:
-    """The exact top right singular vector of B A: [in] fp32, its largest entry positive."""
+    """The exact top right singular vector of B A: [in] fp32, its largest entry positive.
+
+    NaN when A or B is not finite.
+    """
     # B = Q R with orthonormal Q, so R A has the right singular vectors of B A and is small.
-    small_RR = torch.linalg.qr(b_NR.double()).R
-    _, sizes, v_RK = torch.linalg.svd(small_RR @ a_RK.double(), full_matrices=False)
+    small_RK = torch.linalg.qr(b_NR.double()).R @ a_RK.double()
+    if not small_RK.isfinite().all():  # an svd would raise; the adapter's checks say it better
+        return torch.full_like(a_RK[0], float("nan"))
+    _, sizes, v_RK = torch.linalg.svd(small_RK, full_matrices=False)
     v_K = v_RK[0] * torch.sign(v_RK[0][v_RK[0].abs().argmax()])
     return (v_K if sizes[0] > 0 else torch.zeros_like(v_K)).float()

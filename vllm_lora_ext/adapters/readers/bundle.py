@@ -101,7 +101,8 @@ def same_layers(experts: Sequence[Expert]) -> list[str]:
     """The layers that all experts adapt, in the first one's order.
 
     Raises:
-        AdapterError: `missing_tensor`, one expert lacks a layer of another.
+        AdapterError: `missing_tensor`, one expert lacks a layer of another; `bad_shape`, they
+            differ in a layer's sizes.
     """
     every = {module for expert in experts for module in expert.modules}
     for expert in experts:
@@ -111,7 +112,22 @@ def same_layers(experts: Sequence[Expert]) -> list[str]:
                 "missing_tensor", f"expert '{expert.name}' does not adapt {lacking[0]}, others do",
                 limit="the same layers in every expert", fix="train all experts on the same layers",
             )  # fmt: skip
+    for module in experts[0].modules:
+        for expert in experts:
+            _check_sizes(module, expert, experts[0])
     return list(experts[0].modules)
+
+
+def _check_sizes(module: str, expert: Expert, first: Expert) -> None:
+    seen, wanted = (
+        (e.modules[module].a_RK.shape[1], e.modules[module].b_NR.shape[0]) for e in (expert, first)
+    )
+    if seen != wanted:
+        raise AdapterError(
+            "bad_shape", f"expert '{expert.name}' was made for another size of {module} than"
+            f" '{first.name}'", seen=f"in {seen[0]}, out {seen[1]}",
+            limit=f"in {wanted[0]}, out {wanted[1]}", fix="use experts of one base model",
+        )  # fmt: skip
 
 
 def same_base(experts: Sequence[Expert]) -> str:

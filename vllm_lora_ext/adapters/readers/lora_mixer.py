@@ -26,7 +26,7 @@ from vllm_lora_ext.adapters.readers.bundle import (
     same_layers,
 )
 from vllm_lora_ext.adapters.readers.names import group
-from vllm_lora_ext.adapters.readers.peft_config import bad_value, flag
+from vllm_lora_ext.adapters.readers.peft_config import bad_value
 from vllm_lora_ext.errors import AdapterError
 
 SYSTEM = "lora-mixer"
@@ -71,7 +71,9 @@ def read(folder: AdapterFolder) -> RoutedAdapter:
 def _gate_fields(folder: AdapterFolder) -> dict[str, Any]:
     renormalise, temperature = True, 1.0
     if folder.has_setting("renormalise"):
-        renormalise = flag(folder.setting("renormalise", _SETTINGS["renormalise"]), "renormalise")
+        renormalise = folder.setting("renormalise", _SETTINGS["renormalise"])
+        if not isinstance(renormalise, bool):
+            raise bad_value("renormalise", renormalise, "true or false")
     if folder.has_setting("temperature"):
         temperature = folder.setting("temperature", _SETTINGS["temperature"])
     return {
