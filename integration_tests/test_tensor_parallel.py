@@ -49,9 +49,9 @@ class Request:
 
 @pytest.fixture(scope="module")
 def requests(tmp_path_factory) -> list[Request]:
-    """Base rows, plain, and routed: published, any gate, a learned threshold, gated by itself."""
+    """Base rows, plain, and routed: published ones, any gate, a learned threshold, self-gated."""
     rows = []
-    for name in ("loramoe-a", "plain-a"):
+    for name in ("loramoe-a", "plain-a", "mixlora-a"):
         fx = recorded(name)
         rows += [
             Request(name, fx.prompts[i], fx.folder, fx.logits[i], fx.greedy[i]) for i in (1, 2)

@@ -51,7 +51,9 @@ class Block:
         """Puts an adapter's experts into a slot. Raises ValueError when they do not fit."""
         hidden, sizes = self.first.full_sizes()
         up_first = dict(zip(self._first_names(), sizes, strict=True))
-        parts = {**block.parts, **_split(block.parts.get("gate_up_proj"), sizes)}
+        parts = dict(block.parts)
+        if self.first.n_slices == 2:
+            parts |= _split(parts.get("gate_up_proj"), sizes)
         first = [_part(parts.get(name), hidden, size) for name, size in up_first.items()]
         first[0] = RoutedModule(first[0].a_RK, first[0].b_NR, block.gate, block.router_GK)
         down = parts.get("down_proj" if self.gated else "fc2")
@@ -65,7 +67,9 @@ class Block:
         )
 
     def _first_names(self) -> tuple[str, ...]:
-        return ("gate_proj", "up_proj") if self.gated else ("fc1",)
+        if self.first.n_slices == 2:
+            return "gate_proj", "up_proj"
+        return ("gate_up_proj",) if self.gated else ("fc1",)
 
     def _activation(self, name: str) -> nn.Module:
         act = activation(name)
@@ -97,7 +101,7 @@ def wrap_blocks(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, 
         if not isinstance(first, RoutedLinear) or not isinstance(last, RoutedLinear):
             continue
         gated = first_name != "fc1"
-        if first.n_slices != 1 + gated or last.n_slices != 1:
+        if first.n_slices not in (1, 1 + gated) or last.n_slices != 1:
             continue
         act = getattr(module, act_name)
         bias = last.base_layer.bias if last.tp_rank == 0 else None

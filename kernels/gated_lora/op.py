@@ -74,7 +74,8 @@ def _shrink(x: torch.Tensor, site: int, num_rows: int) -> torch.Tensor:
         u = cpu.shrink(x, found)
     else:
         shrink_parts, _ = _triton()
-        u = shrink_parts(x, found, zeroed=True).sum(dim=0)
+        parts = shrink_parts(x, found, zeroed=True)
+        u = parts[0] if len(parts) == 1 else parts.sum(dim=0)
     if found.after_shrink is not None:
         found.after_shrink(u)
     return u

@@ -13,6 +13,9 @@ loads only those rows of B whose gate is open for some row of its tile: at decod
 8 experts reads a quarter of B. It owns its part of y, so no two programs add to one number.
 """
 
+# mypy: allow-untyped-defs
+# Kernels take pointers and blocks that have no Python types.
+
 from __future__ import annotations
 
 import torch
@@ -135,7 +138,8 @@ def _sum_parts(u, ok, stride, PARTS: tl.constexpr):
 
 @triton.jit
 def _gate(logits_TR, head_T, bias_R, rank_R, first_R, ok_R, spec_ptr, values_ptr):
-    """Gate of every rank. `once` marks one rank per gate."""
+    """Gate of every rank. `once` marks one rank per gate; offsets are those of `tables.SPEC` and
+    `tables.VALUES`."""
     score_kind, bias_kind = tl.load(spec_ptr + 2), tl.load(spec_ptr + 3)
     select, by_magnitude, picks = (
         tl.load(spec_ptr + 4), tl.load(spec_ptr + 5), tl.load(spec_ptr + 6),

@@ -8,9 +8,12 @@ TF32 ones each, so that logits are those of fp32 weights: rounding a router to b
 chosen experts of about one token in a hundred.
 
 One program multiplies one tile of rows of one slot (`StepMap`) with `BLOCK_R` rows of A or
-`BLOCK_G` of the routers, over one part of K. The parts land side by side in `u[part]` and are summed in a fixed
-order by whoever reads u: no atomics, so equal runs give equal bits.
+`BLOCK_G` of the routers, over one part of K. The parts land side by side in `u[part]` and are
+summed in a fixed order by whoever reads u: no atomics, so equal runs give equal bits.
 """
+
+# mypy: allow-untyped-defs
+# Kernels take pointers and blocks that have no Python types.
 
 from __future__ import annotations
 

@@ -3,13 +3,16 @@
 Reasons behind the numbers (`kernels/README.md` has the cost model):
 
 - decode is a question of latency. Tiles have 16 rows, the least a tensor core takes, and the
-  shrink's K is split until about two programs stand on every multiprocessor; the expand sums the
-  splits again, so there are at most 16. One program of the expand adds one tile of columns.
+  shrink's K is split until about two programs stand on every multiprocessor; each program of the
+  expand sums the splits again, so there are at most 8. One program of the expand adds one step of
+  columns.
 - prefill is a question of bytes of x and y. Tiles have 64 rows; the shrink takes 128 rows of A
   per pass over x; a program of the expand computes its gates once and walks over 1024 columns.
 
 The expand holds h [tile, ranks] and B [ranks, columns] at once. `_columns` keeps both within the
-shared memory of a multiprocessor, whatever the rank.
+shared memory of a multiprocessor, whatever the rank. Its gates live in registers, [tile, ranks]
+too: `_warps` gives a thread about 8 of these numbers, and 16 at most, or falls back to tiles of 16
+rows; compiled for sm_90 that spills at most 0.5 KiB.
 """
 
 from __future__ import annotations
@@ -38,8 +41,8 @@ class Expand:
     tile: int
     columns: int
     walk: int
-    warps: int
     stages: int
+    warps: int = 0  # by the rank
 
 
 @dataclass(frozen=True)
@@ -51,17 +54,18 @@ class Row:
     expand: Expand
 
 
-MAX_SPLITS = 16
+MAX_SPLITS = 8
+LARGEST_GATES = 64 * 128  # [tile, ranks] of the gates
 LARGEST = 1 << 30
 
 # By a part of the device's name; "" is the fallback. First match wins, so is the first row that
 # holds the step. `benchmarks/kernels/bench_gated_lora.py --sweep` prints what it finds best.
 TABLE: dict[str, tuple[Row, ...]] = {
     "": (
-        Row(16, Shrink(16, 32, 128, 4, 3), Expand(16, 64, 64, 4, 1)),
-        Row(64, Shrink(16, 32, 128, 4, 3), Expand(16, 128, 128, 4, 1)),
-        Row(512, Shrink(16, 64, 128, 4, 3), Expand(16, 128, 256, 4, 2)),
-        Row(LARGEST, Shrink(64, 128, 64, 4, 3), Expand(64, 128, 1024, 8, 2)),
+        Row(16, Shrink(16, 32, 128, 4, 3), Expand(16, 64, 64, 1)),
+        Row(64, Shrink(16, 32, 128, 4, 3), Expand(16, 128, 128, 1)),
+        Row(512, Shrink(16, 64, 128, 4, 3), Expand(16, 128, 256, 2)),
+        Row(LARGEST, Shrink(64, 128, 64, 8, 3), Expand(64, 128, 1024, 2)),
     ),
 }
 
@@ -97,9 +101,15 @@ def blocks(num_tokens: int, ranks: int, itemsize: int, device: Device) -> tuple[
     row = next(row for row in rows if num_tokens <= row.max_tokens)
     s, e = row.shrink, row.expand
     s = Shrink(s.tile, s.rows, s.k * 2 // max(itemsize, 2), s.warps, s.stages)
-    tile = e.tile if _columns(e.tile, ranks, itemsize, e.stages, device) >= 32 else 16
+    fits = e.tile * ranks <= LARGEST_GATES
+    fits = fits and _columns(e.tile, ranks, itemsize, e.stages, device) >= 32
+    tile = e.tile if fits else 16
     columns = min(e.columns, max(16, _columns(tile, ranks, itemsize, e.stages, device)))
-    return s, Expand(tile, columns, max(e.walk, columns), e.warps, e.stages)
+    return s, Expand(tile, columns, max(e.walk, columns), e.stages, _warps(tile, ranks))
+
+
+def _warps(tile: int, ranks: int) -> int:
+    return min(16, max(4, tile * ranks // 256))
 
 
 def _columns(tile: int, ranks: int, itemsize: int, stages: int, device: Device) -> int:

@@ -90,7 +90,7 @@ def test_the_folder_that_peft_saves(general, bases, tmp_path):
     want = model(IDS).logits
     model.save_pretrained(tmp_path / "after")  # PEFT has subtracted in place by now
     if general:
-        with pytest.raises(AdapterError, match="use_gks.*in place") as caught:
+        with pytest.raises(AdapterError, match=r"use_gks.*in place") as caught:
             load_adapter(tmp_path / "before")
         assert caught.value.code == "missing_setting"
     for folder, subtract in (("before", True), ("after", False)):

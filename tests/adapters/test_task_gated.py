@@ -13,8 +13,8 @@ from make_adapters import FIXTURES
 from make_multi import write_moelora, write_poly
 from peft import LilyConfig, PeftModel, PolyConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from tests.adapters.test_fixtures import fixture, largest_error
 
+from tests.adapters.test_fixtures import fixture, largest_error
 from vllm_lora_ext.adapters import READERS, load_adapter, write_native
 from vllm_lora_ext.adapters.hf import apply_adapter
 from vllm_lora_ext.errors import AdapterError

@@ -28,7 +28,7 @@ Case = dict[str, Any]
 
 
 class Call(NamedTuple):
-    """Arguments of `merge`; own holds parameters of single adapters, weights replaces the case's."""
+    """Arguments of `merge`; own: parameters of single adapters; weights: in place of the case's."""
 
     method: str
     parameters: dict[str, Any]

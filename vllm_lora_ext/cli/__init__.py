@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import typer
 
-from vllm_lora_ext.cli import convert, inspect, install, systems, verify
+from vllm_lora_ext.cli.convert import convert as convert_command
+from vllm_lora_ext.cli.inspect import inspect as inspect_command
+from vllm_lora_ext.cli.install import check_vllm, doctor
+from vllm_lora_ext.cli.systems import systems as systems_command
+from vllm_lora_ext.cli.verify import verify as verify_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -17,9 +21,9 @@ app = typer.Typer(
     help="Routed LoRA adapters in stock vLLM: check the installation, look into adapters, convert"
     " and verify them.",
 )
-app.command("doctor")(install.doctor)
-app.command("check-vllm")(install.check_vllm)
-app.command("systems")(systems.systems)
-app.command("inspect")(inspect.inspect)
-app.command("convert")(convert.convert)
-app.command("verify")(verify.verify)
+app.command("doctor")(doctor)
+app.command("check-vllm")(check_vllm)
+app.command("systems")(systems_command)
+app.command("inspect")(inspect_command)
+app.command("convert")(convert_command)
+app.command("verify")(verify_command)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -97,13 +98,15 @@ def _verify(
     dtype: str, prompts_from: str, tolerance: float | None,
 ) -> Any:  # fmt: skip
     from vllm_lora_ext import verify as v
-    from vllm_lora_ext.adapters import load_adapter, write_native
+    from vllm_lora_ext.adapters import check_fits, load_adapter, write_native
+    from vllm_lora_ext.adapters.hf import model_shapes
 
     loaded = load_adapter(folder, settings=settings)
     texts = None if prompts_from == "random" else _lines(Path(prompts_from))
     with steps(2 + 3 * len(texts or v.LENGTHS) + 2 * engine) as step:
         step("loading the base model")
         model = v.load_base(base)
+        check_fits(loaded, model_shapes(model), base_name=base)
         step("choosing prompts")
         prompts = v.random_prompts(model, loaded) if texts is None else _token_ids(texts, base)
         without = v.follow(model, None, prompts, step)
@@ -129,12 +132,25 @@ def _verify(
 def _ask_engine(
     options: dict[str, Any], served: Path, with_adapter: Any, without: Any, step: Any
 ) -> list[Any]:
+    # vLLM logs to stdout, where the result belongs; both are read when vLLM is imported.
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    # On a CPU the default is a share of the whole memory; these few prompts need little.
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
     from vllm_lora_ext.verify import compare_engine
 
-    llm = LLM(**options)
+    try:
+        llm = LLM(**options)
+    except Exception as error:  # vLLM raises many kinds, and has logged the cause
+        if (known := AdapterError.parse(str(error))) is not None:
+            raise known from error
+        raise AdapterError(
+            "engine_failed", f"the vLLM engine does not start: {str(error)[:300]}",
+            fix="look at vLLM's log above; options go into --engine-args",
+        ) from error  # fmt: skip
     try:
         step("asking the engine")
         lora = LoRARequest("verified", 1, str(served.resolve()))

@@ -15,12 +15,14 @@ from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging.factors import Pair
 from vllm_lora_ext.merging.ops.bases import isotropise
 from vllm_lora_ext.merging.ops.elect import (
+    ALL,
     Divide,
     Draw,
     Election,
     Sign,
     merge_entries,
-    sign_sum,
+    row_blocks,
+    sign_votes,
 )
 from vllm_lora_ext.merging.ops.factor_linear import Mode, side_weights
 from vllm_lora_ext.merging.ops.seeds import generator
@@ -91,7 +93,8 @@ def merge_nonlinear(work: Work, rule: Rule) -> Result:
         thin = _thinned(work, rule, name, draws)
         weights = [_weight(part, rule, name) for part in work.parts]
         majority = work.shared.majority if work.shared else None
-        merged[name] = merge_entries(thin, weights, rule.election, majority)
+        rows, width = draws[0](ALL).shape
+        merged[name] = merge_entries(thin, weights, rule.election, rows, width, majority)
     delta = space.back(merged)
     if rule.space == "factor" and rule.sides == "raw":
         assert isinstance(delta, Pair)
@@ -109,7 +112,7 @@ def survey(works: Works, rule: Rule, terms: int) -> Survey | None:
     entries, how = 0, [Sparsity("magnitude")] * terms
     for work in works():
         for draws in _space(work, rule).parts.values():
-            entries += draws[0]().numel()
+            entries += draws[0](ALL).numel()
         for part in work.parts:
             how[part.index] = rule.sparsity(part)
 
@@ -117,7 +120,9 @@ def survey(works: Works, rule: Rule, terms: int) -> Survey | None:
         for work in works():
             for draws in _space(work, rule).parts.values():
                 for part, draw in zip(work.parts, draws, strict=True):
-                    yield {part.index: draw()}
+                    whole = draw(ALL)
+                    for block in row_blocks(*whole.shape):
+                        yield {part.index: whole[block]}
 
     thresholds = kth_magnitudes(stream, [max(kept_count(h, entries), 1) for h in how])
     found = Survey(thresholds, None)
@@ -129,7 +134,8 @@ def survey(works: Works, rule: Rule, terms: int) -> Survey | None:
         for name, draws in _space(work, rule).parts.items():
             thin = _thinned(surveyed, rule, name, draws)
             weights = [part.weight for part in work.parts]
-            votes += float(sign_sum(thin, weights, rule.sign).sign().sum())
+            for block in row_blocks(*draws[0](ALL).shape):
+                votes += sign_votes(thin, weights, rule.sign, block)
     return Survey(thresholds, float((votes > 0) - (votes < 0)))
 
 
@@ -155,7 +161,7 @@ def _thinned(work: Work, rule: Rule, name: str, draws: list[Draw]) -> list[Draw]
 
 
 def _thin(draw: Draw, mask: Mask) -> Draw:
-    return lambda: mask.apply(draw())
+    return lambda rows: mask.apply(draw(rows), rows)
 
 
 def _mask(work: Work, rule: Rule, name: str, part: Part, draw: Draw) -> Mask:
@@ -171,5 +177,5 @@ def _mask(work: Work, rule: Rule, name: str, part: Part, draw: Draw) -> Mask:
     threshold = work.shared.thresholds[part.index] if work.shared else None
     seed = work.settings["seed"]
     return sparsify(
-        draw(), rule.sparsity(part), lambda: generator(seed, key), given, threshold
+        draw(ALL), rule.sparsity(part), lambda: generator(seed, key), given, threshold
     )  # fmt: skip

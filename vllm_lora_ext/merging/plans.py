@@ -12,6 +12,7 @@ from vllm_lora_ext.merging.factors import Pair
 from vllm_lora_ext.merging.nonlinear import Rule, merge_nonlinear, survey
 from vllm_lora_ext.merging.ops.bases import cart, isotropise, tsv
 from vllm_lora_ext.merging.ops.concat import concat
+from vllm_lora_ext.merging.ops.elect import ALL
 from vllm_lora_ext.merging.ops.factor_linear import Mode, factor_linear
 from vllm_lora_ext.merging.ops.lego import Lego, cluster_ranks
 from vllm_lora_ext.merging.ops.normalise import normalise
@@ -137,7 +138,7 @@ def bases(settings: Settings, terms: Terms, method: str) -> Plan:
     def merge(work: Work) -> Result:
         space = SPACES[space_name]([part.pair for part in work.parts], work.module)
         ((name, draws),) = space.parts.items()
-        weighted = [draw() * part.weight for draw, part in zip(draws, work.parts, strict=True)]
+        weighted = [draw(ALL) * part.weight for draw, part in zip(draws, work.parts, strict=True)]
         if method == "tsv":
             merged = tsv(weighted, settings["keep"])
         else:

@@ -33,8 +33,19 @@ class Part:
 
     @property
     def raw(self) -> Pair:
-        """A and B as the tool that saved them had them, the scale taken out of B again."""
-        return Pair(self.pair.a_RK, self.pair.b_NR / self.scale) if self.scale else self.pair
+        """A and B as the tool that saved them had them, the scale taken out of B again.
+
+        Where a value of half precision gives this B, it is that value: rounding must not break
+        ties between entries that were equal in the file.
+        """
+        a_RK, b_NR = self.pair
+        if self.scale in (0.0, 1.0):
+            return self.pair
+        raw_NR = b_NR / self.scale
+        for dtype in (torch.float16, torch.bfloat16):
+            half_NR = raw_NR.to(dtype).float()
+            raw_NR = torch.where(half_NR * self.scale == b_NR, half_NR, raw_NR)
+        return Pair(a_RK, raw_NR)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,9 @@ def tsv(parts: Sequence[torch.Tensor], keep: float | None = None) -> torch.Tenso
     for part in parts:
         u, s, vt = _live(*torch.linalg.svd(part, full_matrices=False))
         u, s, vt = u[:, :count], s[:count], vt[:count]
-        us.append(u), ss.append(s), vs.append(vt)
+        us.append(u)
+        ss.append(s)
+        vs.append(vt)
     u, vt = _orthogonal(torch.cat(us, dim=1)), _orthogonal(torch.cat(vs, dim=0))
     return (u * torch.cat(ss)) @ vt
 

@@ -10,7 +10,9 @@ import torch
 
 Sign = Literal["none", "total", "frequency", "weighted"]
 Divide = Literal["none", "voters", "weights", "largest"]
-Draw = Callable[[], torch.Tensor]  # makes one adapter's tensor; called more than once
+Draw = Callable[[slice], torch.Tensor]  # makes rows of one adapter's tensor, when asked anew
+ALL = slice(None)
+BLOCK = 1 << 20  # entries that are merged at a time
 
 
 @dataclass(frozen=True)
@@ -34,48 +36,74 @@ class Election:
 
 
 def merge_entries(
-    draws: Sequence[Draw], weights: Sequence[float], how: Election, majority: float | None = None
-) -> torch.Tensor:
-    """One tensor from many of the same shape, in memory of a few of them however many there are.
+    draws: Sequence[Draw], weights: Sequence[float], how: Election, rows: int, width: int,
+    majority: float | None = None,
+) -> torch.Tensor:  # fmt: skip
+    """One tensor [rows, width] from many, some rows at a time.
 
     Args:
         draws: one per adapter.
         majority: sign for zero sums when it was counted over more than these tensors; None counts
             it here.
     """
+    blocks = row_blocks(rows, width)
+    if how.sign == "none" or not how.majority:
+        majority = 1.0
+    elif majority is None:
+        votes = sum(sign_votes(draws, weights, how.sign, block) for block in blocks)
+        majority = float((votes > 0) - (votes < 0))
+    merged = torch.empty(rows, width)
+    for block in blocks:
+        merged[block] = _merge_block(draws, weights, how, block, majority)
+    return merged
+
+
+def _merge_block(
+    draws: Sequence[Draw], weights: Sequence[float], how: Election, block: slice, majority: float
+) -> torch.Tensor:
     elected = None
     if how.sign != "none":
-        elected = sign_sum(draws, weights, how.sign).sign_()
-        if not how.majority:
-            majority = 1.0
-        elif majority is None:
-            majority = float(elected.sum().sign())
+        elected = _sign_sum(draws, weights, how.sign, block).sign_()
         elected[elected == 0] = majority
-    shape = draws[0]().shape
-    total = torch.zeros(shape)
-    votes = torch.zeros(shape) if how.divide in ("voters", "weights") else None
+    total, votes = torch.zeros(()), torch.zeros(())
     for draw, weight in zip(draws, weights, strict=True):
-        x = draw()
-        y, voted = weight * x, None
+        x = draw(block)
+        y, voted = weight * x, torch.ones_like(x)
         if elected is not None:
             # A negative weight turns the vote only where the rule weighs the votes; otherwise it
             # turns what the voter adds.
-            voted = (y if how.sign == "weighted" else x).sign() == elected
+            voted = ((y if how.sign == "weighted" else x).sign() == elected).float()
             y *= voted
         if how.divide == "largest":
             total = torch.where(y.abs() > total.abs(), y, total)
-            continue
-        total += y
-        if votes is not None:
-            vote = weight if how.divide == "weights" else 1.0
-            votes += vote if voted is None else vote * voted
-    return total if votes is None else total / votes.masked_fill(votes.abs() < 1e-8, 1.0)
+        else:
+            total = total + y
+            votes = votes + (weight if how.divide == "weights" else 1.0) * voted
+    if how.divide in ("none", "largest"):
+        return total
+    return total / votes.masked_fill(votes.abs() < 1e-8, 1.0)
 
 
-def sign_sum(draws: Sequence[Draw], weights: Sequence[float], sign: Sign) -> torch.Tensor:
-    """What the election counts: its sign wins."""
-    total = torch.zeros(draws[0]().shape)
+def sign_votes(
+    draws: Sequence[Draw], weights: Sequence[float], sign: Sign, block: slice = ALL
+) -> float:
+    """How many more entries elect plus than minus."""
+    return float(_sign_sum(draws, weights, sign, block).sign().sum())
+
+
+def _sign_sum(
+    draws: Sequence[Draw], weights: Sequence[float], sign: Sign, block: slice
+) -> torch.Tensor:
+    total = torch.zeros(())
     for draw, weight in zip(draws, weights, strict=True):
-        x = draw()
-        total += x.sign() if sign == "frequency" else x * (weight if sign == "weighted" else 1.0)
+        x = draw(block)
+        total = total + (
+            x.sign() if sign == "frequency" else weight * x if sign == "weighted" else x
+        )
     return total
+
+
+def row_blocks(rows: int, width: int) -> list[slice]:
+    """Slices of about `BLOCK` entries that cover all rows."""
+    step = max(BLOCK // max(width, 1), 1)
+    return [slice(at, at + step) for at in range(0, rows, step)]

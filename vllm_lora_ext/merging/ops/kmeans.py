@@ -11,12 +11,12 @@ Init = Literal["farthest", "kmeans++"]
 
 class Clusters(NamedTuple):
     """label_P: cluster of every point; sign_P: ±1, how it points relative to its centroid;
-    inertia: sum of squared distances to the centroids; count: clusters, none empty."""
+    inertia: sum of squared distances to the centroids; clusters: how many, none empty."""
 
     label_P: torch.Tensor
     sign_P: torch.Tensor
     inertia: float
-    count: int
+    clusters: int
 
 
 def kmeans(

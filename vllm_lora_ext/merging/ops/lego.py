@@ -87,7 +87,7 @@ def _cluster(pool: Pair, k: int, how: Lego, draw: torch.Generator) -> tuple[Pair
     gram_PP = a @ a.t() + b.t() @ b
     axial = how.gauge == "balanced"
     found = kmeans(gram_PP, k, draw, how.init, how.restarts, axial)
-    member_KP = torch.nn.functional.one_hot(found.label_P, found.count).t().double()
+    member_KP = torch.nn.functional.one_hot(found.label_P, found.clusters).t().double()
     size_K = member_KP.sum(dim=1)
     mix_KP = member_KP * found.sign_P / size_K[:, None]
     if how.parameter != "none":

@@ -91,8 +91,8 @@ def factor(pairs: Sequence[Pair], module: str = "the module") -> Space:
 
 
 def full(pairs: Sequence[Pair]) -> Space:
-    """The dense deltas [out, in], made anew at every use: one at a time is in memory."""
-    return Space({"delta": [pair.delta for pair in pairs]}, lambda merged: merged["delta"])
+    """The dense deltas [out, in], made anew at every use: only what is asked for is in memory."""
+    return Space({"delta": [_dense(pair) for pair in pairs]}, lambda merged: merged["delta"])
 
 
 def same_rank(pairs: Sequence[Pair], module: str) -> None:
@@ -122,4 +122,8 @@ def _left_basis(x_NR: torch.Tensor) -> torch.Tensor:
 
 
 def _made(tensor: torch.Tensor) -> Draw:
-    return lambda: tensor
+    return lambda rows: tensor[rows]
+
+
+def _dense(pair: Pair) -> Draw:
+    return lambda rows: pair.b_NR[rows] @ pair.a_RK

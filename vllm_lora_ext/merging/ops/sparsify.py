@@ -12,6 +12,7 @@ from vllm_lora_ext.errors import AdapterError
 
 Kind = Literal["none", "magnitude", "random", "della", "outliers"]
 Rescale = Literal["none", "density", "l1"]
+SMALL = 1 << 20  # up to here torch's own selection is used; it needs 16 bytes per entry
 
 
 class Mask(NamedTuple):
@@ -20,8 +21,10 @@ class Mask(NamedTuple):
     keep: torch.Tensor
     gain: float | torch.Tensor
 
-    def apply(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.keep * self.gain
+    def apply(self, x: torch.Tensor, rows: slice) -> torch.Tensor:
+        """The thinned-out x, the given rows of the tensor."""
+        gain = self.gain if isinstance(self.gain, float) else self.gain[rows]
+        return x * self.keep[rows] * gain
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,8 @@ def _gain(
     if rescale == "density":
         return 1.0 / chance
     if rescale == "l1":
-        magnitude = x.abs()
-        left = float((magnitude * keep).sum())
-        return float(magnitude.sum()) / left if left > 0 else 1.0
+        left = float(x[keep].abs().sum())
+        return float(x.abs().sum()) / left if left > 0 else 1.0
     return 1.0
 
 
@@ -106,9 +108,17 @@ def kept_count(how: Sparsity, size: int) -> int:
 
 
 def _largest(x: torch.Tensor, how: Sparsity) -> torch.Tensor:
-    keep = torch.zeros(x.numel(), dtype=torch.bool)
     count = kept_count(how, x.numel())
-    keep[torch.topk(x.abs().flatten(), count, sorted=False).indices] = True
+    if x.numel() <= SMALL or count == 0:
+        keep = torch.zeros(x.numel(), dtype=torch.bool)
+        keep[torch.topk(x.abs().flatten(), count).indices] = True
+        return keep.view(x.shape)
+    flat = x.flatten()
+    (kth,) = kth_magnitudes(lambda: ({0: part} for part in flat.split(SMALL)), [count])
+    keep = flat.abs() >= kth
+    surplus = int(keep.sum()) - count
+    if surplus > 0:  # equal magnitudes: not all of them fit
+        keep[(flat.abs() == kth).nonzero()[-surplus:, 0]] = False
     return keep.view(x.shape)
 
 
@@ -126,10 +136,11 @@ def _middle(x: torch.Tensor, how: Sparsity) -> torch.Tensor:
 
 def _row_chances(x: torch.Tensor, how: Sparsity) -> torch.Tensor:
     """density - epsilon for a row's smallest entry to density + epsilon for its largest."""
-    rows = x.abs().reshape(-1, x.shape[-1])
-    place = rows.argsort(dim=1).argsort(dim=1).float() / max(rows.shape[1] - 1, 1)
-    chance = how.density - how.epsilon + place * 2 * how.epsilon
-    return chance.clamp(0, 1).view(x.shape)
+    chances = []
+    for rows in x.reshape(-1, x.shape[-1]).split(256):
+        place = rows.abs().argsort(dim=1).argsort(dim=1).float() / max(rows.shape[1] - 1, 1)
+        chances.append(how.density - how.epsilon + place * 2 * how.epsilon)
+    return torch.cat(chances).clamp_(0, 1).view(x.shape)
 
 
 def kth_magnitudes(
