@@ -335,7 +335,8 @@ def test_weights_per_layer_and_filter():
         (float("nan"), "bad_value"), ("0.5", "bad_value"), (True, "bad_value"), ([], "bad_value"),
         ([1.0, None], "bad_value"), ({"other": 1.0}, "missing_key"),
         ([{"filter": "attn", "value": 1.0}], "missing_key"), ([{"filter": "mlp"}], "missing_key"),
-        ([{"value": 1.0, "weight": 2.0}], "unknown_key"), ([{"filter": 3, "value": 1}], "bad_value"),
+        ([{"value": 1.0, "weight": 2.0}], "unknown_key"),
+        ([{"filter": 3, "value": 1}], "bad_value"),
     ],
 )  # fmt: skip
 def test_bad_weights_are_named(weight, code):
