@@ -12,7 +12,7 @@ VERSION ?= 0.33.0
 PYTEST  := $(BIN)/pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast lint types format docs check-vllm bench dist clean
+.PHONY: help venv demo test test-fast lint types format docs check-vllm bench bench-kernels dist clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ docs: $(READY) ## write the pages of systems and README's table from the readers
 
 check-vllm: $(READY) ## do the patches fit another vLLM? make check-vllm VERSION=0.33.0
 	$(BIN)/vllm-lora-ext check-vllm $(VERSION)
+
+bench-kernels: $(READY) ## GPU kernels: ratios to stock and to the floors
+	$(BIN)/python benchmarks/kernels/bench_gated_lora.py
 
 bench: $(READY) ## serving overhead against stock vLLM, as ratios
 	$(BIN)/python benchmarks/serving_overhead.py

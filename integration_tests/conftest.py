@@ -19,7 +19,7 @@ def llama() -> Iterator[Any]:
 @pytest.fixture(scope="session")
 def llama_eager() -> Iterator[Any]:
     """The same without a compiler, and with prompts prefilled in one piece."""
-    llm = make_engine("base_llama", enforce_eager=True, max_num_batched_tokens=512)
+    llm = make_engine("base_llama", enforce_eager=True, max_num_batched_tokens=512, max_loras=6)
     yield llm
     close(llm)
 

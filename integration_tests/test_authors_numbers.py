@@ -54,3 +54,21 @@ def test_every_log_probability_and_greedy_token(engine, name, other):
         outputs = run(engine, [(p, mine) for p in fx.prompts], sampling())
         assert [tokens(o) for o in outputs] == fx.greedy
     assert any(o.num_cached_tokens for o in outputs)
+
+
+def test_five_systems_and_base_rows_in_one_batch(llama_eager):
+    names = ("smora-a", "mixlora-a", "moram-a", "mola-a", "plain-a")
+    requests, logits, chosen = [], [], []
+    for name in names:
+        fx = recorded(name)
+        requests.append((fx.prompts[1], lora(name, fx.folder)))
+        logits.append(fx.logits[1])
+        chosen.append(fx.greedy[1])
+    requests.append((fx.prompts[2], None))
+    logits.append(fx.base_logits[2])
+    got = prompt_logprobs(llama_eager, requests, logits[0].shape[1])
+    diffs = [worst(g, w) for g, w in zip(got, logits, strict=True)]
+    print(f"in one batch: max |dlogp| {max(diffs):.1e}")
+    assert max(diffs) < BOUND
+    outputs = run(llama_eager, requests, sampling())
+    assert [tokens(o) for o in outputs[:-1]] == chosen

@@ -32,16 +32,19 @@ from vllm_lora_ext.kernels.gated_lora import (
 )
 
 _router_rows: ContextVar[int] = ContextVar("router_rows")
+_triton: ContextVar[bool] = ContextVar("triton")
 
 
 @contextmanager
-def building(router_rows: int) -> Iterator[None]:
-    """Layers created inside hold up to `router_rows` router rows per slice."""
-    token = _router_rows.set(router_rows)
+def building(router_rows: int, triton: bool) -> Iterator[None]:
+    """Layers created inside hold up to `router_rows` router rows per slice, and run on the Triton
+    kernels where they can if `triton`."""
+    tokens = _router_rows.set(router_rows), _triton.set(triton)
     try:
         yield
     finally:
-        _router_rows.reset(token)
+        _router_rows.reset(tokens[0])
+        _triton.reset(tokens[1])
 
 
 class RoutedLinear(BaseLinearLayerWithLoRA):
@@ -64,7 +67,7 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
             sizes = (bounds[self.tp_rank + 1] - y_start,)
         self.site = Site(
             max_loras, self.input_size, sizes, rank, _router_rows.get(),
-            lora_config.lora_dtype, self.device, y_start,
+            lora_config.lora_dtype, self.device, y_start, None if _triton.get() else False,
         )  # fmt: skip
         self.site_id = register_site(self.site)
         # Only the shapes and dtypes of these are read (`create_dummy_lora`): no memory behind.

@@ -50,7 +50,7 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         _refuse_unsupported(vllm_config)
         self.router_rows = settings.router_rows(lora_config.max_lora_rank)
         self.base_name = vllm_config.model_config.model
-        with building(self.router_rows):
+        with building(self.router_rows, settings.triton):
             super().__init__(*args, lora_config=lora_config, vllm_config=vllm_config, **kwargs)
         self.blocks = wrap_blocks(self.model, self.modules)
 

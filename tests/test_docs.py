@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -117,7 +118,7 @@ def test_settings_in_the_readme_are_the_settings() -> None:
     section = text.split("## Settings")[1].split("```")[0]
     rows = dict(re.findall(r"^\| `(\w+)` \| `(\w+)` \|", section, re.MULTILINE))
     fields = LoraExtSettings.model_fields
-    want = {name: "null" if f.default is None else str(f.default) for name, f in fields.items()}
+    want = {name: json.dumps(field.default) for name, field in fields.items()}
     assert rows == want
 
 

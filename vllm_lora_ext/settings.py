@@ -26,6 +26,7 @@ _ALLOWED = {
     "adapter_roots": "a list of existing folders, or null for no limit",
     "max_router_rows": f"a whole number from 1 to {ROUTER_ROWS_LIMIT}, or null",
     "host_cache_mb": "a whole number, 0 or more",
+    "triton": "true or false",
 }
 _ON = {"1", "true", "yes"}
 _OFF = {"", "0", "false", "no"}
@@ -44,6 +45,9 @@ class LoraExtSettings(BaseModel):
 
     host_cache_mb: int = Field(default=2048, ge=0)
     """Host memory for adapters that vLLM's own cache has dropped."""
+
+    triton: bool = False
+    """On a GPU: the fused Triton kernels in place of the PyTorch path."""
 
     @field_validator("adapter_roots", mode="before")
     @classmethod

@@ -117,7 +117,7 @@ struct Group {
   int64_t start, count;
 };
 
-constexpr int64_t kTokenChunk = 32, kColumns = 4 * W;
+constexpr int64_t kTokenChunk = 32, kColumns = 4 * W, kFew = 8;
 
 template <int R, int T>
 void dots(const Rows& it, const float* x, int64_t x_stride, int64_t out_stride, int64_t first) {
@@ -366,31 +366,42 @@ extern "C" void gated_lora(const Slot* const* slots, int64_t num_slots, const in
   }
   if (x) plan_first(m, l, whole);
 
+  auto widen_row = [&](int64_t i) {
+    const int64_t t = m.tokens[i];
+    typed(x_type, x, [&](auto* p) { widen(m.x.data() + t * k, p + t * x_stride, k); });
+  };
+  auto gate_row = [&](int64_t i) {
+    const int64_t t = m.tokens[i];
+    const Slot& slot = *slots[slots_T[t]];
+    for (int64_t s = 0; s < slot.num_slices; s++)
+      gate_slice(slot.slices[s], l.u + t * l.u_stride, l.h + t * l.h_stride,
+                 l.ranks + t * l.ranks_stride, whole);
+  };
+  const bool few = rows <= kFew;  // one thread is faster than all of them are in meeting
+  if (few && x && x_type)
+    for (int64_t i = 0; i < rows; i++) widen_row(i);
+
 #pragma omp parallel if (work > 1 << 15)
   {
-    if (x && x_type) {
+    if (!few && x && x_type) {
 #pragma omp for
-      for (int64_t i = 0; i < rows; i++)
-        typed(x_type, x, [&](auto* p) {
-          widen(m.x.data() + m.tokens[i] * k, p + m.tokens[i] * x_stride, k);
-        });
+      for (int64_t i = 0; i < rows; i++) widen_row(i);
     }
     if (x) {
 #pragma omp for
       for (const Rows& r : m.first) shrink(r, l.x, l.x_stride, l.u_stride);
     }
     if (y) {
+      if (!few) {
 #pragma omp for
-      for (int64_t i = 0; i < rows; i++) {
-        const int64_t t = m.tokens[i];
-        const Slot& slot = *slots[slots_T[t]];
-        for (int64_t s = 0; s < slot.num_slices; s++)
-          gate_slice(slot.slices[s], l.u + t * l.u_stride, l.h + t * l.h_stride,
-                     l.ranks + t * l.ranks_stride, whole);
+        for (int64_t i = 0; i < rows; i++) gate_row(i);
+      }
+#pragma omp single
+      {
+        for (int64_t i = 0; few && i < rows; i++) gate_row(i);
+        if (x) plan_second(m, l);
       }
       if (x) {
-#pragma omp single
-        plan_second(m, l);
 #pragma omp for
         for (const Rows& r : m.second) shrink(r, l.x, l.x_stride, l.h_stride);
       }
