@@ -20,4 +20,8 @@ def _packages() -> tuple[list[str], dict[str, str]]:
 
 
 packages, package_dir = _packages()
-setup(packages=packages, package_dir=package_dir)
+setup(
+    packages=packages,
+    package_dir=package_dir,
+    package_data={"vllm_lora_ext.kernels.gated_lora": ["*.cpp", "*.h"]},  # built at first use
+)

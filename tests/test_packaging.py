@@ -56,11 +56,13 @@ def test_wheel_has_one_top_level_package(names: set[str]) -> None:
     assert {top for top in tops if not top.endswith(".dist-info")} == {"vllm_lora_ext"}
 
 
-def test_wheel_has_every_module_of_the_checkout(names: set[str]) -> None:
+def test_wheel_has_every_source_of_the_checkout(names: set[str]) -> None:
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "vllm_lora_ext").rglob("*.py")}
     for folder in MAPPED:
         expected |= {
-            f"vllm_lora_ext/{path.relative_to(ROOT)}" for path in (ROOT / folder).rglob("*.py")
+            f"vllm_lora_ext/{path.relative_to(ROOT)}"
+            for pattern in ("*.py", "*.cpp", "*.h")
+            for path in (ROOT / folder).rglob(pattern)
         }
     assert expected - names == set()
     for folder in MAPPED:

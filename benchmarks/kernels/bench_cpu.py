@@ -4,8 +4,9 @@
 
 For every model, kind of adapter and number of tokens: the time of all sites of a model's layers,
 called one after the other as a step calls them, so that no weight is found in a cache. Both paths
-take turns, and the best round of each counts: other work on the machine only adds. The floor is the time in which the same threads read the
-weights that the tokens need (no more than the step holds: chosen experts, and all routers).
+take turns, and the best round of each counts: other work on the machine only adds. The floor is
+the time in which the same threads read the weights that the tokens need (no more than the step
+holds: chosen experts, and all routers).
 
 Both paths are held against the reference before anything is timed.
 """

@@ -13,19 +13,10 @@
 // and OpenMP without PyTorch's headers: a build takes seconds and knows no ABI. `cpu_native.py`
 // has the same structures.
 #include <cstdint>
-#include <cstring>
 #include <vector>
-#if defined(__F16C__)
-#include <immintrin.h>
-#endif
 
 #include "cpu_gate.h"
-
-// Sixteen floats: one AVX-512 register, or as many smaller ones as the machine needs.
-typedef float Vec __attribute__((vector_size(64)));
-typedef uint32_t Bits __attribute__((vector_size(64)));
-typedef uint16_t Half __attribute__((vector_size(32)));
-constexpr int64_t W = 16;
+#include "cpu_vec.h"
 
 struct Slice {
   Gate gate;
@@ -40,63 +31,6 @@ struct Slot {
 };
 
 namespace {
-
-inline Vec load(const float* p) {
-  Vec v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-inline Vec load(const float* p, int64_t n) {
-  Vec v = {};
-  std::memcpy(&v, p, n * sizeof(float));
-  return v;
-}
-inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
-
-struct BFloat16 { uint16_t bits; };
-struct Float16 { uint16_t bits; };
-
-inline Vec load(const BFloat16* p) {
-  Half h;
-  std::memcpy(&h, p, sizeof h);
-  return (Vec)(__builtin_convertvector(h, Bits) << 16);
-}
-inline void store(BFloat16* p, Vec v) {  // to nearest, ties to even
-  Bits b = (Bits)v;
-  Bits rounded = (b + 0x7fff + ((b >> 16) & 1)) >> 16;
-  Half h = __builtin_convertvector(v == v ? rounded : Bits{} + 0x7fc0, Half);
-  std::memcpy(p, &h, sizeof h);
-}
-#if defined(__F16C__)
-inline Vec load(const Float16* p) {
-  Vec v;
-  for (int i = 0; i < W; i++) v[i] = _cvtsh_ss(p[i].bits);
-  return v;
-}
-inline void store(Float16* p, Vec v) {
-  for (int i = 0; i < W; i++) p[i].bits = _cvtss_sh(v[i], 0);
-}
-#endif
-template <typename Y>
-inline Vec load(const Y* p, int64_t n) {
-  Y part[W] = {};
-  std::memcpy(part, p, n * sizeof(Y));
-  return load(part);
-}
-template <typename Y>
-inline void store(Y* p, Vec v, int64_t n) {
-  Y part[W];
-  store(part, v);
-  std::memcpy(p, part, n * sizeof(Y));
-}
-
-inline float sum(Vec v) {
-  float s[W];
-  store(s, v);
-  for (int half = W / 2; half; half /= 2)
-    for (int i = 0; i < half; i++) s[i] += s[i + half];
-  return s[0];
-}
 
 // Weight rows that lie together, for the tokens that use them.
 struct Rows {
@@ -117,7 +51,7 @@ struct Group {
   int64_t start, count;
 };
 
-constexpr int64_t kTokenChunk = 32, kColumns = 4 * W, kFew = 8;
+constexpr int64_t kTokenChunk = 32, kColumns = 8 * W, kFew = 8;
 
 template <int R, int T>
 void dots(const Rows& it, const float* x, int64_t x_stride, int64_t out_stride, int64_t first) {
@@ -304,25 +238,6 @@ void expand(const Columns& c, const Lines& l, Y* y, int64_t y_stride) {
     for (; n + 4 * W <= c.stop; n += 4 * W) add_columns<4>(s, h, list, n, out);
     for (; n + W <= c.stop; n += W) add_columns<1>(s, h, list, n, out);
     if (n < c.stop) add_columns<1>(s, h, list, n, out, c.stop - n);
-  }
-}
-
-template <typename X>
-void widen(float* to, const X* from, int64_t k) {
-  int64_t i = 0;
-  for (; i + W <= k; i += W) store(to + i, load(from + i));
-  if (i < k) store(to + i, load(from + i, k - i), k - i);
-}
-
-// Calls f with a pointer of the type that `type` names.
-template <typename F>
-void typed(int64_t type, const void* p, F f) {
-  switch (type) {
-    case 0: return f((float*)p);
-    case 1: return f((BFloat16*)p);
-#if defined(__F16C__)
-    case 2: return f((Float16*)p);
-#endif
   }
 }
 

@@ -20,7 +20,7 @@ from vllm_lora_ext.routing import GateSpec
 _SCORES = {"identity": 0, "softmax": 1, "sigmoid": 2, "l2": 3, "abs": 4}
 _SELECTS = {"all": 0, "top_k": 1, "threshold": 2, "top_p": 3}
 _WEIGHTS = {"score": 0, "renormalise": 1, "softmax": 2, "one": 3}
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class _Gate(Structure):
@@ -61,6 +61,7 @@ class Tables(NamedTuple):
     """What a call takes: the entry point, an array of `_Slot*`, and what those point to."""
 
     call: Any
+    types: dict[torch.dtype, int]
     slots: Any
     num_slots: int
     kept: list[_Slot | None]
@@ -68,20 +69,22 @@ class Tables(NamedTuple):
 
 def tables(site: Site, *tensors: torch.Tensor) -> Tables | None:
     """The site's tables when the kernels can work on these tensors, else None."""
-    for tensor in tensors:
-        if not tensor.is_cpu or tensor.dtype not in _TYPES or tensor.stride(-1) != 1:
-            return None
     if site.native is None:
         site.native = _make(site)
-    return site.native or None
+    found: Tables | None = site.native or None
+    if found is not None:
+        for tensor in tensors:
+            if tensor.dtype not in found.types or tensor.stride(-1) != 1:
+                return None
+    return found
 
 
 def gated_lora_(y_TN: torch.Tensor, x_TK: torch.Tensor, site: Site, t: Tables) -> None:
     slots_T = site.step.token_slots_T
     t.call(
         t.slots, t.num_slots, slots_T.data_ptr(), min(len(x_TK), len(slots_T)),
-        x_TK.data_ptr(), x_TK.stride(0), _TYPES[x_TK.dtype], None, 0,
-        y_TN.data_ptr(), y_TN.stride(0), _TYPES[y_TN.dtype],
+        x_TK.data_ptr(), x_TK.stride(0), t.types[x_TK.dtype], None, 0,
+        y_TN.data_ptr(), y_TN.stride(0), t.types[y_TN.dtype],
     )  # fmt: skip
 
 
@@ -90,7 +93,7 @@ def shrink(u_TR: torch.Tensor, x_TK: torch.Tensor, site: Site, t: Tables) -> Non
     slots_T = site.step.token_slots_T
     t.call(
         t.slots, t.num_slots, slots_T.data_ptr(), min(len(x_TK), len(slots_T)),
-        x_TK.data_ptr(), x_TK.stride(0), _TYPES[x_TK.dtype], u_TR.data_ptr(), u_TR.stride(0),
+        x_TK.data_ptr(), x_TK.stride(0), t.types[x_TK.dtype], u_TR.data_ptr(), u_TR.stride(0),
         None, 0, 0,
     )  # fmt: skip
 
@@ -100,14 +103,14 @@ def gate_expand_(y_TN: torch.Tensor, u_TR: torch.Tensor, site: Site, t: Tables) 
     t.call(
         t.slots, t.num_slots, slots_T.data_ptr(), min(len(u_TR), len(slots_T)),
         None, 0, 0, u_TR.data_ptr(), u_TR.stride(0),
-        y_TN.data_ptr(), y_TN.stride(0), _TYPES[y_TN.dtype],
+        y_TN.data_ptr(), y_TN.stride(0), t.types[y_TN.dtype],
     )  # fmt: skip
 
 
 def _make(site: Site) -> Tables | tuple[()]:
     """Empty where there are no compiled kernels, so that nobody asks again."""
-    library = cpu_build.library()
-    if library is None or not site.rows_SRK.is_cpu:
+    library = cpu_build.library() if site.rows_SRK.is_cpu else None
+    if library is None:
         return ()
     call = library.gated_lora
     call.argtypes = (
@@ -115,11 +118,10 @@ def _make(site: Site) -> Tables | tuple[()]:
         c_void_p, c_int64, c_int64,
     )  # fmt: skip
     call.restype = None
-    if library.has_float16():
-        _TYPES[torch.float16] = 2
+    types = {t: n for t, n in _TYPES.items() if t is not torch.float16 or library.has_float16()}
     kept = [None if plan is None else _slot(plan) for plan in site.plans]
     pointers = [None if slot is None else ctypes.addressof(slot) for slot in kept]
-    return Tables(call, (c_void_p * len(kept))(*pointers), len(kept), kept)
+    return Tables(call, types, (c_void_p * len(kept))(*pointers), len(kept), kept)
 
 
 def _slot(plan: SlotPlan) -> _Slot:

@@ -127,7 +127,9 @@ def merge(
     shapes = _shapes(named)
     plan = row.plan(settings, Terms([term.factors.rank for term in named]))
     works = _Works(named, sorted(shapes), settings, row, masks)
-    shared = plan.survey(works, len(named)) if plan.survey else None
+    shared = None
+    if plan.survey:
+        shared = plan.survey(lambda: (work for work in works() if work.parts), len(named))
     modules, reports = {}, {}
     for done, work in enumerate(works(), start=1):
         kept, notes = _one(replace(work, shared=shared), plan, settings)
@@ -182,7 +184,7 @@ class _Works:
                 term.factors.scales.get(name, 1.0), self.own[i],
             )
             for i, term in enumerate(self.terms)
-            if name in term.factors.modules
+            if name in term.factors.modules and term.factors.modules[name].rank
         ]  # fmt: skip
 
     def _normalise(self) -> None:
@@ -205,10 +207,9 @@ class _Works:
 
 
 def _one(work: Work, plan: Plan, settings: Mapping[str, Any]) -> tuple[Kept, dict[str, Any]]:
-    live = [part for part in work.parts if part.pair.rank]
-    if not live:
-        return Kept(work.parts[0].pair, 1.0), {}
-    result = plan.merge(replace(work, parts=live))
+    if not work.parts:
+        return Kept(Pair(torch.zeros(0, 0), torch.zeros(0, 0)), 1.0), {}
+    result = plan.merge(work)
     rank, energy = settings.get("rank") or plan.rank, settings.get("energy")
     if isinstance(result.delta, Pair):
         kept = truncate(result.delta, rank, energy)

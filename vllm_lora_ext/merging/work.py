@@ -54,7 +54,7 @@ class Work:
 
     Args:
         module: its name.
-        parts: the adapters that have it, in the order of the terms; at least one.
+        parts: the adapters with a rank above 0 on it, in the order of the terms.
         settings: the merge's parameters, all of them, defaults filled in.
         masks: stored masks by `<module>.<part>.<adapter>`, or None to draw them.
         shared: what the method's survey found out over all modules.

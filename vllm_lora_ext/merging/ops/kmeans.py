@@ -78,10 +78,10 @@ def _lloyd(gram_PP: torch.Tensor, start: list[int], axial: bool, max_steps: int)
     label_P, sign_P = _assign(gram_PP, mix_KP, axial)
     for _ in range(max_steps):
         mix_KP = _centroids(label_P, sign_P, len(mix_KP))
-        new_P, sign_P = _assign(gram_PP, mix_KP, axial, label_P)
-        if torch.equal(new_P, label_P):
+        old_P, old_sign_P = label_P, sign_P
+        label_P, sign_P = _assign(gram_PP, mix_KP, axial, old_P)
+        if torch.equal(label_P, old_P) and torch.equal(sign_P, old_sign_P):
             break
-        label_P = new_P
     used, label_P = torch.unique(label_P, return_inverse=True)
     mix_KP = _centroids(label_P, sign_P, len(used))
     own_P = _distances(gram_PP, mix_KP, axial)[0].gather(1, label_P[:, None])

@@ -51,29 +51,36 @@ def core(pairs: Sequence[Pair]) -> Space:
 def knots(pairs: Sequence[Pair], plain_v: bool = False) -> Space:
     """KnOTS: [D_1 ... D_T] = U S [V_1 ... V_T]; the pieces S V_i [C, in] are merged.
 
-    Factored: QR of the stacked B, then the SVD of R [A'_1 ... A'_T], so no delta is formed.
-    Stoica et al. 2024, https://github.com/gstoica27/KnOTS.
+    Factored: with the stacked B = Q [R_1 ... R_T], U is Q times the left basis of the small
+    [R_1 A_1 ... R_T A_T], and S V_i = Uᵀ D_i needs no other basis. Both bases come from Gram
+    matrices in fp64: no side is longer than Σ R_i, and directions above 1e-6 of the largest are
+    as exact as fp32. Stoica et al. 2024, https://github.com/gstoica27/KnOTS.
 
     Args:
         plain_v: merge the V_i and multiply by S afterwards, as the Core Space repository does.
     """
-    q_NR, r_RR = torch.linalg.qr(torch.cat([pair.b_NR for pair in pairs], dim=1))
-    blocks = r_RR.split([pair.rank for pair in pairs], dim=1)
-    wide = torch.cat([r @ pair.a_RK for r, pair in zip(blocks, pairs, strict=True)], dim=1)
-    # The wide matrix has T · in columns: its left basis comes from the QR of its transpose.
-    qt_WR, rt_RR = torch.linalg.qr(wide.t())
-    u_RC, s_C, vt_CR = torch.linalg.svd(rt_RR.t(), full_matrices=False)
-    keep = s_C > SIGMA_MIN
-    u_NC, s_C1 = (q_NR @ u_RC)[:, keep], s_C[keep, None]
-    v_CW = vt_CR[keep] @ qt_WR.t()
-    pieces = v_CW.split(pairs[0].a_RK.shape[1], dim=1)
-    if plain_v:
-        parts = [_made(v_CK) for v_CK in pieces]
-        return Space(
-            {"knots": parts}, lambda merged: Pair(s_C1 * merged["knots"], u_NC.contiguous())
-        )
-    parts = [_made(s_C1 * v_CK) for v_CK in pieces]
-    return Space({"knots": parts}, lambda merged: Pair(merged["knots"], u_NC.contiguous()))
+    b_NR = torch.cat([pair.b_NR for pair in pairs], dim=1)
+    square_R, e_RR = torch.linalg.eigh(_gram(b_NR.t()))
+    live = square_R > 1e-13 * square_R.max()
+    root_C, e_RC = square_R[live].sqrt(), e_RR[:, live]  # Q = B E / root, R = root Eᵀ
+    blocks = (root_C[:, None] * e_RC.t()).split([pair.rank for pair in pairs], dim=1)
+    gram_CC = sum(
+        (r @ _gram(pair.a_RK) @ r.t() for r, pair in zip(blocks, pairs, strict=True)),
+        torch.zeros(()),
+    )
+    square_C, u_CC = torch.linalg.eigh(gram_CC)
+    s_C = square_C.clamp(min=0).sqrt()
+    keep = s_C > max(SIGMA_MIN, 1e-7 * float(s_C.max()))
+    u_CD, s_D = u_CC[:, keep], s_C[keep]
+    stretch = s_D if plain_v else torch.ones_like(s_D)
+    pieces = [
+        (((u_CD / stretch).t() @ r).float()) @ pair.a_RK
+        for r, pair in zip(blocks, pairs, strict=True)
+    ]
+    u_ND = b_NR @ ((e_RC / root_C) @ (u_CD * stretch)).float()
+    return Space(
+        {"knots": [_made(x_DK) for x_DK in pieces]}, lambda merged: Pair(merged["knots"], u_ND)
+    )
 
 
 def factor(pairs: Sequence[Pair], module: str = "the module") -> Space:
@@ -113,6 +120,11 @@ SPACES: dict[Name, Callable[[Sequence[Pair], str], Space]] = {
     "factor": factor,
     "full": lambda pairs, _: full(pairs),
 }
+
+
+def _gram(x_RK: torch.Tensor) -> torch.Tensor:
+    x_RK = x_RK.double()
+    return x_RK @ x_RK.t()
 
 
 def _left_basis(x_NR: torch.Tensor) -> torch.Tensor:
