@@ -19,12 +19,15 @@ from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA
 from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.utils.multi_stream_utils import maybe_execute_in_parallel
 
 from vllm_lora_ext.adapters.model import RoutedModule
 from vllm_lora_ext.kernels.gated_lora import (
     EmbeddingSite,
     Site,
+    begin,
     embedding_lora_,
+    finish_,
     gate_expand_,
     gated_lora_,
     register_site,
@@ -38,7 +41,7 @@ _triton: ContextVar[bool] = ContextVar("triton")
 @contextmanager
 def building(router_rows: int, triton: bool) -> Iterator[None]:
     """Layers created inside hold up to `router_rows` router rows per slice, and run on the Triton
-    kernels where they can if `triton`."""
+    kernels if `triton`."""
     tokens = _router_rows.set(router_rows), _triton.set(triton)
     try:
         yield
@@ -52,7 +55,9 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
 
     def create_lora_weights(self, max_loras, lora_config, model_config=None) -> None:  # type: ignore[no-untyped-def]
         self.lora_config = lora_config
-        self._enable_aux_cuda_stream = False
+        # Stock's dual-stream option: there, as here, an op around the base product and the delta.
+        if not _triton.get():
+            self._enable_aux_cuda_stream = False
         if self.n_slices == 1:
             self.output_slices = (self.output_size,)
         rank = lora_config.max_lora_rank
@@ -67,7 +72,7 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
             sizes = (bounds[self.tp_rank + 1] - y_start,)
         self.site = Site(
             max_loras, self.input_size, sizes, rank, _router_rows.get(),
-            lora_config.lora_dtype, self.device, y_start, None if _triton.get() else False,
+            lora_config.lora_dtype, self.device, y_start, _triton.get(),
         )  # fmt: skip
         self.site_id = register_site(self.site)
         # Only the shapes and dtypes of these are read (`create_dummy_lora`): no memory behind.
@@ -154,6 +159,27 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
             gate_expand_(y_TN, u_TR, self.site_id)
         else:
             gated_lora_(y_TN, x_TK, self.site_id)
+        return output
+
+    def _apply_async_impl(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """With VLLM_LORA_ENABLE_DUAL_STREAM: the shrink, which needs only x, runs on a second
+        stream beside the base product; only the expand waits for both."""
+        x_TK = x.reshape(-1, x.shape[-1])
+
+        def base() -> torch.Tensor:
+            return self._get_quant_method().apply(self.base_layer, x, bias)
+
+        def first() -> torch.Tensor | None:
+            if self.reduces:
+                return shrink(x_TK, self.site_id, self.site.num_rows)
+            return begin(x_TK, self.site_id)
+
+        output, u = maybe_execute_in_parallel(base, first, *self._events, self._lora_stream)
+        y_TN = output.view(-1, output.shape[-1])
+        if self.reduces:
+            gate_expand_(y_TN, tensor_model_parallel_all_reduce(u), self.site_id)
+        else:
+            finish_(y_TN, x_TK, u, self.site_id)
         return output
 
 

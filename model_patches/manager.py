@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from vllm.config import CUDAGraphMode
+import torch
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.models.utils import PPMissingLayer
+from vllm.triton_utils import HAS_TRITON
 
 from vllm_lora_ext.adapters.checks import BLOCK_PARTS, check_fits
 from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
+from vllm_lora_ext.model_patches.backend import check_graphs, choose_kernels
 from vllm_lora_ext.model_patches.layers import RoutedLinear, building
 from vllm_lora_ext.model_patches.mlp import wrap_blocks
 from vllm_lora_ext.settings import LoraExtSettings
@@ -50,9 +53,17 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         _refuse_unsupported(vllm_config)
         self.router_rows = settings.router_rows(lora_config.max_lora_rank)
         self.base_name = vllm_config.model_config.model
-        with building(self.router_rows, settings.triton):
+        device_type = vllm_config.device_config.device_type
+        kernels = choose_kernels(
+            settings.triton, device_type,
+            lambda: _selfcheck(kwargs["device"], lora_config, self.router_rows),
+        )  # fmt: skip
+        graphs = vllm_config.compilation_config.cudagraph_mode
+        self.graphs = check_graphs(graphs and graphs.name, device_type, kernels)
+        with building(self.router_rows, kernels):
             super().__init__(*args, lora_config=lora_config, vllm_config=vllm_config, **kwargs)
-        self.blocks = wrap_blocks(self.model, self.modules)
+        # What runs around a block's linears loops over the step's adapters: no graph can hold it.
+        self.blocks = {} if self.graphs else wrap_blocks(self.model, self.modules)
 
     def model_of(self, lora_model_id: int, adapter: RoutedAdapter) -> RoutedLoRAModel:
         """Fits an adapter to this model's layers.
@@ -89,6 +100,12 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         return placed
 
     def _block(self, name: str, vllm_name: str) -> str:
+        if self.graphs:
+            raise AdapterError(
+                "unsupported_feature", "the adapter's experts are whole MLP blocks, whose kernels"
+                " are not part of the captured CUDA graphs", seen=name,
+                limit="an engine without CUDA graphs", fix="start with --enforce-eager",
+            )  # fmt: skip
         if vllm_name not in self.blocks:
             raise AdapterError(
                 "unsupported_feature", f"the adapter's experts are whole MLP blocks, and {name} is"
@@ -209,12 +226,9 @@ def _refuse_unsupported(vllm_config: Any) -> None:
             limit=False,
             fix="start without --fully-sharded-loras; row-parallel layers already shard B",
         )
-    graphs = vllm_config.compilation_config.cudagraph_mode
-    if vllm_config.device_config.device_type != "cpu" and graphs not in (None, CUDAGraphMode.NONE):
-        raise AdapterError(
-            "bad_settings",
-            "cudagraph_mode is not supported yet: this release runs its PyTorch path on GPUs",
-            seen=str(graphs),
-            limit="NONE",
-            fix="start with --enforce-eager, or VLLM_LORA_EXT_DISABLE=1 for stock LoRA",
-        )
+
+
+def _selfcheck(device: torch.device, lora_config: Any, router_rows: int) -> str | None:
+    if not HAS_TRITON:
+        return "vLLM finds no working Triton"
+    return selfcheck(device, lora_config.lora_dtype, lora_config.max_lora_rank, router_rows)

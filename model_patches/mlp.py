@@ -64,6 +64,7 @@ class Block:
             [m for m in self.first.sharded(first) if m is not None],
             last and self.last.sharded([last])[0],
             None if block.act is None else self._activation(block.act),
+            block.act,
         )
 
     def _first_names(self) -> tuple[str, ...]:
@@ -105,10 +106,25 @@ def wrap_blocks(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, 
             continue
         act = getattr(module, act_name)
         bias = last.base_layer.bias if last.tp_rank == 0 else None
-        site = BlockSite(first.site, last.site, act, bias)
+        site = BlockSite(first.site, last.site, act, bias, _act_name(act), last.reduces)
         setattr(module, act_name, MixedActivation(act, site))
         found[name] = Block(first, last, site, gated)
     return found
+
+
+def _act_name(act: nn.Module) -> str | None:
+    """transformers' name of what vLLM's activation module computes, where it is a usual one."""
+    name = type(act).__name__
+    if name in ("GeluAndMul", "GELU"):
+        return "gelu" if getattr(act, "approximate", "none") == "none" else "gelu_pytorch_tanh"
+    return _ACT_NAMES.get(name)
+
+
+_ACT_NAMES = {
+    "SiluAndMul": "silu", "SiLU": "silu", "SiLUActivation": "silu", "GELUActivation": "gelu",
+    "NewGELU": "gelu_pytorch_tanh", "FastGELU": "gelu_pytorch_tanh",
+    "QuickGELU": "quick_gelu", "ReLU": "relu",
+}  # fmt: skip
 
 
 def _blocks(model: nn.Module) -> Iterator[tuple[str, nn.Module, tuple[str, str, str]]]:

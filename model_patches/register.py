@@ -112,6 +112,21 @@ PATCHES: tuple[Patch, ...] = (
             ),
             Target(
                 "vllm.lora.layers.base_linear",
+                "BaseLinearLayerWithLoRA._apply_async_impl",
+                _both("860157f82a017d0fddbbd944c7b7a800e57af32587c5a8808f8b8a0bbde8b0be"),
+            ),
+            Target(
+                "vllm.lora.layers.base_linear",
+                "BaseLinearLayerWithLoRA._init_lora_stream_context",
+                _both("66ac06269a67fc820dcf13946c7cae232c99959aac79fb2b412b17e3faba41ac"),
+            ),
+            Target(
+                "vllm.utils.multi_stream_utils",
+                "maybe_execute_in_parallel",
+                _both("6c9c62d2e7004d57e38b6ed77ee4d26e8cb38a4cb873ff39772586b069fc8100"),
+            ),
+            Target(
+                "vllm.lora.layers.base_linear",
                 "BaseLinearLayerWithLoRA._apply_base_forward",
                 _both("535c424f6f3a94f15d9a97aaba0bb2cc884209ef7a7bb634dca38d13831c04b6"),
             ),

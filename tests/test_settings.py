@@ -21,6 +21,12 @@ def test_defaults(config: dict[str, Any] | None) -> None:
     assert settings.adapter_roots is None
     assert settings.max_router_rows is None
     assert settings.host_cache_mb == 2048
+    assert settings.triton is None
+
+
+@pytest.mark.parametrize("value", [True, False, None])
+def test_triton_is_on_off_or_left_to_the_check(value: bool | None) -> None:
+    assert _read(triton=value).triton is value
 
 
 @pytest.mark.parametrize(("rank", "rows"), [(8, 8), (64, 64), (256, 64)])
@@ -55,6 +61,8 @@ def test_frozen_and_hashable() -> None:
         ({"adapter_roots": [3]}, ["adapter_roots", "not a path"]),
         ({"adapter_roots": ["/no/such/folder"]}, ["adapter_roots", "does not exist"]),
         ({"adapter_roots": [__file__]}, ["adapter_roots", "is not a folder"]),
+        ({"triton": "auto"}, ["triton", "seen: auto", "true, false, or null"]),
+        ({"triton": 1}, ["triton", "seen: 1"]),
         ({"host_cache": 5}, ["no setting named host_cache", "host_cache_mb", "fix:"]),
     ],
 )

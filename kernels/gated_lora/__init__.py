@@ -1,12 +1,15 @@
 """`y += B (g(x) ⊙ (A x))` for a batch whose rows use different adapters.
 
 Two launches, whatever the router: `shrink` computes `[A; router] x`, `gate_expand_` turns the
-router's rows into gates and adds the gated expansion to y. `gated_lora_` does both.
+router's rows into gates and adds the gated expansion to y. `gated_lora_` does both; `begin` and
+`finish_` are its two halves outside of torch's ops, for layers that overlap the first.
 """
 
 from vllm_lora_ext.kernels.gated_lora.op import (
     EmbeddingSite,
+    begin,
     embedding_lora_,
+    finish_,
     gate_expand_,
     gated_lora_,
     register_site,
@@ -20,7 +23,9 @@ __all__ = [
     "EmbeddingSite",
     "Site",
     "StepMap",
+    "begin",
     "embedding_lora_",
+    "finish_",
     "gate_expand_",
     "gated_lora_",
     "gated_lora_reference",

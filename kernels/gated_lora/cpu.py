@@ -1,8 +1,8 @@
 """The CPU backend: the compiled kernels of `cpu.cpp` where there are any, else PyTorch.
 
-The PyTorch path: rows grouped by slot, one product per slot and launch, gates vectorised. GPUs
-run it too until they have a backend of their own (eager only: the groups are Python's, so a
-captured graph would freeze them).
+The PyTorch path: rows grouped by slot, one product per slot and launch, gates vectorised. GPUs run
+it too where the Triton kernels do not serve (eager only: the groups are Python's, so a captured
+graph would freeze them).
 
 No weight is gathered per token. Rows of one slot that lie together are views, not copies, which
 is nearly always: vLLM keeps a request's tokens together, and most batches use few adapters.

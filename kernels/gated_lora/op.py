@@ -53,19 +53,35 @@ def _triton() -> tuple[Any, Any]:
     return shrink_parts, expand_
 
 
-def _gated_lora(y: torch.Tensor, x: torch.Tensor, site: int) -> None:
+def begin(x: torch.Tensor, site: int) -> torch.Tensor | None:
+    """The first launch of `gated_lora_`, for callers that run it beside the base product, which
+    it does not need. None where there is none: no adapter in the step, or no kernels."""
+    found = _sites[site]
+    if not found.step.active or found.tables is None:
+        return None
+    shrink_parts, _ = _triton()
+    u_PTR: torch.Tensor = shrink_parts(x, found, u_PTR=found.take_u())
+    return u_PTR
+
+
+def finish_(y: torch.Tensor, x: torch.Tensor, u_PTR: torch.Tensor | None, site: int) -> None:
+    """The rest of `gated_lora_` after `begin`, which returned `u_PTR`."""
     found = _sites[site]
     # What runs must not depend on the step's slots, only on whether it has any: an engine that
     # captures graphs keeps those of base batches apart, as it does for its own LoRA kernels.
     if not found.step.active:
         return
-    if found.tables is None:
+    if u_PTR is None:
         cpu.gated_lora_(y, x, found)
     else:
-        shrink_parts, expand_ = _triton()
-        expand_(y, shrink_parts(x, found), found)
+        _, expand_ = _triton()
+        expand_(y, u_PTR, found)
     if found.after is not None:
-        found.after(y, x)
+        found.after(y, x, u_PTR)
+
+
+def _gated_lora(y: torch.Tensor, x: torch.Tensor, site: int) -> None:
+    finish_(y, x, begin(x, site), site)
 
 
 def _shrink(x: torch.Tensor, site: int, num_rows: int) -> torch.Tensor:
@@ -74,7 +90,7 @@ def _shrink(x: torch.Tensor, site: int, num_rows: int) -> torch.Tensor:
         u = cpu.shrink(x, found)
     else:
         shrink_parts, _ = _triton()
-        parts = shrink_parts(x, found, zeroed=True)
+        parts = shrink_parts(x, found, zeroed=True, u_PTR=found.take_u())
         u = parts[0] if len(parts) == 1 else parts.sum(dim=0)
     if found.after_shrink is not None:
         found.after_shrink(u)

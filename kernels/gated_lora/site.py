@@ -105,10 +105,13 @@ class Site:
         self.native: Any = None  # the plans as C++ reads them; None: to be made (again)
         self.step = StepMap(0)
         # Set by a block of layers that uses the slots in its own way; run after the ops, with the
-        # same tensors: `after` (y, x), or, where x is a shard, `after_shrink` and `after_expand`.
-        self.after: Callable[[torch.Tensor, torch.Tensor], None] | None = None
+        # same tensors: `after` (y, x, and u of the kernels), or, where x is a shard, `after_shrink`
+        # and `after_expand`. `u_PTR` is what the next shrink of the kernels is to fill, with some
+        # rows already there.
+        self.after: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None] | None = None
         self.after_shrink: Callable[[torch.Tensor], None] | None = None
         self.after_expand: Callable[[torch.Tensor, torch.Tensor], None] | None = None
+        self.u_PTR: torch.Tensor | None = None
 
     def _keep_tables(
         self, num_slots: int, in_features: int, dtype: torch.dtype, device: torch.device | str
@@ -124,6 +127,11 @@ class Site:
     def padded_rank(self) -> int:
         """`max_rank` as a power of two that a tensor core takes."""
         return max(16, 1 << (self.max_rank - 1).bit_length())
+
+    def take_u(self) -> torch.Tensor | None:
+        """`u_PTR`, once."""
+        u_PTR, self.u_PTR = self.u_PTR, None
+        return u_PTR
 
     def clear(self, slot: int) -> None:
         """The slot adds nothing any more. Its weights stay: nothing reads a slot without a plan."""

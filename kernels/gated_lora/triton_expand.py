@@ -45,7 +45,7 @@ NUM_SPEC = tl.constexpr(len(tables.SPEC))
 NUM_VALUES = tl.constexpr(len(tables.VALUES))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "stride_u_part"])
 def expand_kernel(
     y_ptr,
     u_ptr,
@@ -55,6 +55,7 @@ def expand_kernel(
     columns_ptr,
     order_ptr,
     tiles_ptr,
+    num_tokens,
     max_rank,
     y_start,
     stride_y,
@@ -90,22 +91,23 @@ def expand_kernel(
     at_T = start + tl.arange(0, BLOCK_T)
     ok_T = at_T < stop
     token_T = tl.load(order_ptr + at_T, mask=ok_T, other=0).to(tl.int64)
+    ok_T = ok_T & (token_T < num_tokens)  # the step may hold more rows than y has
     rank_R = tl.arange(0, BLOCK_R)
     ok_R = rank_R < ranks
     ok_TR = ok_T[:, None] & ok_R[None, :]
     vectors_R = spec_ptr + NUM_SPEC + rank_R
     u_T = u_ptr + token_T * stride_u
     at_R = tl.load(vectors_R + 2 * max_rank, mask=ok_R, other=0)
-    h_TR = _sum_parts(u_T[:, None] + at_R[None, :], ok_TR, stride_u_part, PARTS)
+    h_TR = sum_parts(u_T[:, None] + at_R[None, :], ok_TR, stride_u_part, PARTS)
     if tl.load(spec_ptr + 1) != 0:
         logit_R = tl.load(vectors_R, mask=ok_R, other=0)
         first_R = tl.load(vectors_R + max_rank, mask=ok_R, other=0)
         bias_R = tl.load(values_ptr + NUM_VALUES + rank_R, mask=ok_R, other=0.0)
-        logits_TR = _sum_parts(u_T[:, None] + logit_R[None, :], ok_TR, stride_u_part, PARTS)
+        logits_TR = sum_parts(u_T[:, None] + logit_R[None, :], ok_TR, stride_u_part, PARTS)
         head = tl.load(spec_ptr + 7)
-        has_head_T = at_T < tl.where(head >= 0, stop, start)
-        head_T = _sum_parts(u_T + head, has_head_T, stride_u_part, PARTS)
-        h_TR *= _gate(logits_TR, head_T, bias_R, rank_R, first_R, ok_R, spec_ptr, values_ptr)
+        has_head_T = ok_T & (at_T < tl.where(head >= 0, stop, start))
+        head_T = sum_parts(u_T + head, has_head_T, stride_u_part, PARTS)
+        h_TR *= gate(logits_TR, head_T, bias_R, rank_R, first_R, ok_R, spec_ptr, values_ptr)
 
     b_R = b_ptr + slot * stride_b_slot + rank_R.to(tl.int64) * stride_b
     b_R += tl.load(columns_ptr + 2 * part)
@@ -116,15 +118,15 @@ def expand_kernel(
         n_N = n + tl.arange(0, BLOCK_N)
         ok_N = n_N < size
         ok_TN = ok_T[:, None] & ok_N[None, :]
+        y_TN = tl.load(y_T[:, None] + n_N[None, :], mask=ok_TN, other=0.0).to(tl.float32)
         b_RN = tl.load(b_R[:, None] + n_N[None, :], mask=open_R[:, None] & ok_N[None, :], other=0.0)
         delta_TN = tl.dot(h_TR, b_RN.to(OPERAND), input_precision="tf32x3")
-        y_TN = tl.load(y_T[:, None] + n_N[None, :], mask=ok_TN, other=0.0).to(tl.float32)
         y_TN = (y_TN + delta_TN).to(y_ptr.dtype.element_ty)
         tl.store(y_T[:, None] + n_N[None, :], y_TN, mask=ok_TN)
 
 
 @triton.jit
-def _sum_parts(u, ok, stride, PARTS: tl.constexpr):
+def sum_parts(u, ok, stride, PARTS: tl.constexpr):
     """u in fp32, its parts added in order; four loads in flight at once."""
     AT_ONCE: tl.constexpr = 4 if PARTS % 4 == 0 else PARTS
     total = tl.load(u, mask=ok, other=0.0)
@@ -137,7 +139,7 @@ def _sum_parts(u, ok, stride, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _gate(logits_TR, head_T, bias_R, rank_R, first_R, ok_R, spec_ptr, values_ptr):
+def gate(logits_TR, head_T, bias_R, rank_R, first_R, ok_R, spec_ptr, values_ptr):
     """Gate of every rank. `once` marks one rank per gate; offsets are those of `tables.SPEC` and
     `tables.VALUES`."""
     score_kind, bias_kind = tl.load(spec_ptr + 2), tl.load(spec_ptr + 3)
@@ -255,6 +257,7 @@ def expand_(y_TN: torch.Tensor, u_PTR: torch.Tensor, site: Site) -> None:
         slot_tables.columns_S2,
         site.step.order_T,
         tiles,
+        num_tokens,
         site.max_rank,
         site.y_start,
         y_TN.stride(0),

@@ -10,6 +10,11 @@ chosen experts of about one token in a hundred.
 One program multiplies one tile of rows of one slot (`StepMap`) with `BLOCK_R` rows of A or
 `BLOCK_G` of the routers, over one part of K. The parts land side by side in `u[part]` and are
 summed in a fixed order by whoever reads u: no atomics, so equal runs give equal bits.
+
+The product is taken as `rows x^T`: its left operand then comes straight from memory. Hopper's
+asynchronous products (64 rows and more) may also take it from registers, which ptxas before 13.3
+reuses too early in a pipelined loop (triton-lang/triton#9433). Operands that are converted on their
+way, the routers' among them, therefore have fewer rows (`tuning.SYNCHRONOUS_ROWS`).
 """
 
 # mypy: allow-untyped-defs
@@ -23,9 +28,14 @@ import triton.language as tl
 
 from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.kernels.gated_lora.step import max_tiles
-from vllm_lora_ext.kernels.gated_lora.tuning import Shrink, blocks, device_of, splits
+from vllm_lora_ext.kernels.gated_lora.tuning import (
+    SYNCHRONOUS_ROWS,
+    Shrink,
+    blocks,
+    device_of,
+    splits,
+)
 
-ROUTER_ROWS = 32  # routers are few: three slices with 8 experts and their heads have 27 rows
 OPERANDS = {
     torch.float32: tl.float32,
     torch.float16: tl.float16,
@@ -33,7 +43,8 @@ OPERANDS = {
 }
 
 
-@triton.jit
+# Numbers that change from step to step must not be compiled for (1, multiples of 16).
+@triton.jit(do_not_specialize=["num_tokens", "stride_u_part"])
 def shrink_kernel(
     u_ptr,
     x_ptr,
@@ -42,6 +53,7 @@ def shrink_kernel(
     ints_ptr,
     order_ptr,
     tiles_ptr,
+    num_tokens,
     num_k,
     a_tiles,
     stride_u_part,
@@ -72,6 +84,7 @@ def shrink_kernel(
     at_T = start + tl.arange(0, BLOCK_T)
     ok_T = at_T < stop
     token_T = tl.load(order_ptr + at_T, mask=ok_T, other=0).to(tl.int64)
+    ok_T = ok_T & (token_T < num_tokens)  # the step may hold more rows than x has
     x_T = x_ptr + token_T * stride_x
     u_T = u_ptr + part.to(tl.int64) * stride_u_part + token_T * stride_u
     length = tl.cdiv(num_k, PARTS * BLOCK_K) * BLOCK_K
@@ -107,11 +120,11 @@ def _rows(
     EVEN_K: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
-    """u = x w^T over k in [begin, end), from pointers to the rows of u and x."""
+    """u^T = w x^T over k in [begin, end), from pointers to the rows of u and x."""
     row_R = tl.arange(0, BLOCK_R)
     ok_R = row_R < num_rows
     w_R = w + row_R.to(tl.int64) * num_k
-    u_TR = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    u_RT = tl.zeros((BLOCK_R, BLOCK_T), tl.float32)
     for k in range(begin, end, BLOCK_K):
         k_K = k + tl.arange(0, BLOCK_K)
         ok_TK, ok_RK = ok_T[:, None], ok_R[:, None]
@@ -120,17 +133,20 @@ def _rows(
             ok_RK = ok_RK & (k_K < num_k)[None, :]
         x_TK = tl.load(x_T[:, None] + k_K[None, :], mask=ok_TK, other=0.0).to(OPERAND)
         w_RK = tl.load(w_R[:, None] + k_K[None, :], mask=ok_RK, other=0.0).to(OPERAND)
-        u_TR = tl.dot(x_TK, tl.trans(w_RK), u_TR, input_precision="tf32x3")
-    tl.store(u_T[:, None] + row_R[None, :], u_TR, mask=ok_T[:, None] & ok_R[None, :])
+        u_RT = tl.dot(w_RK, tl.trans(x_TK), u_RT, input_precision="tf32x3")
+    tl.store(u_T[None, :] + row_R[:, None], u_RT, mask=ok_T[None, :] & ok_R[:, None])
 
 
-def shrink_parts(x_TK: torch.Tensor, site: Site, zeroed: bool = False) -> torch.Tensor:
+def shrink_parts(
+    x_TK: torch.Tensor, site: Site, zeroed: bool = False, u_PTR: torch.Tensor | None = None
+) -> torch.Tensor:
     """Parts of `[A; router] x` for each row's own slot.
 
     Args:
         x_TK: [T, K], any strides; fp32, fp16 or bf16, as the site's weights.
         zeroed: whether what no program writes (rows of the base model, columns past a slot's
             rows) is zero instead of undefined.
+        u_PTR: where to put them, in as many parts; by default new memory, in as many as pay.
     Returns:
         [parts, T, site.num_rows] fp32, to be summed over the parts.
     """
@@ -139,12 +155,14 @@ def shrink_parts(x_TK: torch.Tensor, site: Site, zeroed: bool = False) -> torch.
         x_TK = x_TK.contiguous()
     num_tokens, num_k = x_TK.shape
     device = device_of(x_TK.device.index)
-    s, _ = blocks(num_tokens, site.padded_rank, site.rows_SRK.itemsize, device)
+    as_stored = x_TK.dtype == site.rows_SRK.dtype != torch.float32
+    s, _ = blocks(num_tokens, site.padded_rank, site.rows_SRK.itemsize, device, as_stored)
     a_tiles = triton.cdiv(len(site.slice_sizes) * site.max_rank, s.rows)
-    row_tiles = a_tiles + triton.cdiv(site.router_SGK.shape[1], ROUTER_ROWS)
-    parts = splits(num_tokens, row_tiles, num_k, s, device)
-    new = x_TK.new_zeros if zeroed else x_TK.new_empty
-    u_PTR = new(parts, num_tokens, site.num_rows, dtype=torch.float32)
+    row_tiles = a_tiles + triton.cdiv(site.router_SGK.shape[1], SYNCHRONOUS_ROWS)
+    if u_PTR is None:
+        parts = splits(num_tokens, row_tiles, num_k, s, device)
+        new = x_TK.new_zeros if zeroed else x_TK.new_empty
+        u_PTR = new(parts, num_tokens, site.num_rows, dtype=torch.float32)
     if num_tokens:
         _launch(u_PTR, x_TK, site, s, a_tiles, row_tiles)
     return u_PTR
@@ -164,6 +182,7 @@ def _launch(
         site.tables.ints_SI,  # type: ignore[union-attr]
         site.step.order_T,
         tiles,
+        num_tokens,
         num_k,
         a_tiles,
         u_PTR.stride(0),
@@ -176,7 +195,7 @@ def _launch(
         PARTS=parts,
         BLOCK_T=s.tile,
         BLOCK_R=s.rows,
-        BLOCK_G=ROUTER_ROWS,
+        BLOCK_G=SYNCHRONOUS_ROWS,
         BLOCK_K=s.k,
         EVEN_K=num_k % (parts * s.k) == 0,
         OPERAND=operand(x_TK),

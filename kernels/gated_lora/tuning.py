@@ -13,6 +13,13 @@ The expand holds h [tile, ranks] and B [ranks, columns] at once. `_columns` keep
 shared memory of a multiprocessor, whatever the rank. Its gates live in registers, [tile, ranks]
 too: `_warps` gives a thread about 8 of these numbers, and 16 at most, or falls back to tiles of 16
 rows; compiled for sm_90 that spills at most 0.5 KiB.
+
+Hopper's tensor cores take products of 64 rows and more asynchronously. Where the left operand of
+one stands in registers, ptxas before 13.3 reuses these too early in a pipelined loop
+(triton-lang/triton#9433), and results are wrong. So the expand, whose left operand is made in
+registers, has one stage when its tiles have 64 rows, whatever the table says; and rows of A or of
+routers that are converted on their way come 32 at a time. `tests/kernels/triton_compile.py` looks
+for the pattern in the compiled code.
 """
 
 from __future__ import annotations
@@ -55,6 +62,7 @@ class Row:
 
 
 MAX_SPLITS = 8
+SYNCHRONOUS_ROWS = 32  # of a left operand that is converted on its way; also holds most routers
 LARGEST_GATES = 64 * 128  # [tile, ranks] of the gates
 LARGEST = 1 << 30
 
@@ -65,7 +73,7 @@ TABLE: dict[str, tuple[Row, ...]] = {
         Row(16, Shrink(16, 32, 128, 4, 3), Expand(16, 64, 64, 1)),
         Row(64, Shrink(16, 32, 128, 4, 3), Expand(16, 128, 128, 1)),
         Row(512, Shrink(16, 64, 128, 4, 3), Expand(16, 128, 256, 2)),
-        Row(LARGEST, Shrink(64, 128, 64, 8, 3), Expand(64, 128, 1024, 2)),
+        Row(LARGEST, Shrink(64, 128, 64, 8, 3), Expand(64, 128, 1024, 1)),
     ),
 }
 
@@ -90,22 +98,27 @@ def device_of(index: int | None) -> Device:
 
 
 @cache
-def blocks(num_tokens: int, ranks: int, itemsize: int, device: Device) -> tuple[Shrink, Expand]:
+def blocks(
+    num_tokens: int, ranks: int, itemsize: int, device: Device, as_stored: bool = True
+) -> tuple[Shrink, Expand]:
     """Block sizes of both launches for a step of `num_tokens` rows.
 
     Args:
         ranks: most ranks per slice, rounded up to a power of two.
         itemsize: bytes of a weight.
+        as_stored: whether the shrink multiplies A in the dtype that memory holds.
     """
     rows = next(rows for name, rows in TABLE.items() if name in device.name)
     row = next(row for row in rows if num_tokens <= row.max_tokens)
     s, e = row.shrink, row.expand
-    s = Shrink(s.tile, s.rows, s.k * 2 // max(itemsize, 2), s.warps, s.stages)
+    a_rows = s.rows if as_stored else min(s.rows, SYNCHRONOUS_ROWS)
+    s = Shrink(s.tile, a_rows, s.k * 2 // max(itemsize, 2), s.warps, s.stages)
     fits = e.tile * ranks <= LARGEST_GATES
     fits = fits and _columns(e.tile, ranks, itemsize, e.stages, device) >= 32
     tile = e.tile if fits else 16
-    columns = min(e.columns, max(16, _columns(tile, ranks, itemsize, e.stages, device)))
-    return s, Expand(tile, columns, max(e.walk, columns), e.stages, _warps(tile, ranks))
+    stages = 1 if tile > SYNCHRONOUS_ROWS else e.stages
+    columns = min(e.columns, max(16, _columns(tile, ranks, itemsize, stages, device)))
+    return s, Expand(tile, columns, max(e.walk, columns), stages, _warps(tile, ranks))
 
 
 def _warps(tile: int, ranks: int) -> int:
@@ -122,6 +135,6 @@ def _columns(tile: int, ranks: int, itemsize: int, stages: int, device: Device) 
 @cache
 def splits(num_tokens: int, row_tiles: int, k: int, s: Shrink, device: Device) -> int:
     """Parts of K, a power of two: two programs per multiprocessor, each with work to do."""
-    programs = row_tiles * -(-num_tokens // s.tile)
+    programs = max(1, row_tiles * -(-num_tokens // s.tile))
     wanted, most = 2 * device.processors // programs, min(MAX_SPLITS, -(-k // s.k))
     return 1 << max(0, min(wanted, most).bit_length() - 1)

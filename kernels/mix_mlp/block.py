@@ -4,18 +4,24 @@ Weights live in the `Site`s of the block's two linears, so that a block costs no
 The first linear's site holds A and B of gate and up, and the router; the second's those of down.
 Between the linears' ops the shrunk rows are kept here: the three ops of one block run one after
 the other, and the next step overwrites them.
+
+Where the sites run the Triton kernels, a block does too: one launch more than its two linears have
+anyway (`triton_mix`). Activations that the kernel does not know, and experts that scale the second
+linear's bias, take the PyTorch path below: a loop over slots and experts that waits for the device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate, pairwise
 
 import torch
 
 from vllm_lora_ext.kernels.gated_lora.site import Site, SlicePlan, SlotPlan
 from vllm_lora_ext.kernels.gated_lora.step import Group
+from vllm_lora_ext.kernels.mix_mlp.tables import ACTIVATIONS, BlockTables
 from vllm_lora_ext.routing import GateSpec
 from vllm_lora_ext.routing.mix import expert_weights
 from vllm_lora_ext.routing.reference import GatedSlice
@@ -54,21 +60,41 @@ class BlockSite:
         first, last: sites of the block's two linears.
         act: the model's own activation: [T, gate | up] → [T, inner], or elementwise without a gate.
         last_bias_N: bias of the second linear as this rank adds it, None when there is none.
+        act_name: what the model's activation computes, a name of `tables.ACTIVATIONS` or None.
+        sharded: whether the second linear's input is a shard.
     """
 
     def __init__(
-        self, first: Site, last: Site, act: Activation, last_bias_N: torch.Tensor | None = None
+        self,
+        first: Site,
+        last: Site,
+        act: Activation,
+        last_bias_N: torch.Tensor | None = None,
+        act_name: str | None = None,
+        sharded: bool = False,
     ) -> None:
         self.first, self.last, self.act, self.last_bias_N = first, last, act, last_bias_N
+        self.act_name, self.sharded = act_name, sharded
         self.plans: dict[int, BlockPlan] = {}
+        self.on_kernels: set[int] = set()
+        self.tables: BlockTables | None = None
+        if first.tables is not None:
+            self.tables = BlockTables(len(first.plans), first.max_rank, first.rows_SRK.device)
+        self._u_PTR: torch.Tensor | None = None
         self._u: dict[int, torch.Tensor] = {}
         self._add: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        first.after, last.after = self.hold, lambda y_TN, _x: self.add_down(y_TN)
+        first.after, last.after = self.hold, lambda y_TN, _x, _u: self.add_down(y_TN)
         last.after_shrink, last.after_expand = self.fill, self.add_down
 
     def clear(self, slot: int) -> None:
         """The slot adds nothing any more."""
         self.plans.pop(slot, None)
+        if slot in self.on_kernels:
+            self.on_kernels.discard(slot)
+            assert self.tables is not None
+            self.tables.clear(slot)
+            self.first.clear(slot)
+            self.last.clear(slot)
 
     def write(
         self,
@@ -77,13 +103,14 @@ class BlockSite:
         first: list[GatedSlice],
         last: GatedSlice | None,
         act: Activation | None = None,
+        act_name: str | None = None,
     ) -> None:
         """Puts one adapter into a slot.
 
         Args:
             first: gate (or the only one, without a gate) with the block's router, then up.
             last: down, all of its output columns.
-            act: in place of the model's.
+            act, act_name: in place of the model's.
         Raises:
             ValueError: a part does not fit the buffers (the slot is left empty).
         """
@@ -92,10 +119,23 @@ class BlockSite:
         assert first_plan is not None
         last_plan = None if last is None else self.last.store(slot, [last])
         sums = gate.weight in ("renormalise", "softmax") and gate.constant == 1.0
-        self.plans[slot] = BlockPlan(gate, first_plan, last_plan, act or self.act, sums)
+        name = self.act_name if act is None else act_name
+        if self.tables is None or name not in ACTIVATIONS or not (sums or self.last_bias_N is None):
+            self.plans[slot] = BlockPlan(gate, first_plan, last_plan, act or self.act, sums)
+            return
+        # The first linear's kernels shrink for the slot and add nothing; the second's only expand.
+        assert self.first.tables is not None and self.last.tables is not None
+        routers = len(first_plan.rows_RK) - first_plan.num_ranks
+        self.first.tables.write(slot, first_plan.num_ranks, routers, [])
+        if last_plan is not None:
+            self.last.tables.write(slot, 0, 0, [(0, last_plan.slices[0])])
+        self.tables.write(slot, first_plan.slices, last_plan is not None, name)
+        self.on_kernels.add(slot)
 
-    def hold(self, _y_TN: torch.Tensor, x_TK: torch.Tensor) -> None:
-        """After the first linear: shrinks the rows of the slots that have experts here."""
+    def hold(self, _y_TN: torch.Tensor, x_TK: torch.Tensor, u_PTR: torch.Tensor | None) -> None:
+        """After the first linear: shrinks the rows of the slots that have experts here, or keeps
+        what the kernels have shrunk."""
+        self._u_PTR = u_PTR if self.on_kernels else None
         for group in self.first.step.groups:
             plan = self.plans.get(group.slot)
             if plan is not None:
@@ -104,6 +144,12 @@ class BlockSite:
 
     def mix_act_(self, a_TI: torch.Tensor, gate_up_TN: torch.Tensor) -> None:
         """Puts `sum_e v_e a_e` in place of the activations of rows that have experts here."""
+        if self._u_PTR is not None:
+            assert self.tables is not None
+            self.last.u_PTR = _mix_kernel()(
+                a_TI, gate_up_TN, self._u_PTR, self.first, self.last, self.tables, self.sharded
+            )
+            self._u_PTR = None
         for group in self.first.step.groups:
             plan = self.plans.get(group.slot)
             if plan is None:
@@ -145,6 +191,14 @@ class BlockSite:
                 _add_rows_(y_TN[:, p.y_start : p.y_stop], group, delta_TN)
             if self.last_bias_N is not None and not plan.sums_to_one:
                 _add_rows_(y_TN, group, (total_T - 1)[:, None] * self.last_bias_N.float())
+
+
+@cache
+def _mix_kernel() -> Callable[..., torch.Tensor]:
+    """The kernel's launcher; not imported where no block uses it."""
+    from vllm_lora_ext.kernels.mix_mlp.triton_mix import mix_
+
+    return mix_
 
 
 def _mix(

@@ -22,7 +22,7 @@ def register_block(block: BlockSite) -> int:
 
 def _mix_act(a: torch.Tensor, gate_up: torch.Tensor, block: int) -> None:
     found = _blocks[block]
-    if found.plans:
+    if found.plans or found.on_kernels:
         found.mix_act_(a, gate_up)
 
 

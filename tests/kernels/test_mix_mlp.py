@@ -56,26 +56,38 @@ class Slice(Part):
 
 
 class Mlp:
-    """A base MLP and the three steps a server runs around its linears."""
+    """A base MLP and the three steps a server runs around its linears.
 
-    def __init__(self, hidden: int, inner: int, gated: bool, g: torch.Generator) -> None:
+    Args:
+        biased: whether the second linear has a bias; it is scaled by the sum of the weights.
+        new: dtype, device and triton of the sites.
+    """
+
+    def __init__(
+        self, hidden: int, inner: int, gated: bool, g: torch.Generator, biased: bool = True,
+        sharded: bool = False, **new,
+    ) -> None:  # fmt: skip
+        new = {"dtype": torch.float32, "device": "cpu"} | new
+
         def w(*shape: int) -> torch.Tensor:
-            return torch.randn(*shape, generator=g) / shape[-1] ** 0.5
+            w = torch.randn(*shape, generator=g) / shape[-1] ** 0.5
+            return w.to(new["device"], new["dtype"])
 
         self.hidden, self.inner, self.gated = hidden, inner, gated
         self.first_w, self.first_b = w((2 if gated else 1) * inner, hidden), w(1)
-        self.last_w, self.last_b = w(hidden, inner), w(hidden)
+        self.last_w, self.last_b = w(hidden, inner), w(hidden) if biased else None
+        sizes = (inner, inner) if gated else (inner,)
         self.sites = [
-            Site(SLOTS, hidden, (inner, inner) if gated else (inner,), RANK, ROWS,
-                 torch.float32, "cpu"),
-            Site(SLOTS, inner, (hidden,), RANK, ROWS, torch.float32, "cpu"),
-        ]  # fmt: skip
+            Site(SLOTS, hidden, sizes, RANK, ROWS, **new),
+            Site(SLOTS, inner, (hidden,), RANK, ROWS, **new),
+        ]
         for site in self.sites:  # whatever no adapter wrote must not matter
             site.rows_SRK.fill_(float("nan"))
             for bt in site.bt_SRN:
                 bt.fill_(float("nan"))
         self.ids = [register_site(site) for site in self.sites]
-        self.block = BlockSite(*self.sites, self.act, self.last_b)
+        name = "silu" if gated else "gelu"
+        self.block = BlockSite(*self.sites, self.act, self.last_b, name, sharded)
         self.block_id = register_block(self.block)
 
     def act(self, x: torch.Tensor) -> torch.Tensor:
@@ -89,7 +101,8 @@ class Mlp:
             return x @ self.first_w.t() + self.first_b
 
         def last(x):
-            return x @ self.last_w.t() + self.last_b
+            y = x @ self.last_w.t()
+            return y if self.last_b is None else y + self.last_b
 
         if not self.gated:
             return {"fc1": first, "fc2": last}
@@ -111,7 +124,7 @@ class Mlp:
         self.block.write(slot, experts.gate, slices, down and Slice(down.a_RK, down.b_NR))
 
     def forward(self, x: torch.Tensor, slots: list[int], sharded: bool = False) -> torch.Tensor:
-        step = StepMap(len(x))
+        step = StepMap(len(x), x.device, tiled=True)
         step.update(np.array(slots))
         for site in self.sites:
             site.step = step
@@ -119,7 +132,9 @@ class Mlp:
         gated_lora_(gate_up, x, self.ids[0])
         a = self.act(gate_up)
         mix_act_(a, gate_up, self.block_id)
-        y = a @ self.last_w.t() + self.last_b
+        y = a @ self.last_w.t()
+        if self.last_b is not None:
+            y += self.last_b
         if sharded:  # as a row-parallel layer of one rank
             gate_expand_(y, shrink(a, self.ids[1], self.sites[1].num_rows), self.ids[1])
         else:

@@ -8,6 +8,7 @@ compiler refuses, so machines without a GPU run both.
 
 from __future__ import annotations
 
+import re
 import sys
 
 import triton
@@ -16,18 +17,32 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from vllm_lora_ext.kernels.gated_lora.triton_expand import expand_kernel
-from vllm_lora_ext.kernels.gated_lora.triton_shrink import ROUTER_ROWS, shrink_kernel
-from vllm_lora_ext.kernels.gated_lora.tuning import Device, Expand, Shrink, blocks
+from vllm_lora_ext.kernels.gated_lora.triton_shrink import shrink_kernel
+from vllm_lora_ext.kernels.gated_lora.tuning import (
+    SYNCHRONOUS_ROWS,
+    Device,
+    Expand,
+    Shrink,
+    blocks,
+)
+from vllm_lora_ext.kernels.mix_mlp.triton_mix import COLUMNS, TILE, mix_kernel
 
 NAMES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 POINTERS = {
     "u_ptr": "fp32", "router_ptr": "fp32", "floats_ptr": "fp32", "ints_ptr": "i32",
-    "order_ptr": "i32", "tiles_ptr": "i32", "columns_ptr": "i32",
+    "order_ptr": "i32", "tiles_ptr": "i32", "columns_ptr": "i32", "z_ptr": "fp32",
+    "block_ptr": "i32",
 }  # fmt: skip
 ALIGNED = ("num_k", "stride_x", "stride_y", "stride_b", "stride_b_slot", "stride_a_slot",
-           "stride_router_slot")  # fmt: skip
+           "stride_router_slot", "inner", "stride_a", "stride_base", "stride_down",
+           "stride_down_slot")  # fmt: skip
+# wgmma's accumulators, then its left operand in registers where shared memory has a descriptor.
+ASYNC_FROM_REGISTERS = re.compile(r"wgmma\.mma_async\S*\s*\{[^}]*\},\s*\{")
 # (tokens, ranks, dtype): decode and prefill of every dtype, and the largest rank.
-CASES = ((8, 128, "bf16"), (8192, 64, "bf16"), (8192, 16, "fp16"), (64, 16, "fp32"))
+CASES = (
+    (8, 128, "bf16"), (300, 32, "bf16"), (8192, 64, "bf16"), (8192, 128, "bf16"),
+    (8192, 16, "fp16"), (64, 16, "fp32"), (8192, 64, "fp32"),
+)  # fmt: skip
 
 
 def compile_for(target: GPUTarget, kernel, dtype: str, options, **constants) -> int:
@@ -43,13 +58,18 @@ def compile_for(target: GPUTarget, kernel, dtype: str, options, **constants) -> 
     aligned = [i for i, n in enumerate(kernel.arg_names) if n.endswith("_ptr") or n in ALIGNED]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=options).metadata.shared
+    compiled = triton.compile(source, target=target, options=options)
+    pipelined = re.search(r"cp\.async(?!\.wait)", compiled.asm["ptx"])
+    assert not (pipelined and ASYNC_FROM_REGISTERS.search(compiled.asm["ptx"])), (
+        "ptxas may reuse the registers of an asynchronous product too early", constants, options,
+    )  # fmt: skip
+    return compiled.metadata.shared
 
 
 def shrink(target: GPUTarget, s: Shrink, dtype: str, parts: int, even: bool) -> int:
     return compile_for(
         target, shrink_kernel, dtype, {"num_warps": s.warps, "num_stages": s.stages},
-        PARTS=parts, BLOCK_T=s.tile, BLOCK_R=s.rows, BLOCK_G=ROUTER_ROWS, BLOCK_K=s.k,
+        PARTS=parts, BLOCK_T=s.tile, BLOCK_R=s.rows, BLOCK_G=SYNCHRONOUS_ROWS, BLOCK_K=s.k,
         EVEN_K=even, OPERAND=NAMES[dtype],
     )  # fmt: skip
 
@@ -62,13 +82,21 @@ def expand(target: GPUTarget, e: Expand, ranks: int, dtype: str, parts: int) -> 
     )  # fmt: skip
 
 
+def mix(target: GPUTarget, ranks: int, dtype: str, parts: int, gated: bool) -> int:
+    return compile_for(
+        target, mix_kernel, dtype, {"num_warps": 4, "num_stages": 1}, PARTS=parts, GATED=gated,
+        BLOCK_T=TILE, BLOCK_R=ranks, BLOCK_N=COLUMNS, OPERAND=NAMES[dtype],
+    )  # fmt: skip
+
+
 def main() -> None:
     capability = int(sys.argv[1])
     shared = {80: 163, 89: 99, 90: 227}[capability] * 1024
     device = Device("no device", 100, shared)
     target = GPUTarget("cuda", capability, 32)
     for tokens, ranks, dtype in CASES:
-        s, e = blocks(tokens, ranks, NAMES[dtype].primitive_bitwidth // 8, device)
+        itemsize = NAMES[dtype].primitive_bitwidth // 8
+        s, e = blocks(tokens, ranks, itemsize, device, as_stored=dtype != "fp32")
         parts = 8 if tokens <= 64 else 1
         used = {
             s: shrink(target, s, dtype, parts, even=tokens > 8),
@@ -77,6 +105,10 @@ def main() -> None:
         for block, size in used.items():
             print(dtype, ranks, block, size)
             assert size <= shared, (block, size, shared)
+    for ranks, dtype, parts, gated in ((128, "bf16", 8, True), (16, "fp32", 1, False)):
+        size = mix(target, ranks, dtype, parts, gated)
+        print(dtype, ranks, "mix", size)
+        assert size <= shared, size
     print("compiled")
 
 

@@ -1,0 +1,140 @@
+"""Are the Triton kernels right on this device? A few small random cases against the reference.
+
+Run once when an engine starts, with the engine's own rank and dtype, so that most of what is
+compiled for it is used later. The cases are drawn on the CPU from a fixed seed: every machine
+checks the same numbers, and none of their gates hangs on rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from vllm_lora_ext.kernels.gated_lora.reference import TOLERANCE, gated_lora_reference
+from vllm_lora_ext.kernels.gated_lora.site import Site
+from vllm_lora_ext.kernels.gated_lora.step import StepMap
+from vllm_lora_ext.routing import GateSpec
+
+TOKENS = (1, 33, 200, 600)  # one step for every row of the tuning table
+SLICES, WIDTH = (192, 48), 512
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one adapter does to one slice."""
+
+    a_RK: torch.Tensor
+    b_NR: torch.Tensor
+    gate: GateSpec
+    router_GK: torch.Tensor | None = None
+    bias_G: torch.Tensor | None = None
+    head_K: torch.Tensor | None = None
+    head_bias: float = 0.0
+
+
+def selfcheck(
+    device: torch.device | str, dtype: torch.dtype, max_rank: int, max_router_rows: int
+) -> str | None:
+    """Runs plain, routed, rank-wise and base rows together in both launches.
+
+    Returns:
+        None when all is right, else what is wrong, in one line.
+    """
+    try:
+        for case in cases(max_rank, max_router_rows):
+            wrong = _run(case, device, dtype, max_rank, max_router_rows)
+            if wrong is not None:
+                return wrong
+    except Exception as error:  # a compiler that fails, a launch that is refused: anything
+        lines = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    return None
+
+
+@dataclass(frozen=True)
+class Case:
+    """One step: x [T, WIDTH], the slot of every row, and the adapters by slot and slice."""
+
+    x_TK: torch.Tensor
+    slots_T: np.ndarray
+    slots: list[list[Part | None]]
+
+
+def cases(max_rank: int, max_router_rows: int) -> list[Case]:
+    """The steps that are checked. A plain adapter, a router, rank-wise experts, an empty slot."""
+    g = torch.Generator("cpu").manual_seed(20)
+    experts = min(4, max_rank, max_router_rows)
+    router = GateSpec(
+        source="router", blocks=(max_rank // experts,) * experts, score="softmax",
+        select="top_k", k=min(2, experts), weight="renormalise",
+    )  # fmt: skip
+    ranks = min(max_rank, 24)
+    rank_wise = GateSpec(
+        source="self", blocks=(1,) * ranks, select="top_k", key="abs", k=min(4, ranks), weight="one"
+    )
+    specs = (GateSpec(), router, rank_wise)
+    slots: list[list[Part | None]] = [
+        [_part(g, n, spec, max_rank) for n in SLICES] for spec in specs
+    ]
+    slots[2][0] = None
+    slots.append([None] * len(SLICES))
+    made = []
+    for t in TOKENS:
+        slots_T = torch.randint(-1, len(slots), (t,), generator=g, device="cpu").numpy()
+        slots_T[0] = 1  # a step of one row is routed
+        x_TK = torch.randn(t, WIDTH, generator=g, device="cpu", dtype=torch.float32)
+        made.append(Case(x_TK, slots_T, slots))
+    return made
+
+
+def _part(g: torch.Generator, n: int, gate: GateSpec, max_rank: int) -> Part:
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=g, device="cpu", dtype=torch.float32)
+
+    rank = sum(gate.blocks) or max_rank
+    router_GK = normal(gate.num_gates, WIDTH) / WIDTH**0.5 if gate.source == "router" else None
+    return Part(normal(rank, WIDTH) / WIDTH**0.5, normal(n, rank), gate, router_GK)
+
+
+def expected(case: Case, dtype: torch.dtype) -> torch.Tensor:
+    """The reference's answer for weights and inputs as the device holds them."""
+    slots = [[p and _rounded(p, dtype) for p in parts] for parts in case.slots]
+    x_TK = case.x_TK.to(dtype).float()
+    return gated_lora_reference(x_TK, torch.from_numpy(case.slots_T), slots, SLICES)
+
+
+def _rounded(p: Part, dtype: torch.dtype) -> Part:
+    return replace(p, a_RK=p.a_RK.to(dtype).float(), b_NR=p.b_NR.to(dtype).float())
+
+
+def _run(
+    case: Case, device: torch.device | str, dtype: torch.dtype, max_rank: int, max_router_rows: int
+) -> str | None:
+    from vllm_lora_ext.kernels.gated_lora.triton_expand import expand_
+    from vllm_lora_ext.kernels.gated_lora.triton_shrink import shrink_parts
+
+    site = Site(
+        len(case.slots), WIDTH, SLICES, max_rank, max_router_rows, dtype, device, triton=True
+    )
+    for buffer in (site.rows_SRK, site.b_SRN, site.router_SGK):
+        buffer.fill_(float("nan"))  # what no adapter wrote must not matter
+    for slot, parts in enumerate(case.slots):
+        site.write(slot, parts)
+    site.step = StepMap(len(case.x_TK), device, tiled=True)
+    site.step.update(case.slots_T)
+    x_TK = case.x_TK.to(dtype).to(device)
+    got = []
+    for _ in range(2):
+        y_TN = torch.zeros(len(x_TK), sum(SLICES), dtype=dtype, device=device)
+        expand_(y_TN, shrink_parts(x_TK, site), site)
+        got.append(y_TN.cpu())
+    want_TN = expected(case, dtype)
+    error = float((got[0].float() - want_TN).norm() / want_TN.norm())
+    where = f"{dtype}, rank {max_rank}, {len(x_TK)} rows"
+    if not error < TOLERANCE[dtype]:  # NaN is wrong too
+        return f"results differ by {error:.1e} of their norm ({where})"
+    if not torch.equal(got[0], got[1]):
+        return f"two equal runs differ ({where})"
+    return None

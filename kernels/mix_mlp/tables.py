@@ -1,0 +1,60 @@
+"""BlockTables: what the GPU kernel reads about the experts of each slot at one MLP block.
+
+The gate stands in `SlotTables` of one slice, as that of a linear layer does; beside it, per slot,
+
+    HEADER        column of u where the gate's and the up's A x begin (-1: no experts there),
+                  whether the second linear has experts, the activation
+    max_rank ints for the first rank of an expert: the first rank of the next one
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import accumulate, pairwise
+
+import torch
+
+from vllm_lora_ext.kernels.gated_lora.site import SlicePlan
+from vllm_lora_ext.kernels.gated_lora.tables import SlotTables
+
+HEADER = ("first_at", "up_at", "down", "activation")
+# Elementwise, by transformers' names.
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu")
+
+
+class BlockTables:
+    """Device tables of one block, at addresses that never change.
+
+    Attributes:
+        gate: [slots, ...] the gate over ranks; no ranks mean that the slot has no experts here.
+        ints_SI: [slots, len(HEADER) + max_rank] int32.
+    """
+
+    def __init__(self, num_slots: int, max_rank: int, device: torch.device | str) -> None:
+        self.gate = SlotTables(num_slots, (1,), max_rank, device)
+        size = len(HEADER) + max_rank
+        self.ints_SI = torch.zeros(num_slots, size, dtype=torch.int32, device=device)
+
+    def clear(self, slot: int) -> None:
+        """The slot has no experts here any more."""
+        self.gate.clear(slot)
+
+    def write(self, slot: int, first: Sequence[SlicePlan], down: bool, act: str) -> None:
+        """Describes one adapter.
+
+        Args:
+            first: the parts of the first linear; the first one has the block's gate.
+            down: whether the second linear has experts.
+            act: one of `ACTIVATIONS`.
+        """
+        gate = first[0].gate
+        at = [p.a_start if p.a_stop > p.a_start else -1 for p in first]
+        # One part over both gate and up: they share its A.
+        header = [at[0], at[-1], int(down), ACTIVATIONS.index(act)]
+        next_R = [0] * (self.ints_SI.shape[1] - len(HEADER))
+        for start, stop in pairwise(accumulate(gate.blocks, initial=0)):
+            next_R[start] = stop
+        self.ints_SI[slot].copy_(torch.tensor(header + next_R, dtype=torch.int32))
+        ranks = torch.empty(sum(gate.blocks), 0)
+        self.gate.write(slot, 0, 0, [(0, replace(first[0], bt_RN=ranks))])

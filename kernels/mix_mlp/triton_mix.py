@@ -1,0 +1,261 @@
+"""The one launch of a MixLoRA block on a GPU, between its two linears:
+
+    a_e = act(gate(x) + B_g^e h_g^e) * (up(x) + B_u^e h_u^e)        h = A x, of the first shrink
+    a   = sum_e v_e a_e             replaces the activation of these rows
+    z_e = v_e A_d^e a_e             goes where the second linear's shrink would put it
+
+The weights v come from the router's logits in h, by the gate table of `gated_lora`. One program
+takes one tile of rows of one slot (`StepMap`) and a part of the inner columns; it walks over them,
+and for each over the experts that some row of its tile has chosen. The products run over all ranks
+with the other experts' rows of B and A_d left out, so that experts may have any rank; that costs
+E times the multiplications and no more bytes. z is summed over the parts, in order, by the second
+linear's expand.
+
+Rows come in tiles of 16 (`TILE`), at prefill too: nothing here is tuned, and no product is
+asynchronous (`gated_lora.tuning`). `COLUMNS` inner columns are in registers at once.
+"""
+
+# mypy: allow-untyped-defs
+# Kernels take pointers and blocks that have no Python types.
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_lora_ext.kernels.gated_lora.site import Site
+from vllm_lora_ext.kernels.gated_lora.step import max_tiles
+from vllm_lora_ext.kernels.gated_lora.triton_expand import COUNTS, NUM_SPEC, NUM_VALUES, sum_parts
+from vllm_lora_ext.kernels.gated_lora.triton_expand import gate as gate_of
+from vllm_lora_ext.kernels.gated_lora.triton_shrink import operand
+from vllm_lora_ext.kernels.gated_lora.tuning import Device, device_of
+from vllm_lora_ext.kernels.mix_mlp import tables
+from vllm_lora_ext.kernels.mix_mlp.tables import BlockTables
+
+TILE, COLUMNS, MOST_PARTS = 16, 64, 16
+NUM_HEADER = tl.constexpr(len(tables.HEADER))
+SILU = tl.constexpr(tables.ACTIVATIONS.index("silu"))
+GELU = tl.constexpr(tables.ACTIVATIONS.index("gelu"))
+GELU_TANH = tl.constexpr(tables.ACTIVATIONS.index("gelu_pytorch_tanh"))
+QUICK_GELU = tl.constexpr(tables.ACTIVATIONS.index("quick_gelu"))
+
+
+@triton.jit(do_not_specialize=["num_tokens", "stride_u_part", "stride_z_part"])
+def mix_kernel(
+    a_ptr,
+    base_ptr,
+    u_ptr,
+    z_ptr,
+    b_ptr,
+    down_ptr,
+    ints_ptr,
+    floats_ptr,
+    block_ptr,
+    order_ptr,
+    tiles_ptr,
+    num_tokens,
+    inner,
+    max_rank,
+    stride_a,
+    stride_base,
+    stride_u_part,
+    stride_u,
+    stride_z_part,
+    stride_z,
+    stride_b_slot,
+    stride_b,
+    stride_down_slot,
+    stride_down,
+    stride_ints,
+    stride_floats,
+    stride_block,
+    stride_tiles,
+    PARTS: tl.constexpr,
+    GATED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    tile = tl.program_id(1)
+    slot = tl.load(tiles_ptr + tile).to(tl.int64)
+    if slot < 0:
+        return
+    spec_ptr = ints_ptr + slot * stride_ints + COUNTS
+    values_ptr = floats_ptr + slot * stride_floats
+    ranks = tl.load(spec_ptr)
+    if ranks == 0:
+        return
+    tile_start = tl.load(tiles_ptr + stride_tiles + tile)
+    tile_stop = tl.load(tiles_ptr + 2 * stride_tiles + tile)
+    at_T = tile_start + tl.arange(0, BLOCK_T)
+    ok_T = at_T < tile_stop
+    token_T = tl.load(order_ptr + at_T, mask=ok_T, other=0).to(tl.int64)
+    ok_T = ok_T & (token_T < num_tokens)
+    rank_R = tl.arange(0, BLOCK_R)
+    ok_R = rank_R < ranks
+    ok_TR = ok_T[:, None] & ok_R[None, :]
+    u_T = u_ptr + token_T * stride_u
+
+    vectors_R = spec_ptr + NUM_SPEC + rank_R
+    logit_R = tl.load(vectors_R, mask=ok_R, other=0)
+    first_R = tl.load(vectors_R + max_rank, mask=ok_R, other=0)
+    bias_R = tl.load(values_ptr + NUM_VALUES + rank_R, mask=ok_R, other=0.0)
+    logits_TR = sum_parts(u_T[:, None] + logit_R[None, :], ok_TR, stride_u_part, PARTS)
+    head = tl.load(spec_ptr + 7)
+    has_head_T = ok_T & (at_T < tl.where(head >= 0, tile_stop, tile_start))
+    head_T = sum_parts(u_T + head, has_head_T, stride_u_part, PARTS)
+    v_TR = gate_of(logits_TR, head_T, bias_R, rank_R, first_R, ok_R, spec_ptr, values_ptr)
+    v_TR = tl.where(ok_TR, v_TR, 0.0)
+
+    block_ptr += slot * stride_block
+    first_at, up_at = tl.load(block_ptr), tl.load(block_ptr + 1)
+    down, kind = tl.load(block_ptr + 2), tl.load(block_ptr + 3)
+    h_T = u_T[:, None] + rank_R[None, :]
+    has_first_TR = ok_TR & (rank_R < tl.where(first_at >= 0, ranks, 0))[None, :]
+    first_TR = sum_parts(h_T + first_at, has_first_TR, stride_u_part, PARTS)
+    has_up_TR = ok_TR & (rank_R < tl.where(up_at >= 0, ranks, 0))[None, :]
+    up_TR = sum_parts(h_T + up_at, has_up_TR, stride_u_part, PARTS)
+    first_TR = first_TR.to(b_ptr.dtype.element_ty).to(OPERAND)
+    up_TR = up_TR.to(b_ptr.dtype.element_ty).to(OPERAND)
+    b_R = b_ptr + slot * stride_b_slot + rank_R.to(tl.int64) * stride_b
+    down_R = down_ptr + slot * stride_down_slot + rank_R.to(tl.int64) * stride_down
+    base_T = base_ptr + token_T * stride_base
+
+    part = tl.program_id(0)
+    length = tl.cdiv(inner, tl.num_programs(0) * BLOCK_N) * BLOCK_N
+    begin = part * length
+    z_TR = tl.zeros((BLOCK_T, BLOCK_R), tl.float32)
+    for n in range(begin, tl.minimum(begin + length, inner), BLOCK_N):
+        n_N = n + tl.arange(0, BLOCK_N)
+        ok_N = n_N < inner
+        ok_TN = ok_T[:, None] & ok_N[None, :]
+        base_TN = tl.load(base_T[:, None] + n_N[None, :], mask=ok_TN, other=0.0).to(tl.float32)
+        up_TN = base_TN
+        if GATED:
+            n_up_N = inner + n_N
+            up_TN = tl.load(base_T[:, None] + n_up_N[None, :], mask=ok_TN, other=0.0)
+            up_TN = up_TN.to(tl.float32)
+        mixed_TN = tl.zeros((BLOCK_T, BLOCK_N), tl.float32)
+        rank = 0
+        while rank < ranks:
+            stop = tl.load(block_ptr + NUM_HEADER + rank)
+            v_T = tl.sum(tl.where((rank_R == rank)[None, :], v_TR, 0.0), axis=1)
+            chosen_T = v_T != 0
+            if tl.max(chosen_T.to(tl.int32), axis=0) != 0:
+                own_R = (rank_R >= rank) & (rank_R < stop)
+                own_RN = own_R[:, None] & ok_N[None, :]
+                a_TN = base_TN
+                if first_at >= 0:
+                    b_RN = tl.load(b_R[:, None] + n_N[None, :], mask=own_RN, other=0.0)
+                    a_TN += tl.dot(first_TR, b_RN.to(OPERAND), input_precision="tf32x3")
+                a_TN = _activate(a_TN, kind)
+                if GATED:
+                    e_up_TN = up_TN
+                    if up_at >= 0:
+                        b_RN = tl.load(b_R[:, None] + n_up_N[None, :], mask=own_RN, other=0.0)
+                        e_up_TN += tl.dot(up_TR, b_RN.to(OPERAND), input_precision="tf32x3")
+                    a_TN *= e_up_TN
+                a_TN = tl.where(chosen_T[:, None], v_T[:, None] * a_TN, 0.0)
+                mixed_TN += a_TN
+                if down != 0:
+                    d_RN = tl.load(down_R[:, None] + n_N[None, :], mask=own_RN, other=0.0)
+                    rounded_TN = a_TN.to(down_ptr.dtype.element_ty).to(OPERAND)
+                    d_NR = tl.trans(d_RN.to(OPERAND))
+                    z_TR = tl.dot(rounded_TN, d_NR, z_TR, input_precision="tf32x3")
+            rank = stop
+        mixed_TN = mixed_TN.to(a_ptr.dtype.element_ty)
+        tl.store(a_ptr + (token_T * stride_a)[:, None] + n_N[None, :], mixed_TN, mask=ok_TN)
+    if down != 0:
+        z_T = z_ptr + part.to(tl.int64) * stride_z_part + token_T * stride_z
+        tl.store(z_T[:, None] + rank_R[None, :], z_TR, mask=ok_TR)
+
+
+@triton.jit
+def _activate(x, kind):
+    if kind == SILU:
+        x = x * tl.sigmoid(x)
+    elif kind == GELU:
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif kind == GELU_TANH:  # (1 + tanh z) / 2 is sigmoid(2 z)
+        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    elif kind == QUICK_GELU:
+        x = x * tl.sigmoid(1.702 * x)
+    else:
+        x = tl.maximum(x, 0.0)
+    return x
+
+
+def parts_of(num_tokens: int, inner: int, device: Device) -> int:
+    """Parts of the inner columns, a power of two: two programs per multiprocessor."""
+    wanted = 2 * device.processors // max(1, triton.cdiv(num_tokens, TILE))
+    most = min(MOST_PARTS, triton.cdiv(inner, COLUMNS))
+    return 1 << max(0, min(wanted, most).bit_length() - 1)
+
+
+def mix_(
+    a_TI: torch.Tensor,
+    base_TN: torch.Tensor,
+    u_PTR: torch.Tensor,
+    first: Site,
+    last: Site,
+    block: BlockTables,
+    zeroed: bool,
+) -> torch.Tensor:
+    """Puts the mixed activations into the rows of a that have experts here.
+
+    Args:
+        a_TI: [T, inner], base_TN: [T, gate | up] or [T, inner]; columns adjacent.
+        u_PTR: [parts, T, first.num_rows] fp32, the first linear's shrink.
+        zeroed: whether what is not written of the result is zero.
+    Returns:
+        [parts, T, last.num_rows] fp32, for the second linear's shrink to fill further.
+    """
+    assert a_TI.stride(1) == base_TN.stride(1) == 1
+    num_tokens, inner = a_TI.shape
+    parts = parts_of(num_tokens, inner, device_of(a_TI.device.index))
+    new = u_PTR.new_zeros if zeroed else u_PTR.new_empty
+    z_PTR: torch.Tensor = new(parts, num_tokens, last.num_rows)
+    if not num_tokens:
+        return z_PTR
+    gate, tiles = block.gate, first.step.tiles(TILE)
+    mix_kernel[(parts, max_tiles(num_tokens, len(first.b_SRN), TILE))](
+        a_TI,
+        base_TN,
+        u_PTR,
+        z_PTR,
+        first.b_SRN,
+        last.rows_SRK,
+        gate.ints_SI,
+        gate.floats_SF,
+        block.ints_SI,
+        first.step.order_T,
+        tiles,
+        num_tokens,
+        inner,
+        first.max_rank,
+        a_TI.stride(0),
+        base_TN.stride(0),
+        u_PTR.stride(0),
+        u_PTR.stride(1),
+        z_PTR.stride(0),
+        z_PTR.stride(1),
+        first.b_SRN.stride(0),
+        first.b_SRN.stride(1),
+        last.rows_SRK.stride(0),
+        last.rows_SRK.stride(1),
+        gate.ints_SI.stride(0),
+        gate.floats_SF.stride(0),
+        block.ints_SI.stride(0),
+        tiles.stride(0),
+        PARTS=len(u_PTR),
+        GATED=base_TN.shape[1] == 2 * inner,
+        BLOCK_T=TILE,
+        BLOCK_R=first.padded_rank,
+        BLOCK_N=COLUMNS,
+        OPERAND=operand(first.b_SRN),
+        num_warps=4,
+        num_stages=1,
+    )
+    return z_PTR

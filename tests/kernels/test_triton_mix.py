@@ -1,0 +1,165 @@
+"""MixLoRA's block on the Triton kernels against its plain definition.
+
+Compiled where there is a GPU; without one `test_triton` runs this file in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn.functional import gelu, silu
+
+from tests.kernels.test_mix_mlp import GATES, TOP2, Mlp, experts
+from tests.kernels.test_triton import DEVICE, NAN, on_gpu, poisoned_empty, runs_kernels
+from vllm_lora_ext.kernels.gated_lora.reference import TOLERANCE
+from vllm_lora_ext.kernels.mix_mlp import block as blocks
+from vllm_lora_ext.routing.mix import expert_weights, mix_reference
+
+pytestmark = runs_kernels
+
+
+@pytest.fixture(autouse=True)
+def poisoned(monkeypatch):
+    """What is allocated and not written is NaN: whoever reads it shows."""
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned_empty)
+
+
+@pytest.fixture(autouse=True)
+def kernels_only(monkeypatch):
+    """The PyTorch path would give the right answer too."""
+
+    def never(*_):
+        raise AssertionError("the PyTorch path ran")
+
+    monkeypatch.setattr(blocks, "_mix", never)
+
+
+def mlp_of(hidden, inner, gated, g, **options):
+    mlp = Mlp(hidden, inner, gated, g, **{"device": DEVICE, "triton": True} | options)
+    for site in mlp.sites:
+        site.router_SGK.fill_(NAN)
+    return mlp
+
+
+def undecided(e, x):
+    """Rows whose choice of experts hangs on the last bits of the logits."""
+    v = expert_weights(e.gate, x.float() @ e.router_GK.t())
+    shaken = e.router_GK * (1 + 5e-5 * torch.randn_like(e.router_GK))
+    return ((expert_weights(e.gate, x.float() @ shaken.t()) - v).abs() > 1e-2).any(dim=1)
+
+
+def error(mlp, mine, x, slots, y):
+    """Relative, in norm; rows without experts must be those of the base model, bit for bit."""
+    act = silu if mlp.gated else gelu
+    base = mlp.linears()["down_proj" if mlp.gated else "fc2"]
+    x = x.float()
+    first = x @ mlp.first_w.t() + mlp.first_b
+    wanted, sure = base(mlp.act(first)), torch.ones(len(x), dtype=torch.bool)
+    for slot, e in mine.items():
+        rows = [i for i, s in enumerate(slots) if s == slot]
+        wanted[rows] = mix_reference(e, x[rows], mlp.linears(), act)
+        sure[rows] = ~undecided(e, x[rows])
+    assert sure.float().mean() > 0.9
+    others = [i for i, s in enumerate(slots) if s not in mine]
+    if DEVICE == "cpu":
+        assert torch.equal(y[others], base(mlp.act(first.to(y.dtype)))[others])
+    return ((y.float() - wanted)[sure].norm() / wanted[sure].norm()).item()
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("gate", GATES, ids=lambda g: g.get("select", "all") + str(g.get("k", "")))
+def test_a_mixed_batch_equals_the_definition(gate, gated, sharded):
+    g = torch.Generator().manual_seed(7)
+    mlp = mlp_of(24, 40, gated, g, biased=False, sharded=sharded)
+    mine = {0: experts(mlp, [3, 3, 3], gate, g), 2: experts(mlp, [2, 5, 1, 4], gate, g)}
+    for slot, e in mine.items():
+        mlp.write(slot, e)
+    assert mlp.block.on_kernels == {0, 2}
+    slots = [-1, 0, 2, 2, 0, -1, 2, 0, 1]  # slot 1 holds nothing here
+    x = torch.randn(len(slots), 24, generator=g)
+    y = mlp.forward(x.to(DEVICE), slots, sharded).cpu()
+    assert error(to_cpu(mlp), mine, x, slots, y) < TOLERANCE[torch.float32]
+
+
+def to_cpu(mlp):
+    """The base weights back where the definition runs."""
+    mlp.first_w, mlp.first_b, mlp.last_w = (
+        w.cpu().float() for w in (mlp.first_w, mlp.first_b, mlp.last_w)
+    )
+    mlp.last_b = None if mlp.last_b is None else mlp.last_b.cpu().float()
+    return mlp
+
+
+@pytest.mark.parametrize(
+    "names", [["gate_proj"], ["up_proj"], ["down_proj"], ["gate_proj", "down_proj"]]
+)
+def test_experts_on_some_of_the_linears_only(names):
+    g = torch.Generator().manual_seed(3)
+    mlp = mlp_of(16, 20, True, g)
+    e = experts(mlp, [4, 4], TOP2 | {"k": 1}, g, names)
+    mlp.write(1, e)
+    x = torch.randn(21, 16, generator=g)
+    y = mlp.forward(x.to(DEVICE), [1] * 21).cpu()
+    assert error(to_cpu(mlp), {1: e}, x, [1] * 21, y) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("ranks", [[1], [6, 6, 6], [12, 3, 1, 1], [48, 16], [2] * 16])
+def test_any_ranks(ranks):
+    g = torch.Generator().manual_seed(4)
+    mlp = mlp_of(32, 200, True, g)
+    e = experts(mlp, ranks, TOP2 | {"k": min(2, len(ranks))}, g)
+    mlp.write(3, e)
+    slots = [3, -1] * 9
+    x = torch.randn(18, 32, generator=g)
+    y = mlp.forward(x.to(DEVICE), slots).cpu()
+    assert error(to_cpu(mlp), {3: e}, x, slots, y) < TOLERANCE[torch.float32]
+
+
+def test_routed_linears_and_blocks_in_one_batch_and_cleared_slots():
+    g = torch.Generator().manual_seed(5)
+    mlp = mlp_of(16, 24, True, g)
+    x = torch.randn(6, 16, generator=g)
+    base = mlp.forward(x.to(DEVICE), [0] * 6)
+    e = experts(mlp, [2, 2], TOP2, g)
+    mlp.write(0, e)
+    first = mlp.forward(x.to(DEVICE), [0, 0, 1, 0, -1, 0])
+    assert torch.equal(first, mlp.forward(x.to(DEVICE), [0, 0, 1, 0, -1, 0]))
+    assert torch.equal(first[[2, 4]], base[[2, 4]]) and not torch.allclose(first[0], base[0])
+    mlp.block.clear(0)
+    assert torch.equal(mlp.forward(x.to(DEVICE), [0] * 6), base)
+
+
+def test_what_the_kernel_does_not_know_takes_the_pytorch_path():
+    g = torch.Generator().manual_seed(5)
+    mlp = mlp_of(16, 20, True, g)
+    mlp.write(0, experts(mlp, [2, 2], {"score": "softmax", "select": "top_k", "k": 1}, g))
+    assert set(mlp.block.plans) == {0}  # its weights scale the second linear's bias
+    mlp.block.act_name = "xielu"
+    mlp.write(1, experts(mlp, [2, 2], TOP2, g))
+    assert set(mlp.block.plans) == {0, 1} and not mlp.block.on_kernels
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("t", [1, 40, 700])
+def test_sizes_of_a_real_model(t, dtype):
+    g = torch.Generator().manual_seed(6)
+    mlp = mlp_of(2048, 5632, True, g, dtype=dtype)
+    mine = {0: experts(mlp, [8] * 8, TOP2, g), 3: experts(mlp, [16, 8, 8], TOP2 | {"k": 1}, g)}
+    for slot, e in mine.items():
+        mlp.write(slot, e)
+    slots = [(0, 3, -1)[i % 3] for i in range(t)]
+    x = torch.randn(t, 2048, generator=g)
+    y = mlp.forward(x.to(DEVICE, dtype), slots).float().cpu()
+    for e in mine.values():
+        for part in e.parts.values():
+            part.a_RK, part.b_NR = (w.to(dtype).float() for w in (part.a_RK, part.b_NR))
+    mlp, act = to_cpu(mlp), silu
+    x = x.to(dtype).float()
+    for slot, e in mine.items():
+        rows = [i for i, s in enumerate(slots) if s == slot]
+        if rows:
+            sure = ~undecided(e, x[rows])
+            want = mix_reference(e, x[rows], mlp.linears(), act)[sure]
+            assert (y[rows][sure] - want).norm() / want.norm() < 2 * TOLERANCE[dtype]

@@ -1,0 +1,114 @@
+"""Which backend runs, and whether CUDA graphs may: every combination, without a GPU."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.make_adapters import random_module, router_spec
+from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches.backend import check_graphs, choose_kernels
+
+WRONG = "results differ by 2.0e-01 of their norm"
+
+
+def _never() -> str | None:
+    raise AssertionError("the check must not run")
+
+
+@pytest.mark.parametrize("device", ["cpu", "xpu"])
+@pytest.mark.parametrize("wanted", [None, False])
+def test_no_gpu_takes_pytorch_without_a_check(device: str, wanted: bool | None) -> None:
+    assert choose_kernels(wanted, device, _never) is False
+
+
+def test_false_takes_pytorch_on_a_gpu_too() -> None:
+    assert choose_kernels(False, "cuda", _never) is False
+
+
+@pytest.mark.parametrize("wanted", [None, True])
+def test_a_gpu_takes_the_kernels_when_their_check_passes(
+    wanted: bool | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert choose_kernels(wanted, "cuda", lambda: None) is True
+    assert not caplog.records
+
+
+def test_a_failed_check_is_one_warning_and_pytorch(caplog: pytest.LogCaptureFixture) -> None:
+    logging.getLogger("vllm").propagate = True  # vLLM turns it off once it is imported
+    with caplog.at_level(logging.WARNING, "vllm.lora_ext"):
+        assert choose_kernels(None, "cuda", lambda: WRONG) is False
+    (record,) = caplog.records
+    assert WRONG in record.getMessage() and "PyTorch" in record.getMessage()
+
+
+@pytest.mark.parametrize(("device", "seen"), [("cuda", WRONG), ("cpu", "cpu"), ("xpu", "xpu")])
+def test_true_refuses_to_start_where_the_kernels_cannot_run(device: str, seen: str) -> None:
+    with pytest.raises(AdapterError) as caught:
+        choose_kernels(True, device, lambda: WRONG)
+    assert caught.value.code == "bad_settings"
+    assert f"seen: {seen}" in caught.value.text and "triton" in caught.value.text
+
+
+GRAPHS = (None, "NONE", "PIECEWISE", "FULL", "FULL_DECODE_ONLY", "FULL_AND_PIECEWISE")
+
+
+@pytest.mark.parametrize(
+    ("graphs", "device", "kernels"),
+    list(itertools.product(GRAPHS, ("cpu", "cuda", "xpu"), (False, True))),
+)
+def test_graphs_need_kernels(graphs: str | None, device: str, kernels: bool) -> None:
+    captures = device != "cpu" and graphs not in (None, "NONE")
+    if captures and not kernels:
+        with pytest.raises(AdapterError, match="--enforce-eager") as caught:
+            check_graphs(graphs, device, kernels)
+        assert caught.value.code == "bad_settings"
+        assert f"cudagraph_mode {graphs}" in caught.value.text
+    else:
+        assert check_graphs(graphs, device, kernels) is captures
+
+
+def test_engines_with_graphs_refuse_experts_that_are_mlp_blocks() -> None:
+    from vllm_lora_ext.model_patches.manager import RoutedLoRAModelManager
+
+    manager = SimpleNamespace(graphs=True, blocks={"model.layers.0.mlp": None})
+    with pytest.raises(AdapterError, match="--enforce-eager") as caught:
+        RoutedLoRAModelManager._block(manager, "layers.0.mlp", "model.layers.0.mlp")
+    assert caught.value.code == "unsupported_feature"
+    manager.graphs = False
+    name = RoutedLoRAModelManager._block(manager, "layers.0.mlp", "model.layers.0.mlp")
+    assert name == "model.layers.0.mlp"
+
+
+@pytest.mark.parametrize("shape", [(5, 16), (1, 5, 16)])
+@pytest.mark.parametrize("reduces", [False, True])
+def test_the_shrink_beside_the_base_product_adds_the_same(
+    reduces: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm_lora_ext.kernels.gated_lora import Site, StepMap, gated_lora_reference, register_site
+    from vllm_lora_ext.model_patches import layers
+
+    monkeypatch.setattr(layers, "tensor_model_parallel_all_reduce", lambda u: u)
+    rng = np.random.default_rng(0)
+    site = Site(2, 16, (12,), 8, 8, torch.float32, "cpu")
+    module = random_module(rng, 16, 12, router_spec())
+    site.write(1, [module])
+    site.step = StepMap(8)
+    slots_T = np.array([1, -1, 0, 1, 1])
+    site.step.update(slots_T)
+    weight_NK, x = torch.randn(12, 16), torch.randn(shape)
+    base = SimpleNamespace(apply=lambda _layer, x, bias: x @ weight_NK.t())
+    layer = SimpleNamespace(
+        reduces=reduces, site=site, site_id=register_site(site), base_layer=None,
+        _get_quant_method=lambda: base, _events=(None, None), _lora_stream=None,
+    )  # fmt: skip
+    got = layers.RoutedLinear._apply_async_impl(layer, x)
+    delta_TN = gated_lora_reference(
+        x.view(5, 16), torch.from_numpy(slots_T), [[None], [module]], (12,)
+    )
+    torch.testing.assert_close(got, x @ weight_NK.t() + delta_TN.view(got.shape))
