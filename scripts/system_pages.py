@@ -16,7 +16,9 @@ import json
 import os
 import re
 import sys
+import tempfile
 import textwrap
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +167,7 @@ def _checked(reader: Reader, rows: list[dict[str, Any]]) -> str:
     text += (
         "\n*effect*: mean change of a logit by the adapter. *transformers*: largest difference of a"
     )
-    text += " logit\nfrom the recorded ones. *vLLM*: largest difference of a log-probability."
+    text += " logit\nfrom the reference's. *vLLM*: largest difference of a log-probability."
     return _section("What was checked", text)
 
 
@@ -271,9 +273,47 @@ def measure() -> None:
             "engine": row["engine"],
         })  # fmt: skip
         print(f"{folder.name}: {largest:.1e}")
+    with torch.no_grad():
+        rows += [row | {"engine": earlier.pop(row["fixture"], {}).get("engine")}
+                 for row in measure_against_peft(load_base)]  # fmt: skip
     rows += [row for name, row in earlier.items() if not (FIXTURES / name).is_dir()]
     measured["rows"] = rows
     MEASURED.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+
+
+def measure_against_peft(load_base: Callable[[str], Any]) -> Iterator[dict[str, Any]]:
+    """The rows of PEFT's own systems that have no fixture: its code runs beside ours."""
+    sys.path.insert(0, str(ROOT / "scripts"))
+    import peft
+    from peft_adapters import adapters, prompts
+
+    from vllm_lora_ext.adapters import load_adapter
+    from vllm_lora_ext.adapters.hf import apply_adapter
+
+    name = "base_llama"
+    base = load_base(name)
+    ids = prompts(base.config.vocab_size)
+    plain = [base(i).logits for i in ids]
+    with tempfile.TemporaryDirectory() as place:
+        for system, folder, settings, wanted in adapters(base, Path(place)):
+            adapter = load_adapter(folder, settings=settings)
+            with apply_adapter(base, adapter):
+                got = [base(i).logits for i in ids]
+            both = list(zip(got, wanted, strict=True))
+            moved = [float((a - b).abs().mean()) for a, b in zip(wanted, plain, strict=True)]
+            largest = max(float((a - b).abs().max()) for a, b in both)
+            print(f"{system}: {largest:.1e} from PEFT, moved {sum(moved) / len(moved):.2f}")
+            yield {
+                "fixture": f"peft-{system}",
+                "system": adapter.system,
+                "base": name,
+                "reference": f"huggingface/peft {peft.__version__}, which made a random adapter, "
+                "saved it and ran it",
+                "what": f"logits of {len(ids)} random prompts of {ids[0].shape[1]} tokens, float32",
+                "effect": round(sum(moved) / len(moved), 2),
+                "gate": one_gate(adapter),
+                "transformers": {"largest": float(f"{largest:.1e}"), "date": _today()},
+            }
 
 
 def one_gate(adapter: Any) -> str | None:

@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 
 import pytest
-from bad_adapters import BAD, FIT, GOOD, build_bad, more_experts, widen
+from bad_adapters import BAD, FIT, GOOD, build_bad, more_experts, widen, with_json
 
-from vllm_lora_ext.adapters import Limits, check_fits, load_adapter, resolve_inside
+from vllm_lora_ext.adapters import AdapterFolder, Limits, check_fits, load_adapter, resolve_inside
 from vllm_lora_ext.adapters.hf import model_shapes
+from vllm_lora_ext.adapters.registry import OFFLINE
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.merging.variants import VARIANTS
 
 # A word of the message: the field or tensor that is wrong.
 FIELDS = {
     "alpha_1e30": "lora_alpha", "alpha_missing": "lora_alpha", "r_zero": "r in adapter_config",
     "r_other": "adapter_config.json", "peft_type_unknown": "peft_type", "dora": "DoRA",
     "alora": "Activated LoRA", "pissa": "init_lora_weights", "b_missing": "lora_B",
-    "extra_tensor": "surprise", "b_other_rank": "up_proj.lora_B", "a_nan": "A of model.layers.0",
-    "b_inf": "B times its scale of model.layers.0", "router_missing": "lora_route",
-    "router_nan": "router of model.layers.0", "expert_missing": "lora_A3",
+    "extra_tensor": "surprise", "b_other_rank": "up_proj.lora_B", "a_nan": "up_proj.lora_A",
+    "b_inf": "up_proj.lora_B", "b_overflows": "B times its scale of model.layers.0",
+    "router_missing": "lora_route", "router_nan": "lora_route", "expert_missing": "lora_A3",
     "top_k_missing": "top_k", "k_more_than_experts": "top_k", "temperature_zero": "temperature",
     "order_unknown": "task_9", "scaling_other": "scaling", "sidecar_unknown_key": "topk",
     "layer_unknown": "model.layers.7.", "other_hidden_size": "q_proj", "other_base":
@@ -58,6 +60,20 @@ def test_the_good_ones_are_good(name, bases):
     adapter = load_adapter(GOOD[name])
     base = bases[adapter.base_model]
     check_fits(adapter, model_shapes(base), base_name=adapter.base_model, **FIT)
+
+
+@pytest.mark.parametrize("peft_type", OFFLINE)
+def test_what_can_be_made_an_ordinary_lora_says_how(peft_type, tmp_path):
+    """The table beside the readers says what the converters, one floor above, say themselves."""
+    build_bad("peft_type_unknown", tmp_path / "a")
+    with_json(lambda config: config.update(peft_type=peft_type))(tmp_path / "a", tmp_path / "a")
+    with pytest.raises(AdapterError, match="read_variant") as caught:
+        load_adapter(tmp_path / "a")
+    assert caught.value.code == "unknown_peft_type"
+    variant = next(v for v in VARIANTS if v.detect(AdapterFolder(tmp_path / "a")))
+    needs = {"base" if need == "sizes" else need for need in variant.needs}
+    assert variant.convert is not None and needs == set(OFFLINE[peft_type])
+    assert all(f"{need}=..." in caught.value.text for need in needs)
 
 
 def test_router_rows_and_rank_say_what_would_do(tmp_path, shapes):

@@ -167,7 +167,7 @@ NATIVE = {
         with_tensors(replace("threshold.weight", lambda t: t[0])), "bad_shape", "threshold",
     ),
     "head_nan": (
-        with_tensors(poison("threshold.weight", float("inf"))), "not_finite", "threshold head",
+        with_tensors(poison("threshold.weight", float("inf"))), "not_finite", "threshold.weight",
     ),
     "a_lost": (with_tensors(drop("lora_A")), "missing_tensor", "lora_A"),
     "a_b_disagree": (

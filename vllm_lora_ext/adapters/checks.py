@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 import torch
 
+from vllm_lora_ext.adapters.blocks import activation
+from vllm_lora_ext.adapters.finite import is_finite, not_finite
 from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
 from vllm_lora_ext.errors import AdapterError
 
@@ -26,7 +28,7 @@ def check_adapter(adapter: RoutedAdapter) -> None:
 
     Raises:
         AdapterError: `empty_adapter`, `bad_shape`, `rank_mismatch`, `missing_tensor`,
-            `unexpected_tensor`, `not_finite`, `unsupported_feature`.
+            `unexpected_tensor`, `not_finite`, `unsupported_feature`, `bad_value`.
     """
     if not adapter.modules and not adapter.blocks:
         raise AdapterError(
@@ -156,13 +158,8 @@ def _check_finite(name: str, module: RoutedModule) -> None:
 
 def _refuse_not_finite(name: str, tensors: Mapping[str, torch.Tensor | None]) -> None:
     for what, tensor in tensors.items():
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
-            bad = int((~torch.isfinite(tensor)).sum())
-            raise AdapterError(
-                "not_finite", f"{what} of {name} holds NaN or infinity",
-                seen=f"{bad} of {tensor.numel()} values", limit="finite numbers",
-                fix="train or save the adapter again",
-            )  # fmt: skip
+        if tensor is not None and not is_finite(tensor):
+            raise not_finite(f"{what} of {name}", tensor)
 
 
 def _check_block(name: str, block: MixBlock) -> None:
@@ -181,6 +178,8 @@ def _check_block(name: str, block: MixBlock) -> None:
             seen=sorted(names), limit=[", ".join(sorted(known)) for known in BLOCK_PARTS],
             fix="check which system the adapter is of",
         )  # fmt: skip
+    if block.act is not None:
+        activation(block.act)  # raises when there is none of that name
     router = block.router_GK
     if router.ndim != 2 or router.shape[0] != gate.num_gates:
         raise AdapterError(

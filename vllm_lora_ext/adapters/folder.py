@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from vllm_lora_ext.adapters.finite import is_finite, not_finite
 from vllm_lora_ext.adapters.paths import outside, real_file, resolve_inside
 from vllm_lora_ext.adapters.strict_json import parse_object
 from vllm_lora_ext.errors import AdapterError
@@ -30,7 +31,8 @@ WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
 # Of a format that is known and refused: opened so that it can be refused by its name.
 REFUSED_WEIGHTS = ("xlora_classifier.safetensors",)
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-DTYPES = {"F32": 4, "F16": 2, "BF16": 2}
+DTYPES = ("F32", "F16", "BF16")
+WHOLE = ("I64", "I32", "I16", "I8", "U8")
 
 
 @dataclass(frozen=True)
@@ -73,8 +75,11 @@ class AdapterFolder:
             is a weights file.
     Raises:
         AdapterError: `not_found`, `pickle_refused`, `missing_file`, `unexpected_file`,
-            `path_not_allowed`, `bad_file`, `bad_json`, `bad_safetensors`, `too_large`, `bad_dtype`.
+            `path_not_allowed`, `bad_file`, `bad_json`, `bad_safetensors`, `too_large`.
     """
+
+    # What `take` takes; an offline tool may say otherwise.
+    dtypes: tuple[str, ...] = DTYPES
 
     def __init__(
         self,
@@ -105,6 +110,7 @@ class AdapterFolder:
         self._sidecar: dict[str, Any] = self.json(SIDECAR) if has_sidecar else {}
         self._add_settings(settings or {})
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._dtypes: dict[str, str] = {}
         self.no_weights: AdapterError | None = None
         self._weights_name = self._find_weights()
         if self._weights_name:
@@ -201,24 +207,52 @@ class AdapterFolder:
         """A tensor as float32, in memory of its own, marked as used.
 
         Raises:
-            AdapterError: `missing_tensor`, `too_large`, `bad_safetensors`.
+            AdapterError: `missing_tensor`, `bad_dtype`, `too_large`, `bad_safetensors`,
+                `not_finite`.
         """
-        shape = self.shape(name)
-        self._budget.read_bytes += 4 * _count(shape)
+        tensor = self._read(name, self.dtypes, "float32, float16 or bfloat16").float()
+        if not is_finite(tensor):
+            raise not_finite(f"tensor '{name}'", tensor)
+        return tensor
+
+    def take_whole(self, name: str) -> torch.Tensor:
+        """A tensor of whole numbers (indices, seeds) as int64, marked as used.
+
+        Raises:
+            AdapterError: `missing_tensor`, `bad_dtype`, `too_large`, `bad_safetensors`.
+        """
+        return self._read(name, WHOLE, "int64, int32, int16, int8 or uint8").long()
+
+    def reserve(self, values: int) -> None:
+        """Count float32 values that a reader is about to make of what it took.
+
+        Raises:
+            AdapterError: `too_large`.
+        """
+        self._budget.read_bytes += 4 * values
         if self._budget.read_bytes > self.limits.read_bytes:
             raise AdapterError(
                 "too_large", "the adapter's tensors need too much memory",
                 seen=f"over {self.limits.read_bytes} bytes", limit=self.limits.read_bytes,
                 fix="serve fewer experts or a smaller rank",
             )  # fmt: skip
+
+    def _read(self, name: str, dtypes: tuple[str, ...], allowed: str) -> torch.Tensor:
+        shape = self.shape(name)
+        if self._dtypes[name] not in dtypes:
+            raise AdapterError(
+                "bad_dtype", f"tensor '{name}' has a dtype that cannot be served",
+                seen=self._dtypes[name], limit=list(dtypes), fix=f"save it as {allowed}",
+            )  # fmt: skip
+        self.reserve(_count(shape))
         try:
-            stored = self._file.get_tensor(name)
+            stored: torch.Tensor = self._file.get_tensor(name)
         except (SafetensorError, OSError, RuntimeError) as error:
             raise bad_safetensors(self._weights_name, str(error)) from error
         stored = stored.clone(memory_format=torch.contiguous_format)  # it was a view of the file
         self._parts[f"tensor {name}"] = _hash(stored)
         self._taken.add(name)
-        return stored.float()
+        return stored
 
     def skip(self, names: Iterable[str]) -> None:
         """Mark tensors as known and of no use for serving (a base weight saved along)."""
@@ -295,7 +329,7 @@ class AdapterFolder:
             names = list(self._file.keys())
             slices = {key: self._file.get_slice(key) for key in names}
             self._shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
-            dtypes = {key: str(part.get_dtype()) for key, part in slices.items()}
+            self._dtypes = {key: str(part.get_dtype()) for key, part in slices.items()}
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             raise bad_safetensors(name, str(error)) from error
         if len(names) > limits.tensors:
@@ -303,12 +337,6 @@ class AdapterFolder:
                 "too_large", f"{name} holds too many tensors", seen=len(names),
                 limit=limits.tensors, fix="check that this is an adapter",
             )  # fmt: skip
-        for key, dtype in dtypes.items():
-            if dtype not in DTYPES:
-                raise AdapterError(
-                    "bad_dtype", f"tensor '{key}' has a dtype that cannot be served", seen=dtype,
-                    limit=list(DTYPES), fix="save it as float32, float16 or bfloat16",
-                )  # fmt: skip
 
 
 def missing_tensor(name: str, because: str = "") -> AdapterError:

@@ -8,6 +8,11 @@ from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.routing import GateSpec, GateSpecError
 
 MAX_GATES = 1 << 16
+# Beyond these, float32 makes infinity or NaN of ordinary logits, or a gate that does nothing.
+BOUNDS = {
+    "temperature": (1e-6, 1e6), "score_temperature": (1e-6, 1e6), "threshold": (-1e6, 1e6),
+    "mask_below": (-1e6, 1e6), "constant": (-1e6, 1e6),
+}  # fmt: skip
 
 
 def make_gate(fields: dict[str, Any], where: str) -> GateSpec:
@@ -23,7 +28,7 @@ def make_gate(fields: dict[str, Any], where: str) -> GateSpec:
             limit=MAX_GATES, fix="mend 'blocks'",
         )  # fmt: skip
     try:
-        return GateSpec.from_dict(fields)
+        spec = GateSpec.from_dict(fields)
     except GateSpecError as error:
         if error.field not in GateSpec.__dataclass_fields__:
             raise AdapterError(
@@ -40,3 +45,11 @@ def make_gate(fields: dict[str, Any], where: str) -> GateSpec:
             "bad_gate", f"'{error.field}' in the gate of {where} is out of range",
             seen=error.seen, limit=error.allowed, fix=f"mend '{error.field}'",
         ) from error  # fmt: skip
+    for name, (low, high) in BOUNDS.items():
+        value = getattr(spec, name)
+        if value is not None and not low <= value <= high:
+            raise AdapterError(
+                "bad_gate", f"'{name}' in the gate of {where} is out of range", seen=value,
+                limit=f"{low:g} to {high:g}", fix=f"mend '{name}'",
+            )  # fmt: skip
+    return spec

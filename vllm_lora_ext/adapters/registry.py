@@ -33,9 +33,11 @@ from vllm_lora_ext.adapters.readers import (
     mola,
     moram,
     native,
+    nola,
     plain,
     poly,
     smora,
+    unilora,
     vblora,
     vera,
     xlora,
@@ -75,10 +77,18 @@ READERS: tuple[Reader, ...] = (
     loha.READER,
     lokr.READER,
     miss.READER,
+    nola.READER,
+    unilora.READER,
     vblora.READER,
     vera.READER,
 )
 
+# Values of peft_type that are no format of the server's, but can be made an ordinary LoRA offline:
+# what `vllm_lora_ext.merging.variants.read_variant` needs beside the folder.
+OFFLINE = {
+    "FOURIERFT": ("base",), "PVERA": ("base",), "HRA": ("base",), "C3A": ("rank",),
+    "RANDLORA": ("base", "rank"), "HIRA": ("base", "rank"), "IA3": ("base", "rank"),
+}  # fmt: skip
 # Formats that are known and not read yet: better to be named than to be "unknown".
 _KNOWN_MARKS = {
     "internal_xlora_classifier": "X-LoRA", "old_lora_A": "MoRAM for CLIP (X-TAIL)",
@@ -153,7 +163,7 @@ def find_reader(folder: AdapterFolder) -> Reader:
             raise folder.no_weights
         raise AdapterError(
             "unknown_peft_type", f"peft_type in {CONFIG} is none that can be served",
-            seen=peft_type, limit=known, fix="convert the adapter, or save it in a known format",
+            seen=peft_type, limit=known, fix=_way_around(peft_type),
         )  # fmt: skip
     found = [reader for reader in readers() if reader.detect(folder)]
     if len(found) == 1:
@@ -175,6 +185,17 @@ def find_reader(folder: AdapterFolder) -> Reader:
         fix="; ".join(f"a {r.title} folder has {r.files}" for r in near)
         + ("" if folder.has_config else f"; here {CONFIG} is missing"),
     )  # fmt: skip
+
+
+def _way_around(peft_type: Any) -> str:
+    needs = OFFLINE.get(peft_type) if isinstance(peft_type, str) else None
+    if needs is None:
+        return "save it in a known format"
+    given = ", ".join(f"{name}=..." for name in needs)
+    return (
+        f"make an ordinary LoRA of it: save_peft(read_variant(folder, {given}).factors, out), from"
+        " vllm_lora_ext.merging and vllm_lora_ext.merging.variants"
+    )
 
 
 def _looks_like(folder: AdapterFolder) -> str:

@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from vllm_lora_ext.adapters.readers.nola import expand
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging.factors import Pair
 from vllm_lora_ext.merging.variants import VARIANTS, extract, read_variant
 from vllm_lora_ext.merging.variants.lowrank import cut, drop_zeros, norm
 from vllm_lora_ext.merging.variants.pruned import query_channels
-from vllm_lora_ext.merging.variants.seeded import expand
 
 P = "base_model.model."
 
@@ -81,7 +81,7 @@ def test_nola(tmp_path):
 def test_nola_chunks_keep_the_stream(chunk, monkeypatch):
     value = rand(23)
     whole = expand(77, value, (5, 7))
-    monkeypatch.setattr("vllm_lora_ext.merging.variants.seeded._CHUNK", chunk)
+    monkeypatch.setattr("vllm_lora_ext.adapters.readers.nola._CHUNK", chunk)
     assert torch.equal(expand(77, value, (5, 7)), whole)
 
 

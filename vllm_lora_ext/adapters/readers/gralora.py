@@ -46,6 +46,7 @@ def read(folder: AdapterFolder) -> RoutedAdapter:
             raise bad_value(f"r of {name}", rank, f"a multiple of gralora_k {k}")
         a_GKR = take_shaped(folder, part(parts, "gralora_A", name), k, None, rank)
         b_GRN = take_shaped(folder, part(parts, "gralora_B", name), k, rank, None)
+        folder.reserve(k * rank * k * (a_GKR.shape[1] + b_GRN.shape[2]))
         a_RK, b_NR = blocks(a_GKR, b_GRN)
         if hybrid:
             a_name, b_name = (part(parts, f"gralora_{p}_general", name) for p in "AB")

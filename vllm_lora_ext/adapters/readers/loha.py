@@ -41,6 +41,8 @@ def read(folder: AdapterFolder) -> RoutedAdapter:
         a1_RK = take_shaped(folder, names[1], rank, None)
         b2_NR = take_shaped(folder, names[2], b1_NR.shape[0], rank)
         a2_RK = take_shaped(folder, names[3], rank, a1_RK.shape[1])
+        smaller = min(rank * rank, b1_NR.shape[0], a1_RK.shape[1])
+        folder.reserve(2 * smaller * (b1_NR.shape[0] + a1_RK.shape[1]))
         a_RK, b_NR = hadamard(b1_NR, a1_RK, b2_NR, a2_RK)
         modules[name] = RoutedModule(a_RK=a_RK, b_NR=b_NR * scales.scale(name))
     return RoutedAdapter(modules, system="loha", base_model=base_model)

@@ -16,7 +16,6 @@ from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.readers.base import Reader
 from vllm_lora_ext.adapters.readers.names import group, part
 from vllm_lora_ext.adapters.readers.tuners import (
-    bad_shape,
     identity_factors,
     lycoris_scales,
     read_tuner_config,
@@ -42,8 +41,11 @@ def read(folder: AdapterFolder) -> RoutedAdapter:
                 "unsupported_feature", f"{name} is a convolution (lokr_t2), which is not served",
                 seen=parts["lokr_t2"], limit="linear layers", fix="train linear layers only",
             )  # fmt: skip
-        a1, b1 = _factor(folder, name, parts, "lokr_w1")
-        a2, b2 = _factor(folder, name, parts, "lokr_w2")
+        rank = scales.rank(name)
+        a1, b1 = _factor(folder, name, parts, "lokr_w1", rank)
+        a2, b2 = _factor(folder, name, parts, "lokr_w2", rank)
+        ranks = len(a1) * len(a2)
+        folder.reserve(ranks * (a1.shape[1] * a2.shape[1] + len(b1) * len(b2)))
         modules[name] = RoutedModule(
             a_RK=torch.kron(a1, a2), b_NR=torch.kron(b1, b2) * scales.scale(name)
         )
@@ -51,18 +53,13 @@ def read(folder: AdapterFolder) -> RoutedAdapter:
 
 
 def _factor(
-    folder: AdapterFolder, module: str, parts: dict[str, str], which: str
+    folder: AdapterFolder, module: str, parts: dict[str, str], which: str, rank: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(A, B) of one side of the product, at the smallest rank its shape allows."""
-    names = [which] if which in parts else [f"{which}_a", f"{which}_b"]
-    tensors = []
-    for wanted in names:
-        tensors.append(take_shaped(folder, part(parts, wanted, module), None, None))
-    if len(tensors) == 1:
-        return identity_factors(tensors[0])
-    b, a = tensors
-    if b.shape[1] != a.shape[0]:
-        raise bad_shape(parts[names[1]], tuple(a.shape), f"[{b.shape[1]}, ...]")
+    if which in parts:
+        return identity_factors(take_shaped(folder, parts[which], None, None))
+    b = take_shaped(folder, part(parts, f"{which}_a", module), None, rank)
+    a = take_shaped(folder, part(parts, f"{which}_b", module), rank, None)
     return (a, b) if a.shape[0] < min(b.shape[0], a.shape[1]) else identity_factors(b @ a)
 
 

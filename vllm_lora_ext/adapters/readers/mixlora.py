@@ -127,17 +127,21 @@ def _check_keys(config: Mapping[str, Any]) -> None:
         )  # fmt: skip
     if strategy not in ("mixlora", "mixlora-dynamic", _LEGACY):
         raise bad_value(f"routing_strategy in {CONFIG}", strategy, "mixlora or mixlora-dynamic")
-    for key, value in config.items():
-        if key not in _KEYS:
-            raise AdapterError(
-                "unknown_key", f"{CONFIG} holds '{key}', which MixLoRA does not have", seen=value,
-                fix="if it matters for training only, remove it from the file",
-            )  # fmt: skip
+    _known_keys(config, CONFIG)
     if config.get("bias", "none") != "none":
         raise AdapterError(
             "unsupported_feature", f"'bias' in {CONFIG}: trained biases cannot be served",
             seen=config["bias"], limit="none", fix="train without it",
         )  # fmt: skip
+
+
+def _known_keys(config: Mapping[str, Any], where: str) -> None:
+    for key, value in config.items():
+        if key not in _KEYS:
+            raise AdapterError(
+                "unknown_key", f"{where} holds '{key}', which MixLoRA does not have", seen=value,
+                fix="if it matters for training only, remove it from the file",
+            )  # fmt: skip
 
 
 def _need(config: Mapping[str, Any], key: str) -> Any:
@@ -159,6 +163,7 @@ def _read_config(
     if inner is not None:
         if not isinstance(inner, dict):
             raise bad_value(f"expert_lora in {CONFIG}", inner, "an object")
+        _known_keys(inner, f"expert_lora of {CONFIG}")
         expert = _lora({**config, **inner}, f"expert_lora of {CONFIG}")
         if _ignores_expert_lora(folder, inner, own, expert, names, experts):
             expert = own

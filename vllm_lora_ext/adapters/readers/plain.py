@@ -18,12 +18,12 @@ _EMBEDDING = re.compile(r"(?P<module>.+)\.(?P<part>lora_embedding_[AB])(\.\w+)?(
 # Tensor names that make a LORA folder something else.
 _OTHER = re.compile(
     r"lora_route|lora_[AB]_?\d|lora_topk_bias|loranew_|router\.router|moe_gate|lora_router"
-    r"|lora_gating|lora_threshold|lora_biases"
+    r"|lora_gating|lora_threshold|lora_biases|lora_[AB]\.(coefficients|seed)"
 )
 # Keys of such systems: with one of these, ordinary tensors would be only a part of the adapter.
 _OTHER_KEYS = (
     "lora_nums", "use_moram", "use_mora", "r_sum", "save_loranew", "num_experts", "lora_rank",
-    "routing_strategy", "bias_u", "activate_r", "rank_partition",
+    "routing_strategy", "bias_u", "activate_r", "rank_partition", "use_nola", "nola_num_basis",
 )  # fmt: skip
 
 

@@ -61,10 +61,9 @@ def read_tuner_config(config: dict[str, Any], own: Collection[str]) -> str:
 
 def lycoris_scales(config: dict[str, Any]) -> PeftLora:
     """Ranks and scales of LoHa and LoKr: LoRA's, with the key `alpha`. Raises AdapterError."""
-    keys = {"alpha": "lora_alpha", "r": "r"}
-    given = {new: config[old] for old, new in keys.items() if old in config}
-    patterns = {key: config.get(key) or {} for key in ("rank_pattern", "alpha_pattern")}
-    return read_peft_config({**given, **patterns})
+    given = {"lora_alpha": require(config, "alpha"), "use_rslora": False}
+    known = ("r", "rank_pattern", "alpha_pattern", "peft_version")
+    return read_peft_config(given | {key: config[key] for key in known if key in config})
 
 
 def require(config: dict[str, Any], key: str) -> Any:

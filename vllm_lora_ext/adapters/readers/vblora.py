@@ -14,7 +14,13 @@ from vllm_lora_ext.adapters.folder import AdapterFolder
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.readers.base import Reader
 from vllm_lora_ext.adapters.readers.names import group, part
-from vllm_lora_ext.adapters.readers.tuners import bad_shape, read_tuner_config, take_shaped, whole
+from vllm_lora_ext.adapters.readers.tuners import (
+    bad_shape,
+    check_shape,
+    read_tuner_config,
+    take_shaped,
+    whole,
+)
 from vllm_lora_ext.errors import AdapterError
 
 _PART = re.compile(r"(?P<module>.+)\.(?P<part>vblora_logits_[AB](_topk_indices|_topk_weights)?)")
@@ -57,12 +63,14 @@ def _pieces(
 ) -> torch.Tensor:  # fmt: skip
     """[.., .., vector_length]: the pieces that the stored logits, or weights, choose."""
     if f"{which}_topk_indices" in parts:
-        chosen = take_shaped(folder, parts[f"{which}_topk_indices"], None, None, k).long()
+        index_name = parts[f"{which}_topk_indices"]
+        check_shape(index_name, folder.shape(index_name), None, None, k)
+        chosen = folder.take_whole(index_name)
         weight_name = part(parts, f"{which}_topk_weights", module)
-        if k > 1:
-            weights = take_shaped(folder, weight_name, *chosen.shape[:2], k - 1)
-        else:  # the one weight is 1 and is not stored
-            weights = folder.take(weight_name).reshape(*chosen.shape[:2], 0)
+        wanted = (*chosen.shape[:2], k - 1)  # all but the last: they sum to one
+        if folder.shape(weight_name) != wanted:
+            raise bad_shape(weight_name, folder.shape(weight_name), str(list(wanted)))
+        weights = folder.take(weight_name)
         weights = torch.cat([weights, 1 - weights.sum(-1, keepdim=True)], dim=-1)
         if not 0 <= int(chosen.min()) <= int(chosen.max()) < bank_VL.shape[0]:
             raise bad_shape(f"{module}.{which}", tuple(chosen.shape), "indices into the bank")
@@ -70,6 +78,7 @@ def _pieces(
         logits = take_shaped(folder, part(parts, which, module), None, None, bank_VL.shape[0])
         top, chosen = logits.topk(k, dim=-1)
         weights = top.softmax(dim=-1)
+    folder.reserve(2 * chosen.numel() * bank_VL.shape[1])
     return (weights[..., None] * bank_VL[chosen]).sum(-2)
 
 
@@ -78,7 +87,8 @@ READER = Reader(
     title="VB-LoRA (PEFT)",
     url="https://github.com/huggingface/peft",
     files="adapter_config.json (peft_type VBLORA), adapter_model.safetensors with "
-    "<module>.vblora_logits_A, <module>.vblora_logits_B and base_model.vblora_vector_bank",
+    "<module>.vblora_logits_A, <module>.vblora_logits_B (or, with save_only_topk_weights, their "
+    "_topk_indices and _topk_weights) and base_model.vblora_vector_bank",
     peft_types=("VBLORA",),
     detect=detect,
     read=read,

@@ -14,11 +14,14 @@ from vllm_lora_ext.adapters.folder import AdapterFolder
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.readers.base import Reader
 from vllm_lora_ext.adapters.readers.names import group, part
+from vllm_lora_ext.adapters.readers.peft_config import flag
 from vllm_lora_ext.adapters.readers.tuners import (
+    CONFIG,
     SIZES,
     bad_shape,
     layer_sizes,
     read_tuner_config,
+    require,
     take_shaped,
     whole,
 )
@@ -37,13 +40,14 @@ def read(folder: AdapterFolder) -> RoutedAdapter:
     rank = whole(folder.config, "r")
     layers = group(folder.names, _PART)
     sizes = {name: layer_sizes(folder, name) for name in layers}
-    if _SHARED[0] in folder.names:
+    if flag(require(folder.config, "save_projection"), f"save_projection in {CONFIG}"):
         a_RK = take_shaped(folder, _SHARED[0], rank, None)
         b_NR = take_shaped(folder, _SHARED[1], None, rank)
     else:
         widest = max((size[0] for size in sizes.values()), default=1)
         tallest = max((size[1] for size in sizes.values()), default=1)
         seed = whole(folder.config, "projection_prng_key", 0, (1 << 63) - 1)
+        folder.reserve(rank * (widest + tallest))
         a_RK, b_NR = shared_projections(seed, rank, widest, tallest)
     modules = {}
     for name, parts in layers.items():
@@ -54,6 +58,7 @@ def read(folder: AdapterFolder) -> RoutedAdapter:
             raise bad_shape(_SHARED[0], tuple(a_RK.shape), f"[{rank}, {width} or more]")
         if b_NR.shape[0] < out:
             raise bad_shape(_SHARED[1], tuple(b_NR.shape), f"[{out} or more, {rank}]")
+        folder.reserve(rank * (width + out))
         modules[name] = RoutedModule(
             a_RK=a_RK[:, :width] * d_R[:, None], b_NR=b_NR[:out] * b_N[:, None]
         )
@@ -91,7 +96,9 @@ READER = Reader(
     formula="y = W x + λ_b ⊙ (B (λ_d ⊙ (A x)))",
     settings={"sizes": SIZES},
     traps=(
-        "No file says how wide a layer is: give the base model to `convert`, or `sizes`.",
+        "No file says how wide a layer is: `sizes` must.",
+        "save_projection says where A and B come from: true without them in the file is an error, "
+        "and so is false with them.",
         "Without stored projections they are drawn again from projection_prng_key, which another "
         "version of torch may answer with other numbers.",
     ),

@@ -16,8 +16,10 @@ from safetensors.torch import save_file
 
 from vllm_lora_ext.adapters.folder import (
     CONFIG,
+    DTYPES,
     PICKLES,
     WEIGHTS,
+    WHOLE,
     AdapterFolder,
     bad_safetensors,
     missing_tensor,
@@ -30,8 +32,9 @@ INDEX = "model.safetensors.index.json"
 
 
 class Artefact(AdapterFolder):
-    """An adapter folder that may also hold whole numbers (seeds, indices), and hide tensors."""
+    """An adapter folder whose numbers may be of any dtype, and which can hide tensors."""
 
+    dtypes = (*DTYPES, *WHOLE, "F64", "BOOL")
     _hidden: frozenset[str] = frozenset()
 
     @property
@@ -41,24 +44,6 @@ class Artefact(AdapterFolder):
     def hide(self, names: Iterable[str]) -> None:
         """Leave tensors out of `names`, for a reader that knows only the rest."""
         self._hidden = self._hidden | frozenset(names)
-
-    def _open_weights(self) -> None:
-        try:
-            super()._open_weights()
-        except AdapterError as error:
-            if error.code != "bad_dtype":
-                raise
-
-    def take_ints(self, name: str) -> torch.Tensor:
-        """A tensor of whole numbers as int64; marked as used like those of `take`."""
-        self.take(name)
-        stored: torch.Tensor = self._file.get_tensor(name)
-        if stored.is_floating_point():
-            raise AdapterError(
-                "bad_dtype", f"tensor '{name}' must hold whole numbers", seen=str(stored.dtype),
-                limit="int64, int32, int16 or uint8", fix="save the adapter again",
-            )  # fmt: skip
-        return stored.long()
 
 
 class Checkpoint:

@@ -36,8 +36,8 @@ class Variant:
         result: what becomes of it. `multiplier`: exact with a multiplier, else approximate.
         needs: what must be given beside the folder (`sizes`: the base model's shapes only).
         detect: whether an artefact is of this family. Must raise nothing.
-        convert: the factors; None where a reader of `adapters/readers` serves it directly, and
-            for what is refused.
+        convert: the factors; None where the reader of the same name does it all, and for what is
+            refused.
         reason: why it is refused.
     """
 
@@ -119,10 +119,7 @@ VARIANTS: tuple[Variant, ...] = (
         "peft_type PVERA, stored projections, no sampling", "exact", ("sizes",), _type("PVERA"),
         spectral.pvera,
     ),
-    Variant(
-        "unilora", "Uni-LoRA", "https://arxiv.org/abs/2506.00799",
-        "peft_type UNILORA, stored indices", "exact", (), _type("UNILORA"), seeded.unilora,
-    ),
+    _served("unilora"),
     Variant(
         "nola", "NOLA", "https://arxiv.org/abs/2310.02556",
         "<module>.lora_A.coefficients and <module>.lora_A.seed", "exact", (),
