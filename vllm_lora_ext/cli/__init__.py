@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import typer
 
+from vllm_lora_ext.cli.bundle import bundle as bundle_command
 from vllm_lora_ext.cli.convert import convert as convert_command
 from vllm_lora_ext.cli.inspect import inspect as inspect_command
 from vllm_lora_ext.cli.install import check_vllm, doctor
+from vllm_lora_ext.cli.soups import soups as soups_command
 from vllm_lora_ext.cli.systems import systems as systems_command
 from vllm_lora_ext.cli.verify import verify as verify_command
 
@@ -26,4 +28,6 @@ app.command("check-vllm")(check_vllm)
 app.command("systems")(systems_command)
 app.command("inspect")(inspect_command)
 app.command("convert")(convert_command)
+app.command("bundle")(bundle_command)
+app.command("soups")(soups_command)
 app.command("verify")(verify_command)
