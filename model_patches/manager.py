@@ -23,6 +23,7 @@ from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
 from vllm_lora_ext.model_patches.backend import check_graphs, choose_kernels
 from vllm_lora_ext.model_patches.layers import RoutedLinear, building
 from vllm_lora_ext.model_patches.mlp import wrap_blocks
+from vllm_lora_ext.model_patches.trace import Recorder, check_settings
 from vllm_lora_ext.settings import LoraExtSettings
 
 Placed = dict[str, list[RoutedModule | None]]
@@ -64,6 +65,9 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
             super().__init__(*args, lora_config=lora_config, vllm_config=vllm_config, **kwargs)
         # What runs around a block's linears loops over the step's adapters: no graph can hold it.
         self.blocks = {} if self.graphs else wrap_blocks(self.model, self.modules)
+        if settings.trace:
+            check_settings(vllm_config, self.graphs)
+            self.recorder = Recorder(self)
 
     def model_of(self, lora_model_id: int, adapter: RoutedAdapter) -> RoutedLoRAModel:
         """Fits an adapter to this model's layers.

@@ -437,4 +437,91 @@ PATCHES: tuple[Patch, ...] = (
             ),
         ),
     ),
+    Patch(
+        name="trace",
+        module="trace",
+        why="Nothing of vLLM tells a LoRA layer which rows of a step belong to which request.",
+        how=(
+            "Only where the setting `trace` is on, the adapter manager wraps the worker's step and "
+            "what orders its rows; the sites' own hooks keep the gates."
+        ),
+        upstream="vllm-project/vllm#28284 (routed experts of MoE base models)",
+        remove_when="vLLM hands a plugin the requests of each row.",
+        targets=(
+            Target(
+                "vllm.v1.worker.gpu_worker",
+                "Worker.execute_model",
+                _both("c22e94e861941ece39dcbdc8db62ff8307a7d84054773f3ad78ed8f58b50d958"),
+            ),
+            Target(
+                "vllm.v1.worker.lora_model_runner_mixin",
+                "LoRAModelRunnerMixin.set_active_loras",
+                _both("3c6d09584f64cc080650fc098e2d8ab258fe158f625e0f865b731c7c147b91b8"),
+            ),
+            Target(
+                "vllm.v1.worker.gpu.model_runner",
+                "GPUModelRunner.prepare_inputs",
+                _each(
+                    "0ee8e8581f74b3796269f43f73e84bb01cbbe0591c2500f5ea06ec3b692fa36d",
+                    "b6bf942b2ea1af3d0ddb02209cffcd6c276da0535dbb095f6ff5ae74963a9e42",
+                ),
+            ),
+            Target(
+                "vllm.v1.core.sched.output",
+                "NewRequestData",
+                _both("b19daee6418097710cd0baa41d036f5e72a30e4382e68b2567c7e7d9bdc0e541"),
+            ),
+            Target(
+                "vllm.v1.core.sched.output",
+                "CachedRequestData",
+                _both("75d4d5e18bb8b14e992efd0284b79318ee3c013e1a325e6d9b3590b3ff385ad0"),
+            ),
+        ),
+    ),
+    Patch(
+        name="trace-route",
+        module="trace_http",
+        why=(
+            "A traced request must be computed whole, not read from the prefix cache; and stock "
+            "loads plugin routes only when VLLM_PLUGINS names them."
+        ),
+        how=(
+            "`process_inputs` marks such a request; a GET route is added to the app that is "
+            "handed to endpoint plugins."
+        ),
+        upstream="none yet",
+        remove_when="vLLM loads endpoint plugins that an operator's setting turns on.",
+        targets=(
+            Target(
+                "vllm.v1.engine.input_processor",
+                "InputProcessor.process_inputs",
+                _both("1ca6e1d0cbe81c3505a3ef5eefa2f6df7e6a0dab0165a442a62baf30059b4939"),
+            ),
+            Target(
+                "vllm.v1.engine.input_processor",
+                "InputProcessor.assign_request_id",
+                _both("e7d0dfc5ea5d5f86799375f81c32ec5eda8d1fad3efc63a005d6dfd57aeeb397"),
+            ),
+            Target(
+                "vllm.v1.engine.parallel_sampling",
+                "ParentRequest.get_child_info",
+                _both("d41028ae0bf95f4509844d7f7296dc14c098feb70d5d6cd79ded29fb4cdceebd"),
+            ),
+            Target(
+                "vllm.plugins.endpoint_plugins.interface",
+                "attach_endpoint_plugins",
+                _both("f87a4ce1e3a21b527fc8dc095a86cad95c153037d84fd76009e363bc2de207ef"),
+            ),
+            Target(
+                "vllm.entrypoints.launchers.app",
+                "build_app",
+                _both("1d16ca92cb2cb79a122505f31a0dc263f88ac89079106d869ee008d21cdfc02c"),
+            ),
+            Target(
+                "vllm.v1.engine.async_llm",
+                "AsyncLLM.collective_rpc",
+                _both("84fe7a73925b2dbee44b1643ad32e394cf21b1be1a13c8f4b8504680fdb691fc"),
+            ),
+        ),
+    ),
 )

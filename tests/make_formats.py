@@ -303,6 +303,7 @@ def write_miss(
     config = _tuner(
         base_name, targets, "MISS", r=r, bias="none", mini_r=mini or 1, miss_dropout=0.0,
         init_weights="mini" if mini else True,
+        layers_to_transform=None if layers is None else list(layers),
     )  # fmt: skip
     return _save(folder, config, tensors, _sizes(base_name, targets, bool(seed % 2)))
 

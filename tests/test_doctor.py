@@ -132,7 +132,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert root is not None
     path = tmp_path_factory.mktemp("wheel") / "vllm-0.32.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
-        for part in ("lora", "v1", "platforms", "entrypoints", "utils"):
+        for part in ("lora", "v1", "platforms", "plugins", "entrypoints", "utils"):
             for file in (root / "vllm" / part).rglob("*.py"):
                 archive.write(file, file.relative_to(root))
         archive.write(root / "vllm" / "__init__.py", "vllm/__init__.py")

@@ -28,6 +28,7 @@ _ALLOWED = {
     "max_router_rows": f"a whole number from 1 to {ROUTER_ROWS_LIMIT}, or null",
     "host_cache_mb": "a whole number, 0 or more",
     "triton": "true, false, or null",
+    "trace": "true or false",
     "merge": "an object, or null for no merged adapters by name",
 }
 _ALLOWED_MERGE = {
@@ -154,6 +155,10 @@ class LoraExtSettings(BaseModel):
     triton: bool | None = None
     """On a GPU: the fused Triton kernels in place of the PyTorch path. None: when they pass a
     check at start; true: the engine does not start when they fail it."""
+
+    trace: bool = False
+    """Whether a request may ask what its adapter's gates decided. Needs an engine without CUDA
+    graphs; off, nothing of it is there."""
 
     merge: MergeSettings | None = None
     """Merged adapters by name in a request. None: such names are unknown models."""

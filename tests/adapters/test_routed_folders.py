@@ -37,7 +37,7 @@ def code_or_same(folder, good):
         adapter = load_adapter(folder)
     except AdapterError as error:
         assert "fix: " in error.text
-        assert len(error.text) < 1500, error.text
+        assert len(error.text) < 2000, error.text
         return error.code
     assert same(adapter, good), "loaded as something else"
     return "same"

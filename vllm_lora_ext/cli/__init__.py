@@ -13,6 +13,7 @@ from vllm_lora_ext.cli.inspect import inspect as inspect_command
 from vllm_lora_ext.cli.install import check_vllm, doctor
 from vllm_lora_ext.cli.soups import soups as soups_command
 from vllm_lora_ext.cli.systems import systems as systems_command
+from vllm_lora_ext.cli.trace import trace as trace_command
 from vllm_lora_ext.cli.verify import verify as verify_command
 
 app = typer.Typer(
@@ -31,3 +32,4 @@ app.command("convert")(convert_command)
 app.command("bundle")(bundle_command)
 app.command("soups")(soups_command)
 app.command("verify")(verify_command)
+app.command("trace")(trace_command)

@@ -1,0 +1,150 @@
+"""Traces over HTTP: what a running server says its gates decided, against transformers."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from integration_tests import reference_model
+from integration_tests.engines import greedy, lora, recorded, run
+from integration_tests.server import Server, base_with_tokenizer, command, free_port, serving, words
+from vllm_lora_ext.adapters import load_adapter
+from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.trace import Trace, fetch, record
+
+pytestmark = pytest.mark.engine
+NAMES = {"loramoe": "loramoe-a", "mixlora": "mixlora-a", "plain": "plain-a"}
+TRACED = {"lora_ext_trace": 1}
+BOUND = 1e-4
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    return base_with_tokenizer(tmp_path_factory.mktemp("trace") / "base_llama")
+
+
+@pytest.fixture(scope="module")
+def server(base) -> Iterator[Server]:
+    modules = [f"{name}={recorded(fx).folder}" for name, fx in NAMES.items()]
+    argv = command(
+        base, free_port(), {"trace": True}, "--lora-modules", *modules, "--max-loras", "3",
+        "--max-num-batched-tokens", "64",
+    )  # fmt: skip
+    with serving(argv, base.parent / "server.log") as running:
+        yield running
+
+
+def ask(
+    server: Server, model: str, prompt: Any, xargs: Any = None, max_tokens: int = 6, **more: Any
+) -> Any:
+    body = {
+        "model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0,
+        "ignore_eos": True, "return_token_ids": True, "vllm_xargs": xargs, **more,
+    }  # fmt: skip
+    return httpx.post(f"{server.url}/v1/completions", json=body, timeout=60, trust_env=False)
+
+
+def traced(server: Server, request_id: str, **query: int) -> httpx.Response:
+    url = f"{server.url}/v1/lora_ext/trace/{request_id}"
+    return httpx.get(url, params=query, timeout=60, trust_env=False)
+
+
+def check(text: str, model: str, ids: list[int], prompt_tokens: int) -> float:
+    """Largest difference of a gate from what transformers computes for the same tokens."""
+    got = Trace.from_json(text)
+    adapter = load_adapter(recorded(NAMES[model]).folder)
+    want = record(reference_model.model("base_llama"), adapter, ids)
+    assert (got.token_ids, got.prompt_tokens) == (ids, prompt_tokens)
+    assert (got.adapter, got.system) == (model, adapter.system)
+    assert list(got.weights) == list(want.weights)
+    diffs = [(got.weights[n] - want.weights[n]).abs().max().item() for n in want.weights]
+    assert all(diff < BOUND for diff in diffs)  # false for NaN: every token was computed
+    return max(diffs, default=0.0)
+
+
+def steady(model: str, length: int, seed: int) -> list[int]:
+    adapter = load_adapter(recorded(NAMES[model]).folder)
+    return reference_model.steady_prompt("base_llama", adapter, length, seed)
+
+
+def test_traced_and_untraced_requests_in_one_batch(server):
+    """Prompts of one chunk and of several; the second round could come from the prefix cache."""
+    jobs = [
+        (model, steady(model, length, seed), xargs)
+        for seed, (model, length) in enumerate([("loramoe", 9), ("mixlora", 90), ("loramoe", 70)])
+        for xargs in (TRACED, None)
+    ]
+    jobs += [("plain", steady("plain", 20, 7), TRACED), ("base", list(range(5, 40)), None)]
+    worst = []
+    for _ in range(2):
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            answers = [a.json() for a in pool.map(lambda job: ask(server, *job), jobs)]
+        for (model, prompt, xargs), answer in zip(jobs, answers, strict=True):
+            found = traced(server, answer["id"])
+            if xargs is None:
+                assert (found.status_code, found.json()["error"]["type"]) == (400, "not_traced")
+                continue
+            assert found.status_code == 200 and found.headers["content-type"] == "application/json"
+            ids = prompt + answer["choices"][0]["token_ids"][:-1]
+            worst.append(check(found.text, model, ids, len(prompt)))
+    print(f"max |gate difference| over {len(worst)} traces: {max(worst):.1e}")
+
+
+def test_prompts_and_choices_have_their_own_traces(server):
+    prompts = [steady("loramoe", 8, 21), steady("loramoe", 5, 22)]
+    answer = ask(server, "loramoe", prompts, TRACED, temperature=2.0, n=2).json()
+    assert len({tuple(choice["token_ids"]) for choice in answer["choices"]}) == 4
+    for choice in answer["choices"]:
+        prompt, number = divmod(choice["index"], 2)
+        found = traced(server, answer["id"], prompt=prompt, choice=number)
+        ids = prompts[prompt] + choice["token_ids"][:-1]
+        check(found.text, "loramoe", ids, len(prompts[prompt]))
+    assert traced(server, answer["id"], prompt=2).status_code == 404
+    assert traced(server, answer["id"], choice=2).status_code == 404
+
+
+def test_wrong_requests(server):
+    for request_id in ("cmpl-nope", ".*"):
+        found = traced(server, request_id)
+        assert (found.status_code, found.json()["error"]["type"]) == (404, "not_found")
+    refused = ask(server, "loramoe", [5, 6], {"lora_ext_trace": "perhaps"})
+    assert refused.status_code == 400 and "lora_ext_trace" in refused.text
+    assert traced(server, "a", choice=-1).status_code in (400, 422)
+    assert ask(server, "loramoe", [5, 6], TRACED).status_code == 200
+
+
+@pytest.mark.parametrize("how", [[], ["--chat"]])
+def test_the_command_asks_the_server(server, base, tmp_path, how):
+    prompt = steady("loramoe", 12, 31)
+    done = subprocess.run(
+        [sys.executable, "-m", "vllm_lora_ext.cli", "trace", "--url", server.url, "--base",
+         str(base), "--model", "loramoe", "--prompt", words(prompt), "--new-tokens", "4",
+         "--picture", str(tmp_path / "t.png"), "--out", str(tmp_path / "t.json"), "--json", *how],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["token_ids"][:12] == prompt and found["prompt_tokens"] == 12
+    assert found["tokens"][:12] == words(prompt).split()
+    check(done.stdout, "loramoe", found["token_ids"], 12)
+    assert (tmp_path / "t.json").read_text() == done.stdout
+    assert (tmp_path / "t.png").stat().st_size > 1000
+
+
+def test_an_engine_without_the_setting(llama):
+    request = lora("untraced", recorded("loramoe-a").folder)
+    with pytest.raises(AdapterError) as caught:
+        run(llama, [([5, 6, 7], request)], greedy(2, extra_args={"lora_ext_trace": True}))
+    assert caught.value.code == "not_traced"
+    (output,) = run(llama, [([5, 6, 7], request)], greedy(2))
+    with pytest.raises(AdapterError) as caught:
+        fetch(llama, output.request_id)
+    assert caught.value.code == "not_traced"

@@ -1,0 +1,211 @@
+"""The recorder between vLLM's step and the sites' hooks, without an engine."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from make_adapters import random_spec
+from vllm.exceptions import VLLMClientError
+
+from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
+from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.kernels.gated_lora import (
+    Site,
+    StepMap,
+    gate_expand_,
+    gated_lora_,
+    register_site,
+    shrink,
+)
+from vllm_lora_ext.model_patches import trace
+from vllm_lora_ext.model_patches.layers import RoutedLinear
+from vllm_lora_ext.model_patches.trace import Recorder, check_settings
+from vllm_lora_ext.model_patches.trace_http import RefusedRequest, _mark
+from vllm_lora_ext.trace.gates import slice_gates
+
+K, N, Q, UP = 12, 10, "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
+
+
+def module(seed: int, out: int = N) -> RoutedModule:
+    spec = random_spec(np.random.default_rng(seed), sources=["router", "self", "prototype"])
+    draw = torch.Generator().manual_seed(seed)
+    rank = sum(spec.blocks)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=draw)
+
+    return RoutedModule(
+        normal(rank, K), normal(out, rank), spec,
+        router_GK=None if spec.source == "self" else normal(spec.num_gates, K),
+        bias_G=None if spec.bias == "none" else normal(spec.num_gates),
+        head_K=normal(K) if spec.threshold_head else None, head_bias=0.3,
+    )  # fmt: skip
+
+
+def layer(site: Site, reduces: bool) -> RoutedLinear:
+    made = RoutedLinear.__new__(RoutedLinear)
+    torch.nn.Module.__init__(made)
+    made.site, made.reduces = site, reduces
+    return made
+
+
+def site_of(m: RoutedModule, step: StepMap, width: int = K, slices: int = 1) -> Site:
+    made = Site(2, width, (N,) * slices, m.rank, max(1, m.gate.router_rows), torch.float32, "cpu")
+    made.step = step
+    return made
+
+
+@pytest.fixture(autouse=True)
+def no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trace, "_wrap_worker", lambda: None)
+
+
+def recorder_of(layers: dict[str, RoutedLinear], adapter: RoutedAdapter, placed: Any) -> Recorder:
+    model = SimpleNamespace(adapter=adapter, placed=placed, blocks={})
+    return Recorder(SimpleNamespace(
+        modules=layers, blocks={}, model=torch.nn.Linear(1, 1), base_name="base",
+        lora_index_to_id=[9, 7], list_adapters=lambda: {7: model},
+    ))  # fmt: skip
+
+
+def step_of(new: dict[str, Any], running: dict[str, int], finished: Any = ()) -> Any:
+    """A `SchedulerOutput`: new requests with their lora ids, running ones with their positions."""
+    asked = SimpleNamespace(extra_args={"lora_ext_trace": 1})
+    requests = [
+        SimpleNamespace(
+            req_id=key, num_computed_tokens=0, prompt_token_ids=[1, 2, 3, 4],
+            sampling_params=SimpleNamespace(extra_args=None) if key == "untraced" else asked,
+            lora_request=lora and SimpleNamespace(lora_int_id=lora, lora_name="mine"),
+        )
+        for key, lora in new.items()
+    ]  # fmt: skip
+    cached = SimpleNamespace(req_ids=list(running), num_computed_tokens=list(running.values()))
+    return SimpleNamespace(
+        scheduled_new_reqs=requests, scheduled_cached_reqs=cached, finished_req_ids=set(finished),
+        num_scheduled_tokens=dict.fromkeys([*new, *running], 1),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_of_traced_requests_only(seed: int) -> None:
+    """Two steps: a chunk of the prompt among other requests, then the rest in another row."""
+    m, step = module(seed), StepMap(16)
+    site = site_of(m, step)
+    site.write(1, [m])
+    number = register_site(site)
+    recorder = recorder_of({UP: layer(site, False)}, RoutedAdapter({UP: m}, "mola"), {UP: [m]})
+    x_TK = torch.randn(8, K, generator=torch.Generator().manual_seed(seed))
+
+    recorder.begin_step(step_of({"untraced": 7, "r": 7, "base": None}, {}))
+    recorder.take_rows(["untraced", "r", "base"], [2, 3, 1])
+    step.update(np.array([1, 1, 1, 1, 1, -1]))
+    gated_lora_(torch.zeros(8, N), x_TK, number)
+    recorder.end_step()
+    gated_lora_(torch.zeros(8, N), x_TK, number)  # a warm-up run: no request's rows
+    recorder.begin_step(step_of({}, {"r": 3, "untraced": 2}))
+    recorder.take_rows(["r", "untraced"], [1, 1])
+    step.update(np.array([1, 1]))
+    gated_lora_(torch.zeros(8, N), x_TK[6:], number)
+    recorder.end_step()
+
+    found = recorder.store.get("r")
+    want_TG = slice_gates(m, x_TK[[2, 3, 4, 6]])
+    assert (found.system, found.adapter, found.base) == ("mola", "mine", "base")
+    assert torch.allclose(found.weights[UP], want_TG, atol=1e-5)
+    assert recorder.store.get("base").weights == {}
+    with pytest.raises(AdapterError) as caught:
+        recorder.store.get("untraced")
+    assert caught.value.code == "not_traced"
+    recorder.begin_step(step_of({}, {}, ["r"]))
+    assert recorder._lora_of == {"base": 0}
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_sharded_input(seed: int) -> None:
+    """Row-parallel: the logits of all shards are summed before the gate, and so recorded."""
+    m, step = module(seed), StepMap(8)
+    half = K // 2
+    parts = []
+    for cut in (slice(0, half), slice(half, K)):
+        site = site_of(m, step, half)
+        router_GK = None if m.router_GK is None else m.router_GK[:, cut]
+        head_K = None if m.head_K is None else m.head_K[cut]
+        site.write(1, [replace(m, a_RK=m.a_RK[:, cut], router_GK=router_GK, head_K=head_K)])
+        parts.append((site, register_site(site), cut))
+    site, number, _ = parts[0]
+    recorder = recorder_of({UP: layer(site, True)}, RoutedAdapter({UP: m}, "mola"), {UP: [m]})
+    x_TK = torch.randn(5, K, generator=torch.Generator().manual_seed(seed))
+    recorder.begin_step(step_of({"base": None, "r": 7}, {}))
+    recorder.take_rows(["base", "r"], [1, 4])
+    step.update(np.array([-1, 1, 1, 1, 1]))
+    u_TR = sum(shrink(x_TK[:, cut].contiguous(), i, s.num_rows) for s, i, cut in parts)
+    gate_expand_(torch.zeros(5, N), u_TR, number)
+    found = recorder.store.get("r").weights[UP]
+    assert torch.allclose(found, slice_gates(m, x_TK[1:]), atol=1e-5)
+
+
+def test_slices_have_the_files_names() -> None:
+    """A fused layer: one part per slice, one of them without an adapter; or one part for all."""
+    first, third, step = module(1), module(2), StepMap(8)
+    rank = max(first.rank, third.rank)
+    site = Site(2, K, (N, N, N), rank, 64, torch.float32, "cpu")
+    site.step = step
+    site.write(1, [first, None, third])
+    adapter = RoutedAdapter({Q: first, f"x.{UP}": third}, "mola")
+    recorder = recorder_of({"qkv": layer(site, False)}, adapter, {"qkv": [first, None, third]})
+    x_TK = torch.randn(2, K)
+
+    def once() -> dict[str, torch.Tensor]:
+        recorder.begin_step(step_of({"r": 7}, {}))
+        recorder.take_rows(["r"], [2])
+        step.update(np.array([1, 1]))
+        gated_lora_(torch.zeros(2, 3 * N), x_TK, register_site(site))
+        recorder.end_step()
+        return recorder.store.get("r").weights
+
+    found = once()
+    assert set(found) == {Q, f"x.{UP}"}
+    assert torch.allclose(found[f"x.{UP}"], slice_gates(third, x_TK), atol=1e-5)
+
+    whole = RoutedAdapter({"model.fused": first}, "mola")
+    recorder = recorder_of({"qkv": layer(site, False)}, whole, {"qkv": [first]})
+    site.write(1, [first] * 3)
+    assert set(once()) == {"model.fused"}
+
+
+@pytest.mark.parametrize(
+    ("graphs", "spec", "tower"),
+    [(True, None, False), (False, object(), False), (False, None, True)],
+)
+def test_engines_that_keep_no_traces(graphs: bool, spec: Any, tower: bool) -> None:
+    lora = SimpleNamespace(enable_tower_connector_lora=tower)
+    with pytest.raises(AdapterError) as caught:
+        check_settings(SimpleNamespace(speculative_config=spec, lora_config=lora), graphs)
+    assert caught.value.code == "bad_settings"
+
+
+def test_an_engine_that_keeps_traces() -> None:
+    lora = SimpleNamespace(enable_tower_connector_lora=False)
+    check_settings(SimpleNamespace(speculative_config=None, lora_config=lora), False)
+
+
+def test_a_request_is_marked_or_refused_as_the_clients_fault() -> None:
+    on = SimpleNamespace(additional_config={"lora_ext": {"trace": True}})
+    for value, marked in ((1, True), (0, None)):
+        params = SimpleNamespace(
+            extra_args={"lora_ext_trace": value}, skip_reading_prefix_cache=None
+        )
+        _mark(params, on)
+        assert params.skip_reading_prefix_cache is marked
+    for value, config, code in ((1, None, "not_traced"), ("perhaps", {}, "bad_value")):
+        params = SimpleNamespace(extra_args={"lora_ext_trace": value})
+        with pytest.raises(VLLMClientError) as caught:
+            _mark(params, SimpleNamespace(additional_config=config))
+        assert isinstance(caught.value, RefusedRequest) and caught.value.code == code
+        again = AdapterError.parse(str(caught.value))
+        assert again is not None and (again.code, again.text) == (code, caught.value.text)
