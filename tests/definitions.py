@@ -37,9 +37,12 @@ class Folder:
         self.path = Path(path)
         self.config = self._json("adapter_config.json")
         self.settings = self._json("routing.json")
-        files = sorted(self.path.glob("*.safetensors"))
-        self.tensors = load_file(files[0]) if files else {}
         self._subfolders: dict[str, Folder] = {}
+
+    @cached_property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        files = sorted(self.path.glob("*.safetensors"))
+        return load_file(files[0]) if files else {}
 
     def _json(self, name: str) -> dict[str, Any]:
         file = self.path / name

@@ -204,7 +204,8 @@ def test_what_does_not_fit_is_refused(model, pair):
     refused("bad_value", rate=0.0)
     refused("bad_value", rate=float("nan"))
     refused("setting_mismatch", [Factors(p.modules, f"org/{i}") for i, p in enumerate(pair)])
-    refused("unknown_module", [*pair, random_factors(1, shapes={"model.layers.9.x": (3, 4)})])
+    other = random_factors(1, shapes={"model.layers.9.x": (3, 4)}).modules
+    refused("unknown_module", [*pair, Factors(other)])
     up = "model.layers.0.mlp.up_proj"
     refused("shape_mismatch", [*pair, Factors({up: random_factors(1).modules[
         "model.layers.0.mlp.down_proj"]})])  # fmt: skip

@@ -311,7 +311,6 @@ def test_a_library_refuses_nonsense(library):
 
 def test_a_real_sentence_embedder(library):
     """Descriptions pick the expert that a person would pick."""
-    pytest.importorskip(PACKAGE)
     embed = minilm()
     texts = {
         "math": "Solves arithmetic word problems step by step",
