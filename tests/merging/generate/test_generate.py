@@ -24,7 +24,6 @@ from vllm_lora_ext.merging.generate import (
     minilm,
     read_layout,
 )
-from vllm_lora_ext.merging.generate.embed import PACKAGE
 from vllm_lora_ext.merging.generate.icm_fusion import align
 
 CONFIG = {"peft_type": "LORA", "r": 3, "lora_alpha": 8, "use_rslora": True, "target_modules": []}
