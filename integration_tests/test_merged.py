@@ -87,13 +87,15 @@ def check(llm, logits, folder, deltas: Deltas) -> None:
     adapter = lora(folder.name, folder)
     wanted = [logits(deltas, prompt) for prompt in PROMPTS] + [logits({}, PROMPTS[0])]
     effect = float((wanted[0] - wanted[2]).abs().max())
-    assert effect > 20 * BOUND
+    # A bound that an adapter of a small effect would meet without being served checks nothing.
+    bound = min(BOUND, effect / 20)
+    assert bound > BOUND / 20
     requests = [*((prompt, adapter) for prompt in PROMPTS), (PROMPTS[0], None)]
     got = prompt_logprobs(llm, requests, VOCAB)
     diffs = [worst(g, w) for g, w in zip(got, wanted, strict=True)]
     print(f"{folder.name}: max |dlogp| {max(diffs[:2]):.1e}, base {diffs[2]:.1e}, "
           f"the adapter moves a logit by up to {effect:.2f}")  # fmt: skip
-    assert max(diffs) < BOUND
+    assert max(diffs) < bound
 
 
 def test_every_fixture_is_here():
