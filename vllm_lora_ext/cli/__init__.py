@@ -11,6 +11,7 @@ from vllm_lora_ext.cli.bundle import bundle as bundle_command
 from vllm_lora_ext.cli.convert import convert as convert_command
 from vllm_lora_ext.cli.inspect import inspect as inspect_command
 from vllm_lora_ext.cli.install import check_vllm, doctor
+from vllm_lora_ext.cli.merge import merge as merge_command
 from vllm_lora_ext.cli.soups import soups as soups_command
 from vllm_lora_ext.cli.systems import systems as systems_command
 from vllm_lora_ext.cli.trace import trace as trace_command
@@ -30,6 +31,7 @@ app.command("systems")(systems_command)
 app.command("inspect")(inspect_command)
 app.command("convert")(convert_command)
 app.command("bundle")(bundle_command)
+app.command("merge")(merge_command)
 app.command("soups")(soups_command)
 app.command("verify")(verify_command)
 app.command("trace")(trace_command)
