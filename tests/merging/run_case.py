@@ -4,7 +4,8 @@
     python tests/merging/run_case.py CASE_DIR OUT_DIR [--rank R]
 
 The inputs' paths in `case.json` start at the folder above CASE_DIR. A case is understood by its
-system, method and parameters alone; conversions of one artefact are those of `run_variant.py`.
+system, method and parameters alone, becomes a recipe, and is run as every recipe is; conversions of
+one artefact are those of `run_variant.py`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import load_file
 
-from vllm_lora_ext.merging import Factors, Merged, Term, load_factors, load_soups, merge, save_peft
+from vllm_lora_ext.merging import Factors, Merged, save_peft
+from vllm_lora_ext.merging.recipes import parse_recipe, run_recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from run_variant import factors_of, handles
@@ -28,7 +29,7 @@ Case = dict[str, Any]
 
 
 class Call(NamedTuple):
-    """Arguments of `merge`; own: parameters of single adapters; weights: in place of the case's."""
+    """What the recipe says; own: parameters of single adapters; weights: in place of the case's."""
 
     method: str
     parameters: dict[str, Any]
@@ -144,28 +145,34 @@ SYSTEMS: dict[str, Callable[[Case], Call]] = {
 }  # fmt: skip
 
 
-def merge_case(case_dir: Path, case: Case, rank: int | None = None) -> Merged:
-    """The merge that a case describes.
+def recipe_of(case_dir: Path, case: Case, rank: int | None = None) -> dict[str, Any]:
+    """The recipe that a case means; its paths start at the folder above the case.
 
     Args:
         rank: largest rank of the result, in place of the case's own.
     """
     call = SYSTEMS[case["system"]](case)
     inputs = case["inputs"]
-    if any(entry.get("weight") == "learned" for entry in inputs):
-        terms = load_soups([case_dir.parent / entry["adapter"] for entry in inputs])
-    else:
-        weights = call.weights or [entry["weight"] for entry in inputs]
-        terms = [
-            Term(load_factors(case_dir.parent / entry["adapter"]), weight, entry["name"], own)
-            for entry, weight, own in zip(
-                inputs, weights, call.own or [{}] * len(inputs), strict=True
-            )
-        ]
-    stored = case_dir / "masks.safetensors"
-    masks = load_file(stored) if stored.exists() else None
+    weights = call.weights or [entry.get("weight", 1.0) for entry in inputs]
+    models = []
+    for entry, weight, own in zip(inputs, weights, call.own or [{}] * len(inputs), strict=True):
+        if weight == "learned":
+            weight = {"from": entry["adapter"], "kind": "lora_soups_softmax"}
+        model = {"model": entry["adapter"], "parameters": {"weight": weight, **own}}
+        models.append(model | _some(entry, "name"))
     parameters = {**call.parameters, **({} if rank is None else {"rank": rank})}
-    return merge(call.method, terms, parameters, masks=masks)
+    recipe = {
+        "version": 1, "merge_method": call.method, "models": models, "parameters": parameters,
+    }  # fmt: skip
+    if (case_dir / "masks.safetensors").exists():
+        recipe["masks"] = f"{case_dir.name}/masks.safetensors"
+    return recipe
+
+
+def merge_case(case_dir: Path, case: Case, rank: int | None = None) -> Merged:
+    """The merge that a case describes."""
+    recipe = parse_recipe(recipe_of(case_dir, case, rank))
+    return run_recipe(recipe, lambda name: case_dir.parent / name)
 
 
 def run_case(case_dir: Path, rank: int | None = None) -> Factors:
