@@ -23,16 +23,21 @@ from vllm_lora_ext.model_patches.worker import shortest
 from vllm_lora_ext.settings import LoraExtSettings
 
 logger = init_logger(f"vllm.{__name__}")
-_STATUS = {"not_found": HTTPStatus.NOT_FOUND, "path_not_allowed": HTTPStatus.FORBIDDEN}
+_STATUS = {
+    "not_found": HTTPStatus.NOT_FOUND,
+    "path_not_allowed": HTTPStatus.FORBIDDEN,
+    "merge_busy": HTTPStatus.TOO_MANY_REQUESTS,
+    "merge_failed": HTTPStatus.INTERNAL_SERVER_ERROR,
+}
 
 
-def to_response(error: AdapterError) -> ErrorResponse:
+def to_response(error: AdapterError, param: str = "lora_path") -> ErrorResponse:
     """The error as an OpenAI-style body: `type` is the stable code."""
     return create_error_response(
         message=error.text,
         err_type=error.code,
         status_code=_STATUS.get(error.code, HTTPStatus.BAD_REQUEST),
-        param="lora_path",
+        param=param,
     )
 
 

@@ -438,6 +438,39 @@ PATCHES: tuple[Patch, ...] = (
         ),
     ),
     Patch(
+        name="mixes",
+        module="mixes",
+        why="A LoRA resolver of vLLM's sees a name only, and caches under the spelling it got.",
+        how=(
+            "Where the setting `merge` is on, `_check_model` has a mix made and loaded and puts "
+            "its canonical name into the request; the load route takes recipe files."
+        ),
+        upstream="none yet",
+        remove_when="a resolver of vLLM's may change the request's name and answer with an error.",
+        targets=(
+            Target(
+                "vllm.entrypoints.serve.engine.serving",
+                "BaseServing._check_model",
+                _both("4283bcce850996929fb5b2ae5d3d2fae59a2689a5b1b1d01c5b183adcbf31479"),
+            ),
+            Target(
+                "vllm.entrypoints.serve.engine.serving",
+                "BaseServing._maybe_get_adapters",
+                _both("0f87af69bead7a608dfc16e2c2a144d113f53f9b5339733b03758982c16555ee"),
+            ),
+            Target(
+                "vllm.entrypoints.pooling.base.serving",
+                "PoolingBaseServing._check_model",
+                _both("5855b593bf8c9958644047bf3665ee5841e977077a3ca6f2b8ff1b2e0c041e44"),
+            ),
+            Target(
+                "vllm.entrypoints.openai.models.serving",
+                "OpenAIServingModels.unload_lora_adapter",
+                _both("3fd9f4a38fddb98ed492e75b381c7bc54e2f4d0b8d385eed815e35cd8952cc8f"),
+            ),
+        ),
+    ),
+    Patch(
         name="trace",
         module="trace",
         why="Nothing of vLLM tells a LoRA layer which rows of a step belong to which request.",

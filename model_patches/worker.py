@@ -45,8 +45,8 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         return kept or self._read(lora_request)
 
     def _read(self, request: LoRARequest) -> RoutedLoRAModel:
-        path, roots = shortest(request.lora_path), self.settings.adapter_roots
-        adapter = load_adapter(_anywhere(path) if roots is None else _below(path, roots))
+        path, roots = shortest(request.lora_path), self.settings.readable_roots()
+        adapter = load_adapter(find_folder(path, roots))
         model = self._adapter_manager.model_of(request.lora_int_id, adapter)
         self._evicted.put(request, model)
         return model
@@ -74,6 +74,11 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
 def shortest(path: str) -> str:
     """`path` without trailing `/` and `/.`, which `http` adds to tell two loads apart."""
     return re.sub(r"(/\.?)+$", "", path) or path
+
+
+def find_folder(path: str, roots: Sequence[Path] | None) -> str:
+    """The adapter's folder. Raises AdapterError `not_found`, `path_not_allowed`."""
+    return _anywhere(path) if roots is None else _below(path, roots)
 
 
 def _anywhere(path: str) -> str:

@@ -10,9 +10,9 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
 from vllm_lora_ext.errors import AdapterError
 
@@ -21,6 +21,7 @@ DISABLE_ENV = "VLLM_LORA_EXT_DISABLE"
 ROUTER_ROWS_LIMIT = 512
 ROUTER_ROWS_DEFAULT = 64
 
+_MERGE = "merge"
 _EXAMPLE = f'--additional-config \'{{"{KEY}": {{"host_cache_mb": 4096}}}}\''
 _ALLOWED = {
     "adapter_roots": "a list of existing folders, or null for no limit",
@@ -28,9 +29,113 @@ _ALLOWED = {
     "host_cache_mb": "a whole number, 0 or more",
     "triton": "true, false, or null",
     "trace": "true or false",
+    "merge": "an object, or null for no merged adapters by name",
+}
+_ALLOWED_MERGE = {
+    "enabled": "true or false",
+    "adapters": "an object of name: existing folder",
+    "recipes": "an object of name: existing recipe file",
+    "describe": "an object of library, model, top_k and temperature, or null",
+    "max_terms": "a whole number, 1 or more",
+    "max_rank": "a whole number, 1 or more, or null for --max-lora-rank",
+    "max_mixes": "a whole number, 1 or more",
+    "max_disk_mb": "a whole number, 1 or more",
+    "max_seconds": "a number above 0",
+    "store": "a folder, or null for one in the user's cache",
 }
 _ON = {"1", "true", "yes"}
 _OFF = {"", "0", "false", "no"}
+
+
+def _real_folder(item: object) -> Path:
+    path = _real_path(item)
+    if not path.is_dir():
+        raise ValueError(f"{path} is not a folder")
+    return path.resolve()
+
+
+def _real_file(item: object) -> Path:
+    path = _real_path(item)
+    if not path.is_file():
+        raise ValueError(f"{path} is not a file")
+    return path.resolve()
+
+
+def _real_path(item: object) -> Path:
+    path = _path(item)
+    if not path.exists():
+        raise ValueError(f"{path} does not exist")
+    return path
+
+
+def _path(item: object) -> Path:
+    if not isinstance(item, str | Path) or not str(item):
+        raise ValueError("not a path")
+    return Path(item).expanduser()
+
+
+_Folder = Annotated[Path, BeforeValidator(_real_folder)]
+_File = Annotated[Path, BeforeValidator(_real_file)]
+_Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?$")]
+
+
+class DescribeSettings(BaseModel):
+    """Adapters from descriptions (SG-LoRA): `describe:"answers with ISO codes"`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    library: _Folder
+    """A folder that `ExpertLibrary.save` wrote, the experts' folders below it."""
+
+    model: _Folder
+    """The sentence-embedding model that the library was built with."""
+
+    top_k: int = Field(default=4, ge=1)
+    temperature: float = Field(default=0.1, gt=0, allow_inf_nan=False)
+
+
+class MergeSettings(BaseModel):
+    """Merged adapters by name in a request: `model: "cat:math*0.6+code*0.4"`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    enabled: bool = True
+
+    adapters: dict[_Name, _Folder] = {}
+    """Adapters to merge beside those that vLLM has loaded: name → folder."""
+
+    recipes: dict[_Name, _File] = {}
+    """`recipe:NAME` → the recipe's file."""
+
+    describe: DescribeSettings | None = None
+
+    max_terms: int = Field(default=8, ge=1)
+    """Adapters in one mix."""
+
+    max_rank: int | None = Field(default=None, ge=1)
+    """Ranks of a mix; never more than `--max-lora-rank`."""
+
+    max_mixes: int = Field(default=64, ge=1)
+    """Different mixes that the server knows at a time; the one that idles longest goes first."""
+
+    max_disk_mb: int = Field(default=4096, ge=1)
+    """Of merged adapters that are kept for the next time."""
+
+    max_seconds: float = Field(default=120.0, gt=0, allow_inf_nan=False)
+    """For one merge."""
+
+    store: Annotated[Path, BeforeValidator(_path)] | None = None
+    """Where merged adapters lie; on several machines, a folder that all of them see."""
+
+    def folder(self) -> Path:
+        """Where merged adapters lie."""
+        if self.store is not None:
+            return self.store.absolute()
+        cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        return Path(cache).expanduser() / "vllm-lora-ext" / "merged"
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
 
 
 class LoraExtSettings(BaseModel):
@@ -55,6 +160,9 @@ class LoraExtSettings(BaseModel):
     """Whether a request may ask what its adapter's gates decided. Needs an engine without CUDA
     graphs; off, nothing of it is there."""
 
+    merge: MergeSettings | None = None
+    """Merged adapters by name in a request. None: such names are unknown models."""
+
     @field_validator("adapter_roots", mode="before")
     @classmethod
     def _real_folders(cls, value: object) -> object:
@@ -63,6 +171,12 @@ class LoraExtSettings(BaseModel):
         if not isinstance(value, list | tuple):
             raise ValueError("not a list")
         return tuple(_real_folder(item) for item in value)
+
+    def readable_roots(self) -> tuple[Path, ...] | None:
+        """Where the engine may read adapters: `adapter_roots`, and what was merged from there."""
+        if self.adapter_roots is None:
+            return None
+        return (*self.adapter_roots, (self.merge or MergeSettings()).folder())
 
     def router_rows(self, max_lora_rank: int) -> int:
         """Router rows per slot for an engine started with this `--max-lora-rank`."""
@@ -106,33 +220,25 @@ def disabled(environ: Mapping[str, str] = os.environ) -> bool:
     )
 
 
-def _real_folder(item: object) -> Path:
-    if not isinstance(item, str | Path):
-        raise ValueError("not a path")
-    path = Path(item).expanduser()
-    if not path.exists():
-        raise ValueError(f"{path} does not exist")
-    if not path.is_dir():
-        raise ValueError(f"{path} is not a folder")
-    return path.resolve()
-
-
 def _as_adapter_error(error: ValidationError) -> AdapterError:
     first = error.errors()[0]
-    name = str(first["loc"][0]) if first["loc"] else KEY
+    *parents, last = [str(part) for part in first["loc"]] or [KEY]
+    allowed, known = (_ALLOWED, parents[:1] or [last])
+    if parents[:1] == [_MERGE]:
+        allowed, known = _ALLOWED_MERGE, [*parents[1:2], last]
     if first["type"] == "extra_forbidden":
         return AdapterError(
             "bad_settings",
-            f"{KEY} has no setting named {name}",
-            seen=name,
-            limit=", ".join(_ALLOWED),
+            f"{'.'.join([KEY, *parents])} has no setting named {last}",
+            seen=last,
+            limit=allowed.get("describe") if parents[1:] else ", ".join(allowed),
             fix=f"remove or rename it, for example {_EXAMPLE}",
         )
     reason = first["msg"].removeprefix("Value error, ")
     return AdapterError(
         "bad_settings",
-        f"setting {KEY}.{name} is wrong ({reason})",
+        f"setting {'.'.join([KEY, *parents, last])} is wrong ({reason})",
         seen=first["input"],
-        limit=_ALLOWED.get(name),
-        fix=f"correct {name} in --additional-config, or leave it out to get the default",
+        limit=allowed.get(known[0]),
+        fix=f"correct {last} in --additional-config, or leave it out to get the default",
     )

@@ -195,4 +195,6 @@ def _of_step(name: str, error: AdapterError) -> AdapterError:
     """The same error, the step named; its text already holds what was seen and allowed."""
     if error.message.startswith("step "):
         return error
-    return AdapterError(error.code, f"step '{name}': {error.text}")
+    named = AdapterError.parse(str(error).replace(error.text, f"step '{name}': {error.text}", 1))
+    assert named is not None
+    return named

@@ -1,0 +1,94 @@
+"""The merging process: real merges, jobs that take too long, a process that dies."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from pathlib import Path
+
+import pytest
+
+from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.merging import load_factors
+from vllm_lora_ext.serving import process
+from vllm_lora_ext.serving.process import Builder
+
+INPUTS = Path(__file__).parent.parent / "fixtures" / "merged" / "inputs"
+PRETENDED = """
+import json, os, sys, time
+for line in sys.stdin:
+    job = json.loads(line)
+    if job["do"] == "sleep":
+        time.sleep(60)
+    if job["do"] == "die":
+        os._exit(3)
+    print(json.dumps({"pid": os.getpid(), "job": job["do"]}), flush=True)
+"""
+
+
+@pytest.fixture
+def pretended(tmp_path, monkeypatch):
+    (tmp_path / "pretended_build.py").write_text(PRETENDED)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path) + os.pathsep + os.environ.get("PYTHONPATH", ""))
+    monkeypatch.setattr(process, "PROGRAM", "pretended_build")
+
+
+def test_too_long_dead_and_alive_again(pretended):
+    async def test() -> None:
+        builder = Builder(max_seconds=1.5)
+        first = await builder.run({"do": "a"})
+        assert await builder.run({"do": "b"}) == {"pid": first["pid"], "job": "b"}
+        with pytest.raises(AdapterError) as late:
+            await builder.run({"do": "sleep"})
+        assert late.value.code == "merge_timeout"
+        with pytest.raises(ProcessLookupError):
+            os.kill(first["pid"], 0)
+        with pytest.raises(AdapterError) as dead:
+            await builder.run({"do": "die"})
+        assert dead.value.code == "merge_failed"
+        assert (await builder.run({"do": "c"}))["job"] == "c"
+        await builder.close()
+
+    asyncio.run(test())
+
+
+def test_a_cancelled_job_s_answer_is_nobody_s(pretended):
+    async def test() -> None:
+        builder = Builder(max_seconds=30)
+        await builder.run({"do": "a"})
+        job = asyncio.create_task(builder.run({"do": "sleep"}))
+        await asyncio.sleep(0.1)
+        job.cancel()
+        assert (await builder.run({"do": "b"}))["job"] == "b"
+        await builder.close()
+
+    asyncio.run(test())
+
+
+def test_merges(tmp_path):
+    async def test() -> None:
+        builder = Builder(max_seconds=100)
+        models = [{"model": "math", "parameters": {"weight": 0.6}},
+                  {"model": "code", "parameters": {"weight": 0.4}}]  # fmt: skip
+        job = {
+            "recipe": {"version": 1, "merge_method": "cat", "models": models, "parameters": {}},
+            "folders": {name: str(INPUTS / name) for name in ("math", "code")},
+            "lease": str(tmp_path / "lease"), "store": str(tmp_path / "store"),
+            "max_bytes": 1 << 26, "dtype": "float32", "max_rank": 64,
+        }  # fmt: skip
+        assert await builder.run(job) == {"path": job["lease"], "rank": 12}
+        math, code = (load_factors(INPUTS / name).modules for name in ("math", "code"))
+        for name, pair in load_factors(job["lease"]).modules.items():
+            want = 0.6 * math[name].delta()
+            if name in code:
+                want = want + 0.4 * code[name].delta()
+            assert (pair.delta() - want).abs().max() < 1e-5
+        again = await builder.run({**job, "lease": str(tmp_path / "lease2")})
+        assert again["rank"] == 12  # out of the store
+        with pytest.raises(AdapterError) as caught:
+            await builder.run({**job, "lease": str(tmp_path / "no"), "max_rank": 11})
+        assert caught.value.code == "rank_too_large"
+        assert not (tmp_path / "no").exists()
+        await builder.close()
+
+    asyncio.run(test())

@@ -1,0 +1,224 @@
+"""The life of a mix: made once, held while used, gone without a trace; in a pretended server."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.serving import Mixes, parse
+from vllm_lora_ext.settings import LoraExtSettings
+
+
+class Request:
+    """Something that can be held."""
+
+
+class Host:
+    max_rank, dtype = 16, "float32"
+
+    def __init__(self) -> None:
+        self.known = {name: (f"/adapters/{name}", 1) for name in "abcd"}
+        self.shown: dict[str, object] = {}
+        self.loads: list[str] = []
+        self.forgotten: list[object] = []
+        self.refuse = False
+
+    def adapters(self) -> dict[str, tuple[str, int]]:
+        return self.known
+
+    def folder(self, path: str) -> Path:
+        return Path(path)
+
+    async def load(self, name: str, path: Path) -> object:
+        await asyncio.sleep(0)
+        if self.refuse:
+            raise AdapterError("shape_mismatch", "refused")
+        assert (path / "weights").is_file()
+        self.loads.append(name)
+        return (name, path)
+
+    def show(self, model: str, loaded: object) -> None:
+        self.shown[model] = loaded
+
+    async def forget(self, loaded: object) -> None:
+        self.forgotten.append(loaded)
+
+    def hide(self, model: str) -> None:
+        self.shown.pop(model, None)
+
+
+class Builder:
+    """In place of the merging process."""
+
+    def __init__(self) -> None:
+        self.jobs: list[dict[str, Any]] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.fail = False
+
+    async def run(self, job: dict[str, Any]) -> dict[str, Any]:
+        self.jobs.append(job)
+        await self.gate.wait()
+        if self.fail:
+            raise AdapterError("rank_too_large", "too many ranks")
+        Path(job["lease"]).mkdir()
+        (Path(job["lease"]) / "weights").write_text("x")
+        return {"path": job["lease"], "rank": 1}
+
+    async def close(self) -> None:
+        return None
+
+
+class World:
+    def __init__(self, folder: Path, **merge: Any) -> None:
+        settings = {"store": str(folder), **merge}
+        self.host, self.builder = Host(), Builder()
+        self.mixes = Mixes(
+            LoraExtSettings.from_additional_config({"lora_ext": {"merge": settings}}), self.host
+        )
+        self.mixes._builder = self.builder  # type: ignore[assignment]
+
+    async def ask(self, name: str, holder: object | None = None) -> str:
+        return await self.mixes.serve(parse(name), holder or Request())
+
+    def folders(self, root: Path) -> set[Path]:
+        return {path for path in root.glob("served/server-*/*") if path.is_dir()}
+
+
+def run(test: Any) -> None:
+    asyncio.run(test())
+
+
+async def settled() -> None:
+    gc.collect()
+    for _ in range(8):
+        await asyncio.sleep(0)
+
+
+def test_concurrent_first_requests_merge_once(tmp_path):
+    async def test() -> None:
+        world = World(tmp_path)
+        world.builder.gate.clear()
+        names = ["cat:a*0.6+b*0.4", "cat:b*.4+a*0.60"] * 10
+        asked = [asyncio.create_task(world.ask(name)) for name in names]
+        await asyncio.sleep(0.05)
+        world.builder.gate.set()
+        assert set(await asyncio.gather(*asked)) == {"cat:a*0.6+b*0.4"}
+        assert len(world.builder.jobs) == 1 and len(world.host.loads) == 1
+        assert list(world.host.shown) == ["cat:a*0.6+b*0.4"]
+        await world.mixes.close()
+        assert not world.folders(tmp_path)
+
+    run(test)
+
+
+@pytest.mark.parametrize("where", ["merge", "load"])
+def test_a_failure_leaves_nothing_and_can_be_asked_again(tmp_path, where):
+    async def test() -> None:
+        world = World(tmp_path)
+        world.builder.fail, world.host.refuse = where == "merge", where == "load"
+        for _ in range(2):
+            with pytest.raises(AdapterError):
+                await world.ask("cat:a+b")
+        assert world.host.shown == {} and world.mixes.names() == set()
+        assert not world.folders(tmp_path)
+        world.builder.fail = world.host.refuse = False
+        assert await world.ask("cat:a+b") == "cat:a+b"
+
+    run(test)
+
+
+def test_a_request_that_goes_away_does_not_end_the_merge_of_others(tmp_path):
+    async def test() -> None:
+        world = World(tmp_path)
+        world.builder.gate.clear()
+        first, second = (asyncio.create_task(world.ask("cat:a+b")) for _ in range(2))
+        await asyncio.sleep(0.05)
+        first.cancel()
+        world.builder.gate.set()
+        assert await second == "cat:a+b"
+        assert len(world.builder.jobs) == 1
+
+    run(test)
+
+
+def test_the_least_recently_used_goes_first_and_never_one_in_use(tmp_path):
+    async def test() -> None:
+        world = World(tmp_path, max_mixes=2)
+        keep: Request | None = Request()
+        await world.ask("cat:a", keep)
+        await world.ask("cat:b")
+        await settled()
+        await world.ask("cat:c")  # a is older, but in use
+        await settled()
+        assert set(world.host.shown) == {"cat:a", "cat:c"}
+        assert [name for name, _ in world.host.forgotten] == ["cat:b"]
+        assert len(world.folders(tmp_path)) == 2
+        other = Request()
+        await world.ask("cat:c", other)
+        with pytest.raises(AdapterError) as caught:
+            await world.ask("cat:d")
+        assert caught.value.code == "merge_busy"
+        keep = None
+        await settled()
+        assert await world.ask("cat:d") == "cat:d"
+        assert set(world.host.shown) == {"cat:c", "cat:d"}
+        assert keep is None
+
+    run(test)
+
+
+def test_another_adapter_behind_a_name_is_another_mix(tmp_path):
+    """The old one stays for the request that has it, under a name that is not given twice."""
+
+    async def test() -> None:
+        world = World(tmp_path)
+        holder: Request | None = Request()
+        await world.ask("cat:a+b", holder)
+        world.host.known["a"] = ("/adapters/a/.", 2)
+        await world.ask("cat:a+b")
+        assert len(world.builder.jobs) == 2 and len(set(world.host.loads)) == 2
+        assert world.host.forgotten == [] and len(world.folders(tmp_path)) == 2
+        holder = None
+        await settled()
+        assert len(world.host.forgotten) == 1 and len(world.folders(tmp_path)) == 1
+        assert holder is None
+        del world.host.known["a"]
+        with pytest.raises(AdapterError) as caught:
+            await world.ask("cat:a+b")
+        assert caught.value.code == "not_found"
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("cat:a+b+c", "mix_limit"), ("cat:a+nosuch", "not_found"), ("recipe:nosuch", "not_found"),
+        ('describe:"x"', "not_found"),
+    ],
+)  # fmt: skip
+def test_refusals_start_no_merge(tmp_path, name, code):
+    async def test() -> None:
+        world = World(tmp_path, max_terms=2)
+        with pytest.raises(AdapterError) as caught:
+            await world.ask(name)
+        assert caught.value.code == code
+        assert world.builder.jobs == [] and world.mixes.names() == set()
+
+    run(test)
+
+
+def test_the_rank_limit_is_the_smaller_of_both(tmp_path):
+    async def test() -> None:
+        for limit, want in ((None, 16), (4, 4), (99, 16)):
+            world = World(tmp_path, max_rank=limit)
+            await world.ask("cat:a")
+            assert world.builder.jobs[0]["max_rank"] == want
+
+    run(test)

@@ -1,0 +1,100 @@
+"""What a name in a request may ask for: the methods that merge in seconds, and their options."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.merging import ALIASES, METHODS, PARAMETERS, Method
+from vllm_lora_ext.merging.parameters import check_parameters
+
+RECIPE, DESCRIBE = "recipe", "describe"
+SHORT = {
+    "d": "density", "e": "energy", "l": "lambda", "n": "normalize", "r": "rank", "s": "seed",
+}  # fmt: skip
+LONG = {name: short for short, name in SHORT.items()}
+_NEEDS_MORE = {
+    "soups": "it needs a file of learned weights",
+    "dps": "its stages are not a set of adapters",
+    "select_layers": "it takes lists",
+    "select_ranks": "it takes lists",
+    "normalise": "it changes no answer",
+}
+_WHOLE_DELTAS = ("mergekit", "ties_original", "mergelm")  # flavours that merge dense matrices
+_SPACES = ("core", "knots", "knots_v", "factor")
+_OFFLINE = "merge it offline: vllm-lora-ext merge, then load the result"
+
+OPERATIONS: Mapping[str, Method] = MappingProxyType(
+    {name: method for name, method in METHODS.items() if name not in _NEEDS_MORE}
+)
+
+
+def find_operation(name: str) -> Method:
+    """The method of a name in a request. Raises AdapterError `bad_mix`, `offline_only`."""
+    if name in _NEEDS_MORE:
+        raise AdapterError(
+            "offline_only", f"'{name}' cannot stand in a request: {_NEEDS_MORE[name]}",
+            fix=_OFFLINE,
+        )  # fmt: skip
+    if name not in OPERATIONS:
+        raise AdapterError(
+            "bad_mix", "there is no operation of this name", seen=name,
+            limit=[*OPERATIONS, RECIPE, DESCRIBE], fix="choose one of them",
+        )  # fmt: skip
+    return OPERATIONS[name]
+
+
+def normal_options(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Options under their full names, checked, sorted, without those that say the default.
+
+    Raises:
+        AdapterError: `unknown_key`, `bad_value`, `offline_only` (full space).
+    """
+    defaults = {k: v for k, v in method.parameters.items() if k != "layers"}
+    full: dict[str, Any] = {}
+    for name, value in given.items():
+        key = SHORT.get(name, ALIASES.get(name, name))
+        if key in full:
+            raise AdapterError("bad_value", f"'{key}' is given twice", seen=name, fix="keep one")
+        full[key] = round(value, 4) if isinstance(value, float) else value
+    found = check_parameters(full, defaults, method.name, method.only)
+    if found.get("compat") in _WHOLE_DELTAS or found.get("space") not in (None, *_SPACES):
+        raise AdapterError(
+            "offline_only", f"this {method.name} merges whole weight matrices, which takes minutes",
+            seen={key: full[key] for key in ("compat", "space") if key in full},
+            limit=_allowed(method), fix=_OFFLINE,
+        )  # fmt: skip
+    return {key: found[key] for key in sorted(found) if found[key] != defaults[key]}
+
+
+def print_options(options: Mapping[str, Any]) -> str:
+    """`d=0.3,r=32`: the shortest name of each, by name; options as `normal_options` gives them."""
+    said = sorted(f"{LONG.get(key, key)}={_print(value)}" for key, value in options.items())
+    return ",".join(said)
+
+
+def _print(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, float):
+        return f"{value:.4f}".rstrip("0").rstrip(".")
+    return str(value)
+
+
+def _allowed(method: Method) -> dict[str, Sequence[str]]:
+    flavours = method.only.get("compat", ())
+    return {
+        "space": _SPACES,
+        "compat": [flavour for flavour in flavours if flavour not in _WHOLE_DELTAS],
+    }
+
+
+def describe_options(method: Method) -> list[tuple[str, str, str]]:
+    """(name, short name, what it may be) of every option, for the documentation."""
+    return [
+        (name, LONG.get(name, ""), PARAMETERS[name].allowed)
+        for name in sorted(method.parameters)
+        if name != "layers"
+    ]
