@@ -43,7 +43,7 @@ def test_a_failed_check_is_one_warning_and_pytorch(caplog: pytest.LogCaptureFixt
     logging.getLogger("vllm").propagate = True  # vLLM turns it off once it is imported
     with caplog.at_level(logging.WARNING, "vllm.lora_ext"):
         assert choose_kernels(None, "cuda", lambda: WRONG) is False
-    (record,) = caplog.records
+    (record,) = set(caplog.records)  # after an engine in this process, pytest hears it twice
     assert WRONG in record.getMessage() and "PyTorch" in record.getMessage()
 
 
