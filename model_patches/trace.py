@@ -124,11 +124,9 @@ class Recorder:
 
     def _watch(self, site: Site, reduces: bool, keep: Callable[..., None]) -> None:
         """Calls `keep(span, x, u)` after the site's op, after what is called there already."""
-        after, after_expand = site.after, site.after_expand
+        after_expand = site.after_expand
 
-        def then(y: torch.Tensor, x: torch.Tensor, u_PTR: torch.Tensor | None) -> None:
-            if after is not None:
-                after(y, x, u_PTR)
+        def then(_y: torch.Tensor, x: torch.Tensor, _u: torch.Tensor | None) -> None:
             for span in self.spans:
                 keep(span, x[span.start : span.stop], None)
 
@@ -141,7 +139,7 @@ class Recorder:
         if reduces:  # x is a shard; the reduced u is the same on every rank
             site.after_expand = then_expand
         else:
-            site.after = then
+            site.listen(then)
 
     def _keep_linear(
         self, layer: str, span: Span, x_TK: torch.Tensor | None, u_TR: torch.Tensor | None

@@ -326,3 +326,5 @@ extern "C" void gated_lora(const Slot* const* slots, int64_t num_slots, const in
     }
   }
 }
+
+#include "cpu_op.h"

@@ -21,7 +21,8 @@ from pathlib import Path
 
 logger = logging.getLogger("vllm.lora_ext")
 
-SOURCES = tuple(Path(__file__).with_name(name) for name in ("cpu.cpp", "cpu_gate.h", "cpu_vec.h"))
+_NAMES = ("cpu.cpp", "cpu_gate.h", "cpu_op.h", "cpu_vec.h")
+SOURCES = tuple(Path(__file__).with_name(name) for name in _NAMES)
 FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fPIC", "-fopenmp", "-Wno-psabi",
 )  # fmt: skip

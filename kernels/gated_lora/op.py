@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from vllm_lora_ext.kernels.gated_lora import cpu
+from vllm_lora_ext.kernels.gated_lora import cpu, cpu_op
 from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.kernels.gated_lora.step import StepMap
 
@@ -41,6 +41,8 @@ def register_site(site: Site | EmbeddingSite) -> int:
     global _next_id
     _next_id += 1
     _sites[_next_id] = site
+    if isinstance(site, Site) and site.rows_SRK.is_cpu and site.tables is None:
+        cpu_op.install()
     return _next_id
 
 
@@ -76,13 +78,19 @@ def finish_(y: torch.Tensor, x: torch.Tensor, u_PTR: torch.Tensor | None, site: 
     else:
         _, expand_ = _triton()
         expand_(y, u_PTR, found)
-    if found.after is not None:
-        found.after(y, x, u_PTR)
+    for after in found.after:
+        after(y, x, u_PTR)
 
 
 def _gated_lora(y: torch.Tensor, x: torch.Tensor, site: int) -> None:
     if _sites[site].step.active:  # asked first: a base batch passes here at every layer
         finish_(y, x, begin(x, site), site)
+
+
+def _gated_lora_python(y: torch.Tensor, x: torch.Tensor, site: int) -> None:
+    """Where the op in C++ turns to when it does not know the site, or not all of it."""
+    _gated_lora(y, x, site)
+    cpu_op.open_door(site, _sites[site])
 
 
 def _shrink(x: torch.Tensor, site: int, num_rows: int) -> torch.Tensor:
@@ -119,12 +127,15 @@ def _embedding_lora(y: torch.Tensor, ids: torch.Tensor, site: int) -> None:
 
 
 _lib = torch.library.Library("vllm_lora_ext", "DEF")
-_lib.define("gated_lora_(Tensor(a!) y, Tensor x, int site) -> ()")
+for _name in ("gated_lora_", "gated_lora_python_"):
+    _lib.define(f"{_name}(Tensor(a!) y, Tensor x, int site) -> ()")
 _lib.define("shrink(Tensor x, int site, int num_rows) -> Tensor")
 _lib.define("gate_expand_(Tensor(a!) y, Tensor u, int site) -> ()")
 _lib.define("embedding_lora_(Tensor(a!) y, Tensor ids, int site) -> ()")
+cpu_op.python_op("gated_lora_", _gated_lora)
+_lib.impl("gated_lora_", _gated_lora, "CUDA")
+_lib.impl("gated_lora_python_", _gated_lora_python, "CPU")
 for _key in ("CPU", "CUDA"):
-    _lib.impl("gated_lora_", _gated_lora, _key)
     _lib.impl("shrink", _shrink, _key)
     _lib.impl("gate_expand_", _gate_expand, _key)
     _lib.impl("embedding_lora_", _embedding_lora, _key)

@@ -14,6 +14,8 @@ from vllm_lora_ext.kernels.gated_lora.step import StepMap
 from vllm_lora_ext.kernels.gated_lora.tables import SlotTables
 from vllm_lora_ext.routing import GatedSlice, GateSpec
 
+After = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
+
 
 @dataclass(frozen=True)
 class SlicePlan:
@@ -103,12 +105,13 @@ class Site:
             ]
         self.plans: list[SlotPlan | None] = [None] * num_slots
         self.native: Any = None  # the plans as C++ reads them; None: to be made (again)
-        self.step = StepMap(0)
-        # Set by a block of layers that uses the slots in its own way; run after the ops, with the
-        # same tensors: `after` (y, x, and u of the kernels), or, where x is a shard, `after_shrink`
-        # and `after_expand`. `u_PTR` is what the next shrink of the kernels is to fill, with some
-        # rows already there.
-        self.after: Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None] | None = None
+        self.shut: Callable[[], None] | None = None  # C++ must not use what it knows of the site
+        self._step = StepMap(0)
+        # For who uses the slots in a way of its own, or looks on; run after the ops, with the same
+        # tensors: `after` (see `listen`), or, where x is a shard, `after_shrink` and
+        # `after_expand`. `u_PTR` is what the next shrink of the kernels is to fill, with some rows
+        # already there.
+        self.after: list[After] = []
         self.after_shrink: Callable[[torch.Tensor], None] | None = None
         self.after_expand: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         self.u_PTR: torch.Tensor | None = None
@@ -128,6 +131,33 @@ class Site:
         """`max_rank` as a power of two that a tensor core takes."""
         return max(16, 1 << (self.max_rank - 1).bit_length())
 
+    @property
+    def step(self) -> StepMap:
+        """The rows of the step at hand."""
+        return self._step
+
+    @step.setter
+    def step(self, step: StepMap) -> None:
+        self._step = step
+        self.changed()
+
+    def listen(self, after: After, first: bool = False) -> None:
+        """Calls `after` with y, x and u of the kernels when the op has run on a step that has an
+        adapter; `first`: before the others that listen."""
+        self.after.insert(0 if first else len(self.after), after)
+        self.changed()
+
+    def forget(self, after: After) -> None:
+        """Ends `listen`."""
+        self.after.remove(after)
+        self.changed()
+
+    def changed(self) -> None:
+        """What was made of the plans, the step or the hooks for C++ holds no more."""
+        if self.shut is not None:
+            self.shut()
+        self.native = None
+
     def take_u(self) -> torch.Tensor | None:
         """`u_PTR`, once."""
         u_PTR, self.u_PTR = self.u_PTR, None
@@ -135,7 +165,8 @@ class Site:
 
     def clear(self, slot: int) -> None:
         """The slot adds nothing any more. Its weights stay: nothing reads a slot without a plan."""
-        self.plans[slot] = self.native = None
+        self.plans[slot] = None
+        self.changed()
         if self.tables is not None:
             self.tables.clear(slot)
 

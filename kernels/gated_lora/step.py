@@ -43,7 +43,7 @@ class StepMap:
         rows = 2 + 3 * len(TILE_ROWS) if self.tiled else 1
         self.table = torch.full((rows, max_tokens), -1, dtype=torch.int32, device=device)
         self.token_slots_T = self.table[0]
-        self.active = False
+        self.active_1 = np.zeros(1, dtype=np.int64)  # read by C++ at this address
         self._width = 0
         self._slots_T = np.empty(0, dtype=np.int64)
         self._groups: list[Group] | None = []
@@ -55,7 +55,7 @@ class StepMap:
         numbers lie in a pinned block of their own, which the allocator takes back in time.
         """
         self._slots_T, self._groups = slots_T, None
-        self.active = bool((slots_T >= 0).any())
+        self.active_1[0] = (slots_T >= 0).any()
         # As wide as the last step, so that nothing of it is left behind.
         width = max(len(slots_T), self._width)
         self._width = len(slots_T)
@@ -67,6 +67,11 @@ class StepMap:
         if self.tiled and self.active:
             _tile(host_np[1:], slots_T)
         self.table[:, :width].copy_(host, non_blocking=pinned)
+
+    @property
+    def active(self) -> bool:
+        """Whether any row of the step has an adapter."""
+        return bool(self.active_1[0])
 
     @property
     def order_T(self) -> torch.Tensor:

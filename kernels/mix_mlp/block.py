@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
 
 from vllm_lora_ext.kernels.gated_lora.site import Site, SlicePlan, SlotPlan
@@ -83,8 +84,22 @@ class BlockSite:
         self._u_PTR: torch.Tensor | None = None
         self._u: dict[int, torch.Tensor] = {}
         self._add: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        first.after, last.after = self.hold, lambda y_TN, _x, _u: self.add_down(y_TN)
+        # Read by C++ at this address: whether any slot has experts here.
+        self.busy_1 = np.zeros(1, dtype=np.int64)
         last.after_shrink, last.after_expand = self.fill, self.add_down
+
+    @property
+    def busy(self) -> bool:
+        """Whether any slot has experts here."""
+        return bool(self.busy_1[0])
+
+    def _look(self) -> None:
+        """Listens to the linears while a slot has experts here, and not longer: it costs them."""
+        busy = bool(self.plans or self.on_kernels)
+        if busy != self.busy:
+            self.busy_1[0] = busy
+            for site, after in ((self.first, self.hold), (self.last, self._add_to)):
+                site.listen(after, first=True) if busy else site.forget(after)
 
     def clear(self, slot: int) -> None:
         """The slot adds nothing any more."""
@@ -95,6 +110,7 @@ class BlockSite:
             self.tables.clear(slot)
             self.first.clear(slot)
             self.last.clear(slot)
+        self._look()
 
     def write(
         self,
@@ -122,6 +138,7 @@ class BlockSite:
         name = self.act_name if act is None else act_name
         if self.tables is None or name not in ACTIVATIONS or not (sums or self.last_bias_N is None):
             self.plans[slot] = BlockPlan(gate, first_plan, last_plan, act or self.act, sums)
+            self._look()
             return
         # The first linear's kernels shrink for the slot and add nothing; the second's only expand.
         assert self.first.tables is not None and self.last.tables is not None
@@ -131,6 +148,7 @@ class BlockSite:
             self.last.tables.write(slot, 0, 0, [(0, last_plan.slices[0])])
         self.tables.write(slot, first_plan.slices, last_plan is not None, name)
         self.on_kernels.add(slot)
+        self._look()
 
     def hold(self, _y_TN: torch.Tensor, x_TK: torch.Tensor, u_PTR: torch.Tensor | None) -> None:
         """After the first linear: shrinks the rows of the slots that have experts here, or keeps
@@ -171,6 +189,9 @@ class BlockSite:
                 z_TR, _ = self._add[group.slot]
                 index_T = slice(group.start, group.stop) if group.index_T is None else group.index_T
                 u_TR[index_T, : z_TR.shape[1]] = z_TR
+
+    def _add_to(self, y_TN: torch.Tensor, _x: torch.Tensor, _u: torch.Tensor | None) -> None:
+        self.add_down(y_TN)
 
     def add_down(self, y_TN: torch.Tensor, u_TR: torch.Tensor | None = None) -> None:
         """After the second linear: adds the experts' down parts, already weighted.

@@ -6,6 +6,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from vllm_lora_ext.kernels.gated_lora import cpu_op
 from vllm_lora_ext.kernels.mix_mlp.block import BlockSite
 
 _blocks: WeakValueDictionary[int, BlockSite] = WeakValueDictionary()
@@ -17,19 +18,23 @@ def register_block(block: BlockSite) -> int:
     global _next_id
     _next_id += 1
     _blocks[_next_id] = block
+    if block.first.rows_SRK.is_cpu:
+        cpu_op.watch_block(_next_id, block, block.busy_1)
     return _next_id
 
 
 def _mix_act(a: torch.Tensor, gate_up: torch.Tensor, block: int) -> None:
     found = _blocks[block]
-    if found.plans or found.on_kernels:
+    if found.busy:
         found.mix_act_(a, gate_up)
 
 
 _lib = torch.library.Library("vllm_lora_ext", "FRAGMENT")
-_lib.define("mix_act_(Tensor(a!) a, Tensor gate_up, int block) -> ()")
-for _key in ("CPU", "CUDA"):
-    _lib.impl("mix_act_", _mix_act, _key)
+for _name in ("mix_act_", "mix_act_python_"):
+    _lib.define(f"{_name}(Tensor(a!) a, Tensor gate_up, int block) -> ()")
+cpu_op.python_op("mix_act_", _mix_act)
+_lib.impl("mix_act_python_", _mix_act, "CPU")
+_lib.impl("mix_act_", _mix_act, "CUDA")
 torch.library.register_fake("vllm_lora_ext::mix_act_", lambda *_: None, lib=_lib)
 
 mix_act_ = torch.ops.vllm_lora_ext.mix_act_.default
