@@ -43,22 +43,30 @@ def peft(case: Case) -> Call:
     kind = given.get("combination_type")
     if kind is None:
         return Call("cat", {})
-    parameters = {"compat": "peft", **_some(given, "density", "majority_sign_method", "svd_rank")}
-    if kind not in ("svd", "cat") and kind.endswith("_svd"):
-        return Call(kind.removesuffix("_svd"), {**parameters, "space": "full"})
-    return Call(kind, parameters)
+    if len(case["inputs"]) == 1:
+        return Call("linear", {"compat": "peft"})  # whatever the type
+    factors = ("density", "majority_sign_method")
+    parameters = {"compat": "peft", **_some(given, *factors)}
+    if kind in ("cat", "linear"):
+        return Call(kind, {"compat": "peft"})
+    if not kind.endswith("svd"):
+        return Call(kind, parameters)
+    parameters |= _some(given, "svd_rank", "svd_clamp")
+    if kind == "svd":
+        return Call(kind, {k: v for k, v in parameters.items() if k not in factors})
+    return Call(kind.removesuffix("_svd"), {**parameters, "space": "full"})
 
 
 def mergekit(case: Case) -> Call:
     """A recipe of mergekit, its switches taken over by name."""
     given = case["parameters"]
-    kind, switches = given["merge_method"], given.get("parameters", {})
+    kind, switches = given["merge_method"], {**given, **given.get("parameters", {})}
     own = [_some(model, "density", "epsilon", "gamma") for model in given.get("models", [])]
     if kind in ("linear", "task_arithmetic"):
         normalize = switches.get("normalize", kind == "linear")
         return Call("cat", {"normalize": normalize, **_some(switches, "lambda")})
-    parameters = {"compat": "mergekit", **_some(switches, "normalize", "rescale", "lambda")}
-    return Call(kind, {**parameters, **_some(given, "epsilon", "gamma")}, own or None)
+    names = ("normalize", "rescale", "lambda", "density", "epsilon", "gamma")
+    return Call(kind, {"compat": "mergekit", **_some(switches, *names)}, own or None)
 
 
 def lorax(case: Case) -> Call:
@@ -76,36 +84,35 @@ def lorahub(case: Case) -> Call:
 
 
 def core_space(case: Case) -> Call:
-    """One coefficient multiplies the merged delta; the tool has no weights."""
+    """One coefficient multiplies the merged delta; the tool has no weights, but defaults."""
     given, ones = case["parameters"], [1.0] * len(case["inputs"])
-    kind = given["merge_method"]
-    parameters = {"lambda": given["scaling_coeff"], "compat": "core_space",
-                  "space": given["merge_space"]}  # fmt: skip
-    if kind == "tv":
-        if given.get("isotropize"):
-            return Call("iso", parameters, weights=ones)
-        return Call("cat", {"lambda": given["scaling_coeff"]}, weights=ones)
+    kind, coefficient = given["merge_method"], given["scaling_coeff"]
+    if kind in ("tv", "sum", "mean"):
+        coefficient /= len(ones) if kind == "mean" else 1
+        if not given.get("isotropize"):
+            return Call("cat", {"lambda": coefficient}, weights=ones)
+        kind = "iso"
+    parameters = {"lambda": coefficient, "compat": "core_space", "space": given["merge_space"]}
+    if kind == "iso":
+        return Call(kind, parameters, weights=ones)
     parameters["isotropise"] = given.get("isotropize", False)
     if kind == "ties":
-        parameters["density"] = _share(given["topK"])
+        parameters["density"] = _share(given.get("topK", 10))
     elif kind == "dare":
-        kind, parameters["density"] = "dare_linear", 1 - given["dare_pruning_coeffs"]
+        kind, parameters["density"] = "dare_linear", 1 - given.get("dare_pruning_coeffs", 0.3)
     elif kind == "cart":
-        parameters |= {
-            "keep": given["cart_pruning_rank"], "strength": given["cart_scaling_coeffs"]
-        }  # fmt: skip
+        parameters["keep"] = given.get("cart_pruning_rank", 0.04)
+        parameters["strength"] = given.get("cart_scaling_coeffs", 0.1)
     return Call(kind, parameters, weights=ones)
 
 
 def knots(case: Case) -> Call:
     """The code multiplies every adapter by the first coefficient."""
     given, ones = case["parameters"], [1.0] * len(case["inputs"])
-    coefficient = given["scaling_coeffs"][0]
-    if given["merge_method"] != "ties":
-        return Call("cat", {"lambda": coefficient}, weights=ones)
     parameters = {
-        "density": _share(given["topK_percent"]), "lambda": coefficient,
+        "density": _share(given.get("topK_percent", 100)), "lambda": given["scaling_coeffs"][0],
         "divide": _DIVIDE[given.get("merging_type", "mean")],
+        "sign": {"ties": "total", "tv": "none"}[given["merge_method"]],
     }  # fmt: skip
     return Call("knots_ties", parameters, weights=ones)
 
@@ -115,9 +122,10 @@ def ties_original(case: Case) -> Call:
     parameters = {
         "compat": "ties_original", "density": _share(given["reset_thresh_percent"]),
         "lambda": given["scaling_lambda"],
-        "divide": _DIVIDE[given["merge_func"].removeprefix("dis-")],
+        "divide": {f"dis-{name}": rule for name, rule in _DIVIDE.items()}[given["merge_func"]],
+        "sign": {"mass": "total", "none": "none"}[given.get("resolve_method", "mass")],
     }  # fmt: skip
-    return Call("ties", parameters)
+    return Call("ties", parameters, weights=_weights(case, given["scaling_lambda"]))
 
 
 def mergelm(case: Case) -> Call:
@@ -126,7 +134,16 @@ def mergelm(case: Case) -> Call:
         "compat": "mergelm", "density": 1 - given["mask_rate"], "rescale": given["use_rescale"],
         "lambda": given["scaling_coefficient"],
     }  # fmt: skip
-    return Call("dare_linear", parameters)
+    kind = {"random": "dare_linear", "magnitude": "magnitude_prune"}[
+        given.get("mask_strategy", "random")
+    ]
+    return Call(kind, parameters, weights=_weights(case, given["scaling_coefficient"]))
+
+
+def _weights(case: Case, coefficient: float) -> list[float]:
+    """Of a tool with one coefficient, which a case may repeat as each input's weight."""
+    given = [entry.get("weight", 1.0) for entry in case["inputs"]]
+    return [1.0] * len(given) if set(given) == {coefficient} else given
 
 
 def robustmerge(case: Case) -> Call:
@@ -179,7 +196,7 @@ def run_case(case_dir: Path, rank: int | None = None) -> Factors:
     """The adapter that a case gives."""
     case = json.loads((case_dir / "case.json").read_text())
     if handles(case):
-        return factors_of(case_dir, case)
+        return factors_of(case_dir, case, rank)
     return merge_case(case_dir, case, rank).factors
 
 

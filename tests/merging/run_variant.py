@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from vllm_lora_ext.merging.factors import Factors, Pair
 from vllm_lora_ext.merging.generate.icm import Decoder, decode_adapter
+from vllm_lora_ext.merging.ops.truncate import truncate
 from vllm_lora_ext.merging.variants import Converted, extract, read_variant
 
 # What else a method takes from the case's parameters, as settings of the conversion.
@@ -81,11 +82,14 @@ def run_variant(
     return Run(converted)
 
 
-def factors_of(case_dir: Path, case: dict[str, Any]) -> Factors:
+def factors_of(case_dir: Path, case: dict[str, Any], rank: int | None = None) -> Factors:
     """The factors that a case's adapter is served with, its weight included."""
-    factors = run_variant(case_dir, case).converted.factors
+    factors = run_variant(case_dir, case, rank).converted.factors
     weight = case["inputs"][0].get("weight", 1.0)
-    modules = {n: Pair(p.a_RK, p.b_NR * weight) for n, p in factors.modules.items()}
+    modules = {
+        name: truncate(Pair(pair.a_RK, pair.b_NR * weight), rank).pair
+        for name, pair in factors.modules.items()
+    }
     return dataclasses.replace(factors, modules=modules)
 
 

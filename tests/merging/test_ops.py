@@ -226,6 +226,8 @@ def naive_election(tensors, weights, how):
         if how.sign != "none":
             turned = how.sign == "weighted"
             values = [(x, w) for x, w in values if (x * w if turned else x) * sign > 0]
+        elif how.divide == "voters":
+            values = [(x, w) for x, w in values if x]
         products = [x * w for x, w in values]
         if how.divide == "largest":
             merged.view(-1)[at] = max(products, key=abs, default=0.0)

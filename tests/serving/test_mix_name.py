@@ -47,6 +47,11 @@ def test_order_and_spelling_do_not_matter(terms, random):
     assert parse(f"cat:{spelt}") == make("cat", {}, terms)
 
 
+def test_a_tool_may_take_something_from_the_first_adapter():
+    assert str(parse("svd[compat=peft]:b+a")) == "svd[compat=peft]:b+a"
+    assert str(parse("svd:b+a")) == "svd:a+b"
+
+
 @given(st.text(max_size=40) | st.text('cat:svd[r=]*+.0123ab-/"', max_size=40))
 def test_any_text_is_a_mix_or_a_typed_error(text):
     try:

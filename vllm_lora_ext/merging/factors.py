@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -52,7 +53,9 @@ class Factors:
         source: the folder, for messages.
         scales: module → the scale (alpha/r, alpha/sqrt(r)) that was folded into its B. Merges that
             imitate a tool working on unscaled factors divide by it; a module not in here has 1.
-        rslora: those scales were alpha/sqrt(r); only the imitation of PEFT's merges asks.
+        rslora: those scales were alpha/sqrt(r). This and what follows only imitations of tools ask.
+        config_rank: what PEFT makes room for, the larger of `r` and `rank_pattern`; 0: not known.
+        config_scale: of a layer that no pattern names, whether the adapter has it or not.
     """
 
     modules: dict[str, Pair] = field(repr=False)
@@ -60,6 +63,8 @@ class Factors:
     source: str = ""
     scales: dict[str, float] = field(default_factory=dict, repr=False)
     rslora: bool = False
+    config_rank: int = 0
+    config_scale: float = 1.0
 
     def ranks(self) -> dict[str, int]:
         return {name: pair.rank for name, pair in self.modules.items()}
@@ -110,7 +115,11 @@ def fold(adapter: RoutedAdapter, config: Mapping[str, Any]) -> Factors:
         return Factors(modules, adapter.base_model, adapter.source)
     lora = read_peft_config(dict(config))
     scales = {name: lora.scale(name) for name in modules}
-    return Factors(modules, adapter.base_model, adapter.source, scales, lora.rslora)
+    return Factors(
+        modules, adapter.base_model, adapter.source, scales, lora.rslora,
+        config_rank=max([lora.r, *(rank for _, rank in lora.ranks)]),
+        config_scale=lora.alpha / (math.sqrt(lora.r) if lora.rslora else lora.r),
+    )  # fmt: skip
 
 
 def save_peft(
@@ -227,6 +236,7 @@ def _write_whole(where: Path, tensors: dict[str, torch.Tensor], files: dict[str,
         save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
         for name, content in files.items():
             (part / name).write_bytes(content)
+        (part / WEIGHTS).chmod(0o644)  # safetensors makes it the owner's alone
         for path in [*part.iterdir(), part]:
             _sync(path)
         part.chmod(0o755)

@@ -14,7 +14,7 @@ from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging.factors import Factors, Pair
 from vllm_lora_ext.merging.methods import Method, find_method
 from vllm_lora_ext.merging.ops.scale import Weight, count_layers, resolve
-from vllm_lora_ext.merging.ops.truncate import Kept, factorise, truncate
+from vllm_lora_ext.merging.ops.truncate import Kept, clamped, factorise, truncate
 from vllm_lora_ext.merging.parameters import OF_ADAPTERS, check_parameter, check_parameters
 from vllm_lora_ext.merging.plans import Plan, Terms
 from vllm_lora_ext.merging.work import Part, Work
@@ -122,11 +122,17 @@ def merge(
     row = find_method(method)
     if not terms:
         raise AdapterError("empty_adapter", "there is no adapter to merge", fix="name one or more")
-    settings = check_parameters(parameters or {}, row.parameters, f"method {method}", row.only)
+    given = parameters or {}
+    defaults = row.defaults(given.get("compat"))
+    settings = check_parameters(given, defaults, f"method {method}", row.only)
     named = _named(terms)
     shapes = _shapes(named)
-    plan = row.plan(settings, Terms([term.factors.rank for term in named]))
+    ranks = [term.factors.rank for term in named]
+    said = [term.factors.config_rank or term.factors.rank for term in named]
+    plan = row.plan(settings, Terms(ranks, said))
     works = _Works(named, sorted(shapes), settings, row, masks)
+    if plan.normalise:
+        works.normalise()
     shared = None
     if plan.survey:
         shared = plan.survey(lambda: (work for work in works() if work.parts), len(named))
@@ -143,11 +149,11 @@ def merge(
         modules, warning = _rslora_trap(method, plan, settings, named, modules)
         warnings.append(warning)
     base = next((t.factors.base_model for t in named if t.factors.base_model), "")
-    said = {key: value for key, value in settings.items() if value is not None}
+    used = {key: value for key, value in settings.items() if value is not None}
     # A flavour, or a mode that adds factors, is never the sum of the products.
     plain = settings.get("compat") is None and settings.get("mode") != "linear"
     whole = all(report.kept_energy > 1 - 1e-6 for report in reports.values())
-    report = Report(method, said, row.exact and plain and whole, row.why, reports, warnings)
+    report = Report(method, used, row.exact and plain and whole, row.why, reports, warnings)
     return Merged(Factors(modules, base, f"{method} of {len(named)} adapters"), report)
 
 
@@ -170,12 +176,12 @@ class _Works:
             }
             for term in terms
         ]
-        if settings.get("normalize") and "density" not in settings:
-            self._normalise()
 
     def __call__(self) -> Iterator[Work]:
         for name in self.modules:
-            yield Work(name, self._parts(name), self.settings, self.masks)
+            first = self.terms[0].factors
+            scale = first.scales.get(name, first.config_scale)
+            yield Work(name, self._parts(name), self.settings, scale, self.masks)
 
     def _parts(self, name: str) -> list[Part]:
         return [
@@ -187,7 +193,7 @@ class _Works:
             if name in term.factors.modules and term.factors.modules[name].rank
         ]  # fmt: skip
 
-    def _normalise(self) -> None:
+    def normalise(self) -> None:
         """Weights of each module over their sum; a term counts where it lacks the module, too."""
         for name in self.modules:
             every = [
@@ -196,6 +202,8 @@ class _Works:
                 for i, term in enumerate(self.terms)
             ]  # fmt: skip
             total = math.fsum(every)
+            if abs(total) < 1e-8 and self.settings.get("compat") == "mergekit":
+                continue
             if abs(total) < 1e-8:
                 raise AdapterError(
                     "bad_value", f"the weights of {name} add up to 0 and cannot be normalised",
@@ -211,7 +219,9 @@ def _one(work: Work, plan: Plan, settings: Mapping[str, Any]) -> tuple[Kept, dic
         return Kept(Pair(torch.zeros(0, 0), torch.zeros(0, 0)), 1.0), {}
     result = plan.merge(work)
     rank, energy = settings.get("rank") or plan.rank, settings.get("energy")
-    if isinstance(result.delta, Pair):
+    if plan.clamp is not None and rank:
+        kept = clamped(result.delta, rank, plan.clamp)
+    elif isinstance(result.delta, Pair):
         kept = truncate(result.delta, rank, energy)
     else:
         kept = factorise(result.delta, rank, energy, work.module)
@@ -277,7 +287,7 @@ def _rslora_trap(
     modules: Mapping[str, Pair],
 ) -> tuple[dict[str, Pair], str]:  # fmt: skip
     """PEFT hands the first adapter's use_rslora on to a merge of alpha = r: sqrt(r) too strong."""
-    ranks = [term.factors.rank for term in terms]
+    ranks = [term.factors.config_rank or term.factors.rank for term in terms]
     summed = method == "cat" and len(terms) > 1
     rank = settings.get("rank") or plan.rank or (sum(ranks) if summed else max(ranks))
     factor = math.sqrt(rank)

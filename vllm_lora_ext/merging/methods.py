@@ -26,6 +26,7 @@ class Method:
         plan: its arithmetic.
         parameters: allowed names with their defaults; None means that the method decides.
         only: parameters with fewer choices here than elsewhere; `compat` names the flavours.
+        tools: flavour → the defaults that its tool has in place of these.
         commutes: the order of the adapters does not matter, whatever the parameters.
     """
 
@@ -38,6 +39,11 @@ class Method:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     only: Mapping[str, Sequence[str]] = field(default_factory=dict)
     commutes: bool = True
+    tools: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def defaults(self, compat: object) -> Mapping[str, Any]:
+        """Of all parameters, under a flavour."""
+        return {**self.parameters, **self.tools.get(str(compat), {})}
 
 
 _FIT = {"rank": None, "energy": None, "lambda": 1.0, "layers": None}
@@ -65,6 +71,7 @@ def _entrywise(
     return Method(
         name, title, url, False, _ENTRIES, plans.entrywise(rules), parameters,
         {"compat": flavours}, commutes=not any(rule.sides == "raw" for rule in rules.values()),
+        tools={"mergekit": {"density": 1.0, "epsilon": 0.15}},
     )  # fmt: skip
 
 
@@ -100,8 +107,10 @@ _DARE_LINEAR_RULES: dict[str | None, Rule] = {
     "core_space": Rule("random", rescale="density"),
 }
 _PRUNE_RULES: dict[str | None, Rule] = {
-    None: _magnitude(), "peft": _magnitude(space="factor")
-}  # fmt: skip
+    None: _magnitude(),
+    "peft": _magnitude(space="factor"),
+    "mergelm": _magnitude(space="full", rescale="density", up=True),
+}
 _DELLA_RULES: dict[str | None, Rule] = {
     None: Rule("della", rescale="density", **_VOTE),
     "mergekit": Rule("della", rescale="l1", divide="weights", **_MERGEKIT_VOTE),
@@ -126,19 +135,21 @@ _ROWS = (
            {"compat": ("peft", "lorax", "lorahub", "soups")}, commutes=False),
     Method("svd", "sum of the weighted deltas, cut to a lower rank", _PEFT, False,
            "the best approximation of its rank; the report says what is kept",
-           plans.truncated_sum, {**_SUM, "compat": None}, {"compat": ("peft",)}),
-    _entrywise("ties", "TIES: trim, elect signs, disjoint mean", _TIES, _TIES_RULES, density=0.2),
+           plans.truncated_sum, {**_SUM, "svd_clamp": None, "compat": None},
+           {"compat": ("peft",)}),
+    _entrywise("ties", "TIES: trim, elect signs, disjoint mean", _TIES, _TIES_RULES, density=0.2,
+               svd_clamp=None),
     _entrywise("knots_ties", "TIES over all modules at once in KnOTS space",
                "https://github.com/gstoica27/KnOTS", {None: _KNOTS}, density=0.2),
     _entrywise("knots_plain_v_ties", "TIES on the plain V of KnOTS space, module by module",
                "https://github.com/apanariello4/core-space-merging",
                {None: _magnitude(space="knots_v", **_ORIGINAL)}, density=0.2),
     _entrywise("dare_ties", "DARE's random dropping, then TIES' election", _DARE,
-               _DARE_TIES_RULES, density=0.5),
+               _DARE_TIES_RULES, density=0.5, svd_clamp=None),
     _entrywise("dare_linear", "DARE's random dropping, then the weighted sum", _DARE,
-               _DARE_LINEAR_RULES, density=0.5),
+               _DARE_LINEAR_RULES, density=0.5, svd_clamp=None),
     _entrywise("magnitude_prune", "largest entries only, then the weighted sum", _PEFT,
-               _PRUNE_RULES, density=0.5),
+               _PRUNE_RULES, density=0.5, svd_clamp=None),
     _entrywise("della", "DELLA: dropping by magnitude rank, then election", _DELLA, _DELLA_RULES,
                density=0.5),
     _entrywise("della_linear", "DELLA's dropping, then the weighted sum", _DELLA,

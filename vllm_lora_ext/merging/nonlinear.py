@@ -6,14 +6,13 @@ One function and a table of rules stand for the flavours that tools have under t
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
 
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging.factors import Pair
-from vllm_lora_ext.merging.ops.bases import isotropise
 from vllm_lora_ext.merging.ops.elect import (
     ALL,
     Divide,
@@ -45,7 +44,7 @@ class Rule:
 
     Args:
         space: where entries are compared.
-        kind, rescale, extra: see `Sparsity`.
+        kind, rescale, extra, up: see `Sparsity`.
         sign, divide, majority: see `Election`.
         scope: the share of magnitude pruning is taken per tensor, or over the whole adapter.
         sides: factor space only, how a weight is put on A and B; `raw` also takes the first
@@ -59,6 +58,7 @@ class Rule:
     sign: Sign = "none"
     divide: Divide = "none"
     extra: bool = False
+    up: bool = False
     majority: bool = False
     scope: Literal["tensor", "adapter"] = "tensor"
     sides: Mode = "peft"
@@ -70,7 +70,9 @@ class Rule:
 
     def sparsity(self, part: Part) -> Sparsity:
         s = part.settings
-        return Sparsity(self.kind, s["density"], s["epsilon"], s["gamma"], self.rescale, self.extra)
+        return Sparsity(
+            self.kind, s["density"], s["epsilon"], s["gamma"], self.rescale, self.extra, self.up
+        )
 
 
 class Survey(NamedTuple):
@@ -95,11 +97,11 @@ def merge_nonlinear(work: Work, rule: Rule) -> Result:
         majority = work.shared.majority if work.shared else None
         rows, width = draws[0](ALL).shape
         merged[name] = merge_entries(thin, weights, rule.election, rows, width, majority)
-    delta = space.back(merged)
+    delta = space.finish(merged, rule.iso)
     if rule.space == "factor" and rule.sides == "raw":
         assert isinstance(delta, Pair)
-        delta = Pair(delta.a_RK, delta.b_NR * work.parts[0].scale)
-    return Result(isotropise(delta) if rule.iso else delta)
+        delta = Pair(delta.a_RK, delta.b_NR * work.first_scale)
+    return Result(delta)
 
 
 def survey(works: Works, rule: Rule, terms: int) -> Survey | None:
@@ -130,7 +132,7 @@ def survey(works: Works, rule: Rule, terms: int) -> Survey | None:
         return found
     votes = 0.0
     for work in works():
-        surveyed = Work(work.module, work.parts, work.settings, work.masks, found)
+        surveyed = replace(work, shared=found)
         for name, draws in _space(work, rule).parts.items():
             thin = _thinned(surveyed, rule, name, draws)
             weights = [part.weight for part in work.parts]
@@ -168,12 +170,12 @@ def _mask(work: Work, rule: Rule, name: str, part: Part, draw: Draw) -> Mask:
     key = f"{work.module}.{name}.{part.name}"
     given = None
     if work.masks is not None and rule.kind in ("random", "della"):
-        if key not in work.masks:
+        given = work.masks.get(key)
+        if given is None and part.settings["density"] < 1:
             raise AdapterError(
                 "missing_tensor", "a stored mask is missing", seen=key,
                 fix="store one mask per module, part and adapter, or none at all",
             )  # fmt: skip
-        given = work.masks[key]
     threshold = work.shared.thresholds[part.index] if work.shared else None
     seed = work.settings["seed"]
     return sparsify(

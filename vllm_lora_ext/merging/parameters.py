@@ -79,6 +79,7 @@ PARAMETERS: dict[str, Parameter] = {
                         "what the sum of the elected entries is divided by"),
     "rescale": Parameter(_rescale, "none, density, l1, true or false", "how entries that stay make"
                          " up for the dropped ones"),
+    "svd_clamp": Parameter(_real(0, 1), "0 to 1", "peft: quantile that cuts off an SVD's entries"),
     "compat": Parameter(lambda value: value if isinstance(value, str) else None, "a tool's name",
                         "the arithmetic of this tool where it differs"),
     "k": Parameter(_whole(1, 1 << 16), "a whole number from 1", "lego: clusters, and so the rank"),

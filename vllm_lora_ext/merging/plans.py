@@ -10,7 +10,7 @@ from typing import Any
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging.factors import Pair
 from vllm_lora_ext.merging.nonlinear import Rule, merge_nonlinear, survey
-from vllm_lora_ext.merging.ops.bases import cart, isotropise, tsv
+from vllm_lora_ext.merging.ops.bases import cart, tsv
 from vllm_lora_ext.merging.ops.concat import concat
 from vllm_lora_ext.merging.ops.elect import ALL
 from vllm_lora_ext.merging.ops.factor_linear import Mode, factor_linear
@@ -35,18 +35,23 @@ class Plan:
         survey: the pass over all modules before it, if the method needs one; gets the modules
             anew at every call and the number of terms.
         rank: largest rank of the result where the user gave none.
+        normalise: weights are divided by the sum of all of them first.
+        clamp: PEFT's `svd_clamp`, for the cut to a lower rank.
     """
 
     merge: Callable[[Work], Result]
     survey: Callable[[Works, int], Any] | None = None
     rank: int | None = None
+    normalise: bool = False
+    clamp: float | None = None
 
 
 @dataclass(frozen=True)
 class Terms:
-    """What a plan may know of the inputs: the largest rank of each."""
+    """What a plan may know of the inputs: the largest rank of each, and what PEFT takes for it."""
 
     ranks: Sequence[int]
+    config_ranks: Sequence[int]
 
 
 Planner = Callable[[Settings, Terms], Plan]
@@ -58,13 +63,26 @@ def sum_of_products(settings: Settings, terms: Terms) -> Plan:
     def merge(work: Work) -> Result:
         return Result(concat([scale(part.pair, part.weight) for part in work.parts]))
 
-    return Plan(merge)
+    return Plan(merge, normalise=bool(settings.get("normalize")))
 
 
 def truncated_sum(settings: Settings, terms: Terms) -> Plan:
     """Σ w_i D_i, cut to the largest rank of an input unless rank or energy say otherwise."""
     free = settings["energy"] is not None
-    return replace(sum_of_products(settings, terms), rank=None if free else max(terms.ranks))
+    ranks = terms.config_ranks if settings["compat"] == "peft" else terms.ranks
+    return replace(
+        sum_of_products(settings, terms), rank=None if free else max(ranks), clamp=_clamp(settings)
+    )
+
+
+def _clamp(settings: Settings) -> float | None:
+    clamp: float | None = settings.get("svd_clamp")
+    if clamp is not None and settings["compat"] != "peft":
+        raise AdapterError(
+            "bad_value", "'svd_clamp' is PEFT's: it cuts off entries of an SVD, whose signs mean"
+            " nothing", seen=clamp, limit="compat: peft", fix="remove 'svd_clamp'",
+        )  # fmt: skip
+    return clamp
 
 
 def linear(settings: Settings, terms: Terms) -> Plan:
@@ -82,7 +100,7 @@ def factors_linear(mode: Mode) -> Plan:
         same_rank(pairs, work.module)
         if mode == "raw":
             pair = factor_linear(pairs, [part.weight for part in work.parts], mode)
-            return Result(Pair(pair.a_RK, pair.b_NR * work.parts[0].scale))
+            return Result(Pair(pair.a_RK, pair.b_NR * work.first_scale))
         weights = [part.weight * part.scale for part in work.parts]
         return Result(factor_linear(pairs, weights, mode))
 
@@ -97,11 +115,16 @@ def entrywise(rules: Mapping[str | None, Rule]) -> Planner:
         rule = _overridden(rules[flavour], settings)
         if flavour == "peft" and len(terms.ranks) == 1:
             return factors_linear("peft")  # PEFT ignores the type when there is one adapter
-        dense = rule.space == "full" and settings["energy"] is None
+        dense, clamp = flavour == "peft" and rule.space == "full", _clamp(settings)
+        # Where all have a say on every entry, those without the module have it as well.
+        normalise = rule.sign == "none" and rule.divide == "weights"
+        rule = replace(rule, divide="none") if normalise else rule
         return Plan(
             lambda work: merge_nonlinear(work, rule),
             lambda works, count: survey(works, rule, count),
-            max(terms.ranks) if flavour == "peft" and dense else None,
+            max(terms.config_ranks) if dense and settings["energy"] is None else None,
+            normalise,
+            clamp if dense else None,
         )
 
     return plan
@@ -143,8 +166,7 @@ def bases(settings: Settings, terms: Terms, method: str) -> Plan:
             merged = tsv(weighted, settings["keep"])
         else:
             merged = cart(weighted, settings["keep"], settings["strength"])
-        delta = space.back({name: merged})
-        return Result(isotropise(delta) if settings["isotropise"] else delta)
+        return Result(space.finish({name: merged}, settings["isotropise"]))
 
     return Plan(merge)
 
@@ -179,7 +201,7 @@ def robust(settings: Settings, terms: Terms) -> Plan:
         pair = robustmerge(
             pairs, settings["mask_ratio"], settings["att_ratio"], settings["fuse_weight"]
         )
-        return Result(Pair(pair.a_RK, pair.b_NR * work.parts[0].scale))
+        return Result(Pair(pair.a_RK, pair.b_NR * work.first_scale))
 
     return Plan(merge)
 

@@ -56,6 +56,7 @@ class Work:
         module: its name.
         parts: the adapters with a rank above 0 on it, in the order of the terms.
         settings: the merge's parameters, all of them, defaults filled in.
+        first_scale: the first term's, also where it lacks the module; some tools take it for all.
         masks: stored masks by `<module>.<part>.<adapter>`, or None to draw them.
         shared: what the method's survey found out over all modules.
     """
@@ -63,6 +64,7 @@ class Work:
     module: str
     parts: list[Part]
     settings: Mapping[str, Any]
+    first_scale: float = 1.0
     masks: Mapping[str, torch.Tensor] | None = None
     shared: Any = None
 

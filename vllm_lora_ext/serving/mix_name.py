@@ -114,7 +114,9 @@ def make(op: str, options: Mapping[str, Any], terms: Iterable[tuple[str, int]]) 
             "bad_mix", f"'{twice}' is in the mix twice", fix="add its weights up"
         )  # fmt: skip
     found = normal_options(method, options)
-    return Mix(op, tuple(found.items()), tuple(sorted(listed) if method.commutes else listed))
+    # A tool may take something from the first adapter.
+    commutes = method.commutes and "compat" not in found
+    return Mix(op, tuple(found.items()), tuple(sorted(listed) if commutes else listed))
 
 
 def hundredths(text: str) -> int:

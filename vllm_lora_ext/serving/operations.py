@@ -23,6 +23,7 @@ _NEEDS_MORE = {
     "normalise": "it changes no answer",
 }
 _WHOLE_DELTAS = ("mergekit", "ties_original", "mergelm")  # flavours that merge dense matrices
+_UNSAID = ("layers", "svd_clamp")  # the server knows; it takes the SVD of whole matrices
 _SPACES = ("core", "knots", "knots_v", "factor")
 _OFFLINE = "merge it offline: vllm-lora-ext merge, then load the result"
 
@@ -52,7 +53,7 @@ def normal_options(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         AdapterError: `unknown_key`, `bad_value`, `offline_only` (full space).
     """
-    defaults = {k: v for k, v in method.parameters.items() if k != "layers"}
+    defaults = {k: v for k, v in method.parameters.items() if k not in _UNSAID}
     full: dict[str, Any] = {}
     for name, value in given.items():
         key = SHORT.get(name, ALIASES.get(name, name))
@@ -96,5 +97,5 @@ def describe_options(method: Method) -> list[tuple[str, str, str]]:
     return [
         (name, LONG.get(name, ""), PARAMETERS[name].allowed)
         for name in sorted(method.parameters)
-        if name != "layers"
+        if name not in _UNSAID
     ]

@@ -8,6 +8,7 @@ The layout comes from a trained adapter of the same task: its key order, shapes,
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -206,4 +207,4 @@ def from_tensors(tensors: Mapping[str, torch.Tensor], config: Mapping[str, Any])
         (folder / CONFIG).write_text(json.dumps(dict(config)), encoding="utf-8")
         save_file({name: t.contiguous() for name, t in tensors.items()}, folder / WEIGHTS[0])
         factors = load_factors(folder)
-    return Factors(factors.modules, factors.base_model, "generated", factors.scales)
+    return dataclasses.replace(factors, source="generated")

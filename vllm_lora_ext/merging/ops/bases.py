@@ -59,10 +59,15 @@ def isotropise(merged: Pair | torch.Tensor) -> Pair | torch.Tensor:
     Marczak et al. 2025, https://arxiv.org/abs/2502.04959.
     """
     if isinstance(merged, torch.Tensor):
-        u, s, vt = _live(*torch.linalg.svd(merged, full_matrices=False))
-        return (u * s.mean()) @ vt if len(s) else merged
+        return spread(merged)
     u, s, vt = _live(*svd(merged))
     return Pair(vt, u * s.mean()) if len(s) else merged
+
+
+def spread(merged: torch.Tensor) -> torch.Tensor:
+    """Iso-C of a matrix."""
+    u, s, vt = _live(*torch.linalg.svd(merged, full_matrices=False))
+    return (u * s.mean()) @ vt if len(s) else merged
 
 
 def _live(

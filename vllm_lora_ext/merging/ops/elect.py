@@ -25,7 +25,8 @@ class Election:
             election (`none`). TIES, https://arxiv.org/abs/2306.01708.
         divide: the sum of w_i x_i is divided by the number of adapters that voted with the
             winner (`voters`), by their weights (`weights`), or not (`none`); `largest` takes the
-            entry of largest magnitude in place of the sum. Without an election everybody votes.
+            entry of largest magnitude in place of the sum. Without an election those vote whose
+            entry is left, and all weights count.
         majority: an exactly zero sum takes the sign of most entries (the original TIES code);
             otherwise it counts as positive.
     """
@@ -52,7 +53,7 @@ def merge_entries(
     elif majority is None:
         votes = sum(sign_votes(draws, weights, how.sign, block) for block in blocks)
         majority = float((votes > 0) - (votes < 0))
-    merged = torch.empty(rows, width)
+    merged = torch.empty(rows, width, dtype=draws[0](blocks[0]).dtype)
     for block in blocks:
         merged[block] = _merge_block(draws, weights, how, block, majority)
     return merged
@@ -68,7 +69,8 @@ def _merge_block(
     total, votes = torch.zeros(()), torch.zeros(())
     for draw, weight in zip(draws, weights, strict=True):
         x = draw(block)
-        y, voted = weight * x, torch.ones_like(x)
+        y = weight * x
+        voted = (x != 0).float() if how.divide == "voters" else torch.ones_like(x)
         if elected is not None:
             # A negative weight turns the vote only where the rule weighs the votes; otherwise it
             # turns what the voter adds.

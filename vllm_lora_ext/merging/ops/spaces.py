@@ -14,6 +14,7 @@ import torch
 
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging.factors import Pair
+from vllm_lora_ext.merging.ops.bases import isotropise, spread
 from vllm_lora_ext.merging.ops.elect import Draw
 
 Name = Literal["core", "knots", "knots_v", "factor", "full"]
@@ -27,24 +28,37 @@ class Space:
     Args:
         parts: part (`core`, `knots`, `delta`, `lora_A`, `lora_B`) → one tensor per adapter.
         back: merged parts → a pair, or the dense delta [out, in] in full space.
+        rigid: the way back keeps singular values.
     """
 
     parts: dict[str, list[Draw]]
     back: Callable[[Mapping[str, torch.Tensor]], Pair | torch.Tensor]
+    rigid: bool = False
+
+    def finish(self, merged: Mapping[str, torch.Tensor], iso: bool) -> Pair | torch.Tensor:
+        """The way back; `iso` makes the merged singular values their mean."""
+        if not iso:
+            return self.back(merged)
+        if not self.rigid:
+            return isotropise(self.back(merged))
+        # Before fp32 rounds on the way back: the smallest directions count as much as the largest.
+        return self.back({name: spread(part) for name, part in merged.items()})
 
 
 def core(pairs: Sequence[Pair]) -> Space:
     """Core space: M_i = Uᵀ B_i A_i V [<= Σ R_i squared], U and V the left singular basis of the
-    stacked B and the right one of the stacked A. Lossless for each input.
+    stacked B and the right one of the stacked A. Lossless for each input. Cores are fp64.
 
     Panariello et al. 2025, https://github.com/apanariello4/core-space-merging.
     """
+    pairs = [Pair(pair.a_RK.double(), pair.b_NR.double()) for pair in pairs]
     u_NC = _left_basis(torch.cat([pair.b_NR for pair in pairs], dim=1))
     v_KD = _left_basis(torch.cat([pair.a_RK for pair in pairs], dim=0).t())
     cores = [(u_NC.t() @ pair.b_NR) @ (pair.a_RK @ v_KD) for pair in pairs]
     return Space(
         {"core": [_made(m_CD) for m_CD in cores]},
-        lambda merged: Pair(v_KD.t().contiguous(), u_NC @ merged["core"]),
+        lambda merged: Pair(v_KD.t().float().contiguous(), (u_NC @ merged["core"]).float()),
+        rigid=True,
     )
 
 
@@ -54,7 +68,8 @@ def knots(pairs: Sequence[Pair], plain_v: bool = False) -> Space:
     Factored: with the stacked B = Q [R_1 ... R_T], U is Q times the left basis of the small
     [R_1 A_1 ... R_T A_T], and S V_i = Uᵀ D_i needs no other basis. Both bases come from Gram
     matrices in fp64: no side is longer than Σ R_i, and directions above 1e-6 of the largest are
-    as exact as fp32. Stoica et al. 2024, https://github.com/gstoica27/KnOTS.
+    as exact as fp32. Largest direction first. Stoica et al. 2024,
+    https://github.com/gstoica27/KnOTS.
 
     Args:
         plain_v: merge the V_i and multiply by S afterwards, as the Core Space repository does.
@@ -68,7 +83,7 @@ def knots(pairs: Sequence[Pair], plain_v: bool = False) -> Space:
         (r @ _gram(pair.a_RK) @ r.t() for r, pair in zip(blocks, pairs, strict=True)),
         torch.zeros(()),
     )
-    square_C, u_CC = torch.linalg.eigh(gram_CC)
+    square_C, u_CC = (x.flip(-1) for x in torch.linalg.eigh(gram_CC))
     s_C = square_C.clamp(min=0).sqrt()
     keep = s_C > max(SIGMA_MIN, 1e-7 * float(s_C.max()))
     u_CD, s_D = u_CC[:, keep], s_C[keep]
@@ -79,8 +94,9 @@ def knots(pairs: Sequence[Pair], plain_v: bool = False) -> Space:
     ]
     u_ND = b_NR @ ((e_RC / root_C) @ (u_CD * stretch)).float()
     return Space(
-        {"knots": [_made(x_DK) for x_DK in pieces]}, lambda merged: Pair(merged["knots"], u_ND)
-    )
+        {"knots": [_made(x_DK) for x_DK in pieces]}, lambda merged: Pair(merged["knots"], u_ND),
+        rigid=not plain_v,
+    )  # fmt: skip
 
 
 def factor(pairs: Sequence[Pair], module: str = "the module") -> Space:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -42,6 +43,7 @@ class Sparsity:
         rescale: what stays is divided by its chance (`density`), or brought back to the L1 norm
             of the whole (`l1`, mergekit), or left (`none`).
         extra: one more entry stays than int(density · n), the rule of the original TIES code.
+        up: density · n is rounded up, as where the dropped ones are counted (MergeLM).
     """
 
     kind: Kind = "none"
@@ -50,6 +52,7 @@ class Sparsity:
     gamma: float = 0.01
     rescale: Rescale = "none"
     extra: bool = False
+    up: bool = False
 
 
 def sparsify(
@@ -104,7 +107,9 @@ def _gain(
 
 def kept_count(how: Sparsity, size: int) -> int:
     """How many of `size` entries the magnitude kind keeps."""
-    return min(int(how.density * size) + how.extra, size)
+    share = how.density * size
+    # 1 - (1 - d) is not d.
+    return min(math.ceil(share - 1e-6) if how.up else int(share) + how.extra, size)
 
 
 def _largest(x: torch.Tensor, how: Sparsity) -> torch.Tensor:
@@ -113,7 +118,7 @@ def _largest(x: torch.Tensor, how: Sparsity) -> torch.Tensor:
         keep = torch.zeros(x.numel(), dtype=torch.bool)
         keep[torch.topk(x.abs().flatten(), count).indices] = True
         return keep.view(x.shape)
-    flat = x.flatten()
+    flat = x.flatten().float()
     (kth,) = kth_magnitudes(lambda: ({0: part} for part in flat.split(SMALL)), [count])
     keep = flat.abs() >= kth
     surplus = int(keep.sum()) - count

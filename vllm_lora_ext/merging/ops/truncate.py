@@ -81,6 +81,21 @@ def factorise(
     return _cut(u, s, vt, total, rank, energy)
 
 
+def clamped(delta: Pair | torch.Tensor, rank: int, quantile: float) -> Kept:
+    """PEFT's `svd_clamp`: entries of U S and of V above this quantile of all of them are cut back.
+
+    The quantile hangs on the signs of the singular vectors, as LAPACK gives them for the dense
+    delta, so the detour over factors is not open here. Only the imitation of PEFT asks for it.
+    """
+    d_NK = delta.delta() if isinstance(delta, Pair) else delta
+    u, s, vt = torch.linalg.svd(d_NK, full_matrices=False)
+    b_NR, a_RK = u[:, :rank] * s[:rank], vt[:rank]
+    limit = float(torch.quantile(torch.cat([b_NR.flatten(), a_RK.flatten()]), quantile))
+    pair = Pair(a_RK.clamp(-limit, limit), b_NR.clamp(-limit, limit))
+    lost = float((pair.delta() - d_NK).square().sum() / d_NK.square().sum().clamp(min=1e-38))
+    return Kept(pair, max(0.0, 1 - lost))
+
+
 def _top(d_NK: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     start = torch.Generator().manual_seed(0)
     q_NC = d_NK @ torch.randn(d_NK.shape[1], width, generator=start)

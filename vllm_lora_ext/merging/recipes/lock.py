@@ -14,7 +14,7 @@ from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging.recipes.schema import Recipe
 
 LOCK = "recipe.lock.json"
-OP_VERSION = 1  # raised when an operation gives other numbers than before
+OP_VERSION = 2  # raised when an operation gives other numbers than before
 
 
 @dataclass(frozen=True)

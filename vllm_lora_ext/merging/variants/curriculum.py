@@ -1,6 +1,7 @@
 """ScaleZero's dynamic parameter scaling (LightZero): a prefix of adapters, each with a gate.
 
-y = α_0 W x + b + sum_{j < stage} α_j alpha/r B_j A_j x,   α = offset + range · tanh(logit)
+y = α_0 W x + b + sum_{j < stage} α_j alpha/r B_j A_j x,   α = offset + range · tanh(logit); the
+offset is `lora_scale_init` for the adapters and 1 for the base.
 """
 
 from __future__ import annotations
@@ -45,7 +46,8 @@ def curriculum(source: Source) -> Factors:
             continue
         parts = {key: source.folder.take(tensor) for key, tensor in names.items()}
         pair = _prefix(name, names, parts, stage, (alpha, offset, reach))
-        alpha_0 = _gate(parts["base_weight_scale.logit"], offset, reach)
+        # The base's gate begins at 1, whatever the adapters' begin with; stage 0 has none.
+        alpha_0 = _gate(parts["base_weight_scale.logit"], 1.0, reach) if stage else 1.0
         if abs(alpha_0 - 1) <= _SIZE:
             modules[name] = pair
         elif source.multipliers:

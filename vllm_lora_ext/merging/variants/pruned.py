@@ -25,7 +25,8 @@ from vllm_lora_ext.merging.variants.source import Source
 _LAYER = re.compile(r"(?P<block>.+\.\d+\.(?P<kind>mlp|self_attn))\.(?P<linear>\w+)")
 _ON_OUTPUT = {"mlp": ("gate_proj", "up_proj"), "self_attn": ("q_proj", "k_proj", "v_proj")}
 _ON_INPUT = {"mlp": "down_proj", "self_attn": "o_proj"}
-_SETTINGS = ("lora_recover_type", "recovered", "index", "full_shapes")
+_GEOMETRY = ("head_dim", "num_heads", "num_key_value_heads")
+_SETTINGS = ("lora_recover_type", "recovered", "index", "full_shapes", *_GEOMETRY)
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def _places(source: Source, kind: str, linear: str, gone: torch.Tensor, pair: Pa
     if kind == "self_attn" and linear in ("q_proj", "o_proj"):
         gone = query_channels(
             gone,
-            *(_geometry(source, key) for key in ("head_dim", "num_heads", "num_key_value_heads")),
+            *(_geometry(source, key) for key in _GEOMETRY),
         )
     here = pair.a_RK.shape[1] if on_input else pair.b_NR.shape[0]
     size = here + len(gone)
