@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import math
+import os
 
 import pytest
 import torch
@@ -145,6 +147,20 @@ def test_iso_in_core_space_is_exact_where_singular_values_are_far_apart():
 def test_a_saved_folder_is_readable_by_others(tmp_path):
     folder = save_peft(random_factors(1), tmp_path / "out")
     assert [oct(p.stat().st_mode & 0o777) for p in sorted(folder.iterdir())] == ["0o644", "0o644"]
+
+
+def test_what_an_ended_process_left_goes_and_what_a_living_one_writes_stays(tmp_path):
+    ended, living, other = (
+        tmp_path / name for name in (".out.part-a", ".out.part-b", ".out.backup")
+    )  # fmt: skip
+    for folder in (ended, living, other):
+        folder.mkdir()
+        (folder / "adapter_model.safetensors").write_bytes(b"half")
+    handle = os.open(living, os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    folder = save_peft(random_factors(1), tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == sorted([living, other, folder])
+    os.close(handle)
 
 
 def test_a_recipe_leaves_a_tool_s_defaults_to_the_tool(tmp_path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import json
 import math
 import os
@@ -101,7 +103,8 @@ def fold(adapter: RoutedAdapter, config: Mapping[str, Any]) -> Factors:
         raise AdapterError(
             "unsupported_feature", f"{adapter.source or 'the adapter'} is routed ({adapter.system})"
             " and cannot be merged: its gates depend on the token", seen=sorted(gated)[0],
-            limit="ordinary LoRA", fix="serve it as it is, or bundle plain adapters with a router",
+            limit="ordinary LoRA", fix="serve it as it is, or put routed adapters of"
+            " one kind side by side with `vllm-lora-ext bundle --routed A --routed B`",
         )  # fmt: skip
     embeddings = [name for name, m in adapter.modules.items() if m.kind == "embedding"]
     if embeddings:
@@ -231,7 +234,8 @@ def _write_whole(where: Path, tensors: dict[str, torch.Tensor], files: dict[str,
             limit="a new or empty folder", fix="choose another folder, or empty it",
         )  # fmt: skip
     where.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{where.name}.", dir=where.parent))
+    _sweep(where)
+    part, ours = _claim(where)
     try:
         save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
         for name, content in files.items():
@@ -244,8 +248,37 @@ def _write_whole(where: Path, tensors: dict[str, torch.Tensor], files: dict[str,
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+    finally:
+        os.close(ours)  # lets the lock go
     _sync(where.parent)
     return where
+
+
+def _claim(where: Path) -> tuple[Path, int]:
+    """A folder beside the target, and the lock that says that its process lives."""
+    while True:
+        part = Path(tempfile.mkdtemp(prefix=f".{where.name}.part-", dir=where.parent))
+        handle = os.open(part, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        if part.exists():
+            return part, handle
+        os.close(handle)  # swept before it was locked
+
+
+def _sweep(where: Path) -> None:
+    """Away with what ended processes left of this folder: nobody holds its lock any more."""
+    for part in where.parent.glob(f".{glob.escape(where.name)}.part-*"):
+        try:
+            handle = os.open(part, os.O_RDONLY)
+        except OSError:  # renamed or swept meanwhile
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(part, ignore_errors=True)
+        except OSError:
+            pass
+        finally:
+            os.close(handle)
 
 
 def _sync(path: Path) -> None:

@@ -127,7 +127,7 @@ _CRUMBS_TIES_RULES: dict[str | None, Rule] = {
 
 _ROWS = (
     Method("cat", "sum of the weighted deltas, ranks side by side", _PEFT, True,
-           "exact: Σ w B A, rank Σ r", plans.sum_of_products, {**_SUM, "compat": None},
+           "Σ w B A, rank Σ r", plans.sum_of_products, {**_SUM, "compat": None},
            {"compat": ("peft",)}),
     Method("linear", "sum of the weighted deltas; with compat, what a tool calls linear", _PEFT,
            True, "exact without compat; with it, factors are added, and cross terms come in",
@@ -194,7 +194,7 @@ _ROWS = (
            "exact on the ranks that stay", plans.one_adapter(plans.keep_ranks),
            {**_FIT, "indices": None, "top": None}, commutes=False),
     Method("normalise", "the same delta in a fixed form", "https://arxiv.org/abs/2409.16167", True,
-           "exact", plans.one_adapter(plans.fix_gauge), {**_FIT, "form": "svd"}),
+           "only its form changes", plans.one_adapter(plans.fix_gauge), {**_FIT, "form": "svd"}),
 )  # fmt: skip
 
 METHODS: dict[str, Method] = {method.name: method for method in _ROWS}
