@@ -10,6 +10,8 @@ PINS   := requirements/cpu.txt requirements/cpu-engine.txt requirements/vllm-met
 VERSION ?= 0.33.0
 # Not `python -m pytest`: that would put the checkout, and so a top-level `kernels`, on the path.
 PYTEST  := $(BIN)/pytest
+# A test's tensors are small: a core for each worker is worth more than threads.
+UNIT    := OMP_NUM_THREADS=1 $(PYTEST) tests --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-fast lint types format docs check-vllm bench bench-kernels dist clean
@@ -26,10 +28,11 @@ demo: $(READY) ## serve the trained example adapters, ask them, draw the table
 	$(BIN)/python examples/demo.py
 
 test: lint types ## everything CI runs: lint, types, unit and engine tests
-	$(PYTEST) tests integration_tests
+	$(UNIT)
+	$(PYTEST) integration_tests
 
 test-fast: $(READY) ## unit tests only, no engine
-	$(PYTEST) tests
+	$(UNIT)
 
 lint: $(READY) ## ruff: rules and format
 	$(BIN)/ruff check .
