@@ -11,7 +11,8 @@ import pytest
 
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.serving import Mixes, parse
-from vllm_lora_ext.settings import LoraExtSettings
+from vllm_lora_ext.serving.sources import Sources
+from vllm_lora_ext.settings import LoraExtSettings, MergeSettings
 
 
 class Request:
@@ -222,3 +223,22 @@ def test_the_rank_limit_is_the_smaller_of_both(tmp_path):
             assert world.builder.jobs[0]["max_rank"] == want
 
     run(test)
+
+
+def test_a_recipe_may_name_files(tmp_path):
+    """Masks, latents and layouts are files; another content is another mix."""
+    (tmp_path / "masks.safetensors").write_bytes(b"one")
+    recipe = tmp_path / "drawn.yaml"
+    recipe.write_text(
+        "version: 1\nmerge_method: dare_linear\nmodels: [{model: a}, {model: b}]\n"
+        "masks: masks.safetensors\n"
+    )
+    sources = Sources(MergeSettings(recipes={"drawn": recipe}), None, Host())
+    job = sources.job_of(parse("recipe:drawn"))
+    assert job.request()["folders"]["masks.safetensors"] == str(tmp_path / "masks.safetensors")
+    (tmp_path / "masks.safetensors").write_bytes(b"another")
+    assert sources.job_of(parse("recipe:drawn")).version != job.version
+    (tmp_path / "masks.safetensors").unlink()
+    with pytest.raises(AdapterError) as refused:
+        sources.job_of(parse("recipe:drawn"))
+    assert refused.value.code == "not_found"

@@ -111,13 +111,13 @@ class Sources:
         return None if path is None else _Input(_stats(path), lambda: path)
 
     def _below(self, name: str, recipe: Path) -> _Input:
-        """A recipe's file may name folders, from its own folder on."""
+        """A recipe's file may name folders and files (masks, latents), from its own folder on."""
         path = Path(os.path.abspath(recipe.parent / Path(name).expanduser()))
         if self._roots is not None:
             path = resolve_inside(path, self._roots)
-        if not path.is_dir():
+        if not path.is_dir() and not path.is_file():
             raise AdapterError(
-                "not_found", "an adapter of the recipe is neither registered nor a folder",
+                "not_found", "an input of the recipe is neither registered nor a folder or file",
                 seen=name, fix=f"check the name, or the path from {recipe.parent} on",
             )  # fmt: skip
         return _Input(_stats(path), lambda: path)
@@ -157,8 +157,7 @@ def _stat(path: Path) -> tuple[str, int, int, int] | None:
     return path.name, found.st_size, found.st_mtime_ns, found.st_ino
 
 
-def _stats(folder: Path) -> list[object]:
+def _stats(path: Path) -> list[object]:
     """Of the files of an adapter that the engine does not hold: another file, another mix."""
-    if not folder.is_dir():
-        return []
-    return [*sorted(filter(None, map(_stat, folder.iterdir())))]
+    found = path.iterdir() if path.is_dir() else [path]
+    return [*sorted(filter(None, map(_stat, found)))]
