@@ -1,28 +1,50 @@
-"""Time and memory of merging 7B-shaped adapters, and the same merges by PEFT.
+"""Time and memory of merging 7B-shaped adapters, and the same merges by PEFT and mergekit.
 
-    python benchmarks/merging_speed.py [--layers 32] [--rounds 3] [--out FILE.json]
+    python benchmarks/merging_speed.py [--layers 32] [--rounds 2] [--out FILE.json]
+        [--mergekit-python MERGEKIT/bin/python]
 
-Three random adapters of rank 16 on all seven linears of Llama-2-7B's layers, in bfloat16 files.
-Each measurement is a process of its own: it reads the three folders, merges in float32, and writes
-one folder; the two tools take turns. Peak memory is that of the process, without what the imports
-took. PEFT merges inside a model: it gets one of empty linears, so that no base weights are read.
+Four random adapters of rank 16 on all seven linears of Llama-2-7B's layers, in bfloat16 files.
+Each measurement is a process of its own: it reads the four folders, merges in float32, and writes
+one folder; the tools take turns. Peak memory is that of the process, without what the imports took
+(in the file also with it, `process_mb`). PEFT merges inside a model: it gets one of empty linears,
+so that no base weights are read.
 
-    default    this project's arithmetic (core space for TIES and its kin)
-    compat     PEFT's arithmetic, by this project
-    peft       add_weighted_adapter
+    default             this project's arithmetic (core space for TIES and its kin)
+    compat: peft        PEFT's arithmetic, by this project
+    peft                add_weighted_adapter
+    compat: mergekit    mergekit's arithmetic (dense deltas), by this project
+    mergekit            mergekit itself
 
-PEFT's `svd` and its `*_svd` kinds decompose dense deltas, minutes a layer: those are measured on
-one 4096 x 4096 linear. Before anything is timed, compat must equal PEFT on small adapters.
-mergekit merges whole models and has no merge of adapters; it is not measured here.
+PEFT's `svd` and its `*_svd` kinds, and mergekit, decompose dense deltas, minutes a layer: those are
+measured on one 4096 x 4096 linear, once, and so is what they are compared with.
+
+mergekit merges whole models, so an adapter goes a longer way through it, and each part is timed:
+`base`, the adapters are merged into the base weight (by PEFT, as for `base+lora`); `merge`, its
+method on base and tuned weights; `extract`, the SVD by which mergekit-extract-lora gets an adapter
+of rank 16 out of the result. All in float32 and in memory: that the real commands write every tuned
+model to disk and read it again is left out. Ours, default too, gives an adapter of rank 16 here.
+The ratio compares everything between reading and writing: base + merge + extract with our merge.
+Dense deltas are cut to rank 16 by an SVD there, by subspace iteration here: `kept` is the norm of
+our adapter by that of theirs.
+
+mergekit's dependencies are not vLLM's, so it lives in an environment of its own:
+
+    python3.11 -m venv MERGEKIT
+    MERGEKIT/bin/pip install torch==2.13.0
+    MERGEKIT/bin/pip install mergekit==0.1.5
+
+Before anything is timed, compat must equal PEFT on small adapters, and mergekit-yaml and
+mergekit-extract-lora on a small Llama with the same adapters, and so must the calls that are timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
-import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -33,18 +55,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 REPO = Path(__file__).resolve().parent.parent
-RANK, COUNT = 16, 3
-WEIGHTS = (0.5, 0.3, -0.2)
+SIDE = Path(__file__).with_name("mergekit_side.py")
+RANK, COUNT = 16, 4
+WEIGHTS = (0.5, 0.3, -0.2, 0.4)
+NOT_MEASURED = "not measured: give --mergekit-python"
 SHAPES = {  # in, out of Llama-2-7B
     "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (4096, 4096),
     "self_attn.v_proj": (4096, 4096), "self_attn.o_proj": (4096, 4096),
     "mlp.gate_proj": (4096, 11008), "mlp.up_proj": (4096, 11008), "mlp.down_proj": (11008, 4096),
 }  # fmt: skip
-SMALL = {"self_attn.q_proj": (48, 40), "mlp.down_proj": (56, 48)}
-DENSE = {"self_attn.q_proj": (4096, 4096)}
+SMALL = {"self_attn.q_proj": (48, 40), "mlp.down_proj": (56, 48)}  # of mergekit_side.small_llama
+Q = "self_attn.q_proj"
+DENSE = {Q: SHAPES[Q]}
+ONE_LINEAR = "4096 x 4096"
 
 DEFAULT: dict[str, dict[str, Any]] = {
     "cat": {}, "svd": {"rank": RANK}, "ties": {}, "dare_ties": {}, "dare_linear": {},
@@ -59,6 +85,12 @@ DENSE_LIKE_PEFT: dict[str, dict[str, Any]] = {
     "svd": {"svd_rank": RANK}, "ties_svd": {"density": 0.2, "svd_rank": RANK},
     "magnitude_prune_svd": {"density": 0.5, "svd_rank": RANK},
 }  # fmt: skip
+LIKE_MERGEKIT: dict[str, dict[str, Any]] = {
+    "task_arithmetic": {}, "ties": {"density": 0.2}, "dare_linear": {"density": 0.5},
+    "dare_ties": {"density": 0.5}, "della": {"density": 0.5, "epsilon": 0.1},
+    "breadcrumbs": {"density": 0.5, "gamma": 0.01},
+}  # fmt: skip
+PARTS = ("read", "base", "merge", "extract", "write")
 
 
 def make_adapters(
@@ -99,6 +131,27 @@ class Clock:
         self.seconds[name], self._last = now - self._last, now
 
 
+class Memory:
+    """Largest resident memory of this process from now on (Linux).
+
+    Not getrusage's: a child's begins at what its parent had.
+    """
+
+    def __init__(self) -> None:
+        with contextlib.suppress(OSError):  # without it the imports' own peak counts, too
+            Path("/proc/self/clear_refs").write_text("5")
+        self._before = self._megabytes("VmRSS")
+
+    def peaks(self) -> dict[str, float]:
+        whole = self._megabytes("VmHWM")
+        return {"peak_mb": whole - self._before, "process_mb": whole}
+
+    @staticmethod
+    def _megabytes(field: str) -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(x.split()[1]) / 1024 for x in lines if x.startswith(f"{field}:"))
+
+
 def merge_here(
     folders: list[Path], out: Path, method: str, parameters: Mapping[str, Any]
 ) -> dict[str, float]:
@@ -113,6 +166,13 @@ def merge_here(
     save_peft(merged.factors, out)
     clock.lap("write")
     return clock.seconds
+
+
+def like_mergekit(method: str, parameters: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """What mergekit's method is called here, an adapter of rank 16 coming out."""
+    if method == "task_arithmetic":
+        return "svd", {**parameters, "rank": RANK}
+    return method, {**parameters, "rank": RANK, "compat": "mergekit"}
 
 
 def like_peft(method: str, parameters: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -160,24 +220,73 @@ def empty_model(shapes: Mapping[str, tuple[int, int]], layers: int) -> torch.nn.
     return root
 
 
-def check(root: Path) -> None:
-    """Ours with compat equals PEFT on small adapters. Raises SystemExit."""
+def differences(
+    mine: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]
+) -> list[float]:
+    """Relative distances of the modules' deltas."""
+    return [float((mine[name] - d).norm() / d.norm()) for name, d in theirs.items()]
+
+
+def deltas(folder: Path) -> dict[str, torch.Tensor]:
     from vllm_lora_ext.merging import load_factors
 
-    folders, worst = make_adapters(root / "small", SMALL, 2, torch.float32), 0.0
+    return {name: pair.delta() for name, pair in load_factors(folder).modules.items()}
+
+
+def passed(tool: str, kinds: int, found: list[float]) -> None:
+    """Raises SystemExit unless the differences are rounding."""
+    wrong = [x for x in found if not x < 1e-4]  # NaN is wrong, too
+    if wrong or not found:
+        raise SystemExit(f"check failed: merges differ from {tool}'s by {wrong}")
+    print(f"check passed: {kinds} kinds equal {tool}'s to {max(found):.0e}", flush=True)
+
+
+def without_chance(method: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Random masks of another tool cannot be repeated: compared where nothing is dropped."""
+    drawn = method.startswith(("dare", "della"))
+    return {**parameters, "density": 1.0} if drawn else dict(parameters)
+
+
+def check_peft(root: Path) -> None:
+    """Ours with compat equals PEFT on small adapters."""
+    folders = make_adapters(root / "small", SMALL, 2, torch.float32)
+    found: list[float] = []
     for method, given in (LIKE_PEFT | DENSE_LIKE_PEFT).items():
-        # PEFT's random masks cannot be repeated: DARE is compared where nothing is dropped.
-        parameters = {**given, "density": 1.0} if method.startswith("dare") else given
+        parameters = without_chance(method, given)
         mine, theirs = root / f"{method}-mine", root / f"{method}-peft"
         merge_here(folders, mine, *like_peft(method, parameters))
         merge_by_peft(folders, theirs, method, parameters, empty_model(SMALL, 2))
-        expected = load_factors(theirs / "merged").modules
-        for name, pair in load_factors(mine).modules.items():
-            delta = expected[name].delta()
-            worst = max(worst, float((pair.delta() - delta).norm() / delta.norm()))
-    if worst > 1e-4:
-        raise SystemExit(f"check failed: a merge differs from PEFT's by {worst:.1e}")
-    print(f"check passed: {len(LIKE_PEFT | DENSE_LIKE_PEFT)} kinds equal PEFT's to {worst:.0e}")
+        found += differences(deltas(mine), deltas(theirs / "merged"))
+    passed("PEFT", len(LIKE_PEFT | DENSE_LIKE_PEFT), found)
+
+
+def check_mergekit(python: str, root: Path) -> dict[str, Any]:
+    """Ours with compat equals mergekit's commands and the linear that is timed; its versions."""
+    methods = {method: without_chance(method, p) for method, p in LIKE_MERGEKIT.items()}
+    folders = make_adapters(root / "small", SMALL, 2, torch.float32)
+    versions = by_mergekit(python, {
+        "what": "check", "root": str(root), "folders": [str(f) for f in folders],
+        "weights": WEIGHTS, "rank": RANK, "shapes": SMALL, "linear": Q, "methods": methods,
+    })  # fmt: skip
+    base = load_file(root / "base/model.safetensors")
+    found: list[float] = []
+    for method, parameters in methods.items():
+        ours, given = like_mergekit(method, parameters)
+        merge_here(folders, root / f"{method}-cut", ours, given)
+        merge_here(folders, root / f"{method}-whole", ours, {**given, "rank": 4 * RANK})
+        whole, cut = deltas(root / f"{method}-whole"), deltas(root / f"{method}-cut")
+        merged = load_file(root / f"{method}-merged/model.safetensors")
+        theirs = {name: merged[f"{name}.weight"] - base[f"{name}.weight"] for name in whole}
+        found += differences(whole, theirs)
+        found += differences(cut, deltas(root / f"{method}-extracted"))
+        found += differences(cut, deltas(root / f"{method}-linear"))
+    passed("mergekit", len(methods), found)
+    return versions
+
+
+def by_mergekit(python: str, job: Mapping[str, Any]) -> dict[str, Any]:
+    """A job of mergekit_side.py."""
+    return answer([python, str(SIDE), json.dumps(job)], f"mergekit {job['what']}")
 
 
 def child(job: Mapping[str, Any]) -> None:
@@ -190,98 +299,168 @@ def child(job: Mapping[str, Any]) -> None:
         model = empty_model(shapes, job["layers"])
     else:
         import vllm_lora_ext.merging  # noqa: F401
-    imports_mb = peak_mb()
+    memory = Memory()
     if job["tool"] == "peft":
         seconds = merge_by_peft(folders, out, job["method"], job["parameters"], model)
     else:
         seconds = merge_here(folders, out, job["method"], job["parameters"])
-    print(json.dumps({"seconds": seconds, "peak_mb": peak_mb() - imports_mb}))
-
-
-def peak_mb() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"seconds": seconds, **memory.peaks()}))
 
 
 def jobs(args: argparse.Namespace, root: Path) -> list[dict[str, Any]]:
     """Everything that is measured."""
     whole = make_adapters(root / "whole", SHAPES, args.layers, torch.bfloat16)
     dense = make_adapters(root / "dense", DENSE, 1, torch.bfloat16)
+    base = root / "base.safetensors"
+    weight_NK = torch.randn(DENSE[Q], generator=torch.Generator().manual_seed(1)) * 0.02
+    save_file({f"model.layers.0.{Q}.weight": weight_NK}, base)
     found: list[dict[str, Any]] = []
 
-    def add(what: str, tool: str, method: str, parameters: dict[str, Any], small: bool) -> None:
+    def add(
+        what: str, tool: str, method: str, parameters: dict[str, Any], small: bool, **more: Any
+    ) -> None:
         found.append({
             "what": what, "tool": tool, "method": method, "parameters": parameters,
             "shapes": DENSE if small else SHAPES, "layers": 1 if small else args.layers,
-            "folders": [str(f) for f in (dense if small else whole)],
+            "on": ONE_LINEAR if small else f"{args.layers} layers",
+            "folders": [str(f) for f in (dense if small else whole)], **more,
         })  # fmt: skip
 
     for method, parameters in DEFAULT.items():
         add(method, "default", method, parameters, False)
     for table, small in ((LIKE_PEFT, False), (DENSE_LIKE_PEFT, True)):
         for method, parameters in table.items():
-            add(method, "compat", *like_peft(method, parameters), small)
+            add(method, "compat: peft", *like_peft(method, parameters), small)
             add(method, "peft", method, parameters, small)
+    for method, parameters in LIKE_MERGEKIT.items():
+        ours, given = like_mergekit(method, parameters)
+        own = {key: value for key, value in given.items() if key != "compat"}
+        add(method, "default", ours, own, True)
+        add(method, "compat: mergekit", ours, given, True)
+        if args.mergekit_python:
+            more = {"base": str(base), "rank": RANK, "weights": WEIGHTS}
+            add(method, "mergekit", method, parameters, True, **more)
     return found
 
 
-def measure(job: dict[str, Any], root: Path) -> dict[str, Any]:
-    out = Path(tempfile.mkdtemp(dir=root)) / "out"
-    line = json.dumps({**job, "out": str(out)})
-    done = subprocess.run(
-        [sys.executable, __file__, "--job", line], capture_output=True, text=True, check=False
-    )
+def measure(job: dict[str, Any], root: Path, mergekit_python: str) -> dict[str, Any]:
+    place = Path(tempfile.mkdtemp(dir=root))
+    made = {**job, "out": str(place / "out")}
+    if job["tool"] == "mergekit":
+        seen = by_mergekit(mergekit_python, made)
+    else:
+        line = [sys.executable, __file__, "--job", json.dumps(made)]
+        seen = answer(line, f"{job['tool']} {job['what']}")
+    written = place / ("out/merged" if job["tool"] == "peft" else "out")
+    if job["on"] == ONE_LINEAR and written.exists():
+        seen["norm"] = norm(written)
+    shutil.rmtree(place)
+    return seen
+
+
+def norm(folder: Path) -> float:
+    """Of an adapter's deltas, all of them together."""
+    from vllm_lora_ext.merging import load_factors
+
+    grams = [(b.t() @ b) * (a @ a.t()) for a, b in load_factors(folder).modules.values()]
+    return float(sum(gram.sum() for gram in grams)) ** 0.5
+
+
+def answer(line: list[str], what: str) -> dict[str, Any]:
+    """The JSON that a process prints last. Raises SystemExit."""
+    done = subprocess.run(line, capture_output=True, text=True, check=False)
     if done.returncode:
-        raise SystemExit(f"{job['tool']} {job['what']} failed:\n{done.stderr[-2000:]}")
+        raise SystemExit(f"{what} failed:\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run(args: argparse.Namespace, root: Path) -> dict[str, Any]:
-    found: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
+def run(args: argparse.Namespace, root: Path, mergekit: Mapping[str, Any] | str) -> dict[str, Any]:
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     load, every = [], jobs(args, root)
     for turn in range(args.rounds):
         for job in every:
-            dense = job["shapes"] is DENSE
-            if dense and turn:
+            if job["on"] == ONE_LINEAR and turn:
                 continue  # minutes, and far apart
             load.append(os.getloadavg()[0])
-            seen = measure(job, root)
-            found.setdefault((job["what"], job["tool"], job["layers"], dense), []).append(seen)
+            seen = measure(job, root, args.mergekit_python)
+            found.setdefault((job["what"], job["tool"], job["on"]), []).append(seen)
             total = sum(seen["seconds"].values())
-            print(f"{turn + 1}/{args.rounds} {job['tool']:8} {job['what']:20} {total:7.1f} s "
+            print(f"{turn + 1}/{args.rounds} {job['tool']:16} {job['what']:20} {total:7.1f} s "
                   f"{seen['peak_mb']:6.0f} MB", flush=True)  # fmt: skip
     rows = [
         {
-            "method": what, "tool": tool,
-            "on": "one 4096 x 4096 linear" if dense else f"{layers} layers",
+            "method": what, "tool": tool, "on": on,
             **{f"{key}_s": round(statistics.median(s["seconds"][key] for s in seen), 3)
-               for key in ("read", "merge", "write")},
-            "peak_mb": round(max(s["peak_mb"] for s in seen)),
+               for key in seen[0]["seconds"]},
+            **{key: round(max(s[key] for s in seen)) for key in ("peak_mb", "process_mb")},
+            **{key: seen[0][key] for key in ("norm",) if key in seen[0]},
         }
-        for (what, tool, layers, dense), seen in found.items()
+        for (what, tool, on), seen in found.items()
     ]  # fmt: skip
+    rows = with_ratios(rows)
+    worst = min(row.get("norm_by_theirs", 1.0) for row in rows)
+    if worst < 0.99:
+        raise SystemExit(
+            f"check failed: a cut to rank {RANK} keeps {worst:.3f} of what theirs keeps"
+        )
     return {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "torch": torch.__version__, "threads": torch.get_num_threads(), "layers": args.layers,
         "rounds": args.rounds, "adapters": COUNT, "rank": RANK,
         "load_average": {"median": round(statistics.median(load), 2), "most": round(max(load), 2)},
-        "mergekit": "not measured", "rows": rows,
+        "mergekit": mergekit, "rows": rows,
     }  # fmt: skip
 
 
+def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of compat get what they are compared with, where it was measured.
+
+    `theirs_by_ours`, seconds of all but reading and writing; `norm_by_theirs`, of the adapter.
+    """
+
+    def seconds(row: Mapping[str, Any]) -> float:
+        return sum(row.get(f"{key}_s", 0.0) for key in ("base", "merge", "extract"))
+
+    tools = {(row["method"], row["on"], f"compat: {row['tool']}"): row for row in rows}
+    found = []
+    for row in rows:
+        theirs = tools.get((row["method"], row["on"], row["tool"]))
+        if theirs:
+            row = {**row, "theirs_by_ours": round(seconds(theirs) / seconds(row), 2)}
+            if "norm" in row and "norm" in theirs:
+                row["norm_by_theirs"] = round(row["norm"] / theirs["norm"], 5)
+        found.append(row)
+    return found
+
+
 def show(report: dict[str, Any]) -> None:
+    """Two tables: whole models, and the one linear."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{COUNT} adapters of rank {RANK}, {report['layers']} layers of Llama-2-7B")
-    for title in ("method", "tool", "on", "read s", "merge s", "write s", "peak MB", "PEFT / this"):
-        table.add_column(title, justify="left" if title in ("method", "tool", "on") else "right")
-    merging = {(r["method"], r["tool"]): r["merge_s"] for r in report["rows"]}
-    for row in report["rows"]:
-        theirs = merging.get((row["method"], "peft"))
-        ratio = f"{theirs / row['merge_s']:.1f}" if theirs and row["tool"] == "compat" else ""
-        cells = [f"{row[f'{key}_s']:.2f}" for key in ("read", "merge", "write")]
-        table.add_row(row["method"], row["tool"], row["on"], *cells, str(row["peak_mb"]), ratio)
-    Console(width=110).print(table)
+    whole = f"{report['layers']} layers"
+    for on, where in ((whole, f"{whole} of Llama-2-7B"), (ONE_LINEAR, f"one {ONE_LINEAR} linear")):
+        rows = [row for row in report["rows"] if row["on"] == on]
+        parts = [key for key in PARTS if any(f"{key}_s" in row for row in rows)]
+        table = Table(title=f"{COUNT} adapters of rank {RANK}, {where}")
+        for title in ("method", "tool"):
+            table.add_column(title)
+        for title in (*(f"{key} s" for key in parts), "peak MB", "theirs / ours", "kept"):
+            table.add_column(title, justify="right")
+        for row in rows:
+            table.add_row(*cells(row, parts))
+        if on == ONE_LINEAR and report["mergekit"] == NOT_MEASURED:
+            table.add_row("all", f"mergekit {NOT_MEASURED}")
+        Console(width=130).print(table)
+
+
+def cells(row: Mapping[str, Any], parts: list[str]) -> list[str]:
+    """A line of the table."""
+    found = [f"{row[f'{key}_s']:.2f}" if f"{key}_s" in row else "" for key in parts]
+    found.append(str(row["peak_mb"]))
+    found.append(f"{row['theirs_by_ours']:.1f}" if "theirs_by_ours" in row else "")
+    found.append(f"{row['norm_by_theirs']:.4f}" if "norm_by_theirs" in row else "")
+    return [row["method"], row["tool"], *found]
 
 
 def main() -> None:
@@ -289,15 +468,19 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--mergekit-python", default="", help="of an environment with mergekit")
     parser.add_argument("--out", type=Path, default=REPO / "benchmarks/results/merging_speed.json")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.job:
         return child(json.loads(args.job))
     with tempfile.TemporaryDirectory() as place:
-        check(Path(place))
-        report = run(args, Path(place))
+        mergekit: dict[str, Any] | str = NOT_MEASURED
+        check_peft(Path(place, "peft"))
+        if args.mergekit_python:
+            mergekit = check_mergekit(args.mergekit_python, Path(place, "mergekit"))
+        report = run(args, Path(place), mergekit)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     show(report)
