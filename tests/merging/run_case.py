@@ -216,7 +216,7 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=None, help="largest rank of the result")
     args = parser.parse_args()
     torch.manual_seed(0)  # nothing may depend on it
-    folder = save_peft(run_case(args.case, args.rank), args.out)
+    folder = save_peft(run_case(args.case.resolve(), args.rank), args.out)
     print(folder)
 
 
