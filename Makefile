@@ -14,10 +14,10 @@ PYTEST  := $(BIN)/pytest
 UNIT    := OMP_NUM_THREADS=1 $(PYTEST) tests --numprocesses auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast lint types format docs check-vllm bench bench-kernels dist clean
+.PHONY: help venv demo test test-fast lint types format docs check-vllm bench bench-kernels bench-merging dist clean
 
 help: ## show this list
-	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 venv: $(READY) ## create .venv with every pinned requirement
 
@@ -56,6 +56,9 @@ bench-kernels: $(READY) ## GPU kernels: ratios to stock and to the floors
 
 bench: $(READY) ## serving overhead against stock vLLM, as ratios
 	$(BIN)/python benchmarks/serving_overhead.py
+
+bench-merging: $(READY) ## what is left of three skills after every merge
+	$(BIN)/python benchmarks/merging_quality.py
 
 dist: $(READY) ## wheel and source distribution into dist/
 	$(BIN)/python -m build --no-isolation
