@@ -20,6 +20,11 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+worker = os.environ.get("PYTEST_XDIST_WORKER")
+if worker is not None and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
+    # Engines that run side by side would wait for each other's spinning threads.
+    core = int(worker.removeprefix("gw")) % (os.cpu_count() or 1)
+    ENVIRONMENT["VLLM_CPU_OMP_THREADS_BIND"] = str(core)
 
 
 def base_path(name: str) -> Path:

@@ -85,12 +85,15 @@ def ask(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
 
 def watch(worker: Any) -> None:
     """In a rank: from now on keep the sums that enter every gate, and what leaves it."""
-    from vllm_lora_ext.kernels.gated_lora import cpu, cpu_native
+    from vllm_lora_ext.kernels.gated_lora import Site, cpu, cpu_native
 
     # The compiled path decides on the same sums; only the PyTorch path can be looked into.
     cpu_native.tables = lambda *_: None  # type: ignore[assignment]
     modules = worker.model_runner.lora_manager._adapter_manager.modules
     names = {id(layer.site): name for name, layer in modules.items() if hasattr(layer, "site")}
+    for layer in modules.values():
+        if isinstance(getattr(layer, "site", None), Site):
+            layer.site.changed()
     of_plan = {
         id(plan): name
         for name, layer in modules.items()
