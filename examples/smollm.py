@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -26,9 +27,9 @@ IGNORED = -100
 logging.disable_progress_bar()
 
 
-def load(dtype: torch.dtype = torch.bfloat16):
-    """The frozen base model and its tokenizer."""
-    folder = ensure_base()
+def load(dtype: torch.dtype = torch.bfloat16, folder: Path | None = None):
+    """A frozen model and its tokenizer; without `folder` the demo's base model."""
+    folder = folder or ensure_base()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     return model.requires_grad_(False).eval(), tokenizer
@@ -67,7 +68,7 @@ class PrefixBatcher:
             prompt = prompt_ids(self.tokenizer, item.question)
             assert prompt[: len(self.prefix)] == self.prefix
             prompt = prompt[len(self.prefix) :]
-            answer = [*self.tokenizer(item.answer)["input_ids"], end]
+            answer = [*self.tokenizer(item.answer, add_special_tokens=False)["input_ids"], end]
             rows.append(prompt + answer[:-1])
             labels.append([IGNORED] * (len(prompt) - 1) + answer)
         width = max(map(len, rows))

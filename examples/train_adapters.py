@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from peft import LoraConfig, get_peft_model
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
 from smollm import BASE_NAME, LINEARS, PrefixBatcher, answers, epochs, load
-from tasks import ADAPTERS, TASKS, held_out, is_right, training
+from tasks import ADAPTERS, TASKS, Item, held_out, is_right, training
 
 RANK = 4
 ALPHA = 8
@@ -36,24 +37,37 @@ SEED = 7
 def train(task: str, steps: int) -> Path:
     torch.manual_seed(SEED)
     model, tokenizer = load()
+    layers = range(FIRST_LAYER, model.config.num_hidden_layers)
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(LINEARS))
+    peft_model = with_lora(model, config, layers)
+    items = [(0, item) for item in training(task)]
+    fit(peft_model, tokenizer, items, steps=steps, rate=RATE[task], label=task)
+    save(peft_model, ADAPTERS / task, BASE_NAME)
+    _report(peft_model, tokenizer, task)
+    return ADAPTERS / task
+
+
+def with_lora(model, config: LoraConfig, layers: Iterable[int]):
+    """The model with a fresh adapter on these layers."""
+    config.layers_to_transform, config.task_type = list(layers), "CAUSAL_LM"
+    return get_peft_model(model, config)
+
+
+def fit(
+    peft_model, tokenizer, items: list[tuple[int, Item]], *, steps: int, rate: float, label: str
+) -> None:
+    """Trains the adapter on the items' answers, with a progress bar."""
     batcher = PrefixBatcher(tokenizer)
-    config = LoraConfig(
-        r=RANK,
-        lora_alpha=ALPHA,
-        target_modules=list(LINEARS),
-        layers_to_transform=list(range(FIRST_LAYER, model.config.num_hidden_layers)),
-        task_type="CAUSAL_LM",
-    )
-    peft_model = get_peft_model(model, config)
+    model = peft_model.get_base_model()
     weights = [p for p in peft_model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=RATE[task], weight_decay=0.0)
+    optimizer = torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, RATE[task], total_steps=steps, pct_start=WARMUP / steps
+        optimizer, rate, total_steps=steps, pct_start=min(0.5, WARMUP / steps)
     )
-    batches = epochs([(0, item) for item in training(task)], BATCH, SEED)
+    batches = epochs(items, BATCH, SEED)
     columns = TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn()
     with Progress(*columns) as progress:
-        bar = progress.add_task(task, total=steps)
+        bar = progress.add_task(label, total=steps)
         for step in range(steps):
             batch = batcher.batch(next(batches))
             if step % 2:
@@ -67,14 +81,15 @@ def train(task: str, steps: int) -> Path:
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-            progress.update(bar, advance=1, description=f"{task}  loss {loss.item():.3f}")
-    folder = ADAPTERS / task
-    peft_model.peft_config["default"].base_model_name_or_path = BASE_NAME  # not a local path
+            progress.update(bar, advance=1, description=f"{label}  loss {loss.item():.3f}")
+
+
+def save(peft_model, folder: Path, base_name: str) -> None:
+    """The adapter as a PEFT folder of 16-bit weights."""
+    peft_model.peft_config["default"].base_model_name_or_path = base_name  # not a local path
     peft_model.save_pretrained(folder, save_embedding_layers=False)
     _halve(folder / "adapter_model.safetensors")
     (folder / "README.md").unlink(missing_ok=True)  # an empty model card
-    _report(peft_model, tokenizer, task)
-    return folder
 
 
 def _halve(file: Path) -> None:
