@@ -13,7 +13,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from vllm_lora_ext.kernels.gated_lora import cpu, cpu_op
+from vllm_lora_ext.kernels.gated_lora import cpu, cpu_op, inductor
 from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.kernels.gated_lora.step import StepMap
 
@@ -140,6 +140,7 @@ for _key in ("CPU", "CUDA"):
     _lib.impl("gate_expand_", _gate_expand, _key)
     _lib.impl("embedding_lora_", _embedding_lora, _key)
 for _name in ("gated_lora_", "gate_expand_", "embedding_lora_"):
+    inductor.call_when_active(_name)
     torch.library.register_fake(f"vllm_lora_ext::{_name}", lambda *_: None, lib=_lib)
 torch.library.register_fake(
     "vllm_lora_ext::shrink",

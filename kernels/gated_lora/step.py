@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
+from vllm_lora_ext.kernels.gated_lora import inductor
+
+_numbers = itertools.count(1)
 TILE_ROWS = (16, 64)  # rows of a tile: of a decode step, and of a prefill
 
 
@@ -44,6 +49,8 @@ class StepMap:
         self.table = torch.full((rows, max_tokens), -1, dtype=torch.int32, device=device)
         self.token_slots_T = self.table[0]
         self.active_1 = np.zeros(1, dtype=np.int64)  # read by C++ at this address
+        self._number = next(_numbers)
+        weakref.finalize(self, inductor.set_active, self._number, False)
         self._width = 0
         self._slots_T = np.empty(0, dtype=np.int64)
         self._groups: list[Group] | None = []
@@ -56,6 +63,7 @@ class StepMap:
         """
         self._slots_T, self._groups = slots_T, None
         self.active_1[0] = (slots_T >= 0).any()
+        inductor.set_active(self._number, self.active)
         # As wide as the last step, so that nothing of it is left behind.
         width = max(len(slots_T), self._width)
         self._width = len(slots_T)

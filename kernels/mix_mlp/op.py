@@ -6,7 +6,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from vllm_lora_ext.kernels.gated_lora import cpu_op
+from vllm_lora_ext.kernels.gated_lora import cpu_op, inductor
 from vllm_lora_ext.kernels.mix_mlp.block import BlockSite
 
 _blocks: WeakValueDictionary[int, BlockSite] = WeakValueDictionary()
@@ -35,6 +35,7 @@ for _name in ("mix_act_", "mix_act_python_"):
 cpu_op.python_op("mix_act_", _mix_act)
 _lib.impl("mix_act_python_", _mix_act, "CPU")
 _lib.impl("mix_act_", _mix_act, "CUDA")
+inductor.call_when_active("mix_act_")
 torch.library.register_fake("vllm_lora_ext::mix_act_", lambda *_: None, lib=_lib)
 
 mix_act_ = torch.ops.vllm_lora_ext.mix_act_.default
