@@ -12,6 +12,8 @@ VERSION ?= 0.33.0
 PYTEST  := $(BIN)/pytest
 # A test's tensors are small: a core for each worker is worth more than threads.
 UNIT    := OMP_NUM_THREADS=1 $(PYTEST) tests --numprocesses auto --maxprocesses 4 --dist loadfile
+# Engines start mostly on one core; two at a time fit into 16 GB.
+ENGINE  := $(PYTEST) integration_tests --numprocesses auto --maxprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-fast lint types format docs check-vllm bench bench-kernels bench-merging dist clean
@@ -29,7 +31,7 @@ demo: $(READY) ## serve the trained example adapters, ask them, draw the table
 
 test: lint types ## everything CI runs: lint, types, unit and engine tests
 	$(UNIT)
-	$(PYTEST) integration_tests
+	$(ENGINE)
 
 test-fast: $(READY) ## unit tests only, no engine
 	$(UNIT)
