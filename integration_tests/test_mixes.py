@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import random
 import time
 from collections.abc import Iterator
@@ -19,6 +20,8 @@ from integration_tests.reference_model import logits
 from integration_tests.server import Server, base_with_tokenizer, command, free_port, serving
 from vllm_lora_ext.adapters.registry import load_adapter
 from vllm_lora_ext.merging import Factors, Pair, Term, load_factors, merge, save_peft
+from vllm_lora_ext.merging.generate import ExpertLibrary, minilm
+from vllm_lora_ext.merging.generate.embed import PACKAGE
 
 pytestmark = pytest.mark.engine
 BOUND = 2e-3
@@ -28,6 +31,11 @@ NAMES = ("math", "code", "style")
 PROMPTS = [torch.randint(4, 380, (n,), generator=torch.Generator().manual_seed(n)).tolist()
            for n in (7, 19, 33)]  # fmt: skip
 CLIENTS, MIXES, SLOTS = 16, 20, 4
+DESCRIBED = {
+    "math": ("math", "Solves arithmetic"),
+    "code": ("code", "Writes Python programs"),
+    "style": ("style", "Answers like a pirate"),
+}
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +52,7 @@ def home(tmp_path_factory) -> Path:
             a = torch.randn(rank, k, generator=draw)
             modules[module] = Pair(a, torch.randn(n, rank, generator=draw) * size)
         save_peft(Factors(modules, "base"), root / "adapters" / name)
+    ExpertLibrary.build(DESCRIBED, minilm()).save(root / "adapters")
     (root / "weekly.yaml").write_text(
         "version: 1\nmerge_method: svd\noutput: {rank: 5}\n"
         "models: [{model: math, parameters: {weight: 0.7}}, {model: adapters/style}]\n"
@@ -58,6 +67,9 @@ def server(home) -> Iterator[Server]:
             "adapters": {"style": str(home / "adapters" / "style")},
             "recipes": {"weekly": str(home / "weekly.yaml")},
             "store": str(home / "store"), "max_terms": 3,
+            "describe": {
+                "library": str(home / "adapters"), "model": str(embedding_model()), "top_k": 2,
+            },
         },
     }  # fmt: skip
     argv = command(
@@ -68,6 +80,12 @@ def server(home) -> Iterator[Server]:
     )  # fmt: skip
     with serving(argv, home / "server.log", VLLM_ALLOW_RUNTIME_LORA_UPDATING="1") as running:
         yield running
+
+
+def embedding_model() -> Path:
+    found = importlib.util.find_spec(PACKAGE)
+    assert found is not None and found.submodule_search_locations
+    return Path(found.submodule_search_locations[0]) / "model"
 
 
 def post(server: Server, path: str, body: dict[str, Any]) -> httpx.Response:
@@ -135,6 +153,13 @@ def test_a_mix_answers_as_its_merge(server, home, model, method, terms, options)
     check(server, home, model, method, terms, options)
 
 
+def test_a_description(server, home):
+    text = "adds and multiplies numbers"
+    weights = ExpertLibrary.load(home / "adapters").select(minilm()(text), k=2)
+    assert next(iter(weights)) == "math"
+    check(server, home, f'describe:"{text}"', "cat", tuple(weights.items()))
+
+
 def test_lorax_s_field(server, home):
     given = {"ids": ["math", "math"], "weights": [0.5, 0.5], "merge_strategy": "linear"}
     refused = ask(server, "base", PROMPTS[0], merged_adapters=given)
@@ -189,7 +214,7 @@ def test_first_requests_at_once_merge_once(server, home):
     [
         ("cat:math+nobody", 404, "not_found"),
         ("recipe:nothing", 404, "not_found"),
-        ('describe:"ISO codes"', 404, "not_found"),
+        ('describe:""', 400, "bad_mix"),
         ("cat:math-code*", 400, "bad_mix"),
         ("cat:../../etc/passwd+math", 400, "bad_mix"),
         ("tie:math+code*2", 400, "bad_mix"),
