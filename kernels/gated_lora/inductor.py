@@ -18,6 +18,7 @@ import torch
 
 logger = logging.getLogger("vllm.lora_ext")
 
+_namespace: Any = torch.ops.vllm_lora_ext
 _running: set[int] = set()
 
 
@@ -28,7 +29,7 @@ def set_active(step: int, active: bool) -> None:
         step: the map's number.
     """
     _running.add(step) if active else _running.discard(step)
-    torch.ops.vllm_lora_ext.active = bool(_running)
+    _namespace.active = bool(_running)
 
 
 def call_when_active(op: str) -> None:
