@@ -164,6 +164,12 @@ def warm_up(ask: Any, batch: int) -> None:
             ask(kind, what, prompts, 4)
 
 
+def wake(ask: Any, kind: str) -> None:
+    """A request that is not timed: after the other engine's turn, an engine's first one finds its
+    threads asleep and the caches full of the other's weights."""
+    ask(kind, "base", [list(range(1000, 1000 + PREFILL))], 2)
+
+
 def measure(ask: Any, batch: int, rounds: int, stock_rounds: int) -> dict[str, list[float]]:
     """Seconds per phase and round; decode is a long generation minus the same with one token."""
     times: dict[str, list[float]] = {}
@@ -172,6 +178,7 @@ def measure(ask: Any, batch: int, rounds: int, stock_rounds: int) -> dict[str, l
         prompts = rng.integers(1000, 20000, (batch, PREFILL)).tolist()
         short = [p[:16] for p in prompts]
         for kind in ("base", "plugin", "stock") if turn < stock_rounds else ("base", "plugin"):
+            wake(ask, kind)
             for what in ENGINES[kind]:
                 prefill = ask(kind, what, prompts, 1)[0]
                 one, many = ask(kind, what, short, 1)[0], ask(kind, what, short, DECODE + 1)[0]
@@ -191,7 +198,10 @@ def measure_pairs(ask: Any, batch: int, pairs: int) -> dict[str, list[float]]:
         for phase, count in (("prefill", 1), ("decode", DECODE)):
             # A decode's prompt is four tokens a request: the generation is what takes the time.
             sent = prompts if phase == "prefill" else [p[:4] for p in prompts]
-            seconds = {kind: ask(kind, "base", sent, count)[0] for kind in kinds}
+            seconds = {}
+            for kind in kinds:
+                wake(ask, kind)
+                seconds[kind] = ask(kind, "base", sent, count)[0]
             ratio = seconds["plugin"] / seconds["base"]
             ratios.setdefault(f"{phase}/{batch}", []).append(ratio)
     medians = {key: f"{statistics.median(values) - 1:+.1%}" for key, values in ratios.items()}

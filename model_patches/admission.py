@@ -59,9 +59,12 @@ def _typed(error: Exception) -> Exception:
     return AdapterError.parse(str(error)) or error
 
 
+_signature = functools.cache(inspect.signature)
+
+
 def _lora_of(stock: Callable[..., Any], args: Any, kwargs: Any) -> LoRARequest | None:
     """The adapter of an `add_request` call, whichever way it was passed."""
-    given = inspect.signature(stock).bind_partial(*args, **kwargs).arguments
+    given = _signature(stock).bind_partial(*args, **kwargs).arguments
     own = given.get("lora_request")
     return own if own is not None else getattr(given.get("prompt"), "lora_request", None)
 
