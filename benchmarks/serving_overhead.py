@@ -1,7 +1,7 @@
 """What LoRA costs a server: ratios against stock vLLM, measured in one run.
 
     python benchmarks/serving_overhead.py [--batches 1,8,32] [--rounds 9] [--stock-rounds 2]
-        [--pairs 30] [--out FILE.json]
+        [--out FILE.json]
 
 Four engines on SmolLM2-135M (CPU, bf16), each in a process of its own, taking turns so that a
 machine that speeds up or slows down does so for all:
@@ -12,9 +12,9 @@ machine that speeds up or slows down does so for all:
               (E=8, k=2, r=8 in every linear: 16 ranks work on each token)
 
 overhead = (time - base time) / base time, the median over rounds of a round's own ratio. Stock
-vLLM's LoRA takes minutes a round and its differences are large, so it gets fewer rounds. Base
-requests on the plugin's server differ from the base engine by less than a round's noise, so they
-are measured once more in pairs, the two engines in turn and each first in every other pair.
+vLLM's LoRA takes minutes a round and its differences are large, so it gets fewer rounds. What base
+requests cost on the plugin's server is less than two starts of one engine differ by: that number
+is in base_requests.py, which starts the engines several times.
 
 Before anything is timed, every adapter's greedy tokens are compared with the same adapter's in
 transformers; on a difference nothing is printed.
@@ -24,13 +24,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing as mp
 import os
 import platform
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +37,9 @@ import torch
 
 REPO = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(REPO), str(REPO / "examples")]
+
+from benchmarks.engine import Engine, check_greedy  # noqa: E402
+
 RANK, EXPERTS, TOP_K = 8, 8, 2
 PREFILL, DECODE = 64, 32
 ENGINES: dict[str, tuple[str, ...]] = {
@@ -96,39 +97,7 @@ def _write_plain(folder: Path, shapes: Any, rank: int, rng: Any) -> Path:
     return folder
 
 
-def serve(kind: str, base: str, folders: dict[str, Path], pipe: Any, cores: str) -> None:
-    """One engine's process: answers (what, prompts, number of tokens) with seconds and tokens."""
-    os.environ |= {
-        "VLLM_LORA_EXT_DISABLE": "0" if kind == "plugin" else "1", "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
-        "VLLM_CPU_OMP_THREADS_BIND": cores, "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    }  # fmt: skip
-    from vllm import LLM, SamplingParams
-    from vllm.lora.request import LoRARequest
-
-    lora = {"enable_lora": True, "max_loras": 3, "max_lora_rank": 64} if kind != "base" else {}
-    llm = LLM(
-        model=base, dtype="bfloat16", max_model_len=512, max_num_seqs=32, seed=0,
-        max_num_batched_tokens=2048, enable_prefix_caching=False, disable_log_stats=True, **lora,
-    )  # fmt: skip
-    adapters = {
-        name: LoRARequest(name, i, str(folders[name]))
-        for i, name in enumerate(ENGINES[kind], 1)
-        if name != "base"
-    }
-    pipe.send("ready")
-    while (job := pipe.recv()) is not None:
-        what, prompts, count = job
-        params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
-        start = time.perf_counter()
-        outputs = llm.generate(
-            [{"prompt_token_ids": p} for p in prompts], params,
-            lora_request=adapters.get(what), use_tqdm=False,
-        )  # fmt: skip
-        pipe.send((time.perf_counter() - start, [list(o.outputs[0].token_ids) for o in outputs]))
-
-
-def check(ask: Any, base: str, folders: dict[str, Path]) -> None:
+def check(engine: Engine, base: str, folders: dict[str, Path]) -> None:
     """First tokens of the engine against transformers, up to the first near tie."""
     from transformers import AutoModelForCausalLM
 
@@ -138,39 +107,25 @@ def check(ask: Any, base: str, folders: dict[str, Path]) -> None:
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
     prompt = np.random.default_rng(1).integers(1000, 20000, 32).tolist()
     for what in ENGINES["plugin"]:
-        _, ((*got,),) = ask("plugin", what, [prompt], 8)
+        _, ((*got,),) = engine.ask(what, [prompt], 8)
         handle = apply_adapter(model, load_adapter(folders[what])) if what != "base" else None
-        ids = list(prompt)
-        for step, token in enumerate(got):
-            with torch.inference_mode():
-                logits = model(torch.tensor([ids])).logits[0, -1].float()
-            top2 = logits.topk(2)
-            if int(top2.indices[0]) != token:
-                gap = float(top2.values[0] - logits[token])
-                if gap > 0.25:
-                    raise SystemExit(f"check failed: {what}, token {step}, logit gap {gap:.2f}")
-                break
-            ids.append(token)
+        check_greedy(model, prompt, got, what)
         if handle is not None:
             handle.remove()
     print("check passed: greedy tokens equal transformers' for", ", ".join(ENGINES["plugin"]))
 
 
-def warm_up(ask: Any, batch: int) -> None:
+def warm_up(engines: dict[str, Engine], batch: int) -> None:
     """Allocations, and shapes that the compiler has not seen."""
     prompts = np.random.default_rng(3).integers(1000, 20000, (batch, 16)).tolist()
     for kind, whats in ENGINES.items():
         for what in whats:
-            ask(kind, what, prompts, 4)
+            engines[kind].ask(what, prompts, 4)
 
 
-def wake(ask: Any, kind: str) -> None:
-    """A request that is not timed: after the other engine's turn, an engine's first one finds its
-    threads asleep and the caches full of the other's weights."""
-    ask(kind, "base", [list(range(1000, 1000 + PREFILL))], 2)
-
-
-def measure(ask: Any, batch: int, rounds: int, stock_rounds: int) -> dict[str, list[float]]:
+def measure(
+    engines: dict[str, Engine], batch: int, rounds: int, stock_rounds: int
+) -> dict[str, list[float]]:
     """Seconds per phase and round; decode is a long generation minus the same with one token."""
     times: dict[str, list[float]] = {}
     rng = np.random.default_rng(2)
@@ -178,35 +133,15 @@ def measure(ask: Any, batch: int, rounds: int, stock_rounds: int) -> dict[str, l
         prompts = rng.integers(1000, 20000, (batch, PREFILL)).tolist()
         short = [p[:16] for p in prompts]
         for kind in ("base", "plugin", "stock") if turn < stock_rounds else ("base", "plugin"):
-            wake(ask, kind)
+            ask = engines[kind].ask
+            engines[kind].wake()
             for what in ENGINES[kind]:
-                prefill = ask(kind, what, prompts, 1)[0]
-                one, many = ask(kind, what, short, 1)[0], ask(kind, what, short, DECODE + 1)[0]
+                prefill = ask(what, prompts, 1)[0]
+                one, many = ask(what, short, 1)[0], ask(what, short, DECODE + 1)[0]
                 times.setdefault(f"{kind}/{what}/prefill/{batch}", []).append(prefill)
                 times.setdefault(f"{kind}/{what}/decode/{batch}", []).append(many - one)
         print(f"batch {batch}: round {turn + 1}/{rounds}", flush=True)
     return times
-
-
-def measure_pairs(ask: Any, batch: int, pairs: int) -> dict[str, list[float]]:
-    """Time of a base request in the plugin's engine over that in the base engine, per pair."""
-    ratios: dict[str, list[float]] = {}
-    rng = np.random.default_rng(4)
-    for turn in range(pairs):
-        prompts = rng.integers(1000, 20000, (batch, PREFILL)).tolist()
-        kinds = ("base", "plugin") if turn % 2 else ("plugin", "base")
-        for phase, count in (("prefill", 1), ("decode", DECODE)):
-            # A decode's prompt is four tokens a request: the generation is what takes the time.
-            sent = prompts if phase == "prefill" else [p[:4] for p in prompts]
-            seconds = {}
-            for kind in kinds:
-                wake(ask, kind)
-                seconds[kind] = ask(kind, "base", sent, count)[0]
-            ratio = seconds["plugin"] / seconds["base"]
-            ratios.setdefault(f"{phase}/{batch}", []).append(ratio)
-    medians = {key: f"{statistics.median(values) - 1:+.1%}" for key, values in ratios.items()}
-    print(f"batch {batch}, base requests in {pairs} pairs: {medians}", flush=True)
-    return ratios
 
 
 def table(times: dict[str, list[float]], batches: list[int]) -> list[dict[str, Any]]:
@@ -234,7 +169,6 @@ def main() -> None:
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--stock-rounds", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=30)
     parser.add_argument(
         "--out", type=Path, default=REPO / "benchmarks/results/serving_overhead.json"
     )
@@ -244,47 +178,32 @@ def main() -> None:
 
     base = str(ensure_base())
     cores = f"0-{os.cpu_count() - 1}"  # type: ignore[operator]
-    context, pipes, processes = mp.get_context("spawn"), {}, []
+    engines: dict[str, Engine] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folders = make_adapters(base, Path(scratch))
-        for kind in ENGINES:
-            pipes[kind], far = context.Pipe()
-            process = context.Process(target=serve, args=(kind, base, folders, far, cores))
-            process.start()
-            processes.append(process)
-            assert pipes[kind].recv() == "ready"
+        for kind, whats in ENGINES.items():
+            adapters = {what: folders[what] for what in whats if what != "base"}
+            engines[kind] = Engine(kind, base, adapters, cores)
             print(f"engine {kind} ready", flush=True)
 
-        def ask(kind: str, *job: Any) -> Any:
-            pipes[kind].send(job)
-            return pipes[kind].recv()
-
         try:
-            check(ask, base, folders)
-            warm_up(ask, max(batches))
+            check(engines["plugin"], base, folders)
+            warm_up(engines, max(batches))
             times: dict[str, list[float]] = {}
-            pairs: dict[str, list[float]] = {}
-            for batch in batches:
-                pairs |= measure_pairs(ask, batch, args.pairs)
             for i, batch in enumerate(batches, 1):
-                times |= measure(ask, batch, args.rounds, args.stock_rounds)
-                save(args.out, times, pairs, batches[:i])
+                times |= measure(engines, batch, args.rounds, args.stock_rounds)
+                save(args.out, times, batches[:i])
         finally:
-            for kind in pipes:
-                pipes[kind].send(None)
-            for process in processes:
-                process.join(20)
+            for engine in engines.values():
+                engine.stop()
     show(table(times, batches))
 
 
-def save(
-    out: Path, times: dict[str, list[float]], pairs: dict[str, list[float]], batches: list[int]
-) -> None:
+def save(out: Path, times: dict[str, list[float]], batches: list[int]) -> None:
     result = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores", "torch": torch.__version__,
         "prefill_tokens": PREFILL, "decode_tokens": DECODE, "seconds": times,
         "overhead": table(times, batches),
-        "base_requests_in_pairs": {k: statistics.median(v) - 1 for k, v in pairs.items()},
     }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=1) + "\n")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from integration_tests.engines import (
@@ -17,8 +19,9 @@ from integration_tests.engines import (
     recorded,
     run,
     tokens,
+    worst,
 )
-from integration_tests.reference_model import steady_prompt
+from integration_tests.reference_model import logits, steady_prompt
 from tests.make_adapters import random_adapter, router_spec
 from vllm_lora_ext.adapters.model import RoutedAdapter
 from vllm_lora_ext.adapters.readers.native import write_native
@@ -165,3 +168,24 @@ def test_twelve_adapters_over_four_slots(llama, config, tmp_path):
     assert len({tuple(t) for t in rounds[0]}) >= 8
     together = [run(llama, [(prompt, a) for a in adapters], greedy(8))][0]
     assert [tokens(o) for o in together] == rounds[0]
+
+
+def test_new_base_weights_are_the_ones_that_answer(llama, prompt, tmp_path):
+    """`reload_weights` makes new products of the base layers, beside which the adapters stay."""
+    plain = recorded("plain-a").folder
+    other = shutil.copytree(base_path(BASE), tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    scaled = {name: 1.2 * w if w.ndim == 2 else w for name, w in weights.items()}
+    save_file(scaled, other / "model.safetensors", metadata={"format": "pt"})
+
+    def check(base: str) -> None:
+        llama.collective_rpc("reload_weights", kwargs={"weights_path": str(base_path(base))})
+        llama.reset_prefix_cache()
+        for adapter, request in ((None, None), (load_adapter(plain), lora("reloaded", plain))):
+            (got,) = prompt_logprobs(llama, [(prompt, request)], VOCABULARY)
+            assert worst(got, logits(base, adapter, prompt)) < 2e-3
+
+    try:
+        check(str(other))
+    finally:
+        check(BASE)  # as the other tests want it

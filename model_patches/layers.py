@@ -83,6 +83,19 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
         self.lora_b_stacked = tuple(
             torch.empty(max_loras, 1, n, rank, **stub) for n in self.output_slices
         )
+        self.follow_base()
+
+    def follow_base(self) -> None:
+        """Where vLLM's product on a CPU is a function of the base layer's (unquantised weights),
+        it is this layer's as well, and the path to its weights, which a compiled graph walks for
+        every linear in every step, is no longer than without LoRA.
+
+        Again whenever vLLM has replaced the base weights, which makes new ones.
+        """
+        product = vars(self.base_layer).get("cpu_linear")
+        self.has_product = product is not None
+        if self.has_product:
+            self.cpu_linear = product
 
     def set_mapping(self, punica_wrapper) -> None:  # type: ignore[no-untyped-def]
         super().set_mapping(punica_wrapper)
@@ -151,6 +164,11 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
         only: list[torch.Tensor | None] = [None] * self.n_slices
         only[i] = m.b_NR
         return replace(m, b_NR=self.slice_lora_b(only)[i])
+
+    def _apply_sync(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        base = self if self.has_product else self.base_layer
+        output = self._get_quant_method().apply(base, x, bias)
+        return self._apply_lora_to_output(x, output)
 
     def _apply_lora_to_output(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         y_TN, x_TK = output.view(-1, output.shape[-1]), x.reshape(-1, x.shape[-1])
@@ -228,11 +246,10 @@ class CPULogits(LogitsProcessorWithLoRA):
         super().set_lora(index, lora_a, lora_b)
         self.used.add(index)
 
-    def _get_logits(self, hidden_states, lm_head, *args, **kwargs):  # type: ignore[no-untyped-def]
+    def forward(self, lm_head, *args, **kwargs):  # type: ignore[no-untyped-def]
         if self.used or self.sharded_to_full_mapping_gpu is not None:
-            return super()._get_logits(hidden_states, lm_head, *args, **kwargs)
-        actual = getattr(lm_head, "base_layer", lm_head)
-        return self.base_layer._get_logits(hidden_states, actual, *args, **kwargs)
+            return super().forward(lm_head, *args, **kwargs)
+        return self.base_layer.forward(getattr(lm_head, "base_layer", lm_head), *args, **kwargs)
 
 
 def apply() -> None:

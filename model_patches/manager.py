@@ -183,6 +183,12 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         for slot in range(self.lora_slots):
             self._reset_slot(slot)
 
+    def follow_base(self) -> None:
+        """To be called when vLLM has replaced the base weights."""
+        for layer in self.modules.values():
+            if isinstance(layer, RoutedLinear):
+                layer.follow_base()
+
     def _reset_slot(self, slot: int) -> None:
         for layer in self.modules.values():
             layer.reset_lora(slot)

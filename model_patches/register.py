@@ -176,6 +176,26 @@ PATCHES: tuple[Patch, ...] = (
                 _both("c6c225186b31f988fc250783ff6fce435c4545ecc9806612d1de2d9b6d249067"),
             ),
             Target(
+                "vllm.model_executor.layers.utils",
+                "cpu_unquantized_gemm",
+                _both("cd52ade3e7be3efed02f8d086bedab933296f37e1cd2c9f422b9d5a6a3c0bbac"),
+            ),
+            Target(
+                "vllm.model_executor.layers.linear",
+                "UnquantizedLinearMethod.apply",
+                _both("4a8240e8cfcc60d45f4c56a96c387d2c465095badeae2eb817e47affa38e6041"),
+            ),
+            Target(
+                "vllm.v1.worker.lora_model_runner_mixin",
+                "LoRAModelRunnerMixin.reset_lora_state",
+                _both("fa0430a5f3695abe144738b16f1041540d882e1e889a18284f602b9eabed0727"),
+            ),
+            Target(
+                "vllm.model_executor.layers.logits_processor",
+                "LogitsProcessor.forward",
+                _both("f9a3ed1c63d4383c0d394261d8a815ca15bf9590be1b9f43ce6e06d483a6f254"),
+            ),
+            Target(
                 "vllm.lora.layers.logits_processor",
                 "LogitsProcessorWithLoRA",
                 _both("a9278dd48fd28f203c457f99e695e22fc13c87ac7c11907a34a3cd291bb873d8"),

@@ -52,6 +52,8 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         return model
 
     def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
+        if not lora_requests:
+            return
         # An adapter that vLLM's cache evicted is read again in the middle of a step, where a file
         # that has changed since would end the engine: take the copy that was checked.
         self._in_step = True
@@ -67,8 +69,10 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         return super().remove_adapter(adapter_id)
 
     def remove_all_adapters(self) -> None:
+        """Also what vLLM calls when it has replaced the base weights."""
         self._evicted.clear()
         super().remove_all_adapters()
+        self._adapter_manager.follow_base()
 
 
 def shortest(path: str) -> str:
