@@ -59,14 +59,24 @@ def _typed(error: Exception) -> Exception:
     return AdapterError.parse(str(error)) or error
 
 
-_signature = functools.cache(inspect.signature)
+@functools.cache
+def _position(stock: Callable[..., Any], name: str) -> int:
+    return list(inspect.signature(stock).parameters).index(name)
+
+
+def _argument(stock: Callable[..., Any], name: str, args: Any, kwargs: Any) -> Any:
+    if name in kwargs:
+        return kwargs[name]
+    position = _position(stock, name)
+    return args[position] if position < len(args) else None
 
 
 def _lora_of(stock: Callable[..., Any], args: Any, kwargs: Any) -> LoRARequest | None:
     """The adapter of an `add_request` call, whichever way it was passed."""
-    given = _signature(stock).bind_partial(*args, **kwargs).arguments
-    own = given.get("lora_request")
-    return own if own is not None else getattr(given.get("prompt"), "lora_request", None)
+    own: LoRARequest | None = _argument(stock, "lora_request", args, kwargs)
+    if own is not None:
+        return own
+    return getattr(_argument(stock, "prompt", args, kwargs), "lora_request", None)
 
 
 def _patch_sync(cls: type[Any]) -> None:
