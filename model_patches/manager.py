@@ -21,6 +21,7 @@ from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, Route
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
 from vllm_lora_ext.model_patches.backend import check_graphs, choose_kernels
+from vllm_lora_ext.model_patches.heap import keep_memory
 from vllm_lora_ext.model_patches.layers import RoutedLinear, building
 from vllm_lora_ext.model_patches.mlp import wrap_blocks
 from vllm_lora_ext.model_patches.trace import Recorder, check_settings
@@ -61,6 +62,8 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         )  # fmt: skip
         graphs = vllm_config.compilation_config.cudagraph_mode
         self.graphs = check_graphs(graphs and graphs.name, device_type, kernels)
+        if device_type == "cpu":
+            keep_memory()
         with building(self.router_rows, kernels):
             super().__init__(*args, lora_config=lora_config, vllm_config=vllm_config, **kwargs)
         # What runs around a block's linears loops over the step's adapters: no graph can hold it.
