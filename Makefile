@@ -16,7 +16,7 @@ UNIT    := OMP_NUM_THREADS=1 $(PYTEST) tests --numprocesses auto --maxprocesses 
 ENGINE  := $(PYTEST) integration_tests --numprocesses auto --maxprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast lint types format docs check-vllm bench bench-kernels bench-merging dist clean
+.PHONY: help venv demo test test-fast lint types format docs check-vllm bench bench-base bench-kernels bench-merging dist clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ bench-kernels: $(READY) ## GPU kernels: ratios to stock and to the floors
 
 bench: $(READY) ## serving overhead against stock vLLM, as ratios
 	$(BIN)/python benchmarks/serving_overhead.py
+
+bench-base: $(READY) ## what the plugin costs requests without an adapter
+	$(BIN)/python benchmarks/base_requests.py
 
 bench-merging: $(READY) ## what is left of three skills after every merge
 	$(BIN)/python benchmarks/merging_quality.py
