@@ -125,6 +125,9 @@ def test_doctor_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not ready" in plain.stdout
 
 
+PACKED = ("lora", "v1", "platforms", "plugins", "entrypoints", "utils", "model_executor/layers")
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The installed vLLM's Python files, packed as a wheel."""
@@ -132,7 +135,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert root is not None
     path = tmp_path_factory.mktemp("wheel") / "vllm-0.32.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
-        for part in ("lora", "v1", "platforms", "plugins", "entrypoints", "utils"):
+        for part in PACKED:
             for file in (root / "vllm" / part).rglob("*.py"):
                 archive.write(file, file.relative_to(root))
         archive.write(root / "vllm" / "__init__.py", "vllm/__init__.py")

@@ -8,16 +8,24 @@ import sys
 
 import pytest
 
+# The C library alone: under a larger library, what else lies on the heap decides from one process
+# to the next whether the default gives pages back.
 STEPS = """
-import resource, sys
-import torch
+import ctypes, resource, sys
 from vllm_lora_ext.model_patches.heap import keep_memory
 
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes = [ctypes.c_void_p]
 if sys.argv[1] == "keep":
     keep_memory()
 
 def step():
-    buffers = [torch.ones(30 << 18) for _ in range(3)]  # 30 MiB each
+    buffers = [libc.malloc(30 << 20) for _ in range(3)]
+    for buffer in buffers:
+        ctypes.memset(buffer, 1, 30 << 20)
+    for buffer in buffers:
+        libc.free(buffer)
 
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
