@@ -137,14 +137,15 @@ def poison(worker, lora_id: int) -> int:
     slot, count = manager.lora_index_to_id.index(lora_id), 0
     for layer in manager.modules.values():
         site = getattr(layer, "site", None)
-        if not hasattr(site, "rows_SRK"):
+        if not hasattr(site, "a_SRK"):
             continue
         plan = site.plans[slot]
-        used = 0 if plan is None else len(plan.rows_RK)
-        keep = site.rows_SRK[slot, :used].clone()
-        site.rows_SRK.fill_(float("nan"))
-        site.rows_SRK[slot, :used] = keep
-        count += site.rows_SRK.isnan().sum().item()
+        for buffer, rows in ((site.a_SRK, "a_RK"), (site.router_SGK, "router_GK")):
+            used = 0 if plan is None else len(getattr(plan, rows))
+            keep = buffer[slot, :used].clone()
+            buffer.fill_(float("nan"))
+            buffer[slot, :used] = keep
+            count += buffer.isnan().sum().item()
         for bt_SRN in site.bt_SRN:
             mine = bt_SRN[slot].clone()
             bt_SRN.fill_(float("nan"))

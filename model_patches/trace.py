@@ -21,7 +21,7 @@ from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 from vllm_lora_ext.adapters.model import MixBlock, RoutedModule
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora import Site
-from vllm_lora_ext.kernels.gated_lora.site import SlicePlan, SlotPlan
+from vllm_lora_ext.kernels.gated_lora.site import SlicePlan
 from vllm_lora_ext.model_patches.layers import RoutedLinear
 from vllm_lora_ext.routing.mix import expert_weights
 from vllm_lora_ext.trace.fetch import RPC, wanted
@@ -150,7 +150,7 @@ class Recorder:
             return
         if u_TR is None:
             assert x_TK is not None
-            u_TR = x_TK.float() @ _rows_of(site, span.slot, plan).t()
+            u_TR = plan.shrink(x_TK)
         for name, part in zip(_slice_names(layer, span), plan.slices, strict=False):
             if part.gate.source != "none":
                 self._put(span, name, _gates(u_TR, part))
@@ -181,14 +181,6 @@ def _names(model: Any) -> dict[int, str]:
 def _slice_names(layer: str, span: Span) -> list[str]:
     """Of the adapter's parts at a layer; one that lies over a whole fused layer comes once."""
     return [span.names[id(part)] for part in span.model.placed[layer] if part is not None]
-
-
-def _rows_of(site: Site, slot: int, plan: SlotPlan) -> torch.Tensor:
-    """[A; routers] in fp32: where the weights are narrower, the kernels keep routers in fp32."""
-    if site.tables is None:
-        return plan.rows_RK.float()
-    routers_GK = site.router_SGK[slot, : len(plan.rows_RK) - plan.num_ranks]
-    return torch.cat([plan.rows_RK[: plan.num_ranks].float(), routers_GK])
 
 
 def _gates(u_TR: torch.Tensor, part: SlicePlan) -> torch.Tensor:

@@ -188,7 +188,7 @@ class Layer:
 
     @property
     def bytes(self) -> int:
-        sites = [b.nbytes for s in self.sites for b in (s.rows_SRK, s.b_SRN, s.router_SGK)]
+        sites = [b.nbytes for s in self.sites for b in (s.a_SRK, s.b_SRN, s.router_SGK)]
         return sum(sites) + sum(t.nbytes for t in (*self.x, *self.y))
 
 

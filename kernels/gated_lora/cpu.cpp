@@ -25,7 +25,7 @@ struct Slice {
 };
 
 struct Slot {
-  const float* rows_RK;
+  const float *a_RK, *router_GK;
   int64_t k, num_rows, num_ranks, h_width, num_slices;
   const Slice* slices;
 };
@@ -147,15 +147,15 @@ void plan_first(Scratch& m, const Lines& l, bool whole) {
   m.first.clear();
   for (const Group& g : m.groups) {
     const Slot& slot = *g.slot;
-    auto rows = [&](int64_t start, int64_t count) {
-      cut(m.first, {slot.rows_RK + start * slot.k, slot.k, count, g.count,
-                    m.tokens.data() + g.start, l.u + start, false});
+    auto rows = [&](const float* rows_RK, int64_t start, int64_t count) {
+      cut(m.first, {rows_RK, slot.k, count, g.count, m.tokens.data() + g.start, l.u + start,
+                    false});
     };
     for (int64_t i = 0; i < slot.num_slices; i++) {
       const Slice& s = slot.slices[i];
-      if (whole || !sparse(s)) rows(s.a_start, s.a_rows);
+      if (whole || !sparse(s)) rows(slot.a_RK + s.a_start * slot.k, s.a_start, s.a_rows);
     }
-    rows(slot.num_ranks, slot.num_rows - slot.num_ranks);
+    rows(slot.router_GK, slot.num_ranks, slot.num_rows - slot.num_ranks);
   }
 }
 
@@ -175,7 +175,7 @@ void plan_second(Scratch& m, const Lines& l) {
           const int32_t token = m.tokens[g.start + t];
           if (out[token * l.h_stride] != 0) *chosen++ = token;
         }
-        cut(m.second, {g.slot->rows_RK + (s.a_start + start) * g.slot->k, g.slot->k,
+        cut(m.second, {g.slot->a_RK + (s.a_start + start) * g.slot->k, g.slot->k,
                        stop - start, chosen - tokens, tokens, out, true});
       }
     }

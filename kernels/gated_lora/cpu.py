@@ -26,7 +26,7 @@ def gated_lora_(y_TN: torch.Tensor, x_TK: torch.Tensor, site: Site) -> None:
         if plan is None:
             continue
         rows_TK = x_TK[start:stop] if index_T is None else x_TK.index_select(0, index_T)
-        h_TR = torch.mm(rows_TK.float(), plan.rows_RK.t().float())
+        h_TR = plan.shrink(rows_TK)
         _gate_(h_TR, plan)
         _expand_(y_TN, h_TR, plan, start, stop, index_T)
 
@@ -42,7 +42,7 @@ def shrink(x_TK: torch.Tensor, site: Site) -> torch.Tensor:
         if plan is None:
             continue
         rows_TK = x_TK[start:stop] if index_T is None else x_TK.index_select(0, index_T)
-        u = torch.mm(rows_TK.float(), plan.rows_RK.t().float())
+        u = plan.shrink(rows_TK)
         if index_T is None:
             u_TR[start:stop, : u.shape[1]] = u
         else:
@@ -59,7 +59,7 @@ def gate_expand_(y_TN: torch.Tensor, u_TR: torch.Tensor, site: Site) -> None:
         if plan is None:
             continue
         h_TR = u_TR[start:stop] if index_T is None else u_TR.index_select(0, index_T)
-        h_TR = h_TR[:, : plan.rows_RK.shape[0]].clone()
+        h_TR = h_TR[:, : plan.num_rows].clone()
         _gate_(h_TR, plan)
         _expand_(y_TN, h_TR, plan, start, stop, index_T)
 

@@ -51,8 +51,11 @@ class _Slice(Structure):
 
 class _Slot(Structure):
     _fields_ = (
-        ("rows_RK", c_void_p),
-        *((name, c_int64) for name in ("k", "num_rows", "num_ranks", "h_width", "num_slices")),
+        ("a_RK", c_void_p),
+        ("router_GK", c_void_p),
+        *((name, c_int64) for name in (
+            "k", "num_rows", "num_ranks", "h_width", "num_slices",
+        )),
         ("slices", ctypes.POINTER(_Slice)),
     )  # fmt: skip
 
@@ -109,7 +112,7 @@ def gate_expand_(y_TN: torch.Tensor, u_TR: torch.Tensor, site: Site, t: Tables) 
 
 def _make(site: Site) -> Tables | tuple[()]:
     """Empty where there are no compiled kernels, so that nobody asks again."""
-    library = cpu_build.library() if site.rows_SRK.is_cpu else None
+    library = cpu_build.library() if site.a_SRK.is_cpu else None
     if library is None:
         return ()
     call = library.gated_lora
@@ -130,10 +133,10 @@ def _slot(plan: SlotPlan) -> _Slot:
     for i, p in enumerate(plan.slices):
         slices[i] = _slice(i, p, h_start)
         h_start += slices[i].ranks
-    rows_RK = plan.rows_RK
+    a_RK = plan.a_RK
     return _Slot(
-        rows_RK.data_ptr(), rows_RK.shape[1], rows_RK.shape[0], plan.num_ranks, h_start,
-        len(slices), slices,
+        a_RK.data_ptr(), plan.router_GK.data_ptr(), a_RK.shape[1],
+        plan.num_rows, plan.num_ranks, h_start, len(slices), slices,
     )  # fmt: skip
 
 

@@ -41,7 +41,7 @@ def register_site(site: Site | EmbeddingSite) -> int:
     global _next_id
     _next_id += 1
     _sites[_next_id] = site
-    if isinstance(site, Site) and site.rows_SRK.is_cpu and site.tables is None:
+    if isinstance(site, Site) and site.a_SRK.is_cpu and site.tables is None:
         cpu_op.install()
     return _next_id
 

@@ -42,17 +42,33 @@ class SlicePlan:
 
 @dataclass(frozen=True)
 class SlotPlan:
-    """One adapter at one site: `rows_RK` are its A of every slice, then its routers and heads.
+    """One adapter at one site: A of every slice, and its routers and heads (fp32).
 
     `shared` is the one gate of all slices when they agree and stand side by side in u, so that
     all slices are gated at once; else None.
     """
 
-    rows_RK: torch.Tensor
-    num_ranks: int
+    a_RK: torch.Tensor
+    router_GK: torch.Tensor
     slices: tuple[SlicePlan, ...]
     shared: GateSpec | None
     plain: bool
+
+    @property
+    def num_ranks(self) -> int:
+        return self.a_RK.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        return self.num_ranks + self.router_GK.shape[0]
+
+    def shrink(self, x_TK: torch.Tensor) -> torch.Tensor:
+        """`[A; router] x`, [T, num_rows] fp32, with PyTorch."""
+        x_TK = x_TK.float()
+        ax_TR = torch.mm(x_TK, self.a_RK.t().float())
+        if not len(self.router_GK):
+            return ax_TR
+        return torch.cat([ax_TR, torch.mm(x_TK, self.router_GK.t())], dim=1)
 
 
 class Site:
@@ -64,12 +80,13 @@ class Site:
         slice_sizes: N of each slice of the layer's (local) output that this rank adds to.
         max_rank: most ranks per slice.
         max_router_rows: most router rows per slice (a threshold head's row is extra).
-        dtype, device: of the weights. On a CPU they are kept in fp32 whatever the model's dtype:
-            small fp32 products are two to five times faster there than bf16 ones, and exact.
+        dtype, device: of A and B; routers and heads are fp32, so that a narrow type changes no
+            choice. On a CPU all are kept in fp32 whatever the model's dtype: small fp32 products
+            are two to five times faster there than bf16 ones, and exact.
         y_start: first column of y that this rank adds to (row-parallel layers under TP).
         triton: whether the Triton kernels serve this site; by default on a GPU that has Triton.
-            They read `tables`, the slices of B side by side (`b_SRN`, of which `bt_SRN` are
-            views), and the routers in fp32 (`router_SGK`).
+            They read `tables`, and the slices of B side by side (`b_SRN`, of which `bt_SRN` are
+            views).
     """
 
     def __init__(
@@ -91,13 +108,17 @@ class Site:
             dtype = torch.float32
         self.slice_sizes = tuple(slice_sizes)
         self.max_rank, self.max_router_rows, self.y_start = max_rank, max_router_rows, y_start
-        self.num_rows = len(self.slice_sizes) * (max_rank + max_router_rows + 1)
-        self.rows_SRK = torch.zeros(
-            num_slots, self.num_rows, in_features, dtype=dtype, device=device
-        )
+        ranks, routers = (len(self.slice_sizes) * n for n in (max_rank, max_router_rows + 1))
+        self.num_rows = ranks + routers
+        self.a_SRK = torch.zeros(num_slots, ranks, in_features, dtype=dtype, device=device)
+        self.router_SGK = torch.zeros(num_slots, routers, in_features, device=device)
         self.tables: SlotTables | None = None
         if triton:
-            self._keep_tables(num_slots, in_features, dtype, device)
+            self.tables = SlotTables(num_slots, self.slice_sizes, max_rank, device)
+            self.b_SRN = torch.zeros(
+                num_slots, max_rank, sum(self.slice_sizes), dtype=dtype, device=device
+            )
+            self.bt_SRN = list(self.b_SRN.split(self.slice_sizes, dim=2))
         else:
             self.bt_SRN = [
                 torch.zeros(num_slots, max_rank, n, dtype=dtype, device=device)
@@ -115,16 +136,6 @@ class Site:
         self.after_shrink: Callable[[torch.Tensor], None] | None = None
         self.after_expand: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         self.u_PTR: torch.Tensor | None = None
-
-    def _keep_tables(
-        self, num_slots: int, in_features: int, dtype: torch.dtype, device: torch.device | str
-    ) -> None:
-        sizes = self.slice_sizes
-        router_rows = len(sizes) * (self.max_router_rows + 1)
-        self.tables = SlotTables(num_slots, sizes, self.max_rank, device)
-        self.router_SGK = torch.zeros(num_slots, router_rows, in_features, device=device)
-        self.b_SRN = torch.zeros(num_slots, self.max_rank, sum(sizes), dtype=dtype, device=device)
-        self.bt_SRN = list(self.b_SRN.split(sizes, dim=2))
 
     @property
     def padded_rank(self) -> int:
@@ -180,9 +191,8 @@ class Site:
         plan = self.plans[slot] = self.store(slot, slices)
         if plan is not None and self.tables is not None:
             numbers = (i for i, s in enumerate(slices) if s is not None)
-            num_routers = len(plan.rows_RK) - plan.num_ranks
             parts = zip(numbers, plan.slices, strict=True)
-            self.tables.write(slot, plan.num_ranks, num_routers, parts)
+            self.tables.write(slot, plan.num_ranks, len(plan.router_GK), parts)
 
     def store(self, slot: int, slices: Sequence[GatedSlice | None]) -> SlotPlan | None:
         """Writes a slot's weights and says where they stand, without the slot adding anything:
@@ -192,20 +202,17 @@ class Site:
             return None
         for i, s in parts:
             self._check(i, s)
-        num_ranks = sum(s.a_RK.shape[0] for _, s in parts)  # a shared A counts once
+        a_RK = torch.cat([s.a_RK for _, s in parts])  # a shared A comes once
         routers = [_router_rows(s) for _, s in parts]
-        rows_RK = torch.cat([s.a_RK for _, s in parts] + [r for r in routers if r is not None])
-        self.rows_SRK[slot, : len(rows_RK)].copy_(rows_RK)
-        if self.tables is not None:
-            self.router_SGK[slot, : len(rows_RK) - num_ranks].copy_(rows_RK[num_ranks:])
-        plans, a_start, router_start = [], 0, num_ranks
+        num_routers = sum(map(len, routers))
+        plans, a_start, router_start = [], 0, len(a_RK)
         for (i, s), router in zip(parts, routers, strict=True):
             plans.append(self._plan_slice(slot, i, s, a_start, router_start))
             a_start += s.a_RK.shape[0]
-            router_start += 0 if router is None else len(router)
+            router_start += len(router)
         return SlotPlan(
-            rows_RK=self.rows_SRK[slot, : len(rows_RK)],
-            num_ranks=num_ranks,
+            a_RK=self.a_SRK[slot, : len(a_RK)].copy_(a_RK),
+            router_GK=self.router_SGK[slot, :num_routers].copy_(torch.cat(routers)),
             slices=tuple(plans),
             shared=_shared_gate(plans),
             plain=all(p.gate.source == "none" for p in plans),
@@ -218,7 +225,7 @@ class Site:
                 f"slice {i}: rank {rank} of {self.max_rank}, router rows {router_rows} of "
                 f"{self.max_router_rows}"
             )
-        want = (self.rows_SRK.shape[2], self.slice_sizes[i])
+        want = (self.a_SRK.shape[2], self.slice_sizes[i])
         if (s.a_RK.shape[1], s.b_NR.shape[0]) != want:
             raise ValueError(
                 f"slice {i}: in, out are {s.a_RK.shape[1], s.b_NR.shape[0]}, not {want}"
@@ -245,11 +252,12 @@ class Site:
         )
 
 
-def _router_rows(s: GatedSlice) -> torch.Tensor | None:
-    rows = [] if s.router_GK is None else [s.router_GK]
+def _router_rows(s: GatedSlice) -> torch.Tensor:
+    """Routers, then the head; [0, K] for a gate without."""
+    rows = [s.a_RK[:0].float()] if s.router_GK is None else [s.router_GK.float()]
     if s.head_K is not None:
-        rows.append(s.head_K.reshape(1, -1))
-    return torch.cat(rows) if rows else None
+        rows.append(s.head_K.float().reshape(1, -1))
+    return torch.cat(rows)
 
 
 def _shared_gate(plans: Sequence[SlicePlan]) -> GateSpec | None:

@@ -155,8 +155,8 @@ def shrink_parts(
         x_TK = x_TK.contiguous()
     num_tokens, num_k = x_TK.shape
     device = device_of(x_TK.device.index)
-    as_stored = x_TK.dtype == site.rows_SRK.dtype != torch.float32
-    s, _ = blocks(num_tokens, site.padded_rank, site.rows_SRK.itemsize, device, as_stored)
+    as_stored = x_TK.dtype == site.a_SRK.dtype != torch.float32
+    s, _ = blocks(num_tokens, site.padded_rank, site.a_SRK.itemsize, device, as_stored)
     a_tiles = triton.cdiv(len(site.slice_sizes) * site.max_rank, s.rows)
     row_tiles = a_tiles + triton.cdiv(site.router_SGK.shape[1], SYNCHRONOUS_ROWS)
     if u_PTR is None:
@@ -172,12 +172,12 @@ def _launch(
     u_PTR: torch.Tensor, x_TK: torch.Tensor, site: Site, s: Shrink, a_tiles: int, row_tiles: int
 ) -> None:
     parts, num_tokens, _ = u_PTR.shape
-    num_slots, _, num_k = site.rows_SRK.shape
+    num_slots, _, num_k = site.a_SRK.shape
     tiles = site.step.tiles(s.tile)
     shrink_kernel[(row_tiles * parts, max_tiles(num_tokens, num_slots, s.tile))](
         u_PTR,
         x_TK,
-        site.rows_SRK,
+        site.a_SRK,
         site.router_SGK,
         site.tables.ints_SI,  # type: ignore[union-attr]
         site.step.order_T,
@@ -188,7 +188,7 @@ def _launch(
         u_PTR.stride(0),
         u_PTR.stride(1),
         x_TK.stride(0),
-        site.rows_SRK.stride(0),
+        site.a_SRK.stride(0),
         site.router_SGK.stride(0),
         site.tables.ints_SI.stride(0),  # type: ignore[union-attr]
         tiles.stride(0),

@@ -80,7 +80,7 @@ class BlockSite:
         self.on_kernels: set[int] = set()
         self.tables: BlockTables | None = None
         if first.tables is not None:
-            self.tables = BlockTables(len(first.plans), first.max_rank, first.rows_SRK.device)
+            self.tables = BlockTables(len(first.plans), first.max_rank, first.a_SRK.device)
         self._u_PTR: torch.Tensor | None = None
         self._u: dict[int, torch.Tensor] = {}
         self._add: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -142,8 +142,7 @@ class BlockSite:
             return
         # The first linear's kernels shrink for the slot and add nothing; the second's only expand.
         assert self.first.tables is not None and self.last.tables is not None
-        routers = len(first_plan.rows_RK) - first_plan.num_ranks
-        self.first.tables.write(slot, first_plan.num_ranks, routers, [])
+        self.first.tables.write(slot, first_plan.num_ranks, len(first_plan.router_GK), [])
         if last_plan is not None:
             self.last.tables.write(slot, 0, 0, [(0, last_plan.slices[0])])
         self.tables.write(slot, first_plan.slices, last_plan is not None, name)
@@ -157,8 +156,7 @@ class BlockSite:
         for group in self.first.step.groups:
             plan = self.plans.get(group.slot)
             if plan is not None:
-                rows_TK = _rows(x_TK, group).float()
-                self._u[group.slot] = torch.mm(rows_TK, plan.first.rows_RK.t().float())
+                self._u[group.slot] = plan.first.shrink(_rows(x_TK, group))
 
     def mix_act_(self, a_TI: torch.Tensor, gate_up_TN: torch.Tensor) -> None:
         """Puts `sum_e v_e a_e` in place of the activations of rows that have experts here."""
@@ -238,7 +236,7 @@ def _mix(
             continue
         a_TI = plan.act(_expert_input(slices, base_TN[rows_T], u_TR[rows_T], start, stop))
         if plan.last is not None:
-            a_d_RI = plan.last.rows_RK[start:stop].float()
+            a_d_RI = plan.last.a_RK[start:stop].float()
             z_TR[rows_T, start:stop] = v_TE[rows_T, e, None] * torch.mm(a_TI, a_d_RI.t())
         if mixed is None:
             mixed = base_TN.new_zeros(len(u_TR), a_TI.shape[1])

@@ -18,7 +18,7 @@ def register_block(block: BlockSite) -> int:
     global _next_id
     _next_id += 1
     _blocks[_next_id] = block
-    if block.first.rows_SRK.is_cpu:
+    if block.first.a_SRK.is_cpu:
         cpu_op.watch_block(_next_id, block, block.busy_1)
     return _next_id
 

@@ -18,6 +18,7 @@ from vllm_lora_ext.kernels.gated_lora import (
     register_site,
     shrink,
 )
+from vllm_lora_ext.routing import GateSpec
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 SLOTS, MAX_RANK = 4, 40
@@ -27,7 +28,7 @@ def build(rng, sizes=(13, 7, 7), k=24, specs=None, dtype=torch.float32, poison=T
     """A site with `SLOTS` slots, three of them filled with random adapters, one left empty."""
     site = Site(SLOTS, k, sizes, MAX_RANK, MAX_RANK, dtype, "cpu")
     if poison:
-        for buffer in (site.rows_SRK, *site.bt_SRN):
+        for buffer in (site.a_SRK, site.router_SGK, *site.bt_SRN):
             buffer.fill_(float("nan"))
     slots = [[None] * len(sizes) for _ in range(SLOTS)]
     for slot in (0, 1, 3):
@@ -115,6 +116,24 @@ def test_sharded_input_and_output_sum_to_the_whole(seed):
     for _, number, _ in sites:
         gate_expand_(y_TN, u_TR, number)
     assert relative_error(y_TN, want) < 2e-5
+
+
+def test_narrow_weights_leave_the_logits_alone():
+    """In a bf16 site A and B are rounded, routers and threshold heads are not."""
+    rng = np.random.default_rng(0)
+    gate = GateSpec(
+        source="router", score="sigmoid", select="threshold", threshold=0.9,
+        threshold_head=True, blocks=(3, 4, 5),
+    )  # fmt: skip
+    module = random_module(rng, 24, 7, gate)
+    site = Site(1, 24, (7,), MAX_RANK, MAX_RANK, torch.bfloat16, "cpu", triton=True)
+    site.write(0, [module])
+    plan, x_TK = site.plans[0], torch.randn(5, 24)
+    assert (plan.a_RK.dtype, plan.router_GK.dtype) == (torch.bfloat16, torch.float32)
+    own_GK = torch.cat([module.router_GK, module.head_K.reshape(1, -1)])
+    u_TR = plan.shrink(x_TK)
+    assert torch.equal(u_TR[:, plan.num_ranks :], x_TK @ own_GK.t())
+    assert relative_error(u_TR[:, : plan.num_ranks], x_TK @ module.a_RK.t()) < 1e-2
 
 
 def test_mapping_is_read_when_the_op_runs_not_when_it_is_traced():

@@ -82,9 +82,8 @@ class Mlp:
             Site(SLOTS, inner, (hidden,), RANK, ROWS, **new),
         ]
         for site in self.sites:  # whatever no adapter wrote must not matter
-            site.rows_SRK.fill_(float("nan"))
-            for bt in site.bt_SRN:
-                bt.fill_(float("nan"))
+            for buffer in (site.a_SRK, site.router_SGK, *site.bt_SRN):
+                buffer.fill_(float("nan"))
         self.ids = [register_site(site) for site in self.sites]
         name = "silu" if gated else "gelu"
         self.block = BlockSite(*self.sites, self.act, self.last_b, name, sharded)

@@ -112,7 +112,7 @@ class Batch:
         torch.manual_seed(seed)
         self.sizes, self.k, self.dtype = sizes, k, dtype
         self.site = Site(slots, k, sizes, max_rank, max_rank, dtype, DEVICE, triton=True)
-        for buffer in (self.site.rows_SRK, self.site.b_SRN, self.site.router_SGK):
+        for buffer in (self.site.a_SRK, self.site.b_SRN, self.site.router_SGK):
             buffer.fill_(NAN)
         self.site.tables.floats_SF.fill_(NAN)
         self.slots = [[None] * len(sizes) for _ in range(slots)]
