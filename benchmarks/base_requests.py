@@ -1,6 +1,6 @@
 """What a server with the plugin costs the requests that use no adapter.
 
-    python benchmarks/base_requests.py [--starts 6] [--pairs 8] [--batches 1,8,32] [--out FILE]
+    python benchmarks/base_requests.py [--starts 6] [--pairs 8] [--batches 1,8,32] [--add]
 
 The same prompts go to stock vLLM without LoRA and to vLLM with LoRA and the plugin, in turn, each
 first in every other pair. Two starts of one and the same engine differ by some percent, depending
@@ -86,18 +86,16 @@ def one_start(
 def summary(starts: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     """Both orders' medians, averaged; lowest and highest start."""
 
-    def middle(key: str) -> float:
-        orders = [[start[key] for start in starts[i::2]] for i in range(2)]
-        return statistics.mean(statistics.median(order) for order in orders if order)
-
-    return {
-        key: {
-            "middle": middle(key),
-            "lowest": min(start[key] for start in starts),
-            "highest": max(start[key] for start in starts),
+    found = {}
+    for key in starts[0]:
+        orders = [[start[key] for start in starts[i::2] if key in start] for i in range(2)]
+        found[key] = {
+            "middle": statistics.mean(statistics.median(order) for order in orders if order),
+            "lowest": min(map(min, filter(None, orders))),
+            "highest": max(map(max, filter(None, orders))),
+            "starts": sum(map(len, orders)),
         }
-        for key in starts[0]
-    }
+    return found
 
 
 def main() -> None:
@@ -108,6 +106,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=8)
     parser.add_argument("--batches", default="1,8,32")
     parser.add_argument("--same", action="store_true")
+    parser.add_argument("--add", action="store_true", help="to the starts that are in FILE")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     batches = [int(b) for b in args.batches.split(",")]
@@ -115,12 +114,12 @@ def main() -> None:
 
     model, other = str(ensure_base()), "base" if args.same else "plugin"
     out = args.out or REPO / f"benchmarks/results/base_requests{'_same' * args.same}.json"
-    starts: list[dict[str, float]] = []
-    for number in range(args.starts):
+    starts: list[dict[str, float]] = json.loads(out.read_text())["starts"] if args.add else []
+    for number in range(len(starts), len(starts) + args.starts):
         kinds = ("base", other) if number % 2 else (other, "base")
         starts.append(one_start(kinds, model, batches, args.pairs))
         line = ", ".join(f"{key} {value:+.1%}" for key, value in starts[-1].items())
-        print(f"start {number + 1}/{args.starts}: {line}", flush=True)
+        print(f"start {number + 1}: {line}", flush=True)
         result = {
             "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "torch": torch.__version__, "compared": f"{other} with base", "pairs": args.pairs,
