@@ -85,7 +85,6 @@ def one_start(
 
 def summary(starts: list[dict[str, float]]) -> dict[str, dict[str, float]]:
     """Both orders' medians, averaged; lowest and highest start."""
-
     found = {}
     for key in starts[0]:
         orders = [[start[key] for start in starts[i::2] if key in start] for i in range(2)]

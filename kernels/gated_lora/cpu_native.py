@@ -53,9 +53,7 @@ class _Slot(Structure):
     _fields_ = (
         ("a_RK", c_void_p),
         ("router_GK", c_void_p),
-        *((name, c_int64) for name in (
-            "k", "num_rows", "num_ranks", "h_width", "num_slices",
-        )),
+        *((name, c_int64) for name in ("k", "num_rows", "num_ranks", "h_width", "num_slices")),
         ("slices", ctypes.POINTER(_Slice)),
     )  # fmt: skip
 
