@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 from vllm_lora_ext import convert as convert_module
 from vllm_lora_ext.adapters import Limits, load_adapter, write_native
 from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
+from vllm_lora_ext.adapters.readers.native import fill_native
 from vllm_lora_ext.cli import app
 from vllm_lora_ext.convert import RECORD, convert, differing
 from vllm_lora_ext.errors import AdapterError
@@ -222,7 +223,7 @@ def test_a_file_and_the_source_itself_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("there", [False, True])
-@pytest.mark.parametrize("step", ["write_native", "_check_copy", "_put_in_place"])
+@pytest.mark.parametrize("step", ["fill_native", "_check_copy", "write_record"])
 def test_a_failure_leaves_everything_as_it_was(
     step: str, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,13 +242,12 @@ def test_a_failure_leaves_everything_as_it_was(
 
 
 def test_a_copy_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(adapter: RoutedAdapter, folder: Path, dtype: Any) -> Path:
+    def wrong(folder: Path, adapter: RoutedAdapter, dtype: Any) -> None:
         next(iter(adapter.modules.values())).a_RK[0, 0] += 1.0
-        done = write_native(adapter, folder, dtype)
+        fill_native(folder, adapter, dtype)
         next(iter(adapter.modules.values())).a_RK[0, 0] -= 1.0
-        return done
 
-    monkeypatch.setattr(convert_module, "write_native", wrong)
+    monkeypatch.setattr(convert_module, "fill_native", wrong)
     with pytest.raises(AdapterError) as caught:
         convert(good("plain-a"), tmp_path / "out")
     assert caught.value.code == "output_failed"

@@ -6,13 +6,12 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from vllm_lora_ext.adapters.limits import slot_rank
 from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.readers.base import Reader
 from vllm_lora_ext.routing import GateSpec
 from vllm_lora_ext.settings import LoraExtSettings
 
-# The values that vLLM takes for --max-lora-rank.
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 _BYTES = 2  # bf16 and fp16
 _LAYER = re.compile(r"\.\d+\.")
 
@@ -26,7 +25,7 @@ def summarise(adapter: RoutedAdapter, reader: Reader | None = None) -> dict[str,
         JSON-ready. `slot_mib` is what a slot reserves in the adapted layers, `adapter_mib` what
         this adapter's tensors fill of it, both at 16 bits a weight and on one device.
     """
-    max_rank = next((rank for rank in RANKS if rank >= adapter.rank), None)
+    max_rank = slot_rank(adapter.rank)
     flags = ["--enable-lora"]
     if max_rank is not None:
         flags.append(f"--max-lora-rank {max_rank}")

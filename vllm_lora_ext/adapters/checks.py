@@ -11,6 +11,7 @@ import torch
 
 from vllm_lora_ext.adapters.blocks import activation
 from vllm_lora_ext.adapters.finite import is_finite, not_finite
+from vllm_lora_ext.adapters.limits import RANKS, slot_rank
 from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
 from vllm_lora_ext.errors import AdapterError
 
@@ -20,7 +21,6 @@ BLOCK_PARTS = (
     frozenset({"gate_up_proj", "down_proj"}),
     frozenset({"fc1", "fc2"}),
 )
-ALLOWED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank accepts
 
 
 def check_adapter(adapter: RoutedAdapter) -> None:
@@ -240,12 +240,12 @@ def _check_limits(
     name: str, module: RoutedModule | MixBlock, max_rank: int | None, max_router_rows: int | None
 ) -> None:
     if max_rank is not None and module.rank > max_rank:
-        enough = next((rank for rank in ALLOWED_RANKS if rank >= module.rank), None)
+        enough = slot_rank(module.rank)
         raise AdapterError(
             "rank_too_large", f"the experts of {name} together have too large a rank",
             seen=module.rank, limit=f"--max-lora-rank {max_rank}",
             fix=f"start the server with --max-lora-rank {enough}" if enough
-            else f"serve fewer experts: vLLM stops at rank {ALLOWED_RANKS[-1]}",
+            else f"serve fewer experts: vLLM stops at rank {RANKS[-1]}",
         )  # fmt: skip
     rows = module.gate.router_rows
     if max_router_rows is not None and rows > max_router_rows:
