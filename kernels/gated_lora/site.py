@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from vllm_lora_ext.kernels.gated_lora.backends.triton.tables import SlotTables
 from vllm_lora_ext.kernels.gated_lora.step import StepMap
-from vllm_lora_ext.kernels.gated_lora.tables import SlotTables
 from vllm_lora_ext.routing import GatedSlice, GateSpec
 
 After = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]

@@ -15,8 +15,8 @@ from itertools import accumulate, pairwise
 
 import torch
 
+from vllm_lora_ext.kernels.gated_lora.backends.triton.tables import SlotTables
 from vllm_lora_ext.kernels.gated_lora.site import SlicePlan
-from vllm_lora_ext.kernels.gated_lora.tables import SlotTables
 
 HEADER = ("first_at", "up_at", "down", "activation")
 # Elementwise, by transformers' names.
