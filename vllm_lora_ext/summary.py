@@ -30,7 +30,7 @@ def summarise(adapter: RoutedAdapter, reader: Reader | None = None) -> dict[str,
     if max_rank is not None:
         flags.append(f"--max-lora-rank {max_rank}")
     every: list[RoutedModule | MixBlock] = [*adapter.modules.values(), *adapter.blocks.values()]
-    rows = max((_router_rows(layer.gate) for layer in every), default=0)
+    rows = adapter.router_rows
     reserved = LoraExtSettings().router_rows(max_rank or max(adapter.rank, 1))
     if max_rank is not None and rows > reserved:
         flags.append(f'--additional-config \'{{"lora_ext": {{"max_router_rows": {rows}}}}}\'')
@@ -106,11 +106,6 @@ def gate_text(gate: GateSpec) -> str:
 
 def _parts(layer: RoutedModule | MixBlock) -> list[RoutedModule | LowRank]:
     return list(layer.parts.values()) if isinstance(layer, MixBlock) else [layer]
-
-
-def _router_rows(gate: GateSpec) -> int:
-    """A threshold head's row is always there and does not count."""
-    return gate.router_rows - int(gate.threshold_head)
 
 
 def _groups(adapter: RoutedAdapter) -> list[dict[str, Any]]:

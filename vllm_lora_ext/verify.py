@@ -20,7 +20,6 @@ from vllm_lora_ext.adapters.hf import apply_adapter
 from vllm_lora_ext.adapters.limits import RANKS, slot_rank
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.settings import LoraExtSettings
-from vllm_lora_ext.summary import summarise
 
 # Largest |difference of a log-probability| that rounding explains, by the engine's dtype.
 TOLERANCES = {"float32": 2e-3, "float16": 0.1, "bfloat16": 0.5}
@@ -201,7 +200,7 @@ def engine_options(
         "max_logprobs": -1 if vocabulary <= _WHOLE_VOCABULARY else _LIKELIEST,
         "disable_log_stats": True, "seed": 0,
     }  # fmt: skip
-    rows = summarise(adapter)["router_rows"]
+    rows = adapter.router_rows
     if rows > LoraExtSettings().router_rows(options["max_lora_rank"]):
         options["additional_config"] = {"lora_ext": {"max_router_rows": rows}}
     return options

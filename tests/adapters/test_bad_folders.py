@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
+import torch
 from bad_adapters import BAD, FIT, GOOD, build_bad, more_experts, widen, with_json
+from make_adapters import random_module
 
 from vllm_lora_ext.adapters import AdapterFolder, Limits, check_fits, load_adapter, resolve_inside
 from vllm_lora_ext.adapters.hf import model_shapes
+from vllm_lora_ext.adapters.model import RoutedAdapter
 from vllm_lora_ext.adapters.registry import OFFLINE
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.kernels.gated_lora import Site
 from vllm_lora_ext.merging.variants import VARIANTS
+from vllm_lora_ext.routing import GateSpec
+from vllm_lora_ext.settings import LoraExtSettings
+from vllm_lora_ext.summary import summarise
 
 # A word of the message: the field or tensor that is wrong.
 FIELDS = {
@@ -85,6 +93,32 @@ def test_router_rows_and_rank_say_what_would_do(tmp_path, shapes):
     widen(65)(tmp_path / "b", GOOD["plain-a"])
     with pytest.raises(AdapterError, match="--max-lora-rank 128"):
         check_fits(load_adapter(tmp_path / "b"), shapes, max_rank=64)
+
+
+@pytest.mark.parametrize(("gates", "fits"), [(64, True), (65, False)])
+def test_a_threshold_head_has_a_row_of_its_own(gates, fits):
+    """`inspect`, the server's check and its slots count a router's rows alike."""
+    gate = GateSpec(
+        source="router", blocks=(1,) * gates, select="threshold", threshold_head=True
+    )  # fmt: skip
+    module = random_module(np.random.default_rng(0), 8, 8, gate, rank=gates)
+    adapter = RoutedAdapter({"up": module}, system="adamole")
+    found, settings = summarise(adapter), LoraExtSettings()
+    limits = {"max_rank": 128, "max_router_rows": settings.router_rows(128)}
+    asked = [flag for flag in found["flags"] if "max_router_rows" in flag]
+    site = Site(1, 8, (8,), 128, limits["max_router_rows"], torch.float32, "cpu")
+    assert found["router_rows"] == gates
+    if fits:
+        assert asked == []
+        check_fits(adapter, {"up": (8, 8)}, **limits)
+        site.write(0, [module])
+        return
+    assert asked and '"max_router_rows": 65' in asked[0]
+    with pytest.raises(AdapterError, match='"max_router_rows": 65') as caught:
+        check_fits(adapter, {"up": (8, 8)}, **limits)
+    assert caught.value.code == "router_too_large"
+    with pytest.raises(ValueError, match="router rows 65 of 64"):
+        site.write(0, [module])
 
 
 def test_a_missing_folder(tmp_path):

@@ -61,7 +61,7 @@ def check_fits(
     Args:
         shapes: module name → (in, out) of every layer of the model that can be adapted.
         max_rank: the server's `--max-lora-rank`.
-        max_router_rows: rows that a slot keeps for routers.
+        max_router_rows: rows that a slot keeps for routers; a threshold head has one more.
         base_name: name or path of the served model.
         dtype: in which A and B will be stored.
     Raises:
