@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from vllm_lora_ext.adapters import RoutedAdapter, load_adapter
+from vllm_lora_ext.adapters.checks import check_overflow
 from vllm_lora_ext.adapters.folder import CONFIG, WEIGHTS
 from vllm_lora_ext.adapters.limits import DTYPES
-from vllm_lora_ext.adapters.model import LowRank, RoutedModule
 from vllm_lora_ext.adapters.output import beside, check_place, new_folder
 from vllm_lora_ext.adapters.readers.native import fill_native
 from vllm_lora_ext.errors import AdapterError
@@ -113,7 +113,7 @@ def native_copy(
     Raises:
         AdapterError: `output_exists`, `output_failed`, `overflow`. `place` is then as it was.
     """
-    _check_range(adapter, dtype)
+    check_overflow(adapter, DTYPES[dtype])
     with new_folder(place, _is_ours, aside=force) as native:
         step("writing")
         fill_native(native, adapter, DTYPES[dtype])
@@ -196,20 +196,6 @@ def _gates(adapter: RoutedAdapter) -> dict[str, tuple[object, ...]]:
         name: (m.gate, m.kind, m.head_bias) for name, m in adapter.modules.items()
     }
     return gates | {name: (b.gate, b.act) for name, b in adapter.blocks.items()}
-
-
-def _check_range(adapter: RoutedAdapter, dtype: str) -> None:
-    limit = torch.finfo(DTYPES[dtype]).max
-    layers: dict[str, RoutedModule | LowRank] = dict(adapter.modules)
-    for name, block in adapter.blocks.items():
-        layers |= {f"{name}.{part}": low_rank for part, low_rank in block.parts.items()}
-    for name, layer in layers.items():
-        for what, tensor in (("A", layer.a_RK), ("B times its scale", layer.b_NR)):
-            if float(tensor.abs().max()) > limit:
-                raise AdapterError(
-                    "overflow", f"{what} of {name} has values too large for {dtype}",
-                    seen=float(tensor.abs().max()), limit=limit, fix="convert it to float32",
-                )  # fmt: skip
 
 
 def _is_ours(place: Path) -> bool:

@@ -47,7 +47,7 @@ def shapes(bases):
 def check(path, stage, shapes):
     adapter = load_adapter(path)
     assert stage == "fit", "a broken folder was loaded"
-    check_fits(adapter, shapes, base_name="/models/base_llama", **FIT)
+    check_fits(adapter, shapes, torch.float32, base_name="/models/base_llama", **FIT)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -67,7 +67,7 @@ def test_is_refused(name, tmp_path, shapes):
 def test_the_good_ones_are_good(name, bases):
     adapter = load_adapter(GOOD[name])
     base = bases[adapter.base_model]
-    check_fits(adapter, model_shapes(base), base_name=adapter.base_model, **FIT)
+    check_fits(adapter, model_shapes(base), torch.float32, base_name=adapter.base_model, **FIT)
 
 
 @pytest.mark.parametrize("peft_type", OFFLINE)
@@ -88,11 +88,11 @@ def test_router_rows_and_rank_say_what_would_do(tmp_path, shapes):
     more_experts(24)(tmp_path / "a", GOOD["loramoe-a"])
     adapter = load_adapter(tmp_path / "a")
     with pytest.raises(AdapterError, match=r'"max_router_rows": 24') as caught:
-        check_fits(adapter, shapes, max_rank=32, max_router_rows=16)
+        check_fits(adapter, shapes, torch.float32, max_rank=32, max_router_rows=16)
     assert caught.value.code == "router_too_large"
     widen(65)(tmp_path / "b", GOOD["plain-a"])
     with pytest.raises(AdapterError, match="--max-lora-rank 128"):
-        check_fits(load_adapter(tmp_path / "b"), shapes, max_rank=64)
+        check_fits(load_adapter(tmp_path / "b"), shapes, torch.float32, max_rank=64)
 
 
 @pytest.mark.parametrize(("gates", "fits"), [(64, True), (65, False)])
@@ -110,12 +110,12 @@ def test_a_threshold_head_has_a_row_of_its_own(gates, fits):
     assert found["router_rows"] == gates
     if fits:
         assert asked == []
-        check_fits(adapter, {"up": (8, 8)}, **limits)
+        check_fits(adapter, {"up": (8, 8)}, torch.float32, **limits)
         site.write(0, [module])
         return
     assert asked and '"max_router_rows": 65' in asked[0]
     with pytest.raises(AdapterError, match='"max_router_rows": 65') as caught:
-        check_fits(adapter, {"up": (8, 8)}, **limits)
+        check_fits(adapter, {"up": (8, 8)}, torch.float32, **limits)
     assert caught.value.code == "router_too_large"
     with pytest.raises(ValueError, match="router rows 65 of 64"):
         site.write(0, [module])
