@@ -36,9 +36,10 @@ test: lint types ## everything CI runs: lint, types, unit and engine tests
 test-fast: $(READY) ## unit tests only, no engine
 	$(UNIT)
 
-lint: $(READY) ## ruff: rules and format
+lint: $(READY) ## ruff: rules and format; nothing that only tests call
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/python scripts/lint_callers.py
 
 types: $(READY) ## mypy over the package
 	$(BIN)/python scripts/typecheck.py

@@ -507,7 +507,7 @@ def test_what_is_there_is_kept(experts: Any, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["in", "out", "out.old"]
 
 
-@pytest.mark.parametrize("step", ["fill_native", "_check_copy", "write_record"])
+@pytest.mark.parametrize("step", ["fill_native", "differing", "write_record"])
 def test_a_failure_leaves_everything_as_it_was(
     step: str, experts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

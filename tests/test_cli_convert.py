@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from vllm_lora_ext import convert as convert_module
+from vllm_lora_ext import unpickle
 from vllm_lora_ext.adapters import Limits, load_adapter, write_native
 from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.readers.native import fill_native
@@ -224,7 +225,7 @@ def test_a_file_and_the_source_itself_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("there", [False, True])
-@pytest.mark.parametrize("step", ["fill_native", "_check_copy", "write_record"])
+@pytest.mark.parametrize("step", ["fill_native", "differing", "write_record"])
 def test_a_failure_leaves_everything_as_it_was(
     step: str, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -368,15 +369,20 @@ def test_broken_pickles_are_refused(cut: int, tmp_path: Path) -> None:
     assert refused(source, tmp_path) == "pickle_refused"
 
 
-def test_sizes_are_limited(tmp_path: Path) -> None:
+def test_sizes_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the file, by what its records grow to, and by what a tensor claims to be."""
     source = as_pickle(good("plain-a"), tmp_path / "in")
     file = source / "adapter_model.bin"
-    small = Limits(read_bytes=1000)
+
+    def limit(**limits: int) -> None:
+        monkeypatch.setattr(unpickle, "Limits", lambda: Limits(**limits))
+
+    limit(read_bytes=1000)
     with pytest.raises(AdapterError, match="too large") as caught:
-        copy_as_safetensors(source, tmp_path / "1", small)
+        copy_as_safetensors(source, tmp_path / "1")
     assert caught.value.code == "too_large"
 
+    limit()
     torch.save({"a": torch.zeros(1).expand(1 << 40)}, file)
     with pytest.raises(AdapterError) as caught:
         copy_as_safetensors(source, tmp_path / "2")
@@ -384,12 +390,14 @@ def test_sizes_are_limited(tmp_path: Path) -> None:
 
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data/0", bytes(1 << 22))
+    limit(read_bytes=1 << 20)
     with pytest.raises(AdapterError) as caught:
-        copy_as_safetensors(source, tmp_path / "3", Limits(read_bytes=1 << 20))
+        copy_as_safetensors(source, tmp_path / "3")
     assert caught.value.code == "too_large"
 
+    limit(json_bytes=10)
     with pytest.raises(AdapterError) as caught:
-        copy_as_safetensors(good("plain-a"), tmp_path / "4", Limits(json_bytes=10))
+        copy_as_safetensors(good("plain-a"), tmp_path / "4")
     assert caught.value.code == "too_large"
 
 

@@ -157,7 +157,6 @@ def test_random_prompts_are_steady_and_repeatable() -> None:
     assert first == verify.random_prompts(model, adapter)
     assert [len(prompt) for prompt in first] == list(verify.LENGTHS)
     assert all(4 <= token < 384 for prompt in first for token in prompt)
-    assert first != verify.random_prompts(model, adapter, seed=1)
 
 
 def sequence_and_answer(tokens: int = 6) -> tuple[Sequence, Any]:

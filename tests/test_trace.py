@@ -252,7 +252,8 @@ def test_the_store_knows_the_engines_ids() -> None:
 
 
 def test_the_store_is_bounded() -> None:
-    store = TraceStore(max_requests=3, max_bytes=200, max_untraced=2)
+    store = TraceStore()
+    store.max_requests, store.max_bytes, store.max_untraced = 3, 200, 2
     for key in "abcd":
         store.pass_by(key)
         put(store, f"r{key}", experts=2)  # 32 bytes each

@@ -17,7 +17,6 @@ import torch
 
 from vllm_lora_ext.adapters import (
     AdapterFolder,
-    Limits,
     RoutedAdapter,
     check_adapter,
     load_adapter,
@@ -53,7 +52,7 @@ class Expert:
     digest: str = ""
 
 
-def read_expert(name: str, folder: str | os.PathLike[str], limits: Limits | None = None) -> Expert:
+def read_expert(name: str, folder: str | os.PathLike[str]) -> Expert:
     """An adapter without gates, of any format that can be read.
 
     Raises:
@@ -61,7 +60,7 @@ def read_expert(name: str, folder: str | os.PathLike[str], limits: Limits | None
             `unsupported_feature`, it is routed itself or adapts an embedding.
     """
     try:
-        return _read_expert(name, folder, limits)
+        return _read_expert(name, folder)
     except AdapterError as error:
         text = f"expert '{name}': {error.text}"
         raise AdapterError.parse(f"[lora_ext:{error.code}] {text} [/lora_ext]") or error from error
@@ -131,15 +130,15 @@ def write_bundle(
     return replace(copy, source=os.fspath(out))
 
 
-def _read_expert(name: str, path: str | os.PathLike[str], limits: Limits | None) -> Expert:
-    folder = AdapterFolder(path, limits)
+def _read_expert(name: str, path: str | os.PathLike[str]) -> Expert:
+    folder = AdapterFolder(path)
     reader = find_reader(folder)
     if reader is plain.READER:  # PEFT makes its prototypes of B as it is stored
         config, pairs = plain.read_pairs(folder)
         base, digest = config.base_model, folder.finish()
         scales = {module: config.scale(module) for module in pairs}
     else:
-        adapter = load_adapter(path, limits)
+        adapter = load_adapter(path)
         _refuse_routed(adapter)
         pairs, base, digest = adapter.modules, adapter.base_model, adapter.digest
         scales = dict.fromkeys(pairs, 1.0)

@@ -25,16 +25,13 @@ _NAMES = {"pytorch_model": WEIGHTS[1], "model": WEIGHTS[1]}
 _MAX_DEPTH, _MAX_FOLDERS = 4, 4096
 
 
-def copy_as_safetensors(
-    source: str | os.PathLike[str], target: Path, limits: Limits | None = None
-) -> list[str]:
+def copy_as_safetensors(source: str | os.PathLike[str], target: Path) -> list[str]:
     """A copy of an adapter folder in which every pickle of tensors is a safetensors file.
 
     JSON and safetensors files come along, those of the folders inside too; nothing else does.
 
     Args:
         target: made by this function.
-        limits: bounds on a file, on JSON, and on all tensors together, as for reading.
     Returns:
         The pickles that were read, as paths below `source`.
     Raises:
@@ -47,7 +44,7 @@ def copy_as_safetensors(
             "not_found", "there is no adapter folder", seen=str(root),
             fix="check the path of the adapter",
         )  # fmt: skip
-    limits = limits or Limits()
+    limits = Limits()  # of a file, of JSON and of all tensors together, as for reading
     done: list[str] = []
     left = limits.read_bytes
     for folder in _folders(root):

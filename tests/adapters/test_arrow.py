@@ -14,6 +14,7 @@ from make_multi import write_arrow, write_plain
 from peft import ArrowConfig, create_arrow_model
 
 from vllm_lora_ext.adapters import load_adapter, write_native
+from vllm_lora_ext.adapters import prototypes as prototypes_module
 from vllm_lora_ext.adapters.hf import apply_adapter
 from vllm_lora_ext.adapters.prototypes import power_prototype, prototypes, svd_prototype
 from vllm_lora_ext.errors import AdapterError
@@ -179,7 +180,9 @@ def test_prototypes(rank, width, out, seed):
     assert abs(float(exact.norm()) - 1) < 1e-5
     assert float((delta @ exact.double()).norm() / top) > 1 - 1e-5
     # The power iteration goes to the same direction when it is given the time.
-    long = power_prototype(a_RK, b_NR, seed, steps=1000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prototypes_module, "POWER_STEPS", 1000)
+        long = power_prototype(a_RK, b_NR, seed)
     assert float((delta @ long.double()).norm() / top) > 0.99
     short = prototypes([(a_RK, b_NR), (2 * a_RK, b_NR)], seed)
     assert short.shape == (2, width)

@@ -32,9 +32,7 @@ def prototypes(
     return torch.stack([power_prototype(a, b, seed) for a, b in experts])
 
 
-def power_prototype(
-    a_RK: torch.Tensor, b_NR: torch.Tensor, seed: int, steps: int = POWER_STEPS
-) -> torch.Tensor:
+def power_prototype(a_RK: torch.Tensor, b_NR: torch.Tensor, seed: int) -> torch.Tensor:
     """PEFT 0.21.2's prototype, as it computes it on a CPU: [in] fp32.
 
     The start is drawn from a generator of its own, seeded anew for every expert and layer: all
@@ -45,7 +43,7 @@ def power_prototype(
     v_K = torch.randn(a_RK.shape[1], generator=generator)
     v_K = v_K / (v_K.norm() + _EPS)
     gram_RR = b_NR.T @ b_NR
-    for _ in range(steps):
+    for _ in range(POWER_STEPS):
         w_K = a_RK.T @ (gram_RR @ (a_RK @ v_K))
         v_K = w_K / (w_K.norm() + _EPS)
     return v_K

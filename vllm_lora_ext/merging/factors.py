@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vllm_lora_ext.adapters import AdapterFolder, Limits, RoutedAdapter, load_adapter
+from vllm_lora_ext.adapters import AdapterFolder, RoutedAdapter, load_adapter
 from vllm_lora_ext.adapters.folder import CONFIG
 from vllm_lora_ext.adapters.limits import DTYPES
 from vllm_lora_ext.adapters.output import fill, new_folder
@@ -72,15 +72,15 @@ class Factors:
         return max(self.ranks().values(), default=0)
 
 
-def load_factors(folder: str | os.PathLike[str], limits: Limits | None = None) -> Factors:
+def load_factors(folder: str | os.PathLike[str]) -> Factors:
     """Read an ordinary LoRA folder, every scale folded into B.
 
     Raises:
         AdapterError: those of `load_adapter`; `unsupported_feature` for an adapter with gates or
             on embeddings.
     """
-    adapter = load_adapter(folder, limits)
-    config = AdapterFolder(folder, limits).config
+    adapter = load_adapter(folder)
+    config = AdapterFolder(folder).config
     return fold(adapter, config if adapter.system == "plain" else {})
 
 
@@ -124,7 +124,6 @@ def save_peft(
     factors: Factors,
     folder: str | os.PathLike[str],
     dtype: torch.dtype = torch.float32,
-    extra_config: Mapping[str, Any] | None = None,
     extra_files: Mapping[str, bytes] | None = None,
 ) -> Path:
     """Write an ordinary PEFT folder of scale 1; the same factors give the same bytes.
@@ -134,23 +133,20 @@ def save_peft(
     Args:
         folder: must be missing or empty.
         dtype: float32, bfloat16 or float16; the one rounding on the way.
-        extra_config: more keys of `adapter_config.json` (`task_type`).
         extra_files: name → content of files beside them (`recipe.lock.json`).
     Raises:
         AdapterError: `empty_adapter`, `bad_value` (dtype), `rank_mismatch`, `not_finite` (a value
             that dtype cannot hold counts), `output_exists` (the folder holds something),
             `output_failed`.
     """
-    config, tensors = peft_files(factors, dtype, extra_config)
+    config, tensors = peft_files(factors, dtype)
     with new_folder(Path(folder)) as part:
         fill(part, tensors, {CONFIG: config, **(extra_files or {})})
     return Path(folder)
 
 
 def peft_files(
-    factors: Factors,
-    dtype: torch.dtype = torch.float32,
-    extra_config: Mapping[str, Any] | None = None,
+    factors: Factors, dtype: torch.dtype = torch.float32
 ) -> tuple[bytes, dict[str, torch.Tensor]]:
     """What `save_peft` writes: `adapter_config.json`, and the tensors by their names."""
     if dtype not in DTYPES.values():
@@ -167,8 +163,7 @@ def peft_files(
             "empty_adapter", "nothing is left to save: every module has rank 0",
             fix="check weights and filters",
         )  # fmt: skip
-    config = {**peft_config(factors), **(extra_config or {})}
-    return (json.dumps(config, indent=2) + "\n").encode(), tensors
+    return (json.dumps(peft_config(factors), indent=2) + "\n").encode(), tensors
 
 
 def peft_config(factors: Factors) -> dict[str, Any]:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from vllm_lora_ext.adapters import AdapterFolder, Limits, check_adapter
+from vllm_lora_ext.adapters import AdapterFolder, check_adapter
 from vllm_lora_ext.adapters.readers import plain
 from vllm_lora_ext.adapters.readers.names import module_of
 from vllm_lora_ext.errors import AdapterError
@@ -19,7 +19,7 @@ _SCALAR = re.compile(r"(?P<module>.+)\.lora_learnable_weights(\.\w+)?")
 
 
 def load_soups(
-    folders: Sequence[str | os.PathLike[str]], limits: Limits | None = None
+    folders: Sequence[str | os.PathLike[str]],
 ) -> list[Term]:
     """The adapters of a LoRA Soups run, each with its learned weights, for method `soups`.
 
@@ -29,7 +29,7 @@ def load_soups(
     Raises:
         AdapterError: those of `load_factors`; `missing_tensor`, a module without a scalar.
     """
-    read = [_read_soup(folder, limits) for folder in folders]
+    read = [_read_soup(folder) for folder in folders]
     weights = softmax_weights([scalars for _, scalars in read])
     return [
         Term(factors, table, name=os.path.basename(os.path.normpath(folder)))
@@ -38,9 +38,9 @@ def load_soups(
 
 
 def _read_soup(
-    path: str | os.PathLike[str], limits: Limits | None
+    path: str | os.PathLike[str],
 ) -> tuple[Factors, dict[str, float]]:
-    folder = AdapterFolder(path, limits)
+    folder = AdapterFolder(path)
     adapter = plain.read(folder)
     scalars = {}
     for name in folder.names:

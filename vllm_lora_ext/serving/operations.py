@@ -7,7 +7,7 @@ from types import MappingProxyType
 from typing import Any
 
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.merging import ALIASES, METHODS, PARAMETERS, Method
+from vllm_lora_ext.merging import ALIASES, METHODS, Method
 from vllm_lora_ext.merging.parameters import check_parameters
 
 RECIPE, DESCRIBE = "recipe", "describe"
@@ -90,12 +90,3 @@ def _allowed(method: Method) -> dict[str, Sequence[str]]:
         "space": _SPACES,
         "compat": [flavour for flavour in flavours if flavour not in _WHOLE_DELTAS],
     }
-
-
-def describe_options(method: Method) -> list[tuple[str, str, str]]:
-    """(name, short name, what it may be) of every option, for the documentation."""
-    return [
-        (name, LONG.get(name, ""), PARAMETERS[name].allowed)
-        for name in sorted(method.parameters)
-        if name not in _UNSAID
-    ]

@@ -169,14 +169,6 @@ class Mixes:
         if model in self._live:
             self._retire(self._live[model])
 
-    async def close(self) -> None:
-        """Ends the merging process and removes this process's folders."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await self._builder.close()
-        self._leases.close()
-
     async def _build(self, entry: Entry, job: Job) -> None:
         try:
             await self._run(entry, job)

@@ -13,6 +13,7 @@ from vllm_lora_ext.trace.data import Trace
 from vllm_lora_ext.trace.fetch import EXTRA_ARG
 
 PATH = "/v1/lora_ext/trace/"
+TIMEOUT_S = 600.0
 
 
 def ask_server(
@@ -22,7 +23,6 @@ def ask_server(
     new_tokens: int = 1,
     chat: bool = False,
     api_key: str | None = None,
-    timeout_s: float = 600.0,
 ) -> Trace:
     """Sends one greedy request that asks for its trace, and fetches it.
 
@@ -43,17 +43,15 @@ def ask_server(
     else:
         body["prompt"] = prompt
     path = "/v1/chat/completions" if chat else "/v1/completions"
-    answer = json.loads(_call(url + path, api_key, timeout_s, body))
+    answer = json.loads(_call(url + path, api_key, body))
     request_id = answer.get("id") if isinstance(answer, dict) else None
     if not isinstance(request_id, str):
         raise _failed(url, f"an answer without an id: {str(answer)[:200]}")
     quoted = urllib.parse.quote(request_id, safe="")
-    return Trace.from_json(_call(url + PATH + quoted, api_key, timeout_s))
+    return Trace.from_json(_call(url + PATH + quoted, api_key))
 
 
-def _call(
-    url: str, api_key: str | None, timeout_s: float, body: dict[str, Any] | None = None
-) -> str:
+def _call(url: str, api_key: str | None, body: dict[str, Any] | None = None) -> str:
     if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
         raise _failed(url, "not an http:// or https:// address")
     headers = {"Content-Type": "application/json"}
@@ -62,7 +60,7 @@ def _call(
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, headers)  # POST when there is data
     try:
-        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
             text = answer.read().decode()
             json.loads(text)
             return str(text)

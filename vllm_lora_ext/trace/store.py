@@ -12,8 +12,6 @@ import torch
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.trace.data import Trace, natural
 
-MAX_REQUESTS, MAX_BYTES, MAX_UNTRACED = 64, 256 << 20, 4096
-
 
 @dataclass
 class _Record:
@@ -33,19 +31,15 @@ class _Record:
 class TraceStore:
     """Traces by the engine's request ids; the least recently started goes first.
 
-    Args:
+    Attributes:
         max_requests: traces that are kept.
         max_bytes: of gates, all traces together. One that needs more alone is not kept.
         max_untraced: ids of other requests that are remembered, for a better message.
     """
 
-    def __init__(
-        self,
-        max_requests: int = MAX_REQUESTS,
-        max_bytes: int = MAX_BYTES,
-        max_untraced: int = MAX_UNTRACED,
-    ) -> None:
-        self.max_requests, self.max_bytes, self.max_untraced = max_requests, max_bytes, max_untraced
+    max_requests, max_bytes, max_untraced = 64, 256 << 20, 4096
+
+    def __init__(self) -> None:
         self._records: OrderedDict[str, _Record] = OrderedDict()
         self._untraced: OrderedDict[str, None] = OrderedDict()
         self._bytes = 0

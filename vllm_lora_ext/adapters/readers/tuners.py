@@ -19,6 +19,7 @@ from vllm_lora_ext.adapters.readers.peft_config import (
 from vllm_lora_ext.errors import AdapterError
 
 CONFIG = "adapter_config.json"
+_LARGEST = 65536.0  # of a number in a config
 SIZES = "in and out of the adapted layers: {layer's name or its last word: [in, out]}"
 # Written for training, or for finding the layers: they do not change what the tensors compute.
 _HARMLESS = frozenset({
@@ -78,12 +79,12 @@ def whole(config: dict[str, Any], key: str, low: int = 1, high: int = MAX_RANK) 
     return whole_number(require(config, key), f"{key} in {CONFIG}", low, high)
 
 
-def number(config: dict[str, Any], key: str, bound: float = 65536.0) -> float:
+def number(config: dict[str, Any], key: str) -> float:
     """A number of the config. Raises AdapterError `missing_key`, `bad_value`."""
     value = require(config, key)
     plain = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not plain or not -bound <= value <= bound:
-        raise bad_value(f"{key} in {CONFIG}", value, f"a number up to {bound:g}")
+    if not plain or not -_LARGEST <= value <= _LARGEST:
+        raise bad_value(f"{key} in {CONFIG}", value, f"a number up to {_LARGEST:g}")
     return float(value)
 
 

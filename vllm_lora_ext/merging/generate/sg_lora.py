@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -138,10 +138,7 @@ class ExpertLibrary:
         weight_K = (cosine_E[order].double() / temperature).softmax(0)
         return {self.experts[e].name: float(w) for e, w in zip(order, weight_K, strict=True)}
 
-    def generate(
-        self, text: str, embed: Embedder, k: int = 4, temperature: float = 0.1,
-        load: Callable[[Path], Factors] = load_factors,
-    ) -> Factors:  # fmt: skip
+    def generate(self, text: str, embed: Embedder, k: int = 4, temperature: float = 0.1) -> Factors:
         """The adapter for a described task: sum of the selected experts' deltas, weighted.
 
         Returns:
@@ -152,7 +149,7 @@ class ExpertLibrary:
         weights = self.select(embed(text), k, temperature)
         by_name = {expert.name: expert for expert in self.experts}
         chosen = [
-            (load(resolve_inside(by_name[name].folder, [self.root])), weight)
+            (load_factors(resolve_inside(by_name[name].folder, [self.root])), weight)
             for name, weight in weights.items()
         ]
         return weighted_sum(chosen)

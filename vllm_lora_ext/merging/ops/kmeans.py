@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 
 Init = Literal["farthest", "kmeans++"]
+_MAX_STEPS = 1000
 
 
 class Clusters(NamedTuple):
@@ -21,7 +22,7 @@ class Clusters(NamedTuple):
 
 def kmeans(
     gram_PP: torch.Tensor, k: int, draw: torch.Generator,
-    init: Init = "farthest", restarts: int = 8, axial: bool = False, max_steps: int = 1000,
+    init: Init = "farthest", restarts: int = 8, axial: bool = False,
 ) -> Clusters:  # fmt: skip
     """Lloyd's algorithm to convergence, the lowest inertia of several starts.
 
@@ -36,9 +37,9 @@ def kmeans(
     """
     seeds = [_farthest(gram_PP, k, axial)] if init == "farthest" else []
     seeds += [_plus_plus(gram_PP, k, draw, axial) for _ in range(restarts)]
-    best = _lloyd(gram_PP, seeds[0], axial, max_steps)
+    best = _lloyd(gram_PP, seeds[0], axial)
     for start in seeds[1:]:
-        found = _lloyd(gram_PP, start, axial, max_steps)
+        found = _lloyd(gram_PP, start, axial)
         # A clear gain only: rounding must not choose between equal results.
         if found.inertia < best.inertia * (1 - 1e-9) - 1e-12 * float(gram_PP.trace()):
             best = found
@@ -71,12 +72,12 @@ def _plus_plus(gram_PP: torch.Tensor, k: int, draw: torch.Generator, axial: bool
     return chosen
 
 
-def _lloyd(gram_PP: torch.Tensor, start: list[int], axial: bool, max_steps: int) -> Clusters:
+def _lloyd(gram_PP: torch.Tensor, start: list[int], axial: bool) -> Clusters:
     points = len(gram_PP)
     mix_KP = torch.zeros(len(start), points, dtype=gram_PP.dtype)  # centroids as sums of points
     mix_KP[torch.arange(len(start)), start] = 1.0
     label_P, sign_P = _assign(gram_PP, mix_KP, axial)
-    for _ in range(max_steps):
+    for _ in range(_MAX_STEPS):
         mix_KP = _centroids(label_P, sign_P, len(mix_KP))
         old_P, old_sign_P = label_P, sign_P
         label_P, sign_P = _assign(gram_PP, mix_KP, axial, old_P)
