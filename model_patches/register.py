@@ -158,6 +158,49 @@ PATCHES: tuple[Patch, ...] = (
         targets=(Target("vllm.platforms.cpu", "CpuPlatform.check_and_update_config"),),
     ),
     Patch(
+        name="compile-key",
+        module="identity",
+        why=(
+            "Neither the plugin nor its version is in the keys of vLLM's compile caches, so that "
+            "stock's graph would be loaded over the plugin's layers."
+        ),
+        how="The hash of the LoRA config, a factor of every key, holds that of the sources.",
+        upstream="none yet",
+        remove_when="vLLM hashes its general plugins into the key.",
+        targets=(
+            Target(
+                "vllm.config.lora",
+                "LoRAConfig.compute_hash",
+                _both("2adf3ed0c43703e41f6d82be7b4cb5bf1351c83abd7e059e6947b748cc0e19aa"),
+            ),
+            Target(
+                "vllm.config.vllm",
+                "VllmConfig.compute_hash",
+                _both("cf0ee43a373b69eee01ff92891d57995bf3881701130af40bc86e1c9f3ecc2e7"),
+            ),
+            Target(
+                "vllm.compilation.caching",
+                "aot_compile_hash_factors",
+                _both("07689902ce5fccd3fe19d14589413651e1bd4f90792dbd9492f21d4d9ffc3ad6"),
+            ),
+        ),
+    ),
+    Patch(
+        name="cpu-warm-start",
+        module="warm_start",
+        why="On a CPU vLLM fails to load every graph that it saved, and compiles at each start.",
+        how="torch's compiled functions get the method that vLLM's loader asks them for.",
+        upstream="none yet",
+        remove_when="vLLM loads artefacts that are not its own backend's.",
+        targets=(
+            Target(
+                "vllm.compilation.decorators",
+                "_try_load_aot_compiled_fn",
+                _both("717e080d07d7bb1a3ec88e401515016678662bc8f3e8778bb1e2a266b0d73505"),
+            ),
+        ),
+    ),
+    Patch(
         name="admission",
         module="admission",
         why="Stock loads a request's adapter inside a step, where a bad file ends the engine.",

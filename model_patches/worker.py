@@ -24,6 +24,7 @@ from vllm_lora_ext.adapters.folder import resolve_inside
 from vllm_lora_ext.adapters.model import RoutedAdapter
 from vllm_lora_ext.adapters.registry import load_adapter
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches.identity import tag_torch_caches
 from vllm_lora_ext.model_patches.manager import RoutedLoRAModel, RoutedLoRAModelManager
 from vllm_lora_ext.settings import LoraExtSettings
 
@@ -36,6 +37,7 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
+        tag_torch_caches()
         self.settings = LoraExtSettings.from_additional_config(vllm_config.additional_config)
         self._evicted = _HostCache(self.settings.host_cache_mb << 20)
         self._in_step = False
