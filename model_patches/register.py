@@ -392,6 +392,237 @@ PATCHES: tuple[Patch, ...] = (
         ),
     ),
     Patch(
+        name="worker-rpc",
+        module="worker_rpc",
+        why=(
+            "Stock's add_lora takes no tensors, says nothing of what it evicts, and an error of "
+            "one worker leaves the answers of the others in the queue."
+        ),
+        how=("Two more methods on the worker, whose errors are answers."),
+        upstream="none yet",
+        remove_when="vLLM's add_lora reports what it did.",
+        targets=(
+            Target(
+                "vllm.v1.worker.gpu_worker",
+                "Worker.add_lora",
+                _both("6d688327ab34b99b7342ea184afe0bd5f85141f5f82cc54c1655f2dd22fb1d61"),
+            ),
+            Target(
+                "vllm.v1.worker.worker_base",
+                "WorkerWrapperBase.__getattr__",
+                _both("2c372acfad03d7646b38b2f34a4b9ac590294b0da5aad502aa51cc187bf383ca"),
+            ),
+        ),
+    ),
+    Patch(
+        name="engine-core",
+        module="core",
+        why=(
+            "Stock's core schedules a request whatever became of its adapter, knows an adapter in"
+            " the prefix cache by name and path whatever it holds, and plans steps that need more"
+            " slots than the pinned adapters leave."
+        ),
+        how=(
+            "The core keeps a ledger of what its workers hold, has a request's adapter loaded "
+            "before it is scheduled, and keys blocks by the digest of the adapter's content."
+        ),
+        upstream="none yet",
+        remove_when="vLLM loads adapters before it schedules requests, and hashes their content.",
+        targets=(
+            Target(
+                "vllm.v1.engine.core",
+                "EngineCore.__init__",
+                _each(
+                    "cf8e963034c9c0cd8fcf613f1670ac6c484b57771c9bf84e8841edc95decc506",
+                    "7a444546ac062d290e21985993f3b3ed88363ff08a9df4f470be67d8a0cfde20",
+                ),
+            ),
+            Target(
+                "vllm.v1.engine.core",
+                "EngineCore.add_request",
+                _both("eb5f67a979ed8fef3d414b1dd497c671f68a72c1b9bde689eecf3c627d6f13ac"),
+            ),
+            Target(
+                "vllm.v1.engine.core",
+                "EngineCore.preprocess_add_request",
+                _both("a74921603930a9a443cdefba7e70d92f2a772069f3f329e213be4b5c399bfff5"),
+            ),
+            Target(
+                "vllm.v1.engine.core",
+                "EngineCore.add_lora",
+                _both("0a5b8ce452829d3c5d0ba2f6672de1dceaca7f9d348508536e216e5a370f936e"),
+            ),
+            Target(
+                "vllm.v1.engine.core",
+                "EngineCore.remove_lora",
+                _both("2fee8499084f428d888ff2f71c032db632c052793a3b4e43252b96f325be4ffa"),
+            ),
+            Target(
+                "vllm.v1.engine.core",
+                "EngineCore.list_loras",
+                _both("32249527e058a435bedd3e5a8cf5ccc21aabf217130f2916e872b03f2ba71c11"),
+            ),
+            Target(
+                "vllm.v1.engine.core",
+                "EngineCore.pin_lora",
+                _both("636bb0684e3f9494ee1ac45a89b66131a7bf8f0706b8a6560baf6fa7340e1d70"),
+            ),
+            Target(
+                "vllm.v1.engine.core",
+                "EngineCore.collective_rpc",
+                _both("52c9011d2a10e7fcc9ae066c0338d5d3667204d17d9d9fbd8c95453344a5115f"),
+            ),
+            Target(
+                "vllm.v1.engine.core",
+                "EngineCore.step",
+                _both("a4d753d3ba6a6d76a9c758839f5f3cf33317d2b14c3f5df87d321ca2dad25748"),
+            ),
+            Target(
+                "vllm.v1.engine.core",
+                "EngineCore.step_with_batch_queue",
+                _both("c2a1f9e6af2f5855759d6cffef6425e3da2d24cb47f3952c8c7b22b0a0fbf438"),
+            ),
+            Target(
+                "vllm.v1.engine.core",
+                "EngineCoreProc._convert_msgspec_args",
+                _both("fe55f1ce127ac16ed32ccc678fcce61fd86280810302f0dcafca060b6b6964cc"),
+            ),
+            Target(
+                "vllm.v1.engine.core",
+                "EngineCoreProc._handle_client_request",
+                _each(
+                    "62d85392259ab99db1006e09471977f1f392891d3e86df9bb68d45d3024de9c6",
+                    "da2d6072f135e5065a65699acc63575fa3d1118836aca299dc76738ed1830614",
+                ),
+            ),
+            Target(
+                "vllm.v1.core.sched.scheduler",
+                "Scheduler._handle_blocked_waiting_request",
+                _each(
+                    "7ed65976a39d6cd559c106007eb13f184ed55fb01996e3da89bcedf71de443cc",
+                    "6cd908f6101b060bcc9f9f03c51850e96651cc1d1351e29cd85a9c2e45e43084",
+                ),
+            ),
+            Target(
+                "vllm.v1.core.sched.scheduler",
+                "Scheduler._holds_kv_blocks",
+                _both("ec64dab7aefb660f3326a71029a08bbb44d0462533433dc6f3879dce4fc49ac4"),
+            ),
+            Target(
+                "vllm.v1.core.sched.scheduler",
+                "Scheduler.schedule",
+                _each(
+                    "9ba0a4e5e57745c0025d8bbcbd40e104ec80e792ce1b326ad264eccb045160ab",
+                    "c14d1b25e51ba44414473b2b860b8ec09c7eed3682b8c8b05f199cf9ba9a8935",
+                ),
+            ),
+            Target(
+                "vllm.v1.core.sched.scheduler",
+                "Scheduler.finish_requests",
+                _each(
+                    "e75d55bd2f4edf9c513c887ed870c90292de0b395e94ba9ef90c3630568a24c6",
+                    "26bc3961e78c54b64f8bfac74bfed9a39ef32e26bcfa452da621f0217a277f1f",
+                ),
+            ),
+            Target(
+                "vllm.v1.core.kv_cache_utils",
+                "_gen_lora_extra_hash_keys",
+                _both("44888779828b36b64d180953ea839aecd4cc312121b325fbc4a566d3fab540c6"),
+            ),
+            Target(
+                "vllm.v1.core.kv_cache_utils",
+                "generate_block_hash_extra_keys",
+                _both("329b0368c58a045497225354808a1334070f265d08dc828d2f4ebe9dc9d8124c"),
+            ),
+            Target(
+                "vllm.v1.core.kv_cache_utils",
+                "get_request_block_hasher",
+                _each(
+                    "1e319b5b2180e31bb6fb3fd1d34d436cd2f0b1424f32ce150c00825b3c193f3c",
+                    "09922bd44968be6caae364052abe472c6557a8a3328da044a598df8fa4c9c9e6",
+                ),
+            ),
+            Target(
+                "vllm.v1.request",
+                "Request.__init__",
+                _both("2a46091699e71a55b85e6295a304d888c2d2ff2be7d3fc52a897759163ed0781"),
+            ),
+            Target(
+                "vllm.v1.request",
+                "Request.update_block_hashes",
+                _both("3b5877acea3185e4c842c6dfc0bef1e1780cb29e27f395a5b10cba74dffda035"),
+            ),
+            Target(
+                "vllm.v1.engine.core_client",
+                "InprocClient.add_request",
+                _both("98237f8e65f211d28393aa3bac3bb81a0c41572c6499cb7beb2ea36c8b4bf26d"),
+            ),
+            Target(
+                "vllm.v1.engine.core_client",
+                "InprocClient.get_output",
+                _both("e62be509105d3358b87c2bb45b9885e41ed79a1874f0445514394a3848481962"),
+            ),
+        ),
+    ),
+    Patch(
+        name="refused-requests",
+        module="refused",
+        why=(
+            "A request that the core ends with an error is answered with 500, and one to a "
+            "pooling model ends the front end."
+        ),
+        how=("`process_outputs` hands the error's own text and status to the caller."),
+        upstream="none yet",
+        remove_when="vLLM's core can say why it refused a request (0.33 begins to).",
+        targets=(
+            Target(
+                "vllm.v1.engine.output_processor",
+                "OutputProcessor.process_outputs",
+                _each(
+                    "e7da4ecd760b788ec5063f1fe08478991a91c5e3bd64ac95f5472bb3a88fdf1d",
+                    "428e05130af9490e64842cef4e2ba7c8d6560c35549c159354672d2fe205bf33",
+                ),
+            ),
+            Target(
+                "vllm.v1.engine.output_processor",
+                "OutputProcessor._finish_request",
+                _each(
+                    "af22275e81a3a4bd76c8bd6ef1a25c4af696618c4a7e5b37ecd94570bdc6ffeb",
+                    "a015031f151c8734b81be04622370ba10ff4015f6ed6771eeee3b8f883c5d09b",
+                ),
+            ),
+            Target(
+                "vllm.v1.engine.output_processor",
+                "RequestState.make_request_output",
+                _each(
+                    "765bfcf75e6f87325e4e972578d8b01604a2ba05b5efd44d88280678a567905f",
+                    "00ab5233cb162dc311b79f7fec5862d72e21233c37e90d26f7f0ad817ec389df",
+                ),
+            ),
+            Target(
+                "vllm.v1.engine",
+                "EngineCoreOutput",
+                _each(
+                    "b5c8ed51350c497c1edbb1e1ecf10d20f87393f4b7a0b51cda2819c946789490",
+                    "e4a7621f240a911b2e2c18e2caf88e0142b1281483033ffd7aae3a8e28a7423a",
+                ),
+            ),
+            Target(
+                "vllm.exceptions",
+                "GracefulHTTPError",
+                _both("60e51a320406c0789ae9bc64b758fa6c7ab1eccb6dcf16dea89fdd2627677d3b"),
+            ),
+            Target(
+                "vllm.entrypoints.serve.exception_handling.error_response",
+                "create_error_response",
+                _each(
+                    "d1cf4e536768ba1add352df3beca804fe22ec44ab14f84615c1adc585867f3bb",
+                    "86c9ad151aac6c6d0a8ed0e7bd165698f7976a2d71ce92d3601645d55ae4c503",
+                ),
+            ),
+        ),
+    ),
+    Patch(
         name="admission",
         module="admission",
         why="Stock loads a request's adapter inside a step, where a bad file ends the engine.",
@@ -432,13 +663,36 @@ PATCHES: tuple[Patch, ...] = (
                 "AsyncLLM.remove_lora",
                 _both("4240fe80745bdc861dd38b0a980fc701a3d381d315f47353b064100c61a68d85"),
             ),
+            Target(
+                "vllm.v1.engine.llm_engine",
+                "LLMEngine.pin_lora",
+                _both("137c009beff96316d8bd867b9d1482da29e7887f5ed007aa4d27518317eb61b1"),
+            ),
+            Target(
+                "vllm.v1.engine.async_llm",
+                "AsyncLLM.pin_lora",
+                _both("eaf470449394586b49f323977c09a6c6049e3c480406a7cfb426774272c5056a"),
+            ),
+            Target(
+                "vllm.v1.engine.core_client",
+                "SyncMPClient.call_utility",
+                _both("309e0671cb9b5c27ae3b79ddc5adf385e4a7f7f1759fdea46080a03cd80f0cc2"),
+            ),
+            Target(
+                "vllm.v1.engine.core_client",
+                "AsyncMPClient.call_utility_async",
+                _both("ab151815b83017c4baaf5ad1c8d0aaf703393a9d2bcb0c50b0353865a750c7d9"),
+            ),
         ),
     ),
     Patch(
-        name="http-errors",
-        module="http",
-        why="Stock answers every failed load with HTTP 500.",
-        how="The load route's handler turns an AdapterError into 4xx with its stable code.",
+        name="frontend",
+        module="frontend",
+        why="Stock answers every failed load with HTTP 500, and loads nothing but folders.",
+        how=(
+            "One wrapper of the list of models: an AdapterError of the load route becomes 4xx with "
+            "its stable code, a path may be a recipe's file, and a mix may be a model."
+        ),
         upstream="none yet",
         remove_when="vLLM maps adapter errors to 4xx.",
         targets=(
@@ -455,6 +709,11 @@ PATCHES: tuple[Patch, ...] = (
                     "6c254e77834c6a99a4ec93f222f6b5ea64cd00dbdde81fa598994002e6469754",
                 ),
             ),
+            Target(
+                "vllm.entrypoints.openai.models.serving",
+                "OpenAIServingModels.unload_lora_adapter",
+                _both("3fd9f4a38fddb98ed492e75b381c7bc54e2f4d0b8d385eed815e35cd8952cc8f"),
+            ),
         ),
     ),
     Patch(
@@ -463,7 +722,7 @@ PATCHES: tuple[Patch, ...] = (
         why="A LoRA resolver of vLLM's sees a name only, and caches under the spelling it got.",
         how=(
             "Where the setting `merge` is on, `_check_model` has a mix made and loaded and puts "
-            "its canonical name into the request; the load route takes recipe files."
+            "its canonical name into the request."
         ),
         upstream="none yet",
         remove_when="a resolver of vLLM's may change the request's name and answer with an error.",
@@ -482,11 +741,6 @@ PATCHES: tuple[Patch, ...] = (
                 "vllm.entrypoints.pooling.base.serving",
                 "PoolingBaseServing._check_model",
                 _both("5855b593bf8c9958644047bf3665ee5841e977077a3ca6f2b8ff1b2e0c041e44"),
-            ),
-            Target(
-                "vllm.entrypoints.openai.models.serving",
-                "OpenAIServingModels.unload_lora_adapter",
-                _both("3fd9f4a38fddb98ed492e75b381c7bc54e2f4d0b8d385eed815e35cd8952cc8f"),
             ),
         ),
     ),
