@@ -171,17 +171,14 @@ PATCHES: tuple[Patch, ...] = (
             Target(
                 "vllm.config.lora",
                 "LoRAConfig.compute_hash",
-                _both("2adf3ed0c43703e41f6d82be7b4cb5bf1351c83abd7e059e6947b748cc0e19aa"),
             ),
             Target(
                 "vllm.config.vllm",
                 "VllmConfig.compute_hash",
-                _both("cf0ee43a373b69eee01ff92891d57995bf3881701130af40bc86e1c9f3ecc2e7"),
             ),
             Target(
                 "vllm.compilation.caching",
                 "aot_compile_hash_factors",
-                _both("07689902ce5fccd3fe19d14589413651e1bd4f90792dbd9492f21d4d9ffc3ad6"),
             ),
         ),
     ),
@@ -196,7 +193,173 @@ PATCHES: tuple[Patch, ...] = (
             Target(
                 "vllm.compilation.decorators",
                 "_try_load_aot_compiled_fn",
-                _both("717e080d07d7bb1a3ec88e401515016678662bc8f3e8778bb1e2a266b0d73505"),
+            ),
+        ),
+    ),
+    Patch(
+        name="worker-rpc",
+        module="worker_rpc",
+        why=(
+            "Stock's add_lora takes no tensors, says nothing of what it evicts, and an error of "
+            "one worker leaves the answers of the others in the queue."
+        ),
+        how=("Two more methods on the worker, whose errors are answers."),
+        upstream="none yet",
+        remove_when="vLLM's add_lora reports what it did.",
+        targets=(
+            Target(
+                "vllm.v1.worker.gpu_worker",
+                "Worker.add_lora",
+            ),
+            Target(
+                "vllm.v1.worker.worker_base",
+                "WorkerWrapperBase.__getattr__",
+            ),
+        ),
+    ),
+    Patch(
+        name="engine-core",
+        module="core",
+        why=(
+            "Stock's core schedules a request whatever became of its adapter, knows an adapter in"
+            " the prefix cache by name and path whatever it holds, and plans steps that need more"
+            " slots than the pinned adapters leave."
+        ),
+        how=(
+            "The core keeps a ledger of what its workers hold, has a request's adapter loaded "
+            "before it is scheduled, and keys blocks by the digest of the adapter's content."
+        ),
+        upstream="none yet",
+        remove_when="vLLM loads adapters before it schedules requests, and hashes their content.",
+        targets=(
+            Target(
+                "vllm.v1.engine.core",
+                "EngineCore.__init__",
+            ),
+            Target(
+                "vllm.v1.engine.core",
+                "EngineCore.add_request",
+            ),
+            Target(
+                "vllm.v1.engine.core",
+                "EngineCore.preprocess_add_request",
+            ),
+            Target(
+                "vllm.v1.engine.core",
+                "EngineCore.add_lora",
+            ),
+            Target(
+                "vllm.v1.engine.core",
+                "EngineCore.remove_lora",
+            ),
+            Target(
+                "vllm.v1.engine.core",
+                "EngineCore.list_loras",
+            ),
+            Target(
+                "vllm.v1.engine.core",
+                "EngineCore.pin_lora",
+            ),
+            Target(
+                "vllm.v1.engine.core",
+                "EngineCore.collective_rpc",
+            ),
+            Target(
+                "vllm.v1.engine.core",
+                "EngineCore.step",
+            ),
+            Target(
+                "vllm.v1.engine.core",
+                "EngineCore.step_with_batch_queue",
+            ),
+            Target(
+                "vllm.v1.engine.core",
+                "EngineCoreProc._convert_msgspec_args",
+            ),
+            Target(
+                "vllm.v1.engine.core",
+                "EngineCoreProc._handle_client_request",
+            ),
+            Target(
+                "vllm.v1.core.sched.scheduler",
+                "Scheduler._handle_blocked_waiting_request",
+            ),
+            Target(
+                "vllm.v1.core.sched.scheduler",
+                "Scheduler._holds_kv_blocks",
+            ),
+            Target(
+                "vllm.v1.core.sched.scheduler",
+                "Scheduler.schedule",
+            ),
+            Target(
+                "vllm.v1.core.sched.scheduler",
+                "Scheduler.finish_requests",
+            ),
+            Target(
+                "vllm.v1.core.kv_cache_utils",
+                "_gen_lora_extra_hash_keys",
+            ),
+            Target(
+                "vllm.v1.core.kv_cache_utils",
+                "generate_block_hash_extra_keys",
+            ),
+            Target(
+                "vllm.v1.core.kv_cache_utils",
+                "get_request_block_hasher",
+            ),
+            Target(
+                "vllm.v1.request",
+                "Request.__init__",
+            ),
+            Target(
+                "vllm.v1.request",
+                "Request.update_block_hashes",
+            ),
+            Target(
+                "vllm.v1.engine.core_client",
+                "InprocClient.add_request",
+            ),
+            Target(
+                "vllm.v1.engine.core_client",
+                "InprocClient.get_output",
+            ),
+        ),
+    ),
+    Patch(
+        name="refused-requests",
+        module="refused",
+        why=(
+            "A request that the core ends with an error is answered with 500, and one to a "
+            "pooling model ends the front end."
+        ),
+        how=("`process_outputs` hands the error's own text and status to the caller."),
+        upstream="none yet",
+        remove_when="vLLM's core can say why it refused a request (0.33 begins to).",
+        targets=(
+            Target(
+                "vllm.v1.engine.output_processor",
+                "OutputProcessor.process_outputs",
+            ),
+            Target(
+                "vllm.v1.engine.output_processor",
+                "OutputProcessor._finish_request",
+            ),
+            Target(
+                "vllm.v1.engine.output_processor",
+                "RequestState.make_request_output",
+            ),
+            Target(
+                "vllm.v1.engine",
+                "EngineCoreOutput",
+            ),
+            Target(
+                "vllm.exceptions",
+                "GracefulHTTPError",
+            ),
+            Target(
+                "vllm.entrypoints.serve.exception_handling.error_response",
+                "create_error_response",
             ),
         ),
     ),
@@ -211,25 +374,66 @@ PATCHES: tuple[Patch, ...] = (
         upstream="none yet",
         remove_when="vLLM loads adapters before it admits requests.",
         targets=(
-            Target("vllm.v1.engine.llm_engine", "LLMEngine.add_request"),
-            Target("vllm.v1.engine.llm_engine", "LLMEngine.add_lora"),
-            Target("vllm.v1.engine.llm_engine", "LLMEngine.remove_lora"),
-            Target("vllm.v1.engine.async_llm", "AsyncLLM.add_request"),
-            Target("vllm.v1.engine.async_llm", "AsyncLLM.add_lora"),
-            Target("vllm.v1.engine.async_llm", "AsyncLLM.remove_lora"),
+            Target(
+                "vllm.v1.engine.llm_engine",
+                "LLMEngine.add_request",
+            ),
+            Target(
+                "vllm.v1.engine.llm_engine",
+                "LLMEngine.add_lora",
+            ),
+            Target(
+                "vllm.v1.engine.llm_engine",
+                "LLMEngine.remove_lora",
+            ),
+            Target(
+                "vllm.v1.engine.async_llm",
+                "AsyncLLM.add_request",
+            ),
+            Target(
+                "vllm.v1.engine.async_llm",
+                "AsyncLLM.add_lora",
+            ),
+            Target(
+                "vllm.v1.engine.async_llm",
+                "AsyncLLM.remove_lora",
+            ),
+            Target(
+                "vllm.v1.engine.llm_engine",
+                "LLMEngine.pin_lora",
+            ),
+            Target(
+                "vllm.v1.engine.async_llm",
+                "AsyncLLM.pin_lora",
+            ),
+            Target(
+                "vllm.v1.engine.core_client",
+                "SyncMPClient.call_utility",
+            ),
+            Target(
+                "vllm.v1.engine.core_client",
+                "AsyncMPClient.call_utility_async",
+            ),
         ),
     ),
     Patch(
-        name="http-errors",
-        module="http",
-        why="Stock answers every failed load with HTTP 500.",
-        how="The load route's handler turns an AdapterError into 4xx with its stable code.",
+        name="frontend",
+        module="frontend",
+        why="Stock answers every failed load with HTTP 500, and loads nothing but folders.",
+        how=(
+            "One wrapper of the list of models: an AdapterError of the load route becomes 4xx with "
+            "its stable code, a path may be a recipe's file, and a mix may be a model."
+        ),
         upstream="none yet",
         remove_when="vLLM maps adapter errors to 4xx.",
         targets=(
             Target("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.__init__"),
             Target(
                 "vllm.entrypoints.openai.models.serving", "OpenAIServingModels.load_lora_adapter"
+            ),
+            Target(
+                "vllm.entrypoints.openai.models.serving",
+                "OpenAIServingModels.unload_lora_adapter",
             ),
         ),
     ),
@@ -239,7 +443,7 @@ PATCHES: tuple[Patch, ...] = (
         why="A LoRA resolver of vLLM's sees a name only, and caches under the spelling it got.",
         how=(
             "Where the setting `merge` is on, `_check_model` has a mix made and loaded and puts "
-            "its canonical name into the request; the load route takes recipe files."
+            "its canonical name into the request."
         ),
         upstream="none yet",
         remove_when="a resolver of vLLM's may change the request's name and answer with an error.",
@@ -248,7 +452,16 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.entrypoints.serve.engine.serving", "BaseServing._maybe_get_adapters"),
             Target("vllm.entrypoints.pooling.base.serving", "PoolingBaseServing._check_model"),
             Target(
-                "vllm.entrypoints.openai.models.serving", "OpenAIServingModels.unload_lora_adapter"
+                "vllm.entrypoints.serve.engine.serving",
+                "BaseServing._check_model",
+            ),
+            Target(
+                "vllm.entrypoints.serve.engine.serving",
+                "BaseServing._maybe_get_adapters",
+            ),
+            Target(
+                "vllm.entrypoints.pooling.base.serving",
+                "PoolingBaseServing._check_model",
             ),
         ),
     ),

@@ -267,7 +267,8 @@ class Site:
                 gate=s.gate, y_start=y_start, y_stop=y_start + self.slice_sizes[i],
                 a_start=a_start, a_stop=a_stop, router_start=num_ranks + g_start,
                 head_at=num_ranks + g_start + s.gate.router_rows, bt_RN=bt_RN[:rank],
-                bias_G=None if s.bias_G is None else s.bias_G.float().clone(), head_bias=s.head_bias,
+                bias_G=None if s.bias_G is None else s.bias_G.float().clone(),
+                head_bias=s.head_bias,
             ))  # fmt: skip
             a_start, g_start = a_stop, g_stop
         if self.tables is not None:
