@@ -158,6 +158,32 @@ PATCHES: tuple[Patch, ...] = (
         targets=(Target("vllm.platforms.cpu", "CpuPlatform.check_and_update_config"),),
     ),
     Patch(
+        name="cpu-experts",
+        module="cpu_moe",
+        why=(
+            "With LoRA on, a mixture-of-experts base takes Triton's experts on a CPU too, and dies "
+            "in its first request."
+        ),
+        how=(
+            "The backend is chosen as without LoRA, and fused experts get no wrapper; nothing but "
+            "on a CPU."
+        ),
+        upstream="none yet",
+        remove_when="the choice of the experts' backend looks at the platform first.",
+        targets=(
+            Target(
+                "vllm.model_executor.layers.fused_moe.oracle.unquantized",
+                "select_unquantized_moe_backend",
+            ),
+            Target(
+                "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method",
+                "select_unquantized_moe_backend",
+            ),
+            Target("vllm.model_executor.layers.fused_moe.config", "FusedMoEConfig"),
+            Target("vllm.lora.layers.fused_moe", "FusedMoEWithLoRA.can_replace_layer"),
+        ),
+    ),
+    Patch(
         name="admission",
         module="admission",
         why="Stock loads a request's adapter inside a step, where a bad file ends the engine.",
