@@ -168,18 +168,9 @@ PATCHES: tuple[Patch, ...] = (
         upstream="none yet",
         remove_when="vLLM hashes its general plugins into the key.",
         targets=(
-            Target(
-                "vllm.config.lora",
-                "LoRAConfig.compute_hash",
-            ),
-            Target(
-                "vllm.config.vllm",
-                "VllmConfig.compute_hash",
-            ),
-            Target(
-                "vllm.compilation.caching",
-                "aot_compile_hash_factors",
-            ),
+            Target("vllm.config.lora", "LoRAConfig.compute_hash"),
+            Target("vllm.config.vllm", "VllmConfig.compute_hash"),
+            Target("vllm.compilation.caching", "aot_compile_hash_factors"),
         ),
     ),
     Patch(
@@ -189,12 +180,7 @@ PATCHES: tuple[Patch, ...] = (
         how="torch's compiled functions get the method that vLLM's loader asks them for.",
         upstream="none yet",
         remove_when="vLLM loads artefacts that are not its own backend's.",
-        targets=(
-            Target(
-                "vllm.compilation.decorators",
-                "_try_load_aot_compiled_fn",
-            ),
-        ),
+        targets=(Target("vllm.compilation.decorators", "_try_load_aot_compiled_fn"),),
     ),
     Patch(
         name="worker-rpc",
@@ -207,14 +193,8 @@ PATCHES: tuple[Patch, ...] = (
         upstream="none yet",
         remove_when="vLLM's add_lora reports what it did.",
         targets=(
-            Target(
-                "vllm.v1.worker.gpu_worker",
-                "Worker.add_lora",
-            ),
-            Target(
-                "vllm.v1.worker.worker_base",
-                "WorkerWrapperBase.__getattr__",
-            ),
+            Target("vllm.v1.worker.gpu_worker", "Worker.add_lora"),
+            Target("vllm.v1.worker.worker_base", "WorkerWrapperBase.__getattr__"),
         ),
     ),
     Patch(
@@ -232,98 +212,29 @@ PATCHES: tuple[Patch, ...] = (
         upstream="none yet",
         remove_when="vLLM loads adapters before it schedules requests, and hashes their content.",
         targets=(
-            Target(
-                "vllm.v1.engine.core",
-                "EngineCore.__init__",
-            ),
-            Target(
-                "vllm.v1.engine.core",
-                "EngineCore.add_request",
-            ),
-            Target(
-                "vllm.v1.engine.core",
-                "EngineCore.preprocess_add_request",
-            ),
-            Target(
-                "vllm.v1.engine.core",
-                "EngineCore.add_lora",
-            ),
-            Target(
-                "vllm.v1.engine.core",
-                "EngineCore.remove_lora",
-            ),
-            Target(
-                "vllm.v1.engine.core",
-                "EngineCore.list_loras",
-            ),
-            Target(
-                "vllm.v1.engine.core",
-                "EngineCore.pin_lora",
-            ),
-            Target(
-                "vllm.v1.engine.core",
-                "EngineCore.collective_rpc",
-            ),
-            Target(
-                "vllm.v1.engine.core",
-                "EngineCore.step",
-            ),
-            Target(
-                "vllm.v1.engine.core",
-                "EngineCore.step_with_batch_queue",
-            ),
-            Target(
-                "vllm.v1.engine.core",
-                "EngineCoreProc._convert_msgspec_args",
-            ),
-            Target(
-                "vllm.v1.engine.core",
-                "EngineCoreProc._handle_client_request",
-            ),
-            Target(
-                "vllm.v1.core.sched.scheduler",
-                "Scheduler._handle_blocked_waiting_request",
-            ),
-            Target(
-                "vllm.v1.core.sched.scheduler",
-                "Scheduler._holds_kv_blocks",
-            ),
-            Target(
-                "vllm.v1.core.sched.scheduler",
-                "Scheduler.schedule",
-            ),
-            Target(
-                "vllm.v1.core.sched.scheduler",
-                "Scheduler.finish_requests",
-            ),
-            Target(
-                "vllm.v1.core.kv_cache_utils",
-                "_gen_lora_extra_hash_keys",
-            ),
-            Target(
-                "vllm.v1.core.kv_cache_utils",
-                "generate_block_hash_extra_keys",
-            ),
-            Target(
-                "vllm.v1.core.kv_cache_utils",
-                "get_request_block_hasher",
-            ),
-            Target(
-                "vllm.v1.request",
-                "Request.__init__",
-            ),
-            Target(
-                "vllm.v1.request",
-                "Request.update_block_hashes",
-            ),
-            Target(
-                "vllm.v1.engine.core_client",
-                "InprocClient.add_request",
-            ),
-            Target(
-                "vllm.v1.engine.core_client",
-                "InprocClient.get_output",
-            ),
+            Target("vllm.v1.engine.core", "EngineCore.__init__"),
+            Target("vllm.v1.engine.core", "EngineCore.add_request"),
+            Target("vllm.v1.engine.core", "EngineCore.preprocess_add_request"),
+            Target("vllm.v1.engine.core", "EngineCore.add_lora"),
+            Target("vllm.v1.engine.core", "EngineCore.remove_lora"),
+            Target("vllm.v1.engine.core", "EngineCore.list_loras"),
+            Target("vllm.v1.engine.core", "EngineCore.pin_lora"),
+            Target("vllm.v1.engine.core", "EngineCore.collective_rpc"),
+            Target("vllm.v1.engine.core", "EngineCore.step"),
+            Target("vllm.v1.engine.core", "EngineCore.step_with_batch_queue"),
+            Target("vllm.v1.engine.core", "EngineCoreProc._convert_msgspec_args"),
+            Target("vllm.v1.engine.core", "EngineCoreProc._handle_client_request"),
+            Target("vllm.v1.core.sched.scheduler", "Scheduler._handle_blocked_waiting_request"),
+            Target("vllm.v1.core.sched.scheduler", "Scheduler._holds_kv_blocks"),
+            Target("vllm.v1.core.sched.scheduler", "Scheduler.schedule"),
+            Target("vllm.v1.core.sched.scheduler", "Scheduler.finish_requests"),
+            Target("vllm.v1.core.kv_cache_utils", "_gen_lora_extra_hash_keys"),
+            Target("vllm.v1.core.kv_cache_utils", "generate_block_hash_extra_keys"),
+            Target("vllm.v1.core.kv_cache_utils", "get_request_block_hasher"),
+            Target("vllm.v1.request", "Request.__init__"),
+            Target("vllm.v1.request", "Request.update_block_hashes"),
+            Target("vllm.v1.engine.core_client", "InprocClient.add_request"),
+            Target("vllm.v1.engine.core_client", "InprocClient.get_output"),
         ),
     ),
     Patch(
@@ -337,30 +248,40 @@ PATCHES: tuple[Patch, ...] = (
         upstream="none yet",
         remove_when="vLLM's core can say why it refused a request (0.33 begins to).",
         targets=(
+            Target("vllm.v1.engine.output_processor", "OutputProcessor.process_outputs"),
+            Target("vllm.v1.engine.output_processor", "OutputProcessor._finish_request"),
+            Target("vllm.v1.engine.output_processor", "RequestState.make_request_output"),
+            Target("vllm.v1.engine", "EngineCoreOutput"),
+            Target("vllm.exceptions", "GracefulHTTPError"),
             Target(
-                "vllm.v1.engine.output_processor",
-                "OutputProcessor.process_outputs",
+                "vllm.entrypoints.serve.exception_handling.error_response", "create_error_response"
+            ),
+        ),
+    ),
+    Patch(
+        name="cpu-experts",
+        module="cpu_moe",
+        why=(
+            "With LoRA on, a mixture-of-experts base takes Triton's experts on a CPU too, and dies "
+            "in its first request."
+        ),
+        how=(
+            "The backend is chosen as without LoRA, and fused experts get no wrapper; nothing but "
+            "on a CPU."
+        ),
+        upstream="none yet",
+        remove_when="the choice of the experts' backend looks at the platform first.",
+        targets=(
+            Target(
+                "vllm.model_executor.layers.fused_moe.oracle.unquantized",
+                "select_unquantized_moe_backend",
             ),
             Target(
-                "vllm.v1.engine.output_processor",
-                "OutputProcessor._finish_request",
+                "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method",
+                "select_unquantized_moe_backend",
             ),
-            Target(
-                "vllm.v1.engine.output_processor",
-                "RequestState.make_request_output",
-            ),
-            Target(
-                "vllm.v1.engine",
-                "EngineCoreOutput",
-            ),
-            Target(
-                "vllm.exceptions",
-                "GracefulHTTPError",
-            ),
-            Target(
-                "vllm.entrypoints.serve.exception_handling.error_response",
-                "create_error_response",
-            ),
+            Target("vllm.model_executor.layers.fused_moe.config", "FusedMoEConfig"),
+            Target("vllm.lora.layers.fused_moe", "FusedMoEWithLoRA.can_replace_layer"),
         ),
     ),
     Patch(
@@ -374,46 +295,16 @@ PATCHES: tuple[Patch, ...] = (
         upstream="none yet",
         remove_when="vLLM loads adapters before it admits requests.",
         targets=(
-            Target(
-                "vllm.v1.engine.llm_engine",
-                "LLMEngine.add_request",
-            ),
-            Target(
-                "vllm.v1.engine.llm_engine",
-                "LLMEngine.add_lora",
-            ),
-            Target(
-                "vllm.v1.engine.llm_engine",
-                "LLMEngine.remove_lora",
-            ),
-            Target(
-                "vllm.v1.engine.async_llm",
-                "AsyncLLM.add_request",
-            ),
-            Target(
-                "vllm.v1.engine.async_llm",
-                "AsyncLLM.add_lora",
-            ),
-            Target(
-                "vllm.v1.engine.async_llm",
-                "AsyncLLM.remove_lora",
-            ),
-            Target(
-                "vllm.v1.engine.llm_engine",
-                "LLMEngine.pin_lora",
-            ),
-            Target(
-                "vllm.v1.engine.async_llm",
-                "AsyncLLM.pin_lora",
-            ),
-            Target(
-                "vllm.v1.engine.core_client",
-                "SyncMPClient.call_utility",
-            ),
-            Target(
-                "vllm.v1.engine.core_client",
-                "AsyncMPClient.call_utility_async",
-            ),
+            Target("vllm.v1.engine.llm_engine", "LLMEngine.add_request"),
+            Target("vllm.v1.engine.llm_engine", "LLMEngine.add_lora"),
+            Target("vllm.v1.engine.llm_engine", "LLMEngine.remove_lora"),
+            Target("vllm.v1.engine.async_llm", "AsyncLLM.add_request"),
+            Target("vllm.v1.engine.async_llm", "AsyncLLM.add_lora"),
+            Target("vllm.v1.engine.async_llm", "AsyncLLM.remove_lora"),
+            Target("vllm.v1.engine.llm_engine", "LLMEngine.pin_lora"),
+            Target("vllm.v1.engine.async_llm", "AsyncLLM.pin_lora"),
+            Target("vllm.v1.engine.core_client", "SyncMPClient.call_utility"),
+            Target("vllm.v1.engine.core_client", "AsyncMPClient.call_utility_async"),
         ),
     ),
     Patch(
@@ -432,8 +323,7 @@ PATCHES: tuple[Patch, ...] = (
                 "vllm.entrypoints.openai.models.serving", "OpenAIServingModels.load_lora_adapter"
             ),
             Target(
-                "vllm.entrypoints.openai.models.serving",
-                "OpenAIServingModels.unload_lora_adapter",
+                "vllm.entrypoints.openai.models.serving", "OpenAIServingModels.unload_lora_adapter"
             ),
         ),
     ),
@@ -451,18 +341,9 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.entrypoints.serve.engine.serving", "BaseServing._check_model"),
             Target("vllm.entrypoints.serve.engine.serving", "BaseServing._maybe_get_adapters"),
             Target("vllm.entrypoints.pooling.base.serving", "PoolingBaseServing._check_model"),
-            Target(
-                "vllm.entrypoints.serve.engine.serving",
-                "BaseServing._check_model",
-            ),
-            Target(
-                "vllm.entrypoints.serve.engine.serving",
-                "BaseServing._maybe_get_adapters",
-            ),
-            Target(
-                "vllm.entrypoints.pooling.base.serving",
-                "PoolingBaseServing._check_model",
-            ),
+            Target("vllm.entrypoints.serve.engine.serving", "BaseServing._check_model"),
+            Target("vllm.entrypoints.serve.engine.serving", "BaseServing._maybe_get_adapters"),
+            Target("vllm.entrypoints.pooling.base.serving", "PoolingBaseServing._check_model"),
         ),
     ),
     Patch(
