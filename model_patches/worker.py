@@ -6,24 +6,22 @@ both model runners take their manager.
 
 from __future__ import annotations
 
-import os
-import re
+import dataclasses
 from collections import OrderedDict
-from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import torch
 import vllm.v1.worker.lora_model_runner_mixin as runner_mixin
 from vllm.lora.request import LoRARequest
-from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
-from vllm_lora_ext.adapters.folder import resolve_inside
+from vllm_lora_ext.adapters.memory import MemorySource, load_memory_adapter
 from vllm_lora_ext.adapters.model import RoutedAdapter
 from vllm_lora_ext.adapters.registry import load_adapter
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches.adapter_paths import find_folder
 from vllm_lora_ext.model_patches.identity import tag_torch_caches
 from vllm_lora_ext.model_patches.manager import RoutedLoRAModel, RoutedLoRAModelManager
 from vllm_lora_ext.settings import LoraExtSettings
@@ -39,104 +37,105 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         super().__init__(vllm_config, *args, **kwargs)
         tag_torch_caches()
         self.settings = LoraExtSettings.from_additional_config(vllm_config.additional_config)
-        self._evicted = _HostCache(self.settings.host_cache_mb << 20)
-        self._in_step = False
+        self._held = _HostCache(self.settings.host_cache_mb << 20)
+
+    def load(
+        self, request: LoRARequest, source: MemorySource | None, in_use: frozenset[int]
+    ) -> LoadReport:
+        """Has an adapter read, checked and kept, and puts it into a slot.
+
+        Args:
+            source: its tensors; None: they are in the folder at the request's path.
+            in_use: adapters that must not be evicted for it.
+        Raises:
+            AdapterError: it cannot be served; what was held under its id still is.
+        """
+        lora_id = request.lora_int_id
+        evicted: tuple[int, ...] = ()
+        if source is not None or request.load_inplace or lora_id not in self._held.ids():
+            model = self._adapter_manager.model_of(lora_id, self._read(request, source))
+            evicted = self._held.put(lora_id, model, in_use)
+            for other in (lora_id, *evicted):
+                super().remove_adapter(other)
+        super().add_adapter(msgspec.structs.replace(request, load_inplace=False))
+        return dataclasses.replace(self._held.report(lora_id), evicted=evicted)
+
+    def versions(self) -> dict[int, LoadReport]:
+        """Everything that is held."""
+        return {lora_id: self._held.report(lora_id) for lora_id in self._held.ids()}
+
+    def _read(self, request: LoRARequest, source: MemorySource | None) -> RoutedAdapter:
+        if source is not None:
+            return load_memory_adapter(source)
+        return load_adapter(find_folder(request.lora_path, self.settings.readable_roots()))
 
     def _load_adapter(self, lora_request: LoRARequest) -> RoutedLoRAModel:
-        kept = self._evicted.get(lora_request) if self._in_step else None
-        return kept or self._read(lora_request)
-
-    def _read(self, request: LoRARequest) -> RoutedLoRAModel:
-        path, roots = shortest(request.lora_path), self.settings.readable_roots()
-        adapter = load_adapter(find_folder(path, roots))
-        model = self._adapter_manager.model_of(request.lora_int_id, adapter)
-        self._evicted.put(request, model)
-        return model
-
-    def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
-        if not lora_requests:
-            return
-        # An adapter that vLLM's cache evicted is read again in the middle of a step, where a file
-        # that has changed since would end the engine: take the copy that was checked.
-        self._in_step = True
-        # `load_inplace` was done when the request was admitted; stock repeats it every step.
-        once = {msgspec.structs.replace(r, load_inplace=False) for r in lora_requests if r}
-        try:
-            super()._apply_adapters(once)
-        finally:
-            self._in_step = False
+        return self._held.get(lora_request.lora_int_id)
 
     def remove_adapter(self, adapter_id: int) -> bool:
-        self._evicted.drop(adapter_id)
+        self._held.drop(adapter_id)
         return super().remove_adapter(adapter_id)
 
     def remove_all_adapters(self) -> None:
         """Also what vLLM calls when it has replaced the base weights."""
-        self._evicted.clear()
         super().remove_all_adapters()
         self._adapter_manager.follow_base()
 
 
-def shortest(path: str) -> str:
-    """`path` without trailing `/` and `/.`, which `http` adds to tell two loads apart."""
-    return re.sub(r"(/\.?)+$", "", path) or path
+@dataclass(frozen=True)
+class LoadReport:
+    """What a worker holds of an adapter: plain values, they cross processes.
 
-
-def find_folder(path: str, roots: Sequence[Path] | None) -> str:
-    """The adapter's folder. Raises AdapterError `not_found`, `path_not_allowed`."""
-    return _anywhere(path) if roots is None else _below(path, roots)
-
-
-def _anywhere(path: str) -> str:
-    """Where stock looks: the file system, then the Hugging Face hub."""
-    try:
-        return get_adapter_absolute_path(path)
-    except Exception as error:  # no network, offline mode: stock lets some of them through
-        raise AdapterError(
-            "not_found", "there is no such adapter folder, and none came from the hub",
-            seen=path, fix="check the path of the adapter",
-        ) from error  # fmt: skip
-
-
-def _below(path: str, roots: Sequence[Path]) -> str:
-    """The folder below one of `roots`; a relative path may also start at the working directory.
-
-    The hub is never asked: its cache is not below the roots.
+    Args:
+        version: digest of its content.
+        bytes: of host memory.
+        evicted: ids of those that were dropped for it.
     """
-    path = os.path.expanduser(path)
-    places = [os.path.join(root, path) for root in roots] + [os.path.abspath(path)]
-    found = next((place for place in places if os.path.isdir(place)), places[0])
-    return str(resolve_inside(found, roots))
+
+    version: str
+    bytes: int
+    evicted: tuple[int, ...] = ()
 
 
 class _HostCache:
     """Checked adapters by id, least recently used out first, up to `limit` bytes."""
 
     def __init__(self, limit: int) -> None:
-        self._limit, self._bytes = limit, 0
-        self._models: OrderedDict[int, tuple[LoRARequest, RoutedLoRAModel, int]] = OrderedDict()
+        self._limit = limit
+        self._models: OrderedDict[int, tuple[RoutedLoRAModel, int]] = OrderedDict()
 
-    def get(self, request: LoRARequest) -> RoutedLoRAModel | None:
-        found = self._models.get(request.lora_int_id)
-        if found is None or found[0] != request or found[0].lora_path != request.lora_path:
-            return None
-        self._models.move_to_end(request.lora_int_id)
-        return found[1]
+    def ids(self) -> set[int]:
+        return set(self._models)
 
-    def put(self, request: LoRARequest, model: RoutedLoRAModel) -> None:
-        self.drop(request.lora_int_id)
-        size = _bytes(model.adapter)
-        self._models[request.lora_int_id] = (request, model, size)
-        self._bytes += size
-        while self._bytes > self._limit and self._models:
-            self.drop(next(iter(self._models)))
+    def get(self, lora_id: int) -> RoutedLoRAModel:
+        self._models.move_to_end(lora_id)
+        return self._models[lora_id][0]
 
-    def drop(self, adapter_id: int) -> None:
-        self._bytes -= self._models.pop(adapter_id, (None, None, 0))[2]
+    def report(self, lora_id: int) -> LoadReport:
+        model, size = self._models[lora_id]
+        return LoadReport(model.adapter.digest, size)
 
-    def clear(self) -> None:
-        self._models.clear()
-        self._bytes = 0
+    def put(self, lora_id: int, model: RoutedLoRAModel, in_use: frozenset[int]) -> tuple[int, ...]:
+        size, out = _bytes(model.adapter), []
+        others = [i for i in self._models if i != lora_id]
+        room = self._limit - size - sum(self._models[i][1] for i in others)
+        for other in others:
+            if room < 0 and other not in in_use:
+                room += self._models[other][1]
+                out.append(other)
+        if room < 0:
+            raise AdapterError(
+                "host_cache_full", "the adapter does not fit beside those that are in use",
+                seen=f"{size} bytes", limit=f"{self._limit} bytes", fix="raise host_cache_mb",
+            )  # fmt: skip
+        for other in out:
+            self.drop(other)
+        self.drop(lora_id)
+        self._models[lora_id] = (model, size)
+        return tuple(out)
+
+    def drop(self, lora_id: int) -> None:
+        self._models.pop(lora_id, None)
 
 
 def _bytes(adapter: RoutedAdapter) -> int:

@@ -56,8 +56,8 @@ from vllm_lora_ext.kernels.gated_lora import (  # noqa: E402
     gated_lora_,
     gated_lora_reference,
     register_site,
-    tuning,
 )
+from vllm_lora_ext.kernels.gated_lora.backends.triton import tuning  # noqa: E402
 from vllm_lora_ext.kernels.gated_lora.reference import TOLERANCE  # noqa: E402
 from vllm_lora_ext.routing import GateSpec  # noqa: E402
 

@@ -13,7 +13,9 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from vllm_lora_ext.kernels.gated_lora import cpu, cpu_op, inductor
+from vllm_lora_ext.kernels.gated_lora.backends import eager
+from vllm_lora_ext.kernels.gated_lora.backends.native import inductor
+from vllm_lora_ext.kernels.gated_lora.backends.native import op as cpu_op
 from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.kernels.gated_lora.step import StepMap
 
@@ -49,8 +51,8 @@ def register_site(site: Site | EmbeddingSite) -> int:
 @cache
 def _triton() -> tuple[Any, Any]:
     """The kernels' launchers; not imported where no site uses them."""
-    from vllm_lora_ext.kernels.gated_lora.triton_expand import expand_
-    from vllm_lora_ext.kernels.gated_lora.triton_shrink import shrink_parts
+    from vllm_lora_ext.kernels.gated_lora.backends.triton.expand import expand_
+    from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import shrink_parts
 
     return shrink_parts, expand_
 
@@ -74,7 +76,7 @@ def finish_(y: torch.Tensor, x: torch.Tensor, u_PTR: torch.Tensor | None, site: 
     if not found.step.active:
         return
     if u_PTR is None:
-        cpu.gated_lora_(y, x, found)
+        eager.gated_lora_(y, x, found)
     else:
         _, expand_ = _triton()
         expand_(y, u_PTR, found)
@@ -96,7 +98,7 @@ def _gated_lora_python(y: torch.Tensor, x: torch.Tensor, site: int) -> None:
 def _shrink(x: torch.Tensor, site: int, num_rows: int) -> torch.Tensor:
     found = _sites[site]
     if found.tables is None:
-        u = cpu.shrink(x, found)
+        u = eager.shrink(x, found)
     else:
         shrink_parts, _ = _triton()
         parts = shrink_parts(x, found, zeroed=True, u_PTR=found.take_u())
@@ -109,7 +111,7 @@ def _shrink(x: torch.Tensor, site: int, num_rows: int) -> torch.Tensor:
 def _gate_expand(y: torch.Tensor, u: torch.Tensor, site: int) -> None:
     found = _sites[site]
     if found.tables is None:
-        cpu.gate_expand_(y, u, found)
+        eager.gate_expand_(y, u, found)
     else:
         _, expand_ = _triton()
         expand_(y, u[None], found)

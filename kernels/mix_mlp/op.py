@@ -6,7 +6,8 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from vllm_lora_ext.kernels.gated_lora import cpu_op, inductor
+from vllm_lora_ext.kernels.gated_lora.backends.native import inductor
+from vllm_lora_ext.kernels.gated_lora.backends.native import op as cpu_op
 from vllm_lora_ext.kernels.mix_mlp.block import BlockSite
 
 _blocks: WeakValueDictionary[int, BlockSite] = WeakValueDictionary()
