@@ -86,6 +86,7 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         check_fits(
             adapter,
             {n: shapes[v] for n, v in name_of.items() if v in shapes} | _own_shapes(adapter, away),
+            self.lora_config.lora_dtype,
             self.lora_config.max_lora_rank,
             self.router_rows,
             self.base_name,

@@ -22,6 +22,7 @@ from vllm_lora_ext.adapters.model import RoutedAdapter
 from vllm_lora_ext.adapters.registry import load_adapter
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.adapter_paths import find_folder
+from vllm_lora_ext.model_patches.identity import tag_torch_caches
 from vllm_lora_ext.model_patches.manager import RoutedLoRAModel, RoutedLoRAModelManager
 from vllm_lora_ext.settings import LoraExtSettings
 
@@ -34,6 +35,7 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
+        tag_torch_caches()
         self.settings = LoraExtSettings.from_additional_config(vllm_config.additional_config)
         self._held = _HostCache(self.settings.host_cache_mb << 20)
 
