@@ -46,7 +46,7 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
 
     def _read(self, request: LoRARequest) -> RoutedLoRAModel:
         path, roots = shortest(request.lora_path), self.settings.readable_roots()
-        adapter = load_adapter(find_folder(path, roots))
+        adapter = load_adapter(find_folder(path, roots), **self.settings.reading())
         model = self._adapter_manager.model_of(request.lora_int_id, adapter)
         self._evicted.put(request, model)
         return model
