@@ -67,7 +67,8 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
     def _read(self, request: LoRARequest, source: MemorySource | None) -> RoutedAdapter:
         if source is not None:
             return load_memory_adapter(source)
-        return load_adapter(find_folder(request.lora_path, self.settings.readable_roots()))
+        folder = find_folder(request.lora_path, self.settings.readable_roots())
+        return load_adapter(folder, **self.settings.reading())
 
     def _load_adapter(self, lora_request: LoRARequest) -> RoutedLoRAModel:
         return self._held.get(lora_request.lora_int_id)

@@ -115,7 +115,7 @@ def fold(adapter: RoutedAdapter, config: Mapping[str, Any]) -> Factors:
     scales = {name: lora.scale(name) for name in modules}
     return Factors(
         modules, adapter.base_model, adapter.source, scales, lora.rslora,
-        config_rank=max([lora.r, *(rank for _, rank in lora.ranks)]),
+        config_rank=max([lora.r, *lora.ranks.values()]),
         config_scale=lora.alpha / (math.sqrt(lora.r) if lora.rslora else lora.r),
     )  # fmt: skip
 

@@ -56,7 +56,7 @@ def read_pairs(
     Raises:
         AdapterError: as `read`.
     """
-    config = read_peft_config(folder.config, where)
+    config = read_peft_config(folder.config, where, accepted=folder.accepted)
     _refuse_magnitudes(folder.names)
     linear, embedding = group(folder.names, _LINEAR), group(folder.names, _EMBEDDING)
     both = sorted(set(linear) & set(embedding))
