@@ -24,6 +24,7 @@ setup(
     packages=packages,
     package_dir=package_dir,
     package_data={
-        "vllm_lora_ext.kernels.gated_lora.backends.native": ["*.cpp", "*.h"]
-    },  # built at first use
+        "vllm_lora_ext.kernels.gated_lora.backends.native": ["*.cpp", "*.h"],  # built at first use
+        "vllm_lora_ext.model_patches": ["targets.json"],
+    },
 )

@@ -77,10 +77,10 @@ class Placer:
         check_fits(
             adapter,
             shapes | _own_shapes(adapter, away),
+            self._dtype,
             self._max_rank,
             self._router_rows,
             self._base_name,
-            self._dtype,
         )
         return self._pack(adapter, name_of, away)
 

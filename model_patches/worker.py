@@ -6,22 +6,19 @@ both model runners take their manager.
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Collection, Sequence
-from pathlib import Path
+from collections.abc import Collection
 from typing import Any
 
 import vllm.v1.worker.lora_model_runner_mixin as runner_mixin
 from vllm.lora.request import LoRARequest
-from vllm.lora.utils import get_adapter_absolute_path
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
-from vllm_lora_ext.adapters.folder import resolve_inside
 from vllm_lora_ext.adapters.memory import MemorySource, load_memory_adapter
 from vllm_lora_ext.adapters.registry import load_adapter
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches.adapter_paths import find_folder
+from vllm_lora_ext.model_patches.identity import tag_torch_caches
 from vllm_lora_ext.model_patches.loader import Loader
 from vllm_lora_ext.model_patches.manager import (
     RoutedLoRAModel,
@@ -44,6 +41,7 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
 
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
+        tag_torch_caches()
         self.settings = LoraExtSettings.from_additional_config(vllm_config.additional_config)
         self._residency = Residency(self.settings.host_cache_mb << 20)
         self._loader = Loader(self._read)
@@ -80,8 +78,7 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
 
     def _read(self, request: LoRARequest, source: MemorySource | None) -> Resident:
         if source is None:
-            path, roots = shortest(request.lora_path), self.settings.readable_roots()
-            adapter = load_adapter(find_folder(path, roots))
+            adapter = load_adapter(find_folder(request.lora_path, self.settings.readable_roots()))
         else:
             adapter = load_memory_adapter(source)
         return self._resident(request.lora_int_id, self._adapter_manager.placer.place(adapter))
@@ -169,38 +166,6 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         of which an adapter depends on. Host memory stays as it is."""
         super().remove_all_adapters()
         self._adapter_manager.follow_base()
-
-
-def shortest(path: str) -> str:
-    """`path` without trailing `/` and `/.`, which `http` adds to tell two loads apart."""
-    return re.sub(r"(/\.?)+$", "", path) or path
-
-
-def find_folder(path: str, roots: Sequence[Path] | None) -> str:
-    """The adapter's folder. Raises AdapterError `not_found`, `path_not_allowed`."""
-    return _anywhere(path) if roots is None else _below(path, roots)
-
-
-def _anywhere(path: str) -> str:
-    """Where stock looks: the file system, then the Hugging Face hub."""
-    try:
-        return get_adapter_absolute_path(path)
-    except Exception as error:  # no network, offline mode: stock lets some of them through
-        raise AdapterError(
-            "not_found", "there is no such adapter folder, and none came from the hub",
-            seen=path, fix="check the path of the adapter",
-        ) from error  # fmt: skip
-
-
-def _below(path: str, roots: Sequence[Path]) -> str:
-    """The folder below one of `roots`; a relative path may also start at the working directory.
-
-    The hub is never asked: its cache is not below the roots.
-    """
-    path = os.path.expanduser(path)
-    places = [os.path.join(root, path) for root in roots] + [os.path.abspath(path)]
-    found = next((place for place in places if os.path.isdir(place)), places[0])
-    return str(resolve_inside(found, roots))
 
 
 def apply() -> None:

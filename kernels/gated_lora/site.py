@@ -267,7 +267,7 @@ class Site:
             plans.append(SlicePlan(
                 gate=s.gate, y_start=y_start, y_stop=y_start + self.slice_sizes[i],
                 a_start=a_start, a_stop=a_stop, router_start=num_ranks + g_start,
-                head_at=num_ranks + g_start + s.gate.router_rows - 1, bt_RN=bt_RN[:rank],
+                head_at=num_ranks + g_start + s.gate.router_rows, bt_RN=bt_RN[:rank],
                 bias_G=bias_G, head_bias=s.head_bias,
             ))  # fmt: skip
             a_start, g_start = a_stop, g_stop
@@ -322,7 +322,7 @@ class Site:
         return replace(plan, bt_RN=bt_RN, bias_G=bias_G)
 
     def _check(self, i: int, s: GatedSlice) -> None:
-        rank, router_rows = s.b_NR.shape[1], s.gate.router_rows - int(s.gate.threshold_head)
+        rank, router_rows = s.b_NR.shape[1], s.gate.router_rows
         if rank > self.max_rank or router_rows > self.max_router_rows:
             raise ValueError(
                 f"slice {i}: rank {rank} of {self.max_rank}, router rows {router_rows} of "
@@ -361,7 +361,7 @@ def _shared_gate(plans: Sequence[SlicePlan]) -> GateSpec | None:
     """The slices' gate when one view of u holds all their logits and all blocks are equal."""
     gate = plans[0].gate
     same = all(p.gate == gate and p.bias_G is None and not p.shares_a for p in plans)
-    if same and gate.router_rows == gate.num_gates > 0 and len(set(gate.blocks)) == 1:
+    if same and gate.router_rows > gate.head_rows == 0 and len(set(gate.blocks)) == 1:
         return gate
     return None
 

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from make_adapters import random_spec
-from vllm.exceptions import VLLMClientError
 
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
 from vllm_lora_ext.errors import AdapterError
@@ -24,8 +23,9 @@ from vllm_lora_ext.kernels.gated_lora import (
 )
 from vllm_lora_ext.model_patches import trace
 from vllm_lora_ext.model_patches.layers import RoutedLinear
+from vllm_lora_ext.model_patches.refused import RefusedRequest
 from vllm_lora_ext.model_patches.trace import Recorder, check_settings
-from vllm_lora_ext.model_patches.trace_http import RefusedRequest, _mark
+from vllm_lora_ext.model_patches.trace_http import _mark
 from vllm_lora_ext.trace.gates import slice_gates
 
 K, N, Q, UP = 12, 10, "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
@@ -206,8 +206,8 @@ def test_a_request_is_marked_or_refused_as_the_clients_fault() -> None:
         assert params.skip_reading_prefix_cache is marked
     for value, config, code in ((1, None, "not_traced"), ("perhaps", {}, "bad_value")):
         params = SimpleNamespace(extra_args={"lora_ext_trace": value})
-        with pytest.raises(VLLMClientError) as caught:
+        with pytest.raises(RefusedRequest) as caught:
             _mark(params, SimpleNamespace(additional_config=config))
-        assert isinstance(caught.value, RefusedRequest) and caught.value.code == code
+        assert caught.value.code == code
         again = AdapterError.parse(str(caught.value))
         assert again is not None and (again.code, again.text) == (code, caught.value.text)

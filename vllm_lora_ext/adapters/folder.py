@@ -31,7 +31,7 @@ WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
 # Of a format that is known and refused: opened so that it can be refused by its name.
 REFUSED_WEIGHTS = ("xlora_classifier.safetensors",)
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-DTYPES = ("F32", "F16", "BF16")
+FLOATS = ("F32", "F16", "BF16")
 WHOLE = ("I64", "I32", "I16", "I8", "U8")
 
 
@@ -79,7 +79,7 @@ class AdapterFolder:
     """
 
     # What `take` takes; an offline tool may say otherwise.
-    dtypes: tuple[str, ...] = DTYPES
+    dtypes: tuple[str, ...] = FLOATS
 
     def __init__(
         self,
