@@ -66,7 +66,9 @@ def no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def recorder_of(layers: dict[str, RoutedLinear], adapter: RoutedAdapter, placed: Any) -> Recorder:
-    model = SimpleNamespace(adapter=adapter, placed=placed, blocks={})
+    called = {id(module): name for name, module in adapter.modules.items()}
+    names = {layer: tuple(called[id(p)] for p in parts if p) for layer, parts in placed.items()}
+    model = SimpleNamespace(host=SimpleNamespace(system=adapter.system, names=names, blocks={}))
     return Recorder(SimpleNamespace(
         modules=layers, blocks={}, model=torch.nn.Linear(1, 1), base_name="base",
         lora_index_to_id=[9, 7], list_adapters=lambda: {7: model},
