@@ -23,7 +23,9 @@ from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
 from vllm_lora_ext.model_patches.backend import check_graphs, choose_kernels
 from vllm_lora_ext.model_patches.heap import keep_memory
 from vllm_lora_ext.model_patches.layers import RoutedLinear, building
+from vllm_lora_ext.model_patches.logits import follow_rows, refuse_gates
 from vllm_lora_ext.model_patches.mlp import wrap_blocks
+from vllm_lora_ext.model_patches.rows import Rows
 from vllm_lora_ext.model_patches.trace import Recorder, check_settings
 from vllm_lora_ext.settings import LoraExtSettings
 
@@ -66,6 +68,8 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
             keep_memory()
         with building(self.router_rows, kernels):
             super().__init__(*args, lora_config=lora_config, vllm_config=vllm_config, **kwargs)
+        self.rows = Rows(self)
+        follow_rows(self.rows, self.modules)
         # What runs around a block's linears loops over the step's adapters: no graph can hold it.
         self.blocks = {} if self.graphs else wrap_blocks(self.model, self.modules)
         if settings.trace:
@@ -91,6 +95,7 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
             self.base_name,
         )
         module_of = {name_of[n]: m for n, m in adapter.modules.items() if n not in away}
+        refuse_gates(module_of, self.modules)
         blocks = {}
         for name, block in adapter.blocks.items():
             first = f"{name}.{min(block.parts)}"

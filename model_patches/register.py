@@ -60,7 +60,7 @@ PATCHES: tuple[Patch, ...] = (
         ),
         how=(
             "Subclasses of the stock linear wrappers, put in their place in "
-            "`_all_lora_classes`; on CPU also of the embedding and logits wrappers."
+            "`_all_lora_classes`; on CPU also of the embedding wrapper."
         ),
         upstream=(
             "vllm-project/vllm#49705 (router-driven mixtures), #48421 and #49656 (index -1 on CPU)"
@@ -79,11 +79,6 @@ PATCHES: tuple[Patch, ...] = (
                 "vllm.lora.utils",
                 "from_layer",
                 _both("1fc11bebf464e55f3379a80b867b2019e3f05d90ed89ef7c636bc01fc42e3600"),
-            ),
-            Target(
-                "vllm.lora.utils",
-                "from_layer_logits_processor",
-                _both("04b4b8dd2d12a4ae8788fc9e5ab8763f5ac899f5ff71ce7f2c8315f872567343"),
             ),
             Target(
                 "vllm.lora.layers.base",
@@ -190,16 +185,6 @@ PATCHES: tuple[Patch, ...] = (
                 "LoRAModelRunnerMixin.reset_lora_state",
                 _both("fa0430a5f3695abe144738b16f1041540d882e1e889a18284f602b9eabed0727"),
             ),
-            Target(
-                "vllm.model_executor.layers.logits_processor",
-                "LogitsProcessor.forward",
-                _both("f9a3ed1c63d4383c0d394261d8a815ca15bf9590be1b9f43ce6e06d483a6f254"),
-            ),
-            Target(
-                "vllm.lora.layers.logits_processor",
-                "LogitsProcessorWithLoRA",
-                _both("a9278dd48fd28f203c457f99e695e22fc13c87ac7c11907a34a3cd291bb873d8"),
-            ),
         ),
     ),
     Patch(
@@ -207,7 +192,7 @@ PATCHES: tuple[Patch, ...] = (
         module="punica",
         why=(
             "The op reads which slot each row uses when it runs; stock CPU ops wrap index -1 "
-            "to the last slot and crash on prompt_logprobs."
+            "to the last slot."
         ),
         how=("A mixin before the platform's punica wrapper fills a StepMap in `update_metadata`."),
         upstream="vllm-project/vllm#48421, #49656",
@@ -234,19 +219,9 @@ PATCHES: tuple[Patch, ...] = (
                 _both("2a944b8871a4e16bf8872c3cf10bb7fd92535027f76c0bc26db0e9f3917dd319"),
             ),
             Target(
-                "vllm.lora.punica_wrapper.punica_base",
-                "PunicaWrapperBase.sampler_indices",
-                _both("699d8692f00af5e7cb280bf2dc759e20ab5c9bb6b52ffbe31e74e8d5b809f09c"),
-            ),
-            Target(
                 "vllm.lora.punica_wrapper.punica_cpu",
                 "PunicaWrapperCPU.__init__",
                 _both("0d93b9e6dfe8cc06d64ab510ec67113fc9feb6d18ff2cb5c547ad228a57dd46e"),
-            ),
-            Target(
-                "vllm.lora.punica_wrapper.punica_cpu",
-                "PunicaWrapperCPU.add_lora_logits",
-                _both("89acebbb8c2110d9eca85a31c124f804b82fea54b216e3275756b143086f53c0"),
             ),
             Target(
                 "vllm.lora.layers.utils",
@@ -491,12 +466,12 @@ PATCHES: tuple[Patch, ...] = (
         ),
     ),
     Patch(
-        name="trace",
-        module="trace",
-        why="Nothing of vLLM tells a LoRA layer which rows of a step belong to which request.",
+        name="rows",
+        module="rows",
+        why="Nothing of vLLM tells a plugin which rows of a step belong to which request.",
         how=(
-            "Only where the setting `trace` is on, the adapter manager wraps the worker's step and "
-            "what orders its rows; the sites' own hooks keep the gates."
+            "An engine's first LoRA manager wraps what gets the scheduler's output, what orders "
+            "the rows and what selects those whose logits are computed, on both runners."
         ),
         upstream="vllm-project/vllm#28284 (routed experts of MoE base models)",
         remove_when="vLLM hands a plugin the requests of each row.",
@@ -512,12 +487,40 @@ PATCHES: tuple[Patch, ...] = (
                 _both("3c6d09584f64cc080650fc098e2d8ab258fe158f625e0f865b731c7c147b91b8"),
             ),
             Target(
+                "vllm.v1.worker.lora_model_runner_mixin",
+                "LoRAModelRunnerMixin._set_active_loras",
+                _both("993df1afd7fca4db52ef17198ede4ee2f7ed84ebd9e2ca08062ffb5613e04067"),
+            ),
+            Target(
+                "vllm.v1.worker.gpu_model_runner",
+                "GPUModelRunner._prepare_inputs",
+                _both("dad567e8b3e55f8c4fc52bc6575d553c06fa80138b4665613c4c1fbc9d4554b8"),
+            ),
+            Target(
+                "vllm.v1.worker.gpu_model_runner",
+                "GPUModelRunner._get_prompt_logprobs_dict",
+                _both("f2e2ad4c2b6202a6a50d62f193de300f850fb18127c1e035eca8282120477318"),
+            ),
+            Target(
                 "vllm.v1.worker.gpu.model_runner",
                 "GPUModelRunner.prepare_inputs",
                 _each(
                     "0ee8e8581f74b3796269f43f73e84bb01cbbe0591c2500f5ea06ec3b692fa36d",
                     "b6bf942b2ea1af3d0ddb02209cffcd6c276da0535dbb095f6ff5ae74963a9e42",
                 ),
+            ),
+            Target(
+                "vllm.v1.worker.gpu.model_runner",
+                "GPUModelRunner.sample_tokens",
+                _each(
+                    "d38ff36c63734cca31facef59c9058454fe93dd3d08fd87755ab4fa7005ee9ef",
+                    "ced2b8b84c83a9507e93f2fb8112f848a997c43f97a8c5320c4007db39b2b121",
+                ),
+            ),
+            Target(
+                "vllm.v1.worker.gpu.model_runner",
+                "ExecuteModelState",
+                _both("beed86d131e2287276410a2199bc02c1af6f31bfa780e074ca769f142f248bab"),
             ),
             Target(
                 "vllm.v1.core.sched.output",
@@ -528,6 +531,64 @@ PATCHES: tuple[Patch, ...] = (
                 "vllm.v1.core.sched.output",
                 "CachedRequestData",
                 _both("75d4d5e18bb8b14e992efd0284b79318ee3c013e1a325e6d9b3590b3ff385ad0"),
+            ),
+        ),
+    ),
+    Patch(
+        name="logits",
+        module="logits",
+        why=(
+            "Stock takes prompt rows (`prompt_logprobs`) and rows of drafts for rows to sample "
+            "from, and reads the output matrix's LoRA in every step."
+        ),
+        how="A subclass, put in its place, that looks up each row's slot.",
+        upstream="vllm-project/vllm#48421, #49656",
+        remove_when="vLLM's logits wrapper knows which rows it is given.",
+        targets=(
+            Target(
+                "vllm.lora.utils",
+                "from_layer_logits_processor",
+                _both("04b4b8dd2d12a4ae8788fc9e5ab8763f5ac899f5ff71ce7f2c8315f872567343"),
+            ),
+            Target(
+                "vllm.lora.layers.logits_processor",
+                "LogitsProcessorWithLoRA",
+                _both("a9278dd48fd28f203c457f99e695e22fc13c87ac7c11907a34a3cd291bb873d8"),
+            ),
+            Target(
+                "vllm.model_executor.layers.logits_processor",
+                "LogitsProcessor.forward",
+                _both("f9a3ed1c63d4383c0d394261d8a815ca15bf9590be1b9f43ce6e06d483a6f254"),
+            ),
+            Target(
+                "vllm.v1.worker.gpu.model_runner",
+                "GPUModelRunner.sample",
+                _both("20088238536e47584dc1872a239e84309e9a66e585be2fcca7ca5343ab1b0875"),
+            ),
+            Target(
+                "vllm.v1.worker.gpu.sample.prompt_logprob",
+                "PromptLogprobsWorker.compute_prompt_token_id_logprobs",
+                _both("ab9fcd2ae3ecc62ff813d93c2eaf9d0aa9aad0618f9820f10353a9c753af98da"),
+            ),
+            Target(
+                "vllm.v1.worker.gpu.sample.prompt_logprob",
+                "compute_prompt_logprobs_with_chunking",
+                _both("b2fe8c4fa910a198d35b500de82e05abaddd934a13729e1ff44b82c4a2fb310f"),
+            ),
+        ),
+    ),
+    Patch(
+        name="trace",
+        module="trace",
+        why="A trace is kept in the worker's process, and asked for from the front end's.",
+        how="Only where the setting `trace` is on, the worker gets one more method.",
+        upstream="vllm-project/vllm#28284 (routed experts of MoE base models)",
+        remove_when="vLLM lets a plugin add a method to the worker.",
+        targets=(
+            Target(
+                "vllm.v1.serial_utils",
+                "run_method",
+                _both("7b7b64d2db5da12180ed144f98d669c2f211eb134945a514e7cf724b932c5fd4"),
             ),
         ),
     ),
