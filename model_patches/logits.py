@@ -15,9 +15,6 @@ import vllm.lora.utils as lora_utils
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 
-from vllm_lora_ext.adapters.model import RoutedModule
-from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.model_patches.layers import RoutedLinear
 from vllm_lora_ext.model_patches.rows import Rows, wrap_runners
 
 
@@ -76,26 +73,6 @@ def follow_rows(rows: Rows, layers: Mapping[str, BaseLayerWithLoRA]) -> None:
         if isinstance(layer, RoutedLogits):
             layer.rows = rows
             wrap_runners()
-
-
-def refuse_gates(
-    modules: Mapping[str, RoutedModule], layers: Mapping[str, BaseLayerWithLoRA]
-) -> None:
-    """An embedding or an output matrix adds its B A x as it is: a gate would be passed over.
-
-    Raises:
-        AdapterError: `unsupported_feature`, the first of `modules` that has a gate there.
-    """
-    for name, module in modules.items():
-        layer = layers.get(name)
-        if layer is None or isinstance(layer, RoutedLinear) or module.gate.source == "none":
-            continue
-        raise AdapterError(
-            "unsupported_feature", f"the adapter has gates in {name}, where none are computed",
-            seen=f"{name}: {module.gate.num_gates} gates",
-            limit="gates in linear layers and MLP blocks",
-            fix=f"train and export the adapter without {name}, or with a plain LoRA there",
-        )  # fmt: skip
 
 
 def apply() -> None:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from vllm.v1.core.sched.output import NewRequestData
 
-from vllm_lora_ext.adapters.model import MixBlock, RoutedModule
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora import Site
 from vllm_lora_ext.kernels.gated_lora.site import SlicePlan
 from vllm_lora_ext.model_patches.layers import RoutedLinear
+from vllm_lora_ext.model_patches.residency import HostAdapter
 from vllm_lora_ext.model_patches.rows import Span, unknown_rows
 from vllm_lora_ext.routing.mix import expert_weights
 from vllm_lora_ext.trace.fetch import RPC, wanted
@@ -30,15 +30,10 @@ from vllm_lora_ext.trace.store import TraceStore
 
 @dataclass(frozen=True)
 class Traced:
-    """Rows of one traced request, and the adapter in their slot.
-
-    `model` is None for a request to the base model. `names` is what the adapter's files call each
-    of its parts, by the part's id: vLLM's names may differ.
-    """
+    """Rows of one traced request, and the adapter in their slot; None: the base model."""
 
     span: Span
-    model: Any
-    names: dict[int, str]
+    host: HostAdapter | None
 
     @property
     def key(self) -> str:
@@ -79,16 +74,15 @@ class Recorder:
         self._traced = [self._trace(span) for span in spans]
 
     def _trace(self, span: Span) -> Traced:
-        lora, model = span.request.lora_request, None
-        if lora is not None:
-            model = self._manager.list_adapters()[lora.lora_int_id]
+        lora = span.request.lora_request
+        host = None if lora is None else self._manager.list_adapters()[lora.lora_int_id].host
         if span.first:
             self.store.start(
                 span.request.req_id, span.request.prompt_token_ids or [],
-                lora.lora_name if lora else "", model.adapter.system if model else "",
+                lora.lora_name if lora else "", host.system if host else "",
                 self._manager.base_name,
             )  # fmt: skip
-        return Traced(span, model, _names(model))
+        return Traced(span, host)
 
     def _watch(self, site: Site, reduces: bool, keep: Callable[..., None]) -> None:
         """Calls `keep(traced, x, u)` after the site's op, after what is called there already."""
@@ -114,20 +108,20 @@ class Recorder:
     ) -> None:
         site, slot = self._manager.modules[layer].site, traced.span.slot
         plan = site.plans[slot] if slot >= 0 else None
-        if plan is None or plan.plain:
+        if plan is None or plan.plain or traced.host is None:
             return
         if u_TR is None:
             assert x_TK is not None
             u_TR = plan.shrink(x_TK)
-        for name, part in zip(_slice_names(layer, traced), plan.slices, strict=False):
+        for name, part in zip(traced.host.names[layer], plan.slices, strict=False):
             if part.gate.source != "none":
                 self._put(traced, name, _gates(u_TR, part))
 
     def _keep_block(self, block: str, traced: Traced, x_TK: torch.Tensor, _u: None) -> None:
-        found: MixBlock | None = traced.model and traced.model.blocks.get(block)
-        if found is not None:
-            router_GK = found.router_GK.to(x_TK.device, torch.float32)
-            name = traced.names[id(found)]
+        found = None if traced.host is None else traced.host.blocks.get(block)
+        if traced.host is not None and found is not None:
+            router_GK = found.first.router_GK.to(x_TK.device)
+            (name,) = traced.host.names[block]
             self._put(traced, name, expert_weights(found.gate, x_TK.float() @ router_GK.t()))
 
     def _put(self, traced: Traced, module: str, gates_TE: torch.Tensor) -> None:
@@ -137,19 +131,6 @@ class Recorder:
         ids_T: Any = kwargs.get("input_ids", args[0] if args else None)
         for traced in self._traced if ids_T is not None else ():
             self.store.put_ids(traced.key, traced.span.at, traced.of(ids_T).cpu().clone())
-
-
-def _names(model: Any) -> dict[int, str]:
-    if model is None:
-        return {}
-    owners: dict[str, RoutedModule | MixBlock] = {**model.adapter.modules, **model.adapter.blocks}
-    return {id(owner): name for name, owner in owners.items()}
-
-
-def _slice_names(layer: str, traced: Traced) -> list[str]:
-    """Of the adapter's parts at a layer; one that lies over a whole fused layer comes once."""
-    placed = traced.model.placed[layer]
-    return [traced.names[id(part)] for part in placed if part is not None]
 
 
 def _gates(u_TR: torch.Tensor, part: SlicePlan) -> torch.Tensor:

@@ -29,6 +29,18 @@ def test_triton_is_on_off_or_left_to_the_check(value: bool | None) -> None:
     assert _read(triton=value).triton is value
 
 
+def test_how_the_engine_reads_adapters(tmp_path: Path) -> None:
+    assert LoraExtSettings().reading() == {
+        "roots": None, "pickle": None, "accept_config_keys": ()
+    }  # fmt: skip
+    settings = _read(
+        adapter_roots=[str(tmp_path)], pickle="weights_only", accept_config_keys=["a", "b"]
+    )
+    reading = settings.reading()
+    assert reading["roots"] == settings.readable_roots() and tmp_path in reading["roots"]
+    assert (reading["pickle"], reading["accept_config_keys"]) == ("weights_only", ("a", "b"))
+
+
 @pytest.mark.parametrize(("rank", "rows"), [(8, 8), (64, 64), (256, 64)])
 def test_router_rows_follow_the_rank(rank: int, rows: int) -> None:
     assert LoraExtSettings().router_rows(rank) == rows
@@ -61,6 +73,11 @@ def test_frozen_and_hashable() -> None:
         ({"adapter_roots": [3]}, ["adapter_roots", "not a path"]),
         ({"adapter_roots": ["/no/such/folder"]}, ["adapter_roots", "does not exist"]),
         ({"adapter_roots": [__file__]}, ["adapter_roots", "is not a folder"]),
+        ({"pickle": "yes"}, ["pickle", "seen: yes", "weights_only"]),
+        ({"pickle": True}, ["pickle", "seen: true", "weights_only"]),
+        ({"accept_config_keys": "x"}, ["accept_config_keys", "list"]),
+        ({"accept_config_keys": [3]}, ["accept_config_keys", "list"]),
+        ({"accept_config_keys": [""]}, ["accept_config_keys", "list"]),
         ({"triton": "auto"}, ["triton", "seen: auto", "true, false, or null"]),
         ({"triton": 1}, ["triton", "seen: 1"]),
         ({"host_cache": 5}, ["no setting named host_cache", "host_cache_mb", "fix:"]),

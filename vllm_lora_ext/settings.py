@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
@@ -29,6 +29,8 @@ _ALLOWED = {
     "host_cache_mb": "a whole number, 0 or more",
     "triton": "true, false, or null",
     "trace": "true or false",
+    "pickle": '"weights_only", or null for no pickles',
+    "accept_config_keys": "a list of keys of adapter_config.json",
     "merge": "an object, or null for no merged adapters by name",
 }
 _ALLOWED_MERGE = {
@@ -160,8 +162,19 @@ class LoraExtSettings(BaseModel):
     """Whether a request may ask what its adapter's gates decided. Needs an engine without CUDA
     graphs; off, nothing of it is there."""
 
+    pickle: Literal["weights_only"] | None = None
+    """Whether `adapter_model.bin` is read where an adapter has no safetensors file; None: refused."""
+
+    accept_config_keys: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Keys of `adapter_config.json` that no format knows, and that are ignored, not refused."""
+
     merge: MergeSettings | None = None
     """Merged adapters by name in a request. None: such names are unknown models."""
+
+    @field_validator("accept_config_keys", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
 
     @field_validator("adapter_roots", mode="before")
     @classmethod
@@ -177,6 +190,13 @@ class LoraExtSettings(BaseModel):
         if self.adapter_roots is None:
             return None
         return (*self.adapter_roots, (self.merge or MergeSettings()).folder())
+
+    def reading(self) -> dict[str, Any]:
+        """Arguments of `load_adapter` for an adapter that the engine reads."""
+        return {
+            "roots": self.readable_roots(), "pickle": self.pickle,
+            "accept_config_keys": self.accept_config_keys,
+        }  # fmt: skip
 
     def router_rows(self, max_lora_rank: int) -> int:
         """Router rows per slot for an engine started with this `--max-lora-rank`."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,11 +22,11 @@ from hypothesis import strategies as st
 from runners import Manager, RunnerV1, RunnerV2, Schedule, run, without_a_gpu
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vllm_lora_ext.adapters.model import RoutedModule
+from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora import StepMap
 from vllm_lora_ext.model_patches import logits, rows
-from vllm_lora_ext.model_patches.logits import RoutedLogits, follow_rows, refuse_gates
+from vllm_lora_ext.model_patches.logits import RoutedLogits, follow_rows
 from vllm_lora_ext.model_patches.rows import Rows
 from vllm_lora_ext.routing import GateSpec
 
@@ -277,12 +278,19 @@ def test_vllm_takes_the_layer(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["lm_head", "model.embed_tokens"])
-def test_gates_are_refused_where_none_are_computed(name: str) -> None:
+def test_gates_are_refused_where_none_are_computed(harness: Callable[..., Any], name: str) -> None:
+    """Nothing of the adapter is kept."""
+    made = harness()
+    vocabulary, width = 512, 128
+    k, n = (width, vocabulary) if name == "lm_head" else (vocabulary, width)
     gate = GateSpec(source="router", blocks=(2, 2), score="softmax", select="top_k", k=1)
-    gated = RoutedModule(torch.zeros(4, K), torch.zeros(V, 4), gate, router_GK=torch.zeros(2, K))
-    layers = {name: Head().layer}
+    gated = RoutedModule(torch.zeros(4, k), torch.zeros(n, 4), gate, router_GK=torch.zeros(2, k))
+    if name != "lm_head":
+        gated = dataclasses.replace(gated, kind="embedding")
+    request = made.save("gated", RoutedAdapter({name: gated}, "mola"))
     with pytest.raises(AdapterError) as caught:
-        refuse_gates({name: gated}, layers)
+        made.worker.add_adapter(request)
     assert caught.value.code == "unsupported_feature" and name in str(caught.value)
-    refuse_gates({name: RoutedModule(torch.zeros(4, K), torch.zeros(V, 4))}, layers)
-    refuse_gates({"model.layers.0.mlp.up_proj": gated}, layers)
+    assert made.worker.list_adapters() == set()
+    plain = RoutedModule(gated.a_RK, gated.b_NR, kind=gated.kind)
+    assert made.worker.add_adapter(made.save("plain", RoutedAdapter({name: plain}, "mola")))

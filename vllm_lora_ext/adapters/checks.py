@@ -11,6 +11,7 @@ import torch
 
 from vllm_lora_ext.adapters.blocks import activation
 from vllm_lora_ext.adapters.finite import is_finite, not_finite
+from vllm_lora_ext.adapters.limits import RANKS, slot_rank
 from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
 from vllm_lora_ext.errors import AdapterError
 
@@ -20,7 +21,6 @@ BLOCK_PARTS = (
     frozenset({"gate_up_proj", "down_proj"}),
     frozenset({"fc1", "fc2"}),
 )
-ALLOWED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank accepts
 
 
 def check_adapter(adapter: RoutedAdapter) -> None:
@@ -51,24 +51,24 @@ def check_adapter(adapter: RoutedAdapter) -> None:
 def check_fits(
     adapter: RoutedAdapter,
     shapes: Mapping[str, tuple[int, int]],
+    dtype: torch.dtype,
     max_rank: int | None = None,
     max_router_rows: int | None = None,
     base_name: str = "",
-    dtype: torch.dtype | None = None,
 ) -> None:
     """What must hold for this model and this server to serve the adapter.
 
     Args:
         shapes: module name → (in, out) of every layer of the model that can be adapted.
-        max_rank: the server's `--max-lora-rank`.
-        max_router_rows: rows that a slot keeps for routers.
-        base_name: name or path of the served model.
         dtype: in which A and B will be stored.
+        max_rank: the server's `--max-lora-rank`.
+        max_router_rows: rows that a slot keeps for routers; a threshold head has one more.
+        base_name: name or path of the served model.
     Raises:
         AdapterError: `wrong_base`, `unknown_module`, `shape_mismatch`, `rank_too_large`,
             `router_too_large`, `overflow`.
     """
-    layers: dict[str, RoutedModule | LowRank] = {**adapter.modules, **_block_parts(adapter)}
+    layers = _layers(adapter)
     wrong = {name: error for name, m in layers.items() if (error := _fits(name, m, shapes))}
     trained_on, served = _last_part(adapter.base_model), _last_part(base_name)
     if trained_on and served and trained_on != served and 2 * len(wrong) > len(layers):
@@ -85,9 +85,24 @@ def check_fits(
     every: dict[str, RoutedModule | MixBlock] = {**adapter.modules, **adapter.blocks}
     for name, gated in every.items():
         _check_limits(name, gated, max_rank, max_router_rows)
-    if dtype is not None:
-        for name, layer in layers.items():
-            _check_range(name, layer, dtype)
+    check_overflow(adapter, dtype)
+
+
+def check_overflow(adapter: RoutedAdapter, dtype: torch.dtype) -> None:
+    """That `dtype` can hold A and B: what it cannot, it would make infinite.
+
+    Raises:
+        AdapterError: `overflow`.
+    """
+    largest = torch.finfo(dtype).max
+    for name, layer in _layers(adapter).items():
+        for what, tensor in (("A", layer.a_RK), ("B times its scale", layer.b_NR)):
+            seen = float(tensor.abs().max())
+            if seen > largest:
+                raise AdapterError(
+                    "overflow", f"{what} of {name} has values too large for {dtype}", seen=seen,
+                    limit=largest, fix="choose bfloat16 or float32 (--dtype)",
+                )  # fmt: skip
 
 
 def _check_matrices(name: str, module: RoutedModule) -> None:
@@ -212,6 +227,10 @@ def _check_router_width(name: str, block: MixBlock, shapes: Mapping[str, tuple[i
         )  # fmt: skip
 
 
+def _layers(adapter: RoutedAdapter) -> dict[str, RoutedModule | LowRank]:
+    return {**adapter.modules, **_block_parts(adapter)}
+
+
 def _block_parts(adapter: RoutedAdapter) -> dict[str, LowRank]:
     return {f"{n}.{p}": m for n, b in adapter.blocks.items() for p, m in b.parts.items()}
 
@@ -240,12 +259,12 @@ def _check_limits(
     name: str, module: RoutedModule | MixBlock, max_rank: int | None, max_router_rows: int | None
 ) -> None:
     if max_rank is not None and module.rank > max_rank:
-        enough = next((rank for rank in ALLOWED_RANKS if rank >= module.rank), None)
+        enough = slot_rank(module.rank)
         raise AdapterError(
             "rank_too_large", f"the experts of {name} together have too large a rank",
             seen=module.rank, limit=f"--max-lora-rank {max_rank}",
             fix=f"start the server with --max-lora-rank {enough}" if enough
-            else f"serve fewer experts: vLLM stops at rank {ALLOWED_RANKS[-1]}",
+            else f"serve fewer experts: vLLM stops at rank {RANKS[-1]}",
         )  # fmt: skip
     rows = module.gate.router_rows
     if max_router_rows is not None and rows > max_router_rows:
@@ -255,17 +274,6 @@ def _check_limits(
             fix="start the server with --additional-config "
             f"'{{\"lora_ext\": {{\"max_router_rows\": {rows}}}}}'",
         )  # fmt: skip
-
-
-def _check_range(name: str, module: RoutedModule | LowRank, dtype: torch.dtype) -> None:
-    largest = torch.finfo(dtype).max
-    for what, tensor in (("A", module.a_RK), ("B times its scale", module.b_NR)):
-        seen = float(tensor.abs().max())
-        if seen > largest:
-            raise AdapterError(
-                "overflow", f"{what} of {name} has values too large for {dtype}", seen=seen,
-                limit=largest, fix="start the server with --dtype bfloat16 or float32",
-            )  # fmt: skip
 
 
 def _last_part(name: str) -> str:

@@ -47,7 +47,7 @@ def apply_adapter(hf_model: nn.Module, adapter: RoutedAdapter) -> AppliedAdapter
     Raises:
         AdapterError: `unknown_module`, `shape_mismatch`, `wrong_base`, `unsupported_feature`.
     """
-    check_fits(adapter, model_shapes(hf_model))
+    check_fits(adapter, model_shapes(hf_model), torch.float32)
     handles = []
     for name, block in adapter.blocks.items():
         mlp = hf_model.get_submodule(name)
@@ -64,6 +64,8 @@ def model_shapes(hf_model: nn.Module) -> dict[str, tuple[int, int]]:
     for name, layer in hf_model.named_modules():
         if isinstance(layer, nn.Linear):
             shapes[name] = (layer.in_features, layer.out_features)
+        elif type(layer).__name__ == "Conv1D":  # GPT-2's linear, its weight [in, out]
+            shapes[name] = (layer.weight.shape[0], layer.weight.shape[1])
         elif isinstance(layer, nn.Embedding):
             shapes[name] = (layer.num_embeddings, layer.embedding_dim)
     return shapes

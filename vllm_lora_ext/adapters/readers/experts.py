@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vllm_lora_ext.adapters.folder import CONFIG, AdapterFolder
+from vllm_lora_ext.adapters.limits import MAX_EXPERTS
 from vllm_lora_ext.adapters.readers.names import rank_mismatch
 from vllm_lora_ext.adapters.readers.peft_config import (
     PeftLora,
@@ -17,16 +18,16 @@ from vllm_lora_ext.adapters.readers.peft_config import (
 )
 from vllm_lora_ext.errors import AdapterError
 
-MAX_EXPERTS = 4096
 
-
-def early_peft_config(config: dict[str, Any], system: str, also: Collection[str] = ()) -> PeftLora:
+def early_peft_config(
+    config: dict[str, Any], system: str, also: Collection[str] = (), accepted: Collection[str] = ()
+) -> PeftLora:
     """The config of a fork of an early PEFT, which knew one rank and one scale.
 
     Raises:
         AdapterError: what `read_peft_config` raises; `unsupported_feature`.
     """
-    found = read_peft_config(config, also=also)
+    found = read_peft_config(config, also=also, accepted=accepted)
     if found.rslora or found.ranks or found.alphas:
         raise AdapterError(
             "unsupported_feature",

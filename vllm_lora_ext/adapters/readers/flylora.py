@@ -41,7 +41,7 @@ def detect(folder: AdapterFolder) -> bool:
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
-    config = read_peft_config(folder.config, also=_KEYS)
+    config = read_peft_config(folder.config, also=_KEYS, accepted=folder.accepted)
     # The fork writes all of these; without one, its default would change the numbers.
     needed(folder.config, ("top_k", "use_rslora", "rank_pattern", "alpha_pattern"))
     k = whole_number(folder.config["top_k"], f"top_k in {CONFIG}", 1, MAX_RANK)

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 from vllm_lora_ext.adapters.folder import (
     CONFIG,
-    DTYPES,
+    FLOATS,
     PICKLES,
     WEIGHTS,
     WHOLE,
@@ -34,7 +34,7 @@ INDEX = "model.safetensors.index.json"
 class Artefact(AdapterFolder):
     """An adapter folder whose numbers may be of any dtype, and which can hide tensors."""
 
-    dtypes = (*DTYPES, *WHOLE, "F64", "BOOL")
+    dtypes = (*FLOATS, *WHOLE, "BOOL")
     _hidden: frozenset[str] = frozenset()
 
     @property
