@@ -20,9 +20,11 @@ from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
 from vllm_lora_ext.model_patches.backend import check_graphs, choose_kernels
 from vllm_lora_ext.model_patches.heap import keep_memory
 from vllm_lora_ext.model_patches.layers import RoutedLinear, building
+from vllm_lora_ext.model_patches.logits import follow_rows
 from vllm_lora_ext.model_patches.mlp import wrap_blocks
 from vllm_lora_ext.model_patches.placing import Placer
 from vllm_lora_ext.model_patches.residency import HostAdapter
+from vllm_lora_ext.model_patches.rows import Rows
 from vllm_lora_ext.model_patches.trace import Recorder, check_settings
 from vllm_lora_ext.settings import LoraExtSettings
 
@@ -44,6 +46,7 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
     Attributes:
         pinned: ids that keep their slot, also over `remove_all_adapters`.
         placer: makes the host form of an adapter for this model.
+        rows: which rows of a step belong to which request.
     """
 
     def __init__(self, *args: Any, lora_config: Any, vllm_config: Any, **kwargs: Any) -> None:
@@ -63,6 +66,8 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         self.pinned: set[int] = set()
         with building(router_rows, kernels):
             super().__init__(*args, lora_config=lora_config, vllm_config=vllm_config, **kwargs)
+        self.rows = Rows(self)
+        follow_rows(self.rows, self.modules)
         # What runs around a block's linears loops over the step's adapters: no graph can hold it.
         self.blocks = {} if self.graphs else wrap_blocks(self.model, self.modules)
         self.placer = Placer(

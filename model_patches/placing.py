@@ -66,7 +66,8 @@ class Placer:
             renamed: its layers already have vLLM's names.
         Raises:
             AdapterError: a layer is unknown, a shape differs, a rank or a router is too large, a
-                value is too large for the slots, or the model's MLP blocks cannot hold experts.
+                value is too large for the slots, the model's MLP blocks cannot hold experts, or
+                gates stand where none are computed.
         """
         every = (*adapter.modules, *_block_layers(adapter))
         name_of = {n: n if renamed else self._vllm_name(n) for n in every}
@@ -101,7 +102,7 @@ class Placer:
             if isinstance(layer, RoutedLinear):
                 sites[layer_name] = _site(layer, modules)
             else:
-                stock[layer_name] = _stock(layer, modules)
+                stock[layer_name] = _stock(names[layer_name][0], layer, modules)
         for name, block in adapter.blocks.items():
             first = f"{name}.{min(block.parts)}"
             if first not in away:
@@ -148,11 +149,18 @@ def _site(layer: RoutedLinear, modules: Sequence[RoutedModule | None]) -> tuple[
 
 
 def _stock(
-    layer: BaseLayerWithLoRA, modules: Sequence[RoutedModule | None]
+    name: str, layer: BaseLayerWithLoRA, modules: Sequence[RoutedModule | None]
 ) -> tuple[list[Shape], Fill]:
     """An embedding, whose A the slot holds transposed, or the output matrix."""
     (part,) = modules
     assert part is not None
+    if part.gate.source != "none":  # its B A x would be added as it is
+        raise AdapterError(
+            "unsupported_feature", "the adapter has a gate at an embedding or output matrix, where"
+            " none is computed", seen=f"{name}: {part.gate.num_gates} gates",
+            limit="gates in linear layers and MLP blocks",
+            fix=f"train or export the adapter without {name}, or with a plain LoRA there",
+        )  # fmt: skip
     dtype = layer.lora_a_stacked.dtype
     embedding = part.kind == "embedding"
     a = part.a_RK.t() if embedding else part.a_RK
