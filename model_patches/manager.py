@@ -21,11 +21,11 @@ from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, Route
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
 from vllm_lora_ext.model_patches.backend import check_graphs, choose_kernels
+from vllm_lora_ext.model_patches.config import check_config, check_trace
 from vllm_lora_ext.model_patches.heap import keep_memory
 from vllm_lora_ext.model_patches.layers import RoutedLinear, building
 from vllm_lora_ext.model_patches.mlp import wrap_blocks
-from vllm_lora_ext.model_patches.trace import Recorder, check_settings
-from vllm_lora_ext.settings import LoraExtSettings
+from vllm_lora_ext.model_patches.trace import Recorder
 
 Placed = dict[str, list[RoutedModule | None]]
 
@@ -51,8 +51,7 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
     """Stock's LRU manager; only how an adapter gets into a slot, and out of it, is ours."""
 
     def __init__(self, *args: Any, lora_config: Any, vllm_config: Any, **kwargs: Any) -> None:
-        settings = LoraExtSettings.from_additional_config(vllm_config.additional_config)
-        _refuse_unsupported(vllm_config)
+        settings = check_config(vllm_config)
         self.router_rows = settings.router_rows(lora_config.max_lora_rank)
         self.base_name = vllm_config.model_config.model
         device_type = vllm_config.device_config.device_type
@@ -69,7 +68,7 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         # What runs around a block's linears loops over the step's adapters: no graph can hold it.
         self.blocks = {} if self.graphs else wrap_blocks(self.model, self.modules)
         if settings.trace:
-            check_settings(vllm_config, self.graphs)
+            check_trace(vllm_config, self.graphs)
             self.recorder = Recorder(self)
 
     def model_of(self, lora_model_id: int, adapter: RoutedAdapter) -> RoutedLoRAModel:
@@ -229,17 +228,6 @@ def _own_shapes(adapter: RoutedAdapter, names: set[str]) -> dict[str, tuple[int,
         first = (f"{block}.{n}" for n in ("gate_proj", "up_proj", "gate_up_proj", "fc1"))
         shapes |= {n: (width, 0) for n in first if n in names and n not in shapes}
     return shapes
-
-
-def _refuse_unsupported(vllm_config: Any) -> None:
-    if vllm_config.lora_config.fully_sharded_loras:
-        raise AdapterError(
-            "bad_settings",
-            "fully_sharded_loras is not supported with routed adapters",
-            seen=True,
-            limit=False,
-            fix="start without --fully-sharded-loras; row-parallel layers already shard B",
-        )
 
 
 def _selfcheck(device: torch.device, lora_config: Any, router_rows: int) -> str | None:

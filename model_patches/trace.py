@@ -190,24 +190,6 @@ def _gates(u_TR: torch.Tensor, part: SlicePlan) -> torch.Tensor:
     return expert_gates(part.gate, u_TG, part.bias_G, head_T)
 
 
-def check_settings(vllm_config: Any, graphs: bool) -> None:
-    """Raises AdapterError `bad_settings` where an engine cannot keep traces."""
-    for seen, limit, fix in (
-        (graphs, "an engine without CUDA graphs, which do not run the recorder",
-         "start with --enforce-eager"),
-        (vllm_config.speculative_config is not None, "an engine without speculative decoding",
-         "start without it"),
-        (getattr(vllm_config.lora_config, "enable_tower_connector_lora", False),
-         "an engine whose LoRA is on the language model only",
-         "start without --enable-tower-connector-lora"),
-    ):  # fmt: skip
-        if seen:
-            raise AdapterError(
-                "bad_settings", "the setting trace is true, and this engine cannot keep traces",
-                limit=limit, fix=f"{fix}, or leave the setting trace out",
-            )  # fmt: skip
-
-
 def _recorder_of(runner: Any) -> Recorder | None:
     manager = getattr(getattr(runner, "lora_manager", None), "_adapter_manager", None)
     return getattr(manager, "recorder", None)

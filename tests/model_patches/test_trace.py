@@ -24,7 +24,8 @@ from vllm_lora_ext.kernels.gated_lora import (
 from vllm_lora_ext.model_patches import trace
 from vllm_lora_ext.model_patches.layers import RoutedLinear
 from vllm_lora_ext.model_patches.refused import RefusedRequest
-from vllm_lora_ext.model_patches.trace import Recorder, check_settings
+from vllm_lora_ext.model_patches.config import check_trace
+from vllm_lora_ext.model_patches.trace import Recorder
 from vllm_lora_ext.model_patches.trace_http import _mark
 from vllm_lora_ext.trace.gates import slice_gates
 
@@ -185,13 +186,13 @@ def test_slices_have_the_files_names() -> None:
 def test_engines_that_keep_no_traces(graphs: bool, spec: Any, tower: bool) -> None:
     lora = SimpleNamespace(enable_tower_connector_lora=tower)
     with pytest.raises(AdapterError) as caught:
-        check_settings(SimpleNamespace(speculative_config=spec, lora_config=lora), graphs)
+        check_trace(SimpleNamespace(speculative_config=spec, lora_config=lora), graphs)
     assert caught.value.code == "bad_settings"
 
 
 def test_an_engine_that_keeps_traces() -> None:
     lora = SimpleNamespace(enable_tower_connector_lora=False)
-    check_settings(SimpleNamespace(speculative_config=None, lora_config=lora), False)
+    check_trace(SimpleNamespace(speculative_config=None, lora_config=lora), False)
 
 
 def test_a_request_is_marked_or_refused_as_the_clients_fault() -> None:
