@@ -30,11 +30,11 @@ class MixedActivation(nn.Module):
 
     def __init__(self, act: nn.Module, block: BlockSite) -> None:
         super().__init__()
-        self.act, self.block_id = act, register_block(block)
+        self.act, self.handle = act, register_block(block)
 
     def forward(self, gate_up: torch.Tensor) -> torch.Tensor:
         a = self.act(gate_up)
-        mix_act_(a.view(-1, a.shape[-1]), gate_up.view(-1, gate_up.shape[-1]), self.block_id)
+        mix_act_(a.view(-1, a.shape[-1]), gate_up.view(-1, gate_up.shape[-1]), self.handle)
         return a
 
 
