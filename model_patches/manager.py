@@ -23,7 +23,7 @@ from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
 from vllm_lora_ext.model_patches.backend import check_graphs, choose_kernels
 from vllm_lora_ext.model_patches.heap import keep_memory
 from vllm_lora_ext.model_patches.layers import RoutedLinear, building
-from vllm_lora_ext.model_patches.mlp import wrap_blocks
+from vllm_lora_ext.model_patches.mlp import share_scratch, wrap_blocks
 from vllm_lora_ext.model_patches.trace import Recorder, check_settings
 from vllm_lora_ext.settings import LoraExtSettings
 
@@ -66,8 +66,8 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
             keep_memory()
         with building(self.router_rows, kernels):
             super().__init__(*args, lora_config=lora_config, vllm_config=vllm_config, **kwargs)
-        # What runs around a block's linears loops over the step's adapters: no graph can hold it.
-        self.blocks = {} if self.graphs else wrap_blocks(self.model, self.modules)
+        self.blocks = wrap_blocks(self.model, self.modules)
+        share_scratch(self.blocks.values(), vllm_config.model_config.dtype)
         if settings.trace:
             check_settings(vllm_config, self.graphs)
             self.recorder = Recorder(self)
@@ -95,7 +95,7 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         for name, block in adapter.blocks.items():
             first = f"{name}.{min(block.parts)}"
             if first not in away:
-                blocks[self._block(name, name_of[first].rpartition(".")[0])] = block
+                blocks[self._block(name, name_of[first].rpartition(".")[0], block)] = block
         return RoutedLoRAModel(lora_model_id, adapter, self._place(module_of), blocks)
 
     def _place(self, module_of: dict[str, RoutedModule]) -> Placed:
@@ -106,19 +106,20 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
                 placed[layer_name] = parts
         return placed
 
-    def _block(self, name: str, vllm_name: str) -> str:
-        if self.graphs:
-            raise AdapterError(
-                "unsupported_feature", "the adapter's experts are whole MLP blocks, whose kernels"
-                " are not part of the captured CUDA graphs", seen=name,
-                limit="an engine without CUDA graphs", fix="start with --enforce-eager",
-            )  # fmt: skip
+    def _block(self, name: str, vllm_name: str, block: MixBlock) -> str:
         if vllm_name not in self.blocks:
             raise AdapterError(
                 "unsupported_feature", f"the adapter's experts are whole MLP blocks, and {name} is"
                 " no block that can hold them", seen=type(self.model).__name__,
                 limit="blocks that do first linear, activation, second linear and nothing else",
                 fix="serve it with the model it was trained on",
+            )  # fmt: skip
+        if self.graphs and not self.blocks[vllm_name].on_kernel(block):
+            raise AdapterError(
+                "unsupported_feature", "the experts of this MLP block take the PyTorch path, which"
+                " CUDA graphs cannot hold", seen=name,
+                limit="activations that the kernel knows, and weights that sum to one where the"
+                " second linear has a bias", fix="start with --enforce-eager",
             )  # fmt: skip
         return vllm_name
 
