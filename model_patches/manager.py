@@ -22,7 +22,7 @@ from vllm_lora_ext.model_patches.config import check_config, check_trace
 from vllm_lora_ext.model_patches.heap import keep_memory
 from vllm_lora_ext.model_patches.layers import RoutedLinear, building
 from vllm_lora_ext.model_patches.logits import follow_rows
-from vllm_lora_ext.model_patches.mlp import wrap_blocks
+from vllm_lora_ext.model_patches.mlp import share_scratch, wrap_blocks
 from vllm_lora_ext.model_patches.placing import Placer
 from vllm_lora_ext.model_patches.residency import HostAdapter
 from vllm_lora_ext.model_patches.rows import Rows
@@ -67,12 +67,12 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
             super().__init__(*args, lora_config=lora_config, vllm_config=vllm_config, **kwargs)
         self.rows = Rows(self)
         follow_rows(self.rows, self.modules)
-        # What runs around a block's linears loops over the step's adapters: no graph can hold it.
-        self.blocks = {} if self.graphs else wrap_blocks(self.model, self.modules)
+        self.blocks = wrap_blocks(self.model, self.modules)
+        share_scratch(self.blocks.values(), vllm_config.model_config.dtype)
         self.placer = Placer(
-            self.model, self.modules, self.packed_modules, None if self.graphs else self.blocks,
+            self.model, self.modules, self.packed_modules, self.blocks,
             lora_config.max_lora_rank, router_rows, lora_config.lora_dtype, self.base_name,
-            pinned=device_type == "cuda" and PIN_MEMORY,
+            pinned=device_type == "cuda" and PIN_MEMORY, graphs=self.graphs,
         )  # fmt: skip
         if settings.trace:
             check_trace(vllm_config, self.graphs)

@@ -28,10 +28,11 @@ class Placer:
     Args:
         model: the model, its layers wrapped.
         modules: name → LoRA layer; packed: name of a fused layer → names of its slices.
-        blocks: name → MLP block that can hold experts; None: no block of this engine can.
+        blocks: name → MLP block that can hold experts.
         max_rank, router_rows: what a slot holds.
         dtype: of the engine's LoRA weights; base_name: the served model.
         pinned: whether host copies are page-locked.
+        graphs: whether the engine captures CUDA graphs.
     """
 
     def __init__(
@@ -39,17 +40,19 @@ class Placer:
         model: torch.nn.Module,
         modules: Mapping[str, BaseLayerWithLoRA],
         packed: Mapping[str, list[str]],
-        blocks: Mapping[str, Block] | None,
+        blocks: Mapping[str, Block],
         max_rank: int,
         router_rows: int,
         dtype: torch.dtype,
         base_name: str,
         pinned: bool,
+        graphs: bool,
     ) -> None:
         self._model_name = type(model).__name__
         self._modules, self._packed, self._blocks = modules, packed, blocks
         self._max_rank, self._router_rows = max_rank, router_rows
         self._dtype, self._base_name, self._pinned = dtype, base_name, pinned
+        self._graphs = graphs
         mapper = getattr(model, "hf_to_vllm_mapper", None)
         self._mapper = mapper and mapper.get_rename_mapper()
         # Prefixes of the layers that live on another pipeline rank.
@@ -108,7 +111,7 @@ class Placer:
             if first not in away:
                 block_name = name_of[first].rpartition(".")[0]
                 names[block_name] = (name,)
-                blocks[block_name] = _block(self._block(name, block_name), block)
+                blocks[block_name] = _block(self._block(name, block_name, block), block)
         kinds = (sites, stock, blocks)
         groups = [shapes for kind in kinds for shapes, _ in kind.values()]
         buffer, views = flat_views(groups, self._pinned)
@@ -120,13 +123,7 @@ class Placer:
             sites=packed[0], stock=packed[1], blocks=packed[2],
         )  # fmt: skip
 
-    def _block(self, name: str, vllm_name: str) -> Block:
-        if self._blocks is None:
-            raise AdapterError(
-                "unsupported_feature", "the adapter's experts are whole MLP blocks, whose kernels"
-                " are not part of the captured CUDA graphs", seen=name,
-                limit="an engine without CUDA graphs", fix="start with --enforce-eager",
-            )  # fmt: skip
+    def _block(self, name: str, vllm_name: str, experts: MixBlock) -> Block:
         if vllm_name not in self._blocks:
             raise AdapterError(
                 "unsupported_feature", f"the adapter's experts are whole MLP blocks, and {name} is"
@@ -134,7 +131,15 @@ class Placer:
                 limit="blocks that do first linear, activation, second linear and nothing else",
                 fix="serve it with the model it was trained on",
             )  # fmt: skip
-        return self._blocks[vllm_name]
+        block = self._blocks[vllm_name]
+        if self._graphs and not block.on_kernel(experts):
+            raise AdapterError(
+                "unsupported_feature", "the experts of this MLP block take the PyTorch path, which"
+                " CUDA graphs cannot hold", seen=name,
+                limit="activations that the kernel knows, and weights that sum to one where the"
+                " second linear has a bias", fix="start with --enforce-eager",
+            )  # fmt: skip
+        return block
 
     def _vllm_name(self, module: str) -> str:
         if module not in self._vllm_names:
