@@ -89,6 +89,7 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
             self.lora_config.max_lora_rank,
             self.router_rows,
             self.base_name,
+            layers=shapes,
         )
         module_of = {name_of[n]: m for n, m in adapter.modules.items() if n not in away}
         blocks = {}

@@ -28,7 +28,8 @@ def make(folder: Path, base: torch.nn.Module, **lora: Any) -> torch.Tensor:
     generator = torch.Generator().manual_seed(1)
     for name, weight in model.named_parameters():
         if "lora_" in name:
-            weight.data = torch.randn(weight.shape, generator=generator) * STRENGTH
+            # In place: tied matrices stay tied.
+            weight.data.copy_(torch.randn(weight.shape, generator=generator) * STRENGTH)
     want = model(IDS).logits
     model.save_pretrained(folder)
     return want
