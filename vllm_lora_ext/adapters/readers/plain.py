@@ -139,5 +139,6 @@ READER = Reader(
         "rank_pattern and alpha_pattern change r and alpha of single layers, and are honoured.",
         "DoRA, trained biases, modules_to_save and adapters that changed the base weights when "
         "training began (PiSSA, OLoRA, CorDA, LoftQ) are refused by name.",
+        "target_modules and its kin choose layers for training; the tensors say which they are.",
     ),
 )
