@@ -50,8 +50,8 @@ format: $(READY) ## let ruff mend what it can
 docs: $(READY) ## write the pages of systems and README's table from the readers
 	$(BIN)/python scripts/system_pages.py
 
-check-vllm: $(READY) ## do the patches fit another vLLM? make check-vllm VERSION=0.33.0
-	$(BIN)/vllm-lora-ext check-vllm $(VERSION)
+check-vllm: $(READY) ## do the patches fit a vLLM? VERSION=0.33.0, empty: the installed; RECORD=1: write it down
+	$(BIN)/vllm-lora-ext check-vllm $(VERSION) $(if $(RECORD),--record)
 
 bench-kernels: $(READY) ## GPU kernels: ratios to stock and to the floors
 	$(BIN)/python benchmarks/kernels/bench_gated_lora.py

@@ -23,5 +23,8 @@ packages, package_dir = _packages()
 setup(
     packages=packages,
     package_dir=package_dir,
-    package_data={"vllm_lora_ext.kernels.gated_lora": ["*.cpp", "*.h"]},  # built at first use
+    package_data={
+        "vllm_lora_ext.kernels.gated_lora.backends.native": ["*.cpp", "*.h"],  # built at first use
+        "vllm_lora_ext.model_patches": ["targets.json"],
+    },
 )

@@ -85,7 +85,9 @@ def ask(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
 
 def watch(worker: Any) -> None:
     """In a rank: from now on keep the sums that enter every gate, and what leaves it."""
-    from vllm_lora_ext.kernels.gated_lora import Site, cpu, cpu_native
+    from vllm_lora_ext.kernels.gated_lora import Site
+    from vllm_lora_ext.kernels.gated_lora.backends import eager
+    from vllm_lora_ext.kernels.gated_lora.backends.native import tables as cpu_native
 
     # The compiled path decides on the same sums; only the PyTorch path can be looked into.
     cpu_native.tables = lambda *_: None  # type: ignore[assignment]
@@ -100,7 +102,7 @@ def watch(worker: Any) -> None:
         for plan in getattr(getattr(layer, "site", None), "plans", ())
         if plan is not None
     }
-    gate, shrink = cpu._gate_, cpu.shrink
+    gate, shrink = eager._gate_, eager.shrink
 
     def watched_gate(h_TR: torch.Tensor, plan: Any) -> None:
         name = of_plan[id(plan)]
@@ -113,7 +115,7 @@ def watch(worker: Any) -> None:
         _seen.append((names[id(site)], "partial", u_TR.clone()))
         return u_TR
 
-    cpu._gate_, cpu.shrink = watched_gate, watched_shrink
+    eager._gate_, eager.shrink = watched_gate, watched_shrink
 
 
 def seen(worker: Any) -> list[tuple[str, str, Any]]:

@@ -74,7 +74,7 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
             max_loras, self.input_size, sizes, rank, _router_rows.get(),
             lora_config.lora_dtype, self.device, y_start, _triton.get(),
         )  # fmt: skip
-        self.site_id = register_site(self.site)
+        self.handle = register_site(self.site)
         # Only the shapes and dtypes of these are read (`create_dummy_lora`): no memory behind.
         stub = {"dtype": lora_config.lora_dtype, "device": "meta"}
         self.lora_a_stacked = tuple(
@@ -173,10 +173,10 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
     def _apply_lora_to_output(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         y_TN, x_TK = output.view(-1, output.shape[-1]), x.reshape(-1, x.shape[-1])
         if self.reduces:
-            u_TR = tensor_model_parallel_all_reduce(shrink(x_TK, self.site_id, self.site.num_rows))
-            gate_expand_(y_TN, u_TR, self.site_id)
+            u_TR = tensor_model_parallel_all_reduce(shrink(x_TK, self.handle, self.site.num_rows))
+            gate_expand_(y_TN, u_TR, self.handle)
         else:
-            gated_lora_(y_TN, x_TK, self.site_id)
+            gated_lora_(y_TN, x_TK, self.handle)
         return output
 
     def _apply_async_impl(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -189,15 +189,15 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
 
         def first() -> torch.Tensor | None:
             if self.reduces:
-                return shrink(x_TK, self.site_id, self.site.num_rows)
-            return begin(x_TK, self.site_id)
+                return shrink(x_TK, self.handle, self.site.num_rows)
+            return begin(x_TK, self.site)
 
         output, u = maybe_execute_in_parallel(base, first, *self._events, self._lora_stream)
         y_TN = output.view(-1, output.shape[-1])
         if self.reduces:
-            gate_expand_(y_TN, tensor_model_parallel_all_reduce(u), self.site_id)
+            gate_expand_(y_TN, tensor_model_parallel_all_reduce(u), self.handle)
         else:
-            finish_(y_TN, x_TK, u, self.site_id)
+            finish_(y_TN, x_TK, u, self.site)
         return output
 
 
@@ -208,7 +208,7 @@ class CPUEmbedding(VocabParallelEmbeddingWithLoRA):
     def create_lora_weights(self, max_loras, lora_config, model_config=None) -> None:  # type: ignore[no-untyped-def]
         super().create_lora_weights(max_loras, lora_config, model_config)
         self.site = EmbeddingSite(self.lora_a_stacked, self.lora_b_stacked[:, 0], None)  # type: ignore[arg-type]
-        self.site_id = register_site(self.site)
+        self.handle = register_site(self.site)
 
     def set_mapping(self, punica_wrapper) -> None:  # type: ignore[no-untyped-def]
         super().set_mapping(punica_wrapper)
@@ -225,7 +225,7 @@ class CPUEmbedding(VocabParallelEmbeddingWithLoRA):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         output = self.base_layer.forward(x)
-        embedding_lora_(output.view(-1, output.shape[-1]), x.reshape(-1), self.site_id)
+        embedding_lora_(output.view(-1, output.shape[-1]), x.reshape(-1), self.handle)
         return output
 
 

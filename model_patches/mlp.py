@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -21,8 +21,11 @@ from torch import nn
 
 from vllm_lora_ext.adapters.blocks import activation
 from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedModule
+from vllm_lora_ext.kernels.gated_lora.site import Shape
 from vllm_lora_ext.kernels.mix_mlp import BlockSite, mix_act_, register_block
+from vllm_lora_ext.kernels.mix_mlp.block import PackedBlock
 from vllm_lora_ext.model_patches.layers import RoutedLinear
+from vllm_lora_ext.routing import GatedSlice
 
 
 class MixedActivation(nn.Module):
@@ -30,11 +33,11 @@ class MixedActivation(nn.Module):
 
     def __init__(self, act: nn.Module, block: BlockSite) -> None:
         super().__init__()
-        self.act, self.block_id = act, register_block(block)
+        self.act, self.handle = act, register_block(block)
 
     def forward(self, gate_up: torch.Tensor) -> torch.Tensor:
         a = self.act(gate_up)
-        mix_act_(a.view(-1, a.shape[-1]), gate_up.view(-1, gate_up.shape[-1]), self.block_id)
+        mix_act_(a.view(-1, a.shape[-1]), gate_up.view(-1, gate_up.shape[-1]), self.handle)
         return a
 
 
@@ -47,24 +50,31 @@ class Block:
     site: BlockSite
     gated: bool
 
-    def load(self, slot: int, block: MixBlock) -> None:
-        """Puts an adapter's experts into a slot. Raises ValueError when they do not fit."""
+    def shapes(self, experts: MixBlock) -> list[Shape]:
+        """Shapes and dtypes of the tensors that `pack` fills. Raises ValueError when the experts
+        do not fit."""
+        return self.site.shapes(*self._parts(experts))
+
+    def pack(self, experts: MixBlock, out: Sequence[torch.Tensor]) -> PackedBlock:
+        """An adapter's experts as a slot holds them, in the tensors of `out`."""
+        first, last = self._parts(experts)
+        act = None if experts.act is None else self._activation(experts.act)
+        return self.site.pack(experts.gate, first, last, act, experts.act, out)
+
+    def _parts(self, experts: MixBlock) -> tuple[list[GatedSlice], GatedSlice | None]:
+        """This rank's parts of the first linear, the router with the first one, and of the last."""
         hidden, sizes = self.first.full_sizes()
         up_first = dict(zip(self._first_names(), sizes, strict=True))
-        parts = dict(block.parts)
+        parts = dict(experts.parts)
         if self.first.n_slices == 2:
             parts |= _split(parts.get("gate_up_proj"), sizes)
         first = [_part(parts.get(name), hidden, size) for name, size in up_first.items()]
-        first[0] = RoutedModule(first[0].a_RK, first[0].b_NR, block.gate, block.router_GK)
+        first[0] = RoutedModule(first[0].a_RK, first[0].b_NR, experts.gate, experts.router_GK)
         down = parts.get("down_proj" if self.gated else "fc2")
         last = None if down is None else RoutedModule(down.a_RK, down.b_NR)
-        self.site.write(
-            slot,
-            block.gate,
+        return (
             [m for m in self.first.sharded(first) if m is not None],
             last and self.last.sharded([last])[0],
-            None if block.act is None else self._activation(block.act),
-            block.act,
         )
 
     def _first_names(self) -> tuple[str, ...]:

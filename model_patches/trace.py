@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
-from vllm_lora_ext.adapters.model import MixBlock, RoutedModule
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora import Site
 from vllm_lora_ext.kernels.gated_lora.site import SlicePlan
 from vllm_lora_ext.model_patches.layers import RoutedLinear
+from vllm_lora_ext.model_patches.residency import HostAdapter
 from vllm_lora_ext.routing.mix import expert_weights
 from vllm_lora_ext.trace.fetch import RPC, wanted
 from vllm_lora_ext.trace.gates import expert_gates
@@ -35,8 +35,7 @@ _V2_RUNNER = "vllm.v1.worker.gpu.model_runner"
 class Span:
     """Rows `start:stop` of a step: positions `at`, `at + 1`, ... of one traced request.
 
-    `slot` is -1, and `model` None, for a request to the base model. `names` is what the adapter's
-    files call each of its parts, by the part's id: vLLM's names may differ.
+    `slot` is -1, and `host` None, for a request to the base model.
     """
 
     key: str
@@ -44,8 +43,7 @@ class Span:
     stop: int
     at: int
     slot: int
-    model: Any
-    names: dict[int, str]
+    host: HostAdapter | None
 
 
 class Recorder:
@@ -110,17 +108,17 @@ class Recorder:
 
     def _span(self, key: str, start: int, stop: int) -> Span:
         lora_id, slot = self._lora_of[key], -1
-        model: Any = None
+        host: HostAdapter | None = None
         if lora_id:
             slot = self._manager.lora_index_to_id.index(lora_id)
-            model = self._manager.list_adapters()[lora_id]
+            host = self._manager.list_adapters()[lora_id].host
         new = self._new.pop(key, None)
         if new is not None:
             self.store.start(
-                key, new.prompt_token_ids or [], new.lora_request.lora_name if model else "",
-                model.adapter.system if model else "", self._manager.base_name,
+                key, new.prompt_token_ids or [], new.lora_request.lora_name if host else "",
+                host.system if host else "", self._manager.base_name,
             )  # fmt: skip
-        return Span(key, start, stop, self._at[key], slot, model, _names(model))
+        return Span(key, start, stop, self._at[key], slot, host)
 
     def _watch(self, site: Site, reduces: bool, keep: Callable[..., None]) -> None:
         """Calls `keep(span, x, u)` after the site's op, after what is called there already."""
@@ -146,20 +144,20 @@ class Recorder:
     ) -> None:
         site = self._manager.modules[layer].site
         plan = site.plans[span.slot] if span.slot >= 0 else None
-        if plan is None or plan.plain:
+        if plan is None or plan.plain or span.host is None:
             return
         if u_TR is None:
             assert x_TK is not None
             u_TR = plan.shrink(x_TK)
-        for name, part in zip(_slice_names(layer, span), plan.slices, strict=False):
+        for name, part in zip(span.host.names[layer], plan.slices, strict=False):
             if part.gate.source != "none":
                 self._put(span, name, _gates(u_TR, part))
 
     def _keep_block(self, block: str, span: Span, x_TK: torch.Tensor, _u: None) -> None:
-        found: MixBlock | None = span.model and span.model.blocks.get(block)
-        if found is not None:
-            router_GK = found.router_GK.to(x_TK.device, torch.float32)
-            name = span.names[id(found)]
+        found = None if span.host is None else span.host.blocks.get(block)
+        if span.host is not None and found is not None:
+            router_GK = found.first.router_GK.to(x_TK.device)
+            (name,) = span.host.names[block]
             self._put(span, name, expert_weights(found.gate, x_TK.float() @ router_GK.t()))
 
     def _put(self, span: Span, module: str, gates_TE: torch.Tensor) -> None:
@@ -169,18 +167,6 @@ class Recorder:
         ids_T: Any = kwargs.get("input_ids", args[0] if args else None)
         for span in self.spans if ids_T is not None else ():
             self.store.put_ids(span.key, span.at, ids_T[span.start : span.stop].cpu().clone())
-
-
-def _names(model: Any) -> dict[int, str]:
-    if model is None:
-        return {}
-    owners: dict[str, RoutedModule | MixBlock] = {**model.adapter.modules, **model.adapter.blocks}
-    return {id(owner): name for name, owner in owners.items()}
-
-
-def _slice_names(layer: str, span: Span) -> list[str]:
-    """Of the adapter's parts at a layer; one that lies over a whole fused layer comes once."""
-    return [span.names[id(part)] for part in span.model.placed[layer] if part is not None]
 
 
 def _gates(u_TR: torch.Tensor, part: SlicePlan) -> torch.Tensor:

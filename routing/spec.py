@@ -130,9 +130,13 @@ class GateSpec:
 
     @property
     def router_rows(self) -> int:
-        """Rows the gate adds to A in the shrink: the router's, and one for a threshold head."""
-        own = self.num_gates if self.source in ("router", "prototype") else 0
-        return own + int(self.threshold_head)
+        """Rows of the router, which the shrink computes like more rows of A."""
+        return self.num_gates if self.source in ("router", "prototype") else 0
+
+    @property
+    def head_rows(self) -> int:
+        """1 for a learned threshold, whose row comes after the router's and has its own place."""
+        return int(self.threshold_head)
 
     def to_dict(self) -> dict[str, Any]:
         """The fields that differ from their defaults, JSON-ready."""

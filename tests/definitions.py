@@ -420,7 +420,7 @@ def _native_choice(key: list[float], gate: dict[str, Any], threshold: float) -> 
         case "top_p":
             chosen, total = [], 0.0
             for i in largest(key, len(key)):
-                if total >= gate["top_p"]:
+                if total >= gate.get("top_p", 1.0):
                     break
                 chosen.append(i)
                 total += key[i]

@@ -45,7 +45,7 @@ def assert_serves(
 ) -> None:
     """What `load_adapter` makes of the folder gives `want`, and moves the base model."""
     adapter = load_adapter(folder, **options)
-    check_fits(adapter, model_shapes(base))
+    check_fits(adapter, model_shapes(base), torch.float32)
     plain = base(IDS).logits
     with apply_adapter(base, adapter):
         got = base(IDS).logits

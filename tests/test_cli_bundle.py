@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from vllm_lora_ext import bundle as bundle_module
+from vllm_lora_ext import convert as convert_module
 from vllm_lora_ext.adapters import load_adapter
 from vllm_lora_ext.adapters.hf import apply_adapter, delta_reference
 from vllm_lora_ext.bundle import Uniform, bundle, lacking, read_expert, read_router, write_bundle
@@ -506,7 +507,7 @@ def test_what_is_there_is_kept(experts: Any, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["in", "out", "out.old"]
 
 
-@pytest.mark.parametrize("step", ["write_native", "_check_copy", "_put_in_place"])
+@pytest.mark.parametrize("step", ["fill_native", "_check_copy", "write_record"])
 def test_a_failure_leaves_everything_as_it_was(
     step: str, experts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -517,7 +518,8 @@ def test_a_failure_leaves_everything_as_it_was(
     def broken(*_: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(bundle_module, step, broken)
+    module = bundle_module if step == "write_record" else convert_module
+    monkeypatch.setattr(module, step, broken)
     with pytest.raises(AdapterError, match="No space left") as caught:
         write_bundle(made, tmp_path / "out", {}, list(experts.values()))
     assert caught.value.code == "output_failed"

@@ -19,9 +19,11 @@ from typer.testing import CliRunner
 from vllm_lora_ext import convert as convert_module
 from vllm_lora_ext.adapters import Limits, load_adapter, write_native
 from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
+from vllm_lora_ext.adapters.readers.native import fill_native
 from vllm_lora_ext.cli import app
 from vllm_lora_ext.convert import RECORD, convert, differing
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.kernels.gated_lora import Site
 from vllm_lora_ext.routing import GateSpec
 from vllm_lora_ext.summary import adapter_bytes, slot_bytes, summarise
 from vllm_lora_ext.unpickle import copy_as_safetensors
@@ -222,7 +224,7 @@ def test_a_file_and_the_source_itself_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("there", [False, True])
-@pytest.mark.parametrize("step", ["write_native", "_check_copy", "_put_in_place"])
+@pytest.mark.parametrize("step", ["fill_native", "_check_copy", "write_record"])
 def test_a_failure_leaves_everything_as_it_was(
     step: str, there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,13 +243,12 @@ def test_a_failure_leaves_everything_as_it_was(
 
 
 def test_a_copy_that_differs_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong(adapter: RoutedAdapter, folder: Path, dtype: Any) -> Path:
+    def wrong(folder: Path, adapter: RoutedAdapter, dtype: Any) -> None:
         next(iter(adapter.modules.values())).a_RK[0, 0] += 1.0
-        done = write_native(adapter, folder, dtype)
+        fill_native(folder, adapter, dtype)
         next(iter(adapter.modules.values())).a_RK[0, 0] -= 1.0
-        return done
 
-    monkeypatch.setattr(convert_module, "write_native", wrong)
+    monkeypatch.setattr(convert_module, "fill_native", wrong)
     with pytest.raises(AdapterError) as caught:
         convert(good("plain-a"), tmp_path / "out")
     assert caught.value.code == "output_failed"
@@ -452,18 +453,46 @@ def test_inspect_counts_what_is_there(name: str) -> None:
 def test_memory_counts_blocks_and_a_shared_a_once() -> None:
     router = GateSpec(source="router", blocks=(2, 2, 2), score="softmax")
     shared = RoutedModule(torch.ones(2, 10), torch.ones(7, 6), router, torch.ones(3, 10))
-    assert adapter_bytes([shared]) == 2 * (2 * 10 + 7 * 6 + 3 * 10)
     parts = {"up_proj": LowRank(torch.ones(6, 10), torch.ones(14, 6)),
              "down_proj": LowRank(torch.ones(6, 14), torch.ones(10, 6))}  # fmt: skip
     block = MixBlock(router, torch.ones(3, 10), parts)
-    assert adapter_bytes([block]) == 2 * (3 * 10 + 2 * (6 * 10 + 6 * 14))
-    assert slot_bytes([shared], 8, 4) == 2 * ((8 + 5) * 10 + 8 * 7)
-    assert slot_bytes([block], 8, 4) == 2 * ((8 + 5) * (10 + 14) + 8 * (14 + 10))
-    found = summarise(RoutedAdapter({"m.up": shared}, "x", blocks={"model.layers.0.mlp": block}))
+    one = RoutedAdapter({"m.up": shared}, "x")
+    both = RoutedAdapter({"m.up": shared}, "x", blocks={"model.layers.0.mlp": block})
+    assert adapter_bytes(one) == 2 * (2 * 10 + 7 * 6) + 4 * 3 * 10
+    assert adapter_bytes(both) - adapter_bytes(one) == 4 * 3 * 10 + 2 * 2 * (6 * 10 + 6 * 14)
+    assert slot_bytes(one, 8, 4, on_cpu=True) == 4 * ((8 + 5) * 10 + 8 * 7)
+    sites = [Site(1, k, (n,), 8, 4, torch.bfloat16, "cpu") for k, n in ((10, 14), (14, 10))]
+    more = sum(t.nbytes for s in sites for t in (s.a_SRK, s.router_SGK, *s.bt_SRN))
+    assert slot_bytes(both, 8, 4, True) - slot_bytes(one, 8, 4, True) == more
+    found = summarise(both)
     assert (found["rank"], found["router_rows"]) == (6, 3)
     (group,) = found["blocks"]
     assert (group["experts"], group["ranks"], group["layers"]) == (3, [2], 1)
     assert found["modules"][0]["shared_a"]
+
+
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_the_memory_of_a_slot_is_what_is_allocated(on_cpu: bool) -> None:
+    """Linears have buffers of ours; the embedding and the output matrix those of vLLM."""
+    plain, wide = GateSpec(), GateSpec(source="router", blocks=(1,) * 20)
+    modules = {
+        "model.layers.0.up": RoutedModule(
+            torch.ones(20, 3000), torch.ones(2000, 20), wide, torch.ones(20, 3000)
+        ),
+        "lm_head": RoutedModule(torch.ones(4, 3000), torch.ones(5000, 4), plain),
+        "model.embed_tokens": RoutedModule(
+            torch.ones(4, 5000), torch.ones(3000, 4), plain, kind="embedding"
+        ),
+    }
+    found = summarise(RoutedAdapter(modules, "x"))
+    assert "--max-lora-rank 32" in found["flags"]
+    site = Site(1, 3000, (2000,), 32, 32, torch.bfloat16, "cpu", triton=not on_cpu)
+    ours = [site.a_SRK, site.router_SGK, *site.bt_SRN]
+    if site.tables is not None:
+        ours += [site.tables.ints_SI, site.tables.floats_SF]
+    theirs = 2 * 2 * 32 * (5000 + 3000)
+    seen = found["slot_mib_cpu" if on_cpu else "slot_mib"]
+    assert seen == round((sum(t.nbytes for t in ours) + theirs) / 2**20, 2)
 
 
 @pytest.mark.parametrize("command", ["systems", "inspect", "convert", "verify"])

@@ -61,7 +61,7 @@ def test_wheel_has_every_source_of_the_checkout(names: set[str]) -> None:
     for folder in MAPPED:
         expected |= {
             f"vllm_lora_ext/{path.relative_to(ROOT)}"
-            for pattern in ("*.py", "*.cpp", "*.h")
+            for pattern in ("*.py", "*.cpp", "*.h", "*.json")
             for path in (ROOT / folder).rglob(pattern)
         }
     assert expected - names == set()

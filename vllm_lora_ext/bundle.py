@@ -8,13 +8,9 @@ were trained over them), made of the experts themselves (`Arrow`) or constant (`
 
 from __future__ import annotations
 
-import json
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,20 +21,11 @@ from vllm_lora_ext.adapters import (
     RoutedAdapter,
     check_adapter,
     load_adapter,
-    write_native,
 )
-from vllm_lora_ext.adapters.folder import CONFIG, WEIGHTS
 from vllm_lora_ext.adapters.readers import plain
 from vllm_lora_ext.adapters.readers.peft_config import bad_value
 from vllm_lora_ext.adapters.registry import find_reader
-from vllm_lora_ext.convert import (
-    DTYPES,
-    RECORD,
-    _check_copy,
-    _check_place,
-    _check_range,
-    _put_in_place,
-)
+from vllm_lora_ext.convert import check_output, native_copy, write_record
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging.routed import one_base, same_sizes
 from vllm_lora_ext.merging.routers import Arrow, Given, Part, Router, Uniform, read_router
@@ -138,32 +125,9 @@ def write_bundle(
     Raises:
         AdapterError: `output_exists`, `output_failed`, `overflow`. `out` is then as it was.
     """
-    place = Path(os.path.realpath(out))
-    try:
-        for source in sources:
-            _check_place(Path(os.path.realpath(source)), place, force)
-        _check_range(adapter, dtype)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f".{place.name}.", suffix=".part", dir=place.parent
-        ) as scratch:
-            step("writing")
-            native = write_native(adapter, Path(scratch) / "native", DTYPES[dtype])
-            # safetensors writes for the owner only; a server may run as somebody else.
-            os.chmod(native / WEIGHTS[0], os.stat(native / CONFIG).st_mode)
-            step("reading back")
-            copy = load_adapter(native)
-            _check_copy(adapter, copy, dtype)
-            whole = {**record, "dtype": dtype, "out_digest": copy.digest}
-            text = json.dumps(whole | {"vllm_lora_ext": version("vllm-lora-ext")}, indent=2)
-            (native / RECORD).write_text(text + "\n", encoding="utf-8")
-            step("putting it in place")
-            _put_in_place(Path(scratch), place)
-    except OSError as error:
-        raise AdapterError(
-            "output_failed", f"the native adapter cannot be written: {error}",
-            fix="check the folder's permissions and the space left",
-        ) from error  # fmt: skip
+    place = check_output(out, sources, force)
+    with native_copy(adapter, place, dtype, force, step) as (native, copy):
+        write_record(native, {**record, "dtype": dtype, "out_digest": copy.digest})
     return replace(copy, source=os.fspath(out))
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 
-from vllm_lora_ext.adapters import RoutedAdapter, load_adapter, write_native
+from vllm_lora_ext.adapters import RoutedAdapter, load_adapter
+from vllm_lora_ext.adapters.checks import check_overflow
 from vllm_lora_ext.adapters.folder import CONFIG, WEIGHTS
-from vllm_lora_ext.adapters.model import LowRank, RoutedModule
+from vllm_lora_ext.adapters.limits import DTYPES
+from vllm_lora_ext.adapters.output import beside, check_place, new_folder
+from vllm_lora_ext.adapters.readers.native import fill_native
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.unpickle import copy_as_safetensors
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Says where a converted folder came from, and that it may be replaced by the next conversion.
 RECORD = "conversion.json"
 STEPS = 4
@@ -77,25 +79,74 @@ def convert(
         AdapterError: what reading the adapter raises; `output_exists`, `output_failed`,
             `overflow` (a value that dtype cannot hold). `out` is then as it was.
     """
-    place = Path(os.path.realpath(out))
-    try:
-        _check_place(Path(os.path.realpath(source)), place, force)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f".{place.name}.", suffix=".part", dir=place.parent
-        ) as scratch:
-            made = _make(Path(source), Path(scratch), settings or {}, dtype, allow_pickle, step)
-            made = Conversion(**{**made.as_dict(), "out": os.fspath(out)})
-            record = made.as_dict() | {"vllm_lora_ext": version("vllm-lora-ext")}
-            text = json.dumps(record, indent=2, default=str) + "\n"
-            (Path(scratch) / "native" / RECORD).write_text(text, encoding="utf-8")
-            _put_in_place(Path(scratch), place)
-    except OSError as error:
-        raise AdapterError(
-            "output_failed", f"the native adapter cannot be written: {error}",
-            fix="check the folder's permissions and the space left",
-        ) from error  # fmt: skip
+    place = check_output(out, [source], force)
+    step("reading")
+    folder, pickles = Path(source), []
+    with beside(place) if allow_pickle else nullcontext(folder) as scratch:
+        if allow_pickle:
+            folder = scratch / "safetensors"
+            pickles = copy_as_safetensors(source, folder)
+        adapter = load_adapter(folder, settings=settings)
+    with native_copy(adapter, place, dtype, force, step) as (native, copy):
+        before, after = tensors_of(adapter), tensors_of(copy)
+        made = Conversion(
+            source=os.fspath(source), out=os.fspath(out), system=adapter.system,
+            base_model=adapter.base_model, dtype=dtype, settings=dict(settings or {}),
+            pickles=pickles, layers=len(adapter.modules), blocks=len(adapter.blocks),
+            tensors=len(after), rank=adapter.rank,
+            rounding=max(((before[n] - after[n]).abs().max().item() for n in after), default=0.0),
+            digest=adapter.digest, out_digest=copy.digest,
+        )  # fmt: skip
+        write_record(native, made.as_dict())
     return made
+
+
+@contextmanager
+def native_copy(
+    adapter: RoutedAdapter, place: Path, dtype: str, force: bool, step: Callable[[str], None]
+) -> Iterator[tuple[Path, RoutedAdapter]]:
+    """The adapter written in the native format and read back, put in place afterwards.
+
+    Args: as `convert`; `place` of `check_output`.
+    Yields:
+        The folder, for `write_record`, and what was read back from it.
+    Raises:
+        AdapterError: `output_exists`, `output_failed`, `overflow`. `place` is then as it was.
+    """
+    check_overflow(adapter, DTYPES[dtype])
+    with new_folder(place, _is_ours, aside=force) as native:
+        step("writing")
+        fill_native(native, adapter, DTYPES[dtype])
+        step("reading back")
+        copy = load_adapter(native)
+        _check_copy(adapter, copy, dtype)
+        yield native, copy
+        step("putting it in place")
+
+
+def write_record(native: Path, record: Mapping[str, Any]) -> None:
+    """What the folder was made of; by it the next conversion knows that it may be replaced."""
+    whole = {**record, "vllm_lora_ext": version("vllm-lora-ext")}
+    (native / RECORD).write_text(json.dumps(whole, indent=2, default=str) + "\n", encoding="utf-8")
+
+
+def check_output(
+    out: str | os.PathLike[str], sources: Sequence[str | os.PathLike[str]], force: bool
+) -> Path:
+    """Where a native adapter is to go, links followed.
+
+    Raises:
+        AdapterError: `output_exists`, it is one of the sources or holds what must stay.
+    """
+    place = Path(os.path.realpath(out))
+    for source in (Path(os.path.realpath(source)) for source in sources):
+        if source == place or source in place.parents or place in source.parents:
+            raise AdapterError(
+                "output_exists", "the adapter cannot be written into its own folder",
+                seen=str(place), fix="name a folder beside it",
+            )  # fmt: skip
+    check_place(place, _is_ours, aside=force)
+    return place
 
 
 def differing(one: RoutedAdapter, other: RoutedAdapter) -> list[str]:
@@ -124,35 +175,6 @@ def tensors_of(adapter: RoutedAdapter) -> dict[str, torch.Tensor]:
     return found
 
 
-def _make(
-    source: Path, scratch: Path, settings: Mapping[str, Any], dtype: str, allow_pickle: bool,
-    step: Callable[[str], None],
-) -> Conversion:  # fmt: skip
-    step("reading")
-    folder, pickles = source, []
-    if allow_pickle:
-        folder = scratch / "safetensors"
-        pickles = copy_as_safetensors(source, folder)
-    adapter = load_adapter(folder, settings=settings)
-    _check_range(adapter, dtype)
-    step("writing")
-    native = write_native(adapter, scratch / "native", DTYPES[dtype])
-    # safetensors writes for the owner only; a server may run as somebody else.
-    os.chmod(native / WEIGHTS[0], os.stat(native / CONFIG).st_mode)
-    step("reading back")
-    copy = load_adapter(native)
-    _check_copy(adapter, copy, dtype)
-    step("putting it in place")
-    before, after = tensors_of(adapter), tensors_of(copy)
-    return Conversion(
-        source=os.fspath(source), out="", system=adapter.system, base_model=adapter.base_model,
-        dtype=dtype, settings=dict(settings), pickles=pickles, layers=len(adapter.modules),
-        blocks=len(adapter.blocks), tensors=len(after), rank=adapter.rank,
-        rounding=max(((before[n] - after[n]).abs().max().item() for n in after), default=0.0),
-        digest=adapter.digest, out_digest=copy.digest,
-    )  # fmt: skip
-
-
 def _check_copy(adapter: RoutedAdapter, copy: RoutedAdapter, dtype: str) -> None:
     """What was read back must be what was read, rounded once at most."""
     before, after = tensors_of(adapter), tensors_of(copy)
@@ -176,65 +198,7 @@ def _gates(adapter: RoutedAdapter) -> dict[str, tuple[object, ...]]:
     return gates | {name: (b.gate, b.act) for name, b in adapter.blocks.items()}
 
 
-def _check_range(adapter: RoutedAdapter, dtype: str) -> None:
-    limit = torch.finfo(DTYPES[dtype]).max
-    layers: dict[str, RoutedModule | LowRank] = dict(adapter.modules)
-    for name, block in adapter.blocks.items():
-        layers |= {f"{name}.{part}": low_rank for part, low_rank in block.parts.items()}
-    for name, layer in layers.items():
-        for what, tensor in (("A", layer.a_RK), ("B times its scale", layer.b_NR)):
-            if float(tensor.abs().max()) > limit:
-                raise AdapterError(
-                    "overflow", f"{what} of {name} has values too large for {dtype}",
-                    seen=float(tensor.abs().max()), limit=limit, fix="convert it to float32",
-                )  # fmt: skip
-
-
-def _check_place(source: Path, place: Path, force: bool) -> None:
-    if source == place or source in place.parents or place in source.parents:
-        raise AdapterError(
-            "output_exists", "the adapter cannot be converted into its own folder",
-            seen=str(place), fix="name a folder beside it",
-        )  # fmt: skip
-    if not os.path.lexists(place):
-        return
-    if not place.is_dir():
-        raise AdapterError(
-            "output_exists", "there is a file where the native adapter should go",
-            seen=str(place), fix="name another folder",
-        )  # fmt: skip
-    if not (_is_ours(place) or force):
-        raise AdapterError(
-            "output_exists", "the folder for the native adapter holds other things",
-            seen=sorted(os.listdir(place))[:4],
-            limit="a new or empty folder, or an earlier conversion",
-            fix="name another folder, or give --force, which puts this one aside",
-        )  # fmt: skip
-
-
 def _is_ours(place: Path) -> bool:
     """Empty, or an earlier conversion to which nobody added a file."""
     names = set(os.listdir(place))
     return not names or (RECORD in names and names <= {CONFIG, WEIGHTS[0], RECORD})
-
-
-def _put_in_place(scratch: Path, place: Path) -> None:
-    if not place.exists():
-        os.rename(scratch / "native", place)
-        return
-    aside = scratch / "earlier" if _is_ours(place) else _free_name(place)
-    os.rename(place, aside)
-    try:
-        os.rename(scratch / "native", place)
-    except OSError:
-        os.rename(aside, place)
-        raise
-
-
-def _free_name(place: Path) -> Path:
-    number = 1
-    while True:
-        name = f"{place.name}.old" + (str(number) if number > 1 else "")
-        if not os.path.lexists(place.with_name(name)):
-            return place.with_name(name)
-        number += 1

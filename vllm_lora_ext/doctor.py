@@ -20,8 +20,8 @@ from vllm_lora_ext.model_patches.check import (
     check_tree,
     installed_root,
     installed_version,
+    recorded,
 )
-from vllm_lora_ext.model_patches.register import VERSIONS
 from vllm_lora_ext.settings import DISABLE_ENV, disabled
 
 State = Literal["ok", "note", "problem"]
@@ -220,7 +220,7 @@ def _patches(machine: Machine, patches: tuple[Finding, ...]) -> Check:
         return Check("patches", "note", f"{seen}; {UNCHECKED_ENV}=1 patches all the same")
     return Check(
         "patches", "problem", f"{seen}; vLLM will refuse to start",
-        f"install vLLM {' or '.join(VERSIONS)}, or set {DISABLE_ENV}=1 to run without the plugin",
+        f"install vLLM {' or '.join(recorded())}, or set {DISABLE_ENV}=1 to run without the plugin",
     )  # fmt: skip
 
 

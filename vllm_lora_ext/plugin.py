@@ -24,17 +24,17 @@ def register() -> None:
 
     if _registered or disabled():
         return
-    from vllm_lora_ext.model_patches.check import check_tree, installed_root, installed_version
-    from vllm_lora_ext.model_patches.register import PATCHES, VERSIONS
+    from vllm_lora_ext.model_patches import check
+    from vllm_lora_ext.model_patches.register import PATCHES
 
-    root = installed_root()
+    root = check.installed_root()
     assert root is not None, "vLLM calls this, so it is installed"
-    wrong = [f for f in check_tree(root) if f.state != "ok"]
+    wrong = [f for f in check.check_tree(root) if f.state != "ok"]
     if wrong and os.environ.get("VLLM_LORA_EXT_UNCHECKED") != "1":
         first = wrong[0]
         raise RuntimeError(
-            f"vllm-lora-ext does not know this vLLM ({installed_version()}; checked on "
-            f"{', '.join(VERSIONS)}): {first.target} is {first.state} ({first.detail})"
+            f"vllm-lora-ext does not know this vLLM ({check.installed_version()}; checked on "
+            f"{', '.join(check.recorded())}): {first.target} is {first.state} ({first.detail})"
             f"{f' and {len(wrong) - 1} more' if len(wrong) > 1 else ''}. Nothing was patched. "
             "Install a checked vLLM, or set VLLM_LORA_EXT_DISABLE=1 to run without the plugin, "
             "or VLLM_LORA_EXT_UNCHECKED=1 to patch at your own risk; `vllm-lora-ext doctor` "

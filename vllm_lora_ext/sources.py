@@ -9,20 +9,27 @@ import zipfile
 from pathlib import Path
 
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches.check import installed_root, installed_version
 
 _VERSION = re.compile(r"\d+(\.\d+)+([a-z0-9.+-]*)")
 _WHEEL = re.compile(r"^vllm(?:_[a-z]+)?-(?P<version>[^-+]+)")
 
 
-def sources_of(what: str, scratch: Path) -> tuple[Path, str | None]:
+def sources_of(what: str | None, scratch: Path) -> tuple[Path, str | None]:
     """The folder that holds vLLM's package folder, and the release it is.
 
     Args:
-        what: a release (`0.33.0`), a wheel file, or a folder with `vllm/` in it.
+        what: a release (`0.33.0`), a wheel file, or a folder with `vllm/` in it; None: the
+            installed vLLM.
         scratch: an existing folder for what has to be fetched and unpacked.
     Raises:
         AdapterError: `bad_vllm_source`, nothing like that can be found.
     """
+    if what is None:
+        root = installed_root()
+        if root is None:
+            raise _error("no vLLM is installed", "none")
+        return root, installed_version()
     path = Path(what).expanduser()
     if path.is_dir():
         for root in (path, *path.glob("lib/python*/site-packages")):

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any
 
-from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
+import torch
+
+from vllm_lora_ext.adapters.limits import slot_rank
+from vllm_lora_ext.adapters.model import LowRank, RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.readers.base import Reader
+from vllm_lora_ext.kernels.gated_lora.memory import ROUTER_BYTES
+from vllm_lora_ext.kernels.gated_lora.memory import slot_bytes as site_bytes
 from vllm_lora_ext.routing import GateSpec
 from vllm_lora_ext.settings import LoraExtSettings
 
-# The values that vLLM takes for --max-lora-rank.
-RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-_BYTES = 2  # bf16 and fp16
+_STORED = torch.bfloat16  # or float16: A and B in a slot of a GPU
 _LAYER = re.compile(r"\.\d+\.")
 
 
@@ -23,21 +26,24 @@ def summarise(adapter: RoutedAdapter, reader: Reader | None = None) -> dict[str,
     Args:
         reader: the one that read the files; says more about the system when it is given.
     Returns:
-        JSON-ready. `slot_mib` is what a slot reserves in the adapted layers, `adapter_mib` what
-        this adapter's tensors fill of it, both at 16 bits a weight and on one device.
+        JSON-ready. `slot_mib` is what a slot reserves in the adapted layers of one GPU, with A and
+        B at 16 bits and routers at 32, `adapter_mib` what this adapter's tensors fill of it;
+        `slot_mib_cpu` is the slot on a CPU, where all is at 32 bits.
     """
-    max_rank = next((rank for rank in RANKS if rank >= adapter.rank), None)
+    max_rank = slot_rank(adapter.rank)
     flags = ["--enable-lora"]
     if max_rank is not None:
         flags.append(f"--max-lora-rank {max_rank}")
-    every: list[RoutedModule | MixBlock] = [*adapter.modules.values(), *adapter.blocks.values()]
-    rows = max((_router_rows(layer.gate) for layer in every), default=0)
+    rows = adapter.router_rows
     reserved = LoraExtSettings().router_rows(max_rank or max(adapter.rank, 1))
     if max_rank is not None and rows > reserved:
         flags.append(f'--additional-config \'{{"lora_ext": {{"max_router_rows": {rows}}}}}\'')
     name = "adapter" if adapter.system == "plain" else "routed"
     flags.append(f"--lora-modules {name}={adapter.source}")
-    slot = slot_bytes(every, max_rank or adapter.rank, max(rows, reserved))
+    gpu, cpu = (
+        slot_bytes(adapter, max_rank or adapter.rank, max(rows, reserved), on_cpu)
+        for on_cpu in (False, True)
+    )
     return {
         "system": adapter.system,
         "title": reader.title if reader else adapter.system,
@@ -46,8 +52,9 @@ def summarise(adapter: RoutedAdapter, reader: Reader | None = None) -> dict[str,
         "base_model": adapter.base_model or "not said",
         "rank": adapter.rank,
         "router_rows": rows,
-        "slot_mib": round(slot / 2**20, 2),
-        "adapter_mib": round(adapter_bytes(every) / 2**20, 2),
+        "slot_mib": round(gpu / 2**20, 2),
+        "slot_mib_cpu": round(cpu / 2**20, 2),
+        "adapter_mib": round(adapter_bytes(adapter) / 2**20, 2),
         "digest": adapter.digest,
         "modules": _groups(adapter),
         "blocks": _block_groups(adapter),
@@ -74,28 +81,28 @@ def system_row(reader: Reader) -> dict[str, Any]:
     }
 
 
-def slot_bytes(layers: Iterable[RoutedModule | MixBlock], max_rank: int, router_rows: int) -> int:
+def slot_bytes(adapter: RoutedAdapter, max_rank: int, router_rows: int, on_cpu: bool) -> int:
     """Bytes that one slot reserves in the adapted layers, whatever the adapter fills of them."""
     total = 0
-    for layer in layers:
-        rows = (
-            0 if isinstance(layer, RoutedModule) and layer.kind == "embedding" else router_rows + 1
-        )
-        for part in _parts(layer):
-            total += (max_rank + rows) * part.a_RK.shape[1] + max_rank * part.b_NR.shape[0]
-    return total * _BYTES
+    for name, layer in _low_ranks(adapter):
+        width, out = layer.a_RK.shape[1], layer.b_NR.shape[0]
+        if _is_stock(name, layer):
+            total += _STORED.itemsize * max_rank * (width + out)
+        else:
+            total += site_bytes(width, (out,), max_rank, router_rows, _STORED, on_cpu)
+    return total
 
 
-def adapter_bytes(layers: Iterable[RoutedModule | MixBlock]) -> int:
+def adapter_bytes(adapter: RoutedAdapter) -> int:
     """Bytes of the tensors themselves; an A that experts share counts once."""
-    total = 0
-    for layer in layers:
-        own = [tensor for part in _parts(layer) for tensor in (part.a_RK, part.b_NR)]
-        own += [layer.router_GK] if layer.router_GK is not None else []
-        if isinstance(layer, RoutedModule):
-            own += [t for t in (layer.bias_G, layer.head_K) if t is not None]
-        total += sum(tensor.numel() for tensor in own)
-    return total * _BYTES
+    layers = [layer for _, layer in _low_ranks(adapter)]
+    weights = [tensor for layer in layers for tensor in (layer.a_RK, layer.b_NR)]
+    gates: list[torch.Tensor | None] = [block.router_GK for block in adapter.blocks.values()]
+    for module in adapter.modules.values():
+        gates += [module.router_GK, module.bias_G, module.head_K]
+    return sum(t.numel() * _STORED.itemsize for t in weights) + sum(
+        t.numel() * ROUTER_BYTES for t in gates if t is not None
+    )
 
 
 def gate_text(gate: GateSpec) -> str:
@@ -105,13 +112,17 @@ def gate_text(gate: GateSpec) -> str:
     return ", ".join(f"{k}={v}" for k, v in fields.items()) or "none"
 
 
-def _parts(layer: RoutedModule | MixBlock) -> list[RoutedModule | LowRank]:
-    return list(layer.parts.values()) if isinstance(layer, MixBlock) else [layer]
+def _low_ranks(adapter: RoutedAdapter) -> Iterator[tuple[str, RoutedModule | LowRank]]:
+    """Every linear that is adapted, those of MLP blocks too."""
+    yield from adapter.modules.items()
+    for name, block in adapter.blocks.items():
+        yield from ((f"{name}.{part}", layer) for part, layer in block.parts.items())
 
 
-def _router_rows(gate: GateSpec) -> int:
-    """A threshold head's row is always there and does not count."""
-    return gate.router_rows - int(gate.threshold_head)
+def _is_stock(name: str, layer: RoutedModule | LowRank) -> bool:
+    """Embeddings and the output matrix keep vLLM's own buffers, which have no routers."""
+    embedding = isinstance(layer, RoutedModule) and layer.kind == "embedding"
+    return embedding or name.endswith("lm_head")
 
 
 def _groups(adapter: RoutedAdapter) -> list[dict[str, Any]]:

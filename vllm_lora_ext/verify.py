@@ -17,9 +17,9 @@ import torch
 
 from vllm_lora_ext.adapters import RoutedAdapter, load_adapter, write_native
 from vllm_lora_ext.adapters.hf import apply_adapter
+from vllm_lora_ext.adapters.limits import RANKS, slot_rank
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.settings import LoraExtSettings
-from vllm_lora_ext.summary import RANKS, summarise
 
 # Largest |difference of a log-probability| that rounding explains, by the engine's dtype.
 TOLERANCES = {"float32": 2e-3, "float16": 0.1, "bfloat16": 0.5}
@@ -196,11 +196,11 @@ def engine_options(
     options: dict[str, Any] = {
         "model": base, "dtype": dtype, "skip_tokenizer_init": True, "enforce_eager": True,
         "enable_lora": True, "max_loras": 1, "max_model_len": longest + NEW_TOKENS,
-        "max_lora_rank": next((r for r in RANKS if r >= adapter.rank), RANKS[-1]),
+        "max_lora_rank": slot_rank(adapter.rank) or RANKS[-1],
         "max_logprobs": -1 if vocabulary <= _WHOLE_VOCABULARY else _LIKELIEST,
         "disable_log_stats": True, "seed": 0,
     }  # fmt: skip
-    rows = summarise(adapter)["router_rows"]
+    rows = adapter.router_rows
     if rows > LoraExtSettings().router_rows(options["max_lora_rank"]):
         options["additional_config"] = {"lora_ext": {"max_router_rows": rows}}
     return options

@@ -32,11 +32,11 @@ from vllm_lora_ext.adapters.model import RoutedModule  # noqa: E402
 from vllm_lora_ext.kernels.gated_lora import (  # noqa: E402
     Site,
     StepMap,
-    cpu_native,
     gated_lora_,
     gated_lora_reference,
     register_site,
-)  # fmt: skip
+)
+from vllm_lora_ext.kernels.gated_lora.backends.native import tables as cpu_native  # noqa: E402
 from vllm_lora_ext.routing import GateSpec  # noqa: E402
 
 

@@ -1,11 +1,15 @@
 """Torch ops: opaque to the compiler, which sees only that y changes.
 
-A site is passed as a number, so that a layer's weights and tables are not inputs of the compiled
-graph: a 32-layer model would carry two thousand of them through every call.
+A site is passed as its handle, a 0-d tensor on the CPU that holds the number under which the ops
+find it. The handle is an attribute of the layer, so it is an *input* of the compiled graph: nothing
+in compiled code tells one layer or one engine from another, and equal layers share one piece of
+it. The site itself is no input, or a 32-layer model would carry two thousand tensors through every
+call.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -13,7 +17,9 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from vllm_lora_ext.kernels.gated_lora import cpu, cpu_op, inductor
+from vllm_lora_ext.kernels.gated_lora.backends import eager
+from vllm_lora_ext.kernels.gated_lora.backends.native import inductor
+from vllm_lora_ext.kernels.gated_lora.backends.native import op as cpu_op
 from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.kernels.gated_lora.step import StepMap
 
@@ -33,70 +39,70 @@ class EmbeddingSite:
 
 
 _sites: WeakValueDictionary[int, Any] = WeakValueDictionary()
-_next_id = 0
+_numbers = itertools.count(1)
 
 
-def register_site(site: Site | EmbeddingSite) -> int:
-    """A number by which the ops find the site; valid while the site lives."""
-    global _next_id
-    _next_id += 1
-    _sites[_next_id] = site
+def register_site(site: Site | EmbeddingSite) -> torch.Tensor:
+    """The site's handle: int64, 0-d, on the CPU. Valid while the site lives; its number is no
+    other site's, also not later in the same process."""
+    number = next(_numbers)
+    _sites[number] = site
     if isinstance(site, Site) and site.a_SRK.is_cpu and site.tables is None:
         cpu_op.install()
-    return _next_id
+    return torch.tensor(number)
 
 
 @cache
 def _triton() -> tuple[Any, Any]:
     """The kernels' launchers; not imported where no site uses them."""
-    from vllm_lora_ext.kernels.gated_lora.triton_expand import expand_
-    from vllm_lora_ext.kernels.gated_lora.triton_shrink import shrink_parts
+    from vllm_lora_ext.kernels.gated_lora.backends.triton.expand import expand_
+    from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import shrink_parts
 
     return shrink_parts, expand_
 
 
-def begin(x: torch.Tensor, site: int) -> torch.Tensor | None:
+def begin(x: torch.Tensor, site: Site) -> torch.Tensor | None:
     """The first launch of `gated_lora_`, for callers that run it beside the base product, which
     it does not need. None where there is none: no adapter in the step, or no kernels."""
-    found = _sites[site]
-    if not found.step.active or found.tables is None:
+    if not site.step.active or site.tables is None:
         return None
     shrink_parts, _ = _triton()
-    u_PTR: torch.Tensor = shrink_parts(x, found, u_PTR=found.take_u())
+    u_PTR: torch.Tensor = shrink_parts(x, site, u_PTR=site.take_u())
     return u_PTR
 
 
-def finish_(y: torch.Tensor, x: torch.Tensor, u_PTR: torch.Tensor | None, site: int) -> None:
+def finish_(y: torch.Tensor, x: torch.Tensor, u_PTR: torch.Tensor | None, site: Site) -> None:
     """The rest of `gated_lora_` after `begin`, which returned `u_PTR`."""
-    found = _sites[site]
     # What runs must not depend on the step's slots, only on whether it has any: an engine that
     # captures graphs keeps those of base batches apart, as it does for its own LoRA kernels.
-    if not found.step.active:
+    if not site.step.active:
         return
     if u_PTR is None:
-        cpu.gated_lora_(y, x, found)
+        eager.gated_lora_(y, x, site)
     else:
         _, expand_ = _triton()
-        expand_(y, u_PTR, found)
-    for after in found.after:
+        expand_(y, u_PTR, site)
+    for after in site.after:
         after(y, x, u_PTR)
 
 
-def _gated_lora(y: torch.Tensor, x: torch.Tensor, site: int) -> None:
-    if _sites[site].step.active:  # asked first: a base batch passes here at every layer
-        finish_(y, x, begin(x, site), site)
+def _gated_lora(y: torch.Tensor, x: torch.Tensor, site: torch.Tensor) -> None:
+    found = _sites[int(site)]
+    if found.step.active:  # asked first: a base batch passes here at every layer
+        finish_(y, x, begin(x, found), found)
 
 
-def _gated_lora_python(y: torch.Tensor, x: torch.Tensor, site: int) -> None:
+def _gated_lora_python(y: torch.Tensor, x: torch.Tensor, site: torch.Tensor) -> None:
     """Where the op in C++ turns to when it does not know the site, or not all of it."""
     _gated_lora(y, x, site)
-    cpu_op.open_door(site, _sites[site])
+    number = int(site)
+    cpu_op.open_door(number, _sites[number])
 
 
-def _shrink(x: torch.Tensor, site: int, num_rows: int) -> torch.Tensor:
-    found = _sites[site]
+def _shrink(x: torch.Tensor, site: torch.Tensor, num_rows: int) -> torch.Tensor:
+    found = _sites[int(site)]
     if found.tables is None:
-        u = cpu.shrink(x, found)
+        u = eager.shrink(x, found)
     else:
         shrink_parts, _ = _triton()
         parts = shrink_parts(x, found, zeroed=True, u_PTR=found.take_u())
@@ -106,10 +112,10 @@ def _shrink(x: torch.Tensor, site: int, num_rows: int) -> torch.Tensor:
     return u
 
 
-def _gate_expand(y: torch.Tensor, u: torch.Tensor, site: int) -> None:
-    found = _sites[site]
+def _gate_expand(y: torch.Tensor, u: torch.Tensor, site: torch.Tensor) -> None:
+    found = _sites[int(site)]
     if found.tables is None:
-        cpu.gate_expand_(y, u, found)
+        eager.gate_expand_(y, u, found)
     else:
         _, expand_ = _triton()
         expand_(y, u[None], found)
@@ -117,8 +123,8 @@ def _gate_expand(y: torch.Tensor, u: torch.Tensor, site: int) -> None:
         found.after_expand(y, u)
 
 
-def _embedding_lora(y: torch.Tensor, ids: torch.Tensor, site: int) -> None:
-    found = _sites[site]
+def _embedding_lora(y: torch.Tensor, ids: torch.Tensor, site: torch.Tensor) -> None:
+    found = _sites[int(site)]
     for slot, start, stop, index_T in found.step.groups:
         if slot in found.used:
             rows_T = torch.arange(start, stop, device=y.device) if index_T is None else index_T
@@ -128,10 +134,10 @@ def _embedding_lora(y: torch.Tensor, ids: torch.Tensor, site: int) -> None:
 
 _lib = torch.library.Library("vllm_lora_ext", "DEF")
 for _name in ("gated_lora_", "gated_lora_python_"):
-    _lib.define(f"{_name}(Tensor(a!) y, Tensor x, int site) -> ()")
-_lib.define("shrink(Tensor x, int site, int num_rows) -> Tensor")
-_lib.define("gate_expand_(Tensor(a!) y, Tensor u, int site) -> ()")
-_lib.define("embedding_lora_(Tensor(a!) y, Tensor ids, int site) -> ()")
+    _lib.define(f"{_name}(Tensor(a!) y, Tensor x, Tensor site) -> ()")
+_lib.define("shrink(Tensor x, Tensor site, int num_rows) -> Tensor")
+_lib.define("gate_expand_(Tensor(a!) y, Tensor u, Tensor site) -> ()")
+_lib.define("embedding_lora_(Tensor(a!) y, Tensor ids, Tensor site) -> ()")
 cpu_op.python_op("gated_lora_", _gated_lora)
 _lib.impl("gated_lora_", _gated_lora, "CUDA")
 _lib.impl("gated_lora_python_", _gated_lora_python, "CPU")

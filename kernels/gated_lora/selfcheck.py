@@ -112,8 +112,8 @@ def _rounded(p: Part, dtype: torch.dtype) -> Part:
 def _run(
     case: Case, device: torch.device | str, dtype: torch.dtype, max_rank: int, max_router_rows: int
 ) -> str | None:
-    from vllm_lora_ext.kernels.gated_lora.triton_expand import expand_
-    from vllm_lora_ext.kernels.gated_lora.triton_shrink import shrink_parts
+    from vllm_lora_ext.kernels.gated_lora.backends.triton.expand import expand_
+    from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import shrink_parts
 
     site = Site(
         len(case.slots), WIDTH, SLICES, max_rank, max_router_rows, dtype, device, triton=True

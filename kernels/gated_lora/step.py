@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from vllm_lora_ext.kernels.gated_lora import inductor
+from vllm_lora_ext.kernels.gated_lora.backends.native import inductor
 
 _numbers = itertools.count(1)
 TILE_ROWS = (16, 64)  # rows of a tile: of a decode step, and of a prefill

@@ -12,7 +12,7 @@ linear's bias, take the PyTorch path below: a loop over slots and experts that w
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate, pairwise
@@ -20,7 +20,7 @@ from itertools import accumulate, pairwise
 import numpy as np
 import torch
 
-from vllm_lora_ext.kernels.gated_lora.site import Site, SlicePlan, SlotPlan
+from vllm_lora_ext.kernels.gated_lora.site import PackedSite, Shape, Site, SlicePlan, SlotPlan
 from vllm_lora_ext.kernels.gated_lora.step import Group
 from vllm_lora_ext.kernels.mix_mlp.tables import ACTIVATIONS, BlockTables
 from vllm_lora_ext.routing import GateSpec
@@ -52,6 +52,26 @@ class BlockPlan:
     def spans(self) -> list[tuple[int, int]]:
         """First and last rank of every expert."""
         return list(pairwise(accumulate(self.gate.blocks, initial=0)))
+
+
+@dataclass(frozen=True)
+class PackedBlock:
+    """One adapter's experts at one block in host memory, as its slot will hold them.
+
+    Args:
+        gate, act, sums_to_one: as in `BlockPlan`.
+        first, last: of the two linears.
+        tables: the slot's rows of `BlockTables`; empty without them.
+        on_kernels: whether the Triton kernels serve it.
+    """
+
+    gate: GateSpec
+    first: PackedSite
+    last: PackedSite | None
+    act: Activation
+    sums_to_one: bool
+    tables: tuple[torch.Tensor, ...]
+    on_kernels: bool
 
 
 class BlockSite:
@@ -121,32 +141,90 @@ class BlockSite:
         act: Activation | None = None,
         act_name: str | None = None,
     ) -> None:
-        """Puts one adapter into a slot.
+        """Puts one adapter into a slot; arguments and errors as for `pack`."""
+        self.clear(slot)
+        self.load(slot, self.pack(gate, first, last, act, act_name))
+
+    def shapes(self, first: list[GatedSlice], last: GatedSlice | None) -> list[Shape]:
+        """Shapes and dtypes of the tensors of the packed form, in its order.
+
+        Raises:
+            ValueError: a part does not fit the buffers.
+        """
+        tables = [] if self.tables is None else self.tables.shapes()
+        last_shapes = [] if last is None else self.last.shapes([last])
+        return [*self.first.shapes(first), *last_shapes, *tables]
+
+    def pack(
+        self,
+        gate: GateSpec,
+        first: list[GatedSlice],
+        last: GatedSlice | None,
+        act: Activation | None = None,
+        act_name: str | None = None,
+        out: Sequence[torch.Tensor] | None = None,
+    ) -> PackedBlock:
+        """One adapter's experts in the form in which a slot holds them.
 
         Args:
             first: gate (or the only one, without a gate) with the block's router, then up.
             last: down, all of its output columns.
             act, act_name: in place of the model's.
+            out: the tensors to fill, as `shapes` says; None: new ones.
         Raises:
-            ValueError: a part does not fit the buffers (the slot is left empty).
+            ValueError: a part does not fit the buffers.
         """
-        self.clear(slot)
-        first_plan = self.first.store(slot, first)
-        assert first_plan is not None
-        last_plan = None if last is None else self.last.store(slot, [last])
+        shapes = self.shapes(first, last)
+        if out is None:
+            out = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
+        num_first = len(self.first.shapes(first))
+        num_last = 0 if last is None else len(self.last.shapes([last]))
+        first_packed = self.first.pack(first, out[:num_first])
+        assert first_packed is not None
+        last_packed = None
+        if last is not None:
+            last_packed = self.last.pack([last], out[num_first : num_first + num_last])
         sums = gate.weight in ("renormalise", "softmax") and gate.constant == 1.0
         name = self.act_name if act is None else act_name
-        if self.tables is None or name not in ACTIVATIONS or not (sums or self.last_bias_N is None):
-            self.plans[slot] = BlockPlan(gate, first_plan, last_plan, act or self.act, sums)
-            self._look()
-            return
-        # The first linear's kernels shrink for the slot and add nothing; the second's only expand.
+        packed = PackedBlock(
+            gate, first_packed, last_packed, act or self.act, sums,
+            tuple(out[num_first + num_last :]),
+            self.tables is not None
+            and name in ACTIVATIONS
+            and (sums or self.last_bias_N is None),
+        )  # fmt: skip
+        if packed.on_kernels:
+            assert self.tables is not None and name is not None
+            self._describe(self.tables, packed, name)
+        return packed
+
+    def _describe(self, tables: BlockTables, packed: PackedBlock, act_name: str) -> None:
+        """The first linear's kernels shrink for the slot and add nothing; the second's only
+        expand."""
         assert self.first.tables is not None and self.last.tables is not None
-        self.first.tables.write(slot, first_plan.num_ranks, len(first_plan.router_GK), [])
-        if last_plan is not None:
-            self.last.tables.write(slot, 0, 0, [(0, last_plan.slices[0])])
-        self.tables.write(slot, first_plan.slices, last_plan is not None, name)
-        self.on_kernels.add(slot)
+        first, last = packed.first, packed.last
+        self.first.tables.describe(len(first.a_RK), len(first.router_GK), [], *first.tables)
+        if last is not None:
+            self.last.tables.describe(0, 0, last.slices, *last.tables)
+        plans = [plan for _, plan in first.slices]
+        tables.describe(plans, last is not None, act_name, *packed.tables)
+
+    def load(self, slot: int, packed: PackedBlock) -> None:
+        """Puts what `pack` made into a slot: copies only, and no wait for any of them."""
+        self.clear(slot)
+        first = self.first.store(slot, packed.first)
+        last = self.last.store(slot, packed.last)
+        assert first is not None
+        if packed.on_kernels:
+            assert self.tables is not None
+            for site, part in ((self.first, packed.first), (self.last, packed.last)):
+                if part is not None:
+                    assert site.tables is not None
+                    site.tables.load(slot, *part.tables)
+            self.tables.load(slot, *packed.tables)
+            self.on_kernels.add(slot)
+        else:
+            self.plans[slot] = BlockPlan(packed.gate, first, last, packed.act, packed.sums_to_one)
         self._look()
 
     def hold(self, _y_TN: torch.Tensor, x_TK: torch.Tensor, u_PTR: torch.Tensor | None) -> None:

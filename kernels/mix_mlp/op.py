@@ -2,36 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 from weakref import WeakValueDictionary
 
 import torch
 
-from vllm_lora_ext.kernels.gated_lora import cpu_op, inductor
+from vllm_lora_ext.kernels.gated_lora.backends.native import inductor
+from vllm_lora_ext.kernels.gated_lora.backends.native import op as cpu_op
 from vllm_lora_ext.kernels.mix_mlp.block import BlockSite
 
 _blocks: WeakValueDictionary[int, BlockSite] = WeakValueDictionary()
-_next_id = 0
+_numbers = itertools.count(1)
 
 
-def register_block(block: BlockSite) -> int:
-    """A number by which the op finds the block; valid while the block lives."""
-    global _next_id
-    _next_id += 1
-    _blocks[_next_id] = block
+def register_block(block: BlockSite) -> torch.Tensor:
+    """The block's handle, as `register_site` gives a site's; valid while the block lives."""
+    number = next(_numbers)
+    _blocks[number] = block
     if block.first.a_SRK.is_cpu:
-        cpu_op.watch_block(_next_id, block, block.busy_1)
-    return _next_id
+        cpu_op.watch_block(number, block, block.busy_1)
+    return torch.tensor(number)
 
 
-def _mix_act(a: torch.Tensor, gate_up: torch.Tensor, block: int) -> None:
-    found = _blocks[block]
+def _mix_act(a: torch.Tensor, gate_up: torch.Tensor, block: torch.Tensor) -> None:
+    found = _blocks[int(block)]
     if found.busy:
         found.mix_act_(a, gate_up)
 
 
 _lib = torch.library.Library("vllm_lora_ext", "FRAGMENT")
 for _name in ("mix_act_", "mix_act_python_"):
-    _lib.define(f"{_name}(Tensor(a!) a, Tensor gate_up, int block) -> ()")
+    _lib.define(f"{_name}(Tensor(a!) a, Tensor gate_up, Tensor block) -> ()")
 cpu_op.python_op("mix_act_", _mix_act)
 _lib.impl("mix_act_python_", _mix_act, "CPU")
 _lib.impl("mix_act_", _mix_act, "CUDA")

@@ -24,12 +24,17 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_lora_ext.kernels.gated_lora.backends.triton.expand import (
+    COUNTS,
+    NUM_SPEC,
+    NUM_VALUES,
+    sum_parts,
+)
+from vllm_lora_ext.kernels.gated_lora.backends.triton.expand import gate as gate_of
+from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import operand
+from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import Device, device_of
 from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.kernels.gated_lora.step import max_tiles
-from vllm_lora_ext.kernels.gated_lora.triton_expand import COUNTS, NUM_SPEC, NUM_VALUES, sum_parts
-from vllm_lora_ext.kernels.gated_lora.triton_expand import gate as gate_of
-from vllm_lora_ext.kernels.gated_lora.triton_shrink import operand
-from vllm_lora_ext.kernels.gated_lora.tuning import Device, device_of
 from vllm_lora_ext.kernels.mix_mlp import tables
 from vllm_lora_ext.kernels.mix_mlp.tables import BlockTables
 

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import pytest
+import torch
 from bad_adapters import BAD, FIT, GOOD, build_bad, more_experts, widen, with_json
+from make_adapters import random_module
 
 from vllm_lora_ext.adapters import AdapterFolder, Limits, check_fits, load_adapter, resolve_inside
 from vllm_lora_ext.adapters.hf import model_shapes
+from vllm_lora_ext.adapters.model import RoutedAdapter
 from vllm_lora_ext.adapters.registry import OFFLINE
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.kernels.gated_lora import Site
 from vllm_lora_ext.merging.variants import VARIANTS
+from vllm_lora_ext.routing import GateSpec
+from vllm_lora_ext.settings import LoraExtSettings
+from vllm_lora_ext.summary import summarise
 
 # A word of the message: the field or tensor that is wrong.
 FIELDS = {
@@ -39,7 +47,7 @@ def shapes(bases):
 def check(path, stage, shapes):
     adapter = load_adapter(path)
     assert stage == "fit", "a broken folder was loaded"
-    check_fits(adapter, shapes, base_name="/models/base_llama", **FIT)
+    check_fits(adapter, shapes, torch.float32, base_name="/models/base_llama", **FIT)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -59,7 +67,7 @@ def test_is_refused(name, tmp_path, shapes):
 def test_the_good_ones_are_good(name, bases):
     adapter = load_adapter(GOOD[name])
     base = bases[adapter.base_model]
-    check_fits(adapter, model_shapes(base), base_name=adapter.base_model, **FIT)
+    check_fits(adapter, model_shapes(base), torch.float32, base_name=adapter.base_model, **FIT)
 
 
 @pytest.mark.parametrize("peft_type", OFFLINE)
@@ -80,11 +88,37 @@ def test_router_rows_and_rank_say_what_would_do(tmp_path, shapes):
     more_experts(24)(tmp_path / "a", GOOD["loramoe-a"])
     adapter = load_adapter(tmp_path / "a")
     with pytest.raises(AdapterError, match=r'"max_router_rows": 24') as caught:
-        check_fits(adapter, shapes, max_rank=32, max_router_rows=16)
+        check_fits(adapter, shapes, torch.float32, max_rank=32, max_router_rows=16)
     assert caught.value.code == "router_too_large"
     widen(65)(tmp_path / "b", GOOD["plain-a"])
     with pytest.raises(AdapterError, match="--max-lora-rank 128"):
-        check_fits(load_adapter(tmp_path / "b"), shapes, max_rank=64)
+        check_fits(load_adapter(tmp_path / "b"), shapes, torch.float32, max_rank=64)
+
+
+@pytest.mark.parametrize(("gates", "fits"), [(64, True), (65, False)])
+def test_a_threshold_head_has_a_row_of_its_own(gates, fits):
+    """`inspect`, the server's check and its slots count a router's rows alike."""
+    gate = GateSpec(
+        source="router", blocks=(1,) * gates, select="threshold", threshold_head=True
+    )  # fmt: skip
+    module = random_module(np.random.default_rng(0), 8, 8, gate, rank=gates)
+    adapter = RoutedAdapter({"up": module}, system="adamole")
+    found, settings = summarise(adapter), LoraExtSettings()
+    limits = {"max_rank": 128, "max_router_rows": settings.router_rows(128)}
+    asked = [flag for flag in found["flags"] if "max_router_rows" in flag]
+    site = Site(1, 8, (8,), 128, limits["max_router_rows"], torch.float32, "cpu")
+    assert found["router_rows"] == gates
+    if fits:
+        assert asked == []
+        check_fits(adapter, {"up": (8, 8)}, torch.float32, **limits)
+        site.write(0, [module])
+        return
+    assert asked and '"max_router_rows": 65' in asked[0]
+    with pytest.raises(AdapterError, match='"max_router_rows": 65') as caught:
+        check_fits(adapter, {"up": (8, 8)}, torch.float32, **limits)
+    assert caught.value.code == "router_too_large"
+    with pytest.raises(ValueError, match="router rows 65 of 64"):
+        site.write(0, [module])
 
 
 def test_a_missing_folder(tmp_path):

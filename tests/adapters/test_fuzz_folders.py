@@ -79,7 +79,7 @@ def good(native_good, bases):
 def error_or_same(folder, want, shapes):
     try:
         adapter = load_adapter(folder)
-        check_fits(adapter, shapes, base_name="base", **FIT)
+        check_fits(adapter, shapes, torch.float16, base_name="base", **FIT)
     except AdapterError as error:
         assert "fix: " in error.text, error.text
         return

@@ -332,7 +332,7 @@ def test_one_change(name, data, good, tmp_path):
     data.draw(st.sampled_from(CHANGES))(change)
     try:
         adapter = load_adapter(change.folder)
-        check_fits(adapter, model_shapes(base))
+        check_fits(adapter, model_shapes(base), torch.float32)
     except AdapterError as error:
         assert error.code in CODES
         assert "fix: " in error.text and len(error.text) < 2500, error.text
@@ -373,7 +373,7 @@ def assert_close(got, want, name):
 def test_the_good_ones_are_what_their_files_say(name, good):
     for seed in range(SEEDS):
         folder, adapter, base = good(name, seed)
-        check_fits(adapter, model_shapes(base), base_name=adapter.base_model)
+        check_fits(adapter, model_shapes(base), torch.float32, base_name=adapter.base_model)
         assert_is_what_the_files_say(folder, adapter, base)
 
 

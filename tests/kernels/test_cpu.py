@@ -17,11 +17,11 @@ from vllm_lora_ext.adapters.model import RoutedModule
 from vllm_lora_ext.kernels.gated_lora import (
     Site,
     StepMap,
-    cpu,
-    cpu_build,
-    cpu_native,
     gated_lora_reference,
 )
+from vllm_lora_ext.kernels.gated_lora.backends import eager
+from vllm_lora_ext.kernels.gated_lora.backends.native import build as cpu_build
+from vllm_lora_ext.kernels.gated_lora.backends.native import tables as cpu_native
 from vllm_lora_ext.routing import GateSpec
 
 SLOTS, MAX_RANK = 4, 40
@@ -76,7 +76,7 @@ def mixed(rng, t):
 
 def added(site, x_TK, n, dtype=torch.float32):
     y_TN = torch.zeros(len(x_TK), n, dtype=dtype)
-    cpu.gated_lora_(y_TN, x_TK, site)
+    eager.gated_lora_(y_TN, x_TK, site)
     return y_TN
 
 
@@ -95,7 +95,7 @@ def test_any_gate_any_shape(path, seed, dtype):
         want = gated_lora_reference(x_TK, torch.tensor(slots_T), slots, sizes)
         base_TN = normal(rng, t, sum(sizes)).to(dtype)
         y_TN = base_TN.clone()
-        cpu.gated_lora_(y_TN, x_TK, site)
+        eager.gated_lora_(y_TN, x_TK, site)
         whole = want + base_TN.float()
         assert error(y_TN, whole) < TOLERANCE[dtype]
         untouched = (slots_T < 0) | (slots_T == 2)
@@ -110,12 +110,12 @@ def test_two_launches(path, seed):
     site, slots = build(rng, (50, 9), 37)
     slots_T, x_TK = mixed(rng, 23), normal(rng, 23, 37)
     site.step.update(slots_T)
-    u_TR = cpu.shrink(x_TK, site)
+    u_TR = eager.shrink(x_TK, site)
     assert u_TR.shape == (23, site.num_rows)
     assert torch.isfinite(u_TR).all()
     assert not u_TR[slots_T < 0].any()
     before, y_TN = u_TR.clone(), torch.zeros(23, 59)
-    cpu.gate_expand_(y_TN, u_TR, site)
+    eager.gate_expand_(y_TN, u_TR, site)
     want = gated_lora_reference(x_TK, torch.tensor(slots_T), slots, (50, 9))
     assert error(y_TN, want) < 2e-5
     assert torch.equal(u_TR, before)
@@ -140,7 +140,7 @@ def test_experts_that_share_one_a(path, select):
         want = gated_lora_reference(x_TK, torch.tensor(slots_T), slots, (33, 20))
         assert error(added(site, x_TK, 53), want) < 2e-5
         y_TN = torch.zeros(t, 53)
-        cpu.gate_expand_(y_TN, cpu.shrink(x_TK, site), site)
+        eager.gate_expand_(y_TN, eager.shrink(x_TK, site), site)
         assert error(y_TN, want) < 2e-5
 
 
@@ -168,8 +168,8 @@ def test_a_row_does_not_depend_on_its_batch_nor_on_threads(threads):
         site.step.update(slots_T)
         results.append(added(site, x_TK, 200))
     assert all(torch.equal(results[0], other) for other in results[1:])
-    u_TR, y_TN = cpu.shrink(x_TK, site), torch.zeros(70, 200)
-    cpu.gate_expand_(y_TN, u_TR, site)
+    u_TR, y_TN = eager.shrink(x_TK, site), torch.zeros(70, 200)
+    eager.gate_expand_(y_TN, u_TR, site)
     assert torch.equal(results[0], y_TN)
     for row in range(0, 70, 3):
         site.step.update(slots_T[row : row + 1])
@@ -196,12 +196,12 @@ def test_views_of_larger_tensors(path):
     x_TK = normal(rng, 3, 30)
     want = gated_lora_reference(x_TK, torch.tensor([0, 1, 3]), slots, (20,))
     wide = torch.zeros(3, 57)
-    cpu.gated_lora_(wide[:, 7:27], torch.cat([x_TK, x_TK], 1)[:, 30:], site)
+    eager.gated_lora_(wide[:, 7:27], torch.cat([x_TK, x_TK], 1)[:, 30:], site)
     assert error(wide[:, 7:27], want) < 2e-5
     assert not wide[:, :7].any()
     assert not wide[:, 27:].any()
     turned = torch.zeros(20, 3)
-    cpu.gated_lora_(turned.t(), x_TK.t().contiguous().t(), site)
+    eager.gated_lora_(turned.t(), x_TK.t().contiguous().t(), site)
     assert error(turned.t(), want) < 2e-5
 
 
@@ -247,7 +247,7 @@ def test_processes_that_start_together_build_once(tmp_path):
     if cpu_build.library() is None:
         pytest.skip("no compiler")
     code = (
-        "from vllm_lora_ext.kernels.gated_lora import cpu_build\n"
+        "from vllm_lora_ext.kernels.gated_lora.backends.native import build as cpu_build\n"
         "build = cpu_build._build\n"
         "cpu_build._build = lambda *a: (print('built'), build(*a))\n"
         "print(cpu_build.library().has_float16())"

@@ -13,14 +13,14 @@ from vllm_lora_ext.adapters.model import RoutedModule
 from vllm_lora_ext.kernels.gated_lora import (
     Site,
     StepMap,
-    cpu,
-    cpu_build,
-    cpu_op,
     gated_lora_,
     gated_lora_reference,
     op,
     register_site,
 )
+from vllm_lora_ext.kernels.gated_lora.backends import eager
+from vllm_lora_ext.kernels.gated_lora.backends.native import build as cpu_build
+from vllm_lora_ext.kernels.gated_lora.backends.native import op as cpu_op
 from vllm_lora_ext.kernels.mix_mlp import BlockSite, mix_act_, register_block
 from vllm_lora_ext.routing import GateSpec
 
@@ -188,7 +188,7 @@ def test_an_error_in_python_is_an_error(monkeypatch):
     def fail(*_):
         raise ValueError("told so")
 
-    monkeypatch.setattr(cpu, "gated_lora_", fail)
+    monkeypatch.setattr(eager, "gated_lora_", fail)
     with pytest.raises((RuntimeError, ValueError)):
         gated_lora_(torch.zeros(3, sum(SIZES)), torch.zeros(3, K), layer.number)
 

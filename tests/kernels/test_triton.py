@@ -29,10 +29,10 @@ from vllm_lora_ext.kernels.gated_lora import (
     shrink,
 )
 from vllm_lora_ext.kernels.gated_lora import selfcheck as checks
+from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import Device, blocks, splits
 from vllm_lora_ext.kernels.gated_lora.reference import TOLERANCE
 from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
 from vllm_lora_ext.kernels.gated_lora.step import TILE_ROWS, max_tiles
-from vllm_lora_ext.kernels.gated_lora.tuning import Device, blocks, splits
 from vllm_lora_ext.routing import GateSpec
 
 pytest.importorskip("triton")
@@ -471,7 +471,7 @@ def test_nothing_in_the_selfcheck_hangs_on_rounding(rank, dtype):
 
 @runs_kernels
 def test_selfcheck_says_what_is_wrong(monkeypatch):
-    from vllm_lora_ext.kernels.gated_lora import triton_expand
+    from vllm_lora_ext.kernels.gated_lora.backends.triton import expand as triton_expand
 
     right = triton_expand.expand_
 
@@ -553,9 +553,9 @@ def test_a_captured_graph_with_the_shrink_on_a_second_stream():
         side.wait_stream(here)
         y_TN = batch.x_TK @ weight_NK.t()
         with torch.cuda.stream(side):
-            u_PTR = begin(batch.x_TK, batch.number)
+            u_PTR = begin(batch.x_TK, batch.site)
         here.wait_stream(side)
-        finish_(y_TN, batch.x_TK, u_PTR, batch.number)
+        finish_(y_TN, batch.x_TK, u_PTR, batch.site)
         return y_TN
 
     layer()

@@ -16,9 +16,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vllm_lora_ext.kernels.gated_lora.triton_expand import expand_kernel
-from vllm_lora_ext.kernels.gated_lora.triton_shrink import shrink_kernel
-from vllm_lora_ext.kernels.gated_lora.tuning import (
+from vllm_lora_ext.kernels.gated_lora.backends.triton.expand import expand_kernel
+from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import shrink_kernel
+from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import (
     SYNCHRONOUS_ROWS,
     Device,
     Expand,

@@ -233,16 +233,17 @@ def test_saving_is_all_or_nothing(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
-    monkeypatch.setattr("vllm_lora_ext.merging.factors.save_file", fail)
-    with pytest.raises(OSError, match="disk full"):
+    monkeypatch.setattr("vllm_lora_ext.adapters.output.save_file", fail)
+    with pytest.raises(AdapterError, match="disk full") as error:
         save_peft(factors, out)
+    assert error.value.code == "output_failed"
     assert os.listdir(out.parent) == []
     monkeypatch.undo()
     out.mkdir()
     save_peft(factors, out)
     with pytest.raises(AdapterError) as error:
         save_peft(factors, out)
-    assert error.value.code == "unexpected_file"
+    assert error.value.code == "output_exists"
     assert os.listdir(out.parent) == ["out"]
 
 

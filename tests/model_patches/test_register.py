@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from vllm_lora_ext import plugin
+from vllm_lora_ext.cli import app
+from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches import check
-from vllm_lora_ext.model_patches.register import PATCHES, VERSIONS
+from vllm_lora_ext.model_patches.register import PATCHES
 
 TARGETS = [target for patch in PATCHES for target in patch.targets]
 
@@ -35,25 +39,94 @@ def test_installed_vllm_is_known():
 
 
 def test_every_target_was_recorded_on_every_version():
+    """`targets.json` holds each target of the register for each release, and nothing else."""
     for patch in PATCHES:
         assert patch.targets
         assert all((patch.why, patch.how, patch.upstream, patch.remove_when))
-    assert all(set(t.sha256) == set(VERSIONS) for t in TARGETS)
+    record = check.recorded()
+    assert set(record) == {"0.32.0", "0.33.0"}
+    names = {str(target) for target in TARGETS}
+    for release, found in record.items():
+        assert set(found) == names, f"run `make check-vllm VERSION={release} RECORD=1`"
+        assert all(re.fullmatch("[0-9a-f]{64}", sha256) for sha256 in found.values())
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=str)
-def test_a_changed_target_is_found(tree, target):
-    """One more line inside the target, and only that target is called changed."""
-    path = tree.joinpath(*target.module.split("."))
-    path = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
-    before = {f.target for f in check.check_tree(tree) if f.state != "ok"}
-    assert before == set()
-    line = next(f.line for f in check.check_tree(tree) if f.target == str(target))
-    lines = path.read_text().splitlines()
-    lines[line - 1] += "  # changed upstream"
-    path.write_text("\n".join(lines) + "\n")
-    found = {f.target: f.state for f in check.check_tree(tree) if f.state != "ok"}
+def test_a_changed_target_is_found(installed, target):
+    """A comment more inside the target, and only what holds that line is called changed."""
+    sources, lines = installed
+    text, parsed = sources.parsed[target.module]
+    changed = text.splitlines()
+    changed[lines[str(target)] - 1] += "  # changed upstream"
+    sources.parsed[target.module] = "\n".join(changed), parsed
+    found = {f.target: f.state for f in check.check_sources(sources) if f.state != "ok"}
+    sources.parsed[target.module] = text, parsed
     assert found[str(target)] == "changed"
+    assert all(str(target).startswith(name) for name in found)
+
+
+@pytest.fixture(scope="module")
+def installed() -> tuple[check.Sources, dict[str, int]]:
+    """The installed vLLM, parsed once, and the line of every target."""
+    sources = check.Sources(check.installed_root())
+    findings = check.check_sources(sources)
+    assert {f.state for f in findings} == {"ok"}
+    return sources, {f.target: f.line for f in findings}
+
+
+@pytest.fixture
+def record_file(tmp_path, monkeypatch) -> Path:
+    """A copy of `targets.json` that may be written."""
+    copy = tmp_path / "targets.json"
+    shutil.copy(check.RECORD, copy)
+    monkeypatch.setattr(check, "RECORD", copy)
+    return copy
+
+
+def test_recorded_sources_are_ok(tree, record_file):
+    """A changed release is refused until it is recorded; other releases stay as they were."""
+    file = tree / "vllm/lora/worker_manager.py"
+    file.write_text(
+        file.read_text().replace("def _load_adapter(self,", "def _load_adapter(self, /,")
+    )
+    assert [f.state for f in check.check_tree(tree, "0.32.0") if f.state != "ok"] == ["changed"]
+    before = check.recorded()
+    check.record(tree, "0.34.0")
+    assert {f.state for f in check.check_tree(tree, "0.34.0")} == {"ok"}
+    assert {f.detail for f in check.check_tree(tree, "0.34.0")} == {"as in 0.34.0"}
+    after = check.recorded()
+    assert list(after) == ["0.32.0", "0.33.0", "0.34.0"]
+    assert {release: after[release] for release in before} == before
+
+
+def test_record_twice_writes_the_committed_file(record_file):
+    """`targets.json` is what the command writes: nobody edits it by hand."""
+    committed = record_file.read_text()
+    done = CliRunner().invoke(app, ["check-vllm", "--record"])
+    assert done.exit_code == 0, done.stdout
+    assert "every patch fits" in done.stdout
+    assert record_file.read_text() == committed
+
+
+def test_record_forgets_what_the_register_no_longer_has(record_file, monkeypatch):
+    """And a target that is not recorded is told apart from one that changed."""
+    gone = str(PATCHES[0].targets[0])
+    monkeypatch.setattr(check, "PATCHES", PATCHES[1:])
+    check.record(check.installed_root(), check.installed_version())
+    assert not any(gone in found for found in check.recorded().values())
+    monkeypatch.setattr(check, "PATCHES", PATCHES)
+    findings = {f.target: f for f in check.check_tree(check.installed_root())}
+    assert findings[gone].state == "changed"
+    assert "not recorded for any release" in findings[gone].detail
+
+
+def test_record_refuses_a_release_without_a_target(tree, record_file):
+    before = record_file.read_text()
+    (tree / "vllm/platforms/cpu.py").unlink()
+    for version, message in (("0.32.0", "1 targets are missing"), (None, "no release number")):
+        with pytest.raises(AdapterError, match=message):
+            check.record(tree, version)
+    assert record_file.read_text() == before
 
 
 def test_vllm_does_not_start_on_a_changed_target(tree, monkeypatch):

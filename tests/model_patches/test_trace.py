@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from make_adapters import random_spec
-from vllm.exceptions import VLLMClientError
 
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
 from vllm_lora_ext.errors import AdapterError
@@ -24,8 +23,9 @@ from vllm_lora_ext.kernels.gated_lora import (
 )
 from vllm_lora_ext.model_patches import trace
 from vllm_lora_ext.model_patches.layers import RoutedLinear
+from vllm_lora_ext.model_patches.refused import RefusedRequest
 from vllm_lora_ext.model_patches.trace import Recorder, check_settings
-from vllm_lora_ext.model_patches.trace_http import RefusedRequest, _mark
+from vllm_lora_ext.model_patches.trace_http import _mark
 from vllm_lora_ext.trace.gates import slice_gates
 
 K, N, Q, UP = 12, 10, "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
@@ -66,7 +66,9 @@ def no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def recorder_of(layers: dict[str, RoutedLinear], adapter: RoutedAdapter, placed: Any) -> Recorder:
-    model = SimpleNamespace(adapter=adapter, placed=placed, blocks={})
+    called = {id(module): name for name, module in adapter.modules.items()}
+    names = {layer: tuple(called[id(p)] for p in parts if p) for layer, parts in placed.items()}
+    model = SimpleNamespace(host=SimpleNamespace(system=adapter.system, names=names, blocks={}))
     return Recorder(SimpleNamespace(
         modules=layers, blocks={}, model=torch.nn.Linear(1, 1), base_name="base",
         lora_index_to_id=[9, 7], list_adapters=lambda: {7: model},
@@ -204,8 +206,8 @@ def test_a_request_is_marked_or_refused_as_the_clients_fault() -> None:
         assert params.skip_reading_prefix_cache is marked
     for value, config, code in ((1, None, "not_traced"), ("perhaps", {}, "bad_value")):
         params = SimpleNamespace(extra_args={"lora_ext_trace": value})
-        with pytest.raises(VLLMClientError) as caught:
+        with pytest.raises(RefusedRequest) as caught:
             _mark(params, SimpleNamespace(additional_config=config))
-        assert isinstance(caught.value, RefusedRequest) and caught.value.code == code
+        assert caught.value.code == code
         again = AdapterError.parse(str(caught.value))
         assert again is not None and (again.code, again.text) == (code, caught.value.text)

@@ -80,4 +80,6 @@ def test_router_rows():
     assert GateSpec(source="self", blocks=(1,) * 8).router_rows == 0
     assert GateSpec(**GATE).router_rows == 3
     head = {"select": "threshold", "threshold": 0.3, "threshold_head": True}
-    assert GateSpec(**GATE, **head).router_rows == 4
+    with_head = GateSpec(**GATE, **head)
+    assert (with_head.router_rows, with_head.head_rows) == (3, 1)
+    assert GateSpec(**GATE).head_rows == 0

@@ -10,7 +10,7 @@ import pytest
 
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging import load_factors
-from vllm_lora_ext.serving import process
+from vllm_lora_ext.serving import build, process
 from vllm_lora_ext.serving.process import Builder
 
 INPUTS = Path(__file__).parent.parent / "fixtures" / "merged" / "inputs"
@@ -92,3 +92,13 @@ def test_merges(tmp_path):
         await builder.close()
 
     asyncio.run(test())
+
+
+def test_a_full_disk_is_the_server_s_fault(monkeypatch):
+    """`output_failed` would be answered with 400; a merge that cannot be written is a 500."""
+
+    def full(job):
+        raise AdapterError("output_failed", "no space", fix="clean up")
+
+    monkeypatch.setattr(build, "run", full)
+    assert AdapterError.parse(build._answer("{}")["error"]).code == "merge_failed"

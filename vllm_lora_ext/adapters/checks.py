@@ -14,6 +14,7 @@ import torch
 
 from vllm_lora_ext.adapters.blocks import activation
 from vllm_lora_ext.adapters.finite import is_finite, not_finite
+from vllm_lora_ext.adapters.limits import RANKS, slot_rank
 from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
 from vllm_lora_ext.errors import AdapterError
 
@@ -26,7 +27,6 @@ BLOCK_PARTS = (
 # Layers that guess tokens ahead. Models that are served without them may have adapters on them.
 DRAFTERS = ("mtp.",)
 _NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
-ALLOWED_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what vLLM's --max-lora-rank accepts
 
 
 def check_adapter(adapter: RoutedAdapter) -> None:
@@ -57,26 +57,24 @@ def check_adapter(adapter: RoutedAdapter) -> None:
 def check_fits(
     adapter: RoutedAdapter,
     shapes: Mapping[str, tuple[int, int]],
+    dtype: torch.dtype,
     max_rank: int | None = None,
     max_router_rows: int | None = None,
     base_name: str = "",
-    dtype: torch.dtype | None = None,
-    layers: Collection[str] | None = None,
 ) -> None:
     """What must hold for this model and this server to serve the adapter.
 
     Args:
         shapes: module name → (in, out) of every layer of the model that can be adapted.
-        max_rank: the server's `--max-lora-rank`.
-        max_router_rows: rows that a slot keeps for routers.
-        base_name: name or path of the served model.
         dtype: in which A and B will be stored.
-        layers: names of all layers that the model has, for messages; None: those of `shapes`.
+        max_rank: the server's `--max-lora-rank`.
+        max_router_rows: rows that a slot keeps for routers; a threshold head has one more.
+        base_name: name or path of the served model.
     Raises:
         AdapterError: `wrong_base`, `unknown_module`, `shape_mismatch`, `rank_too_large`,
             `router_too_large`, `overflow`.
     """
-    adapted: dict[str, RoutedModule | LowRank] = {**adapter.modules, **_block_parts(adapter)}
+    adapted = _layers(adapter)
     wrong = [name for name, m in adapted.items() if shapes.get(name) != _sizes(m)]
     trained_on, served = _last_part(adapter.base_model), _last_part(base_name)
     if trained_on and served and trained_on != served and 2 * len(wrong) > len(adapted):
@@ -87,16 +85,30 @@ def check_fits(
             fix=f"serve it with '{trained_on}'",
         )
     if wrong:
-        has = shapes if layers is None else layers
-        raise _misfit(wrong[0], _sizes(adapted[wrong[0]]), shapes, has)
+        raise _misfit(wrong[0], _sizes(adapted[wrong[0]]), shapes)
     for name, block in adapter.blocks.items():
         _check_router_width(name, block, shapes)
     every: dict[str, RoutedModule | MixBlock] = {**adapter.modules, **adapter.blocks}
     for name, gated in every.items():
         _check_limits(name, gated, max_rank, max_router_rows)
-    if dtype is not None:
-        for name, layer in adapted.items():
-            _check_range(name, layer, dtype)
+    check_overflow(adapter, dtype)
+
+
+def check_overflow(adapter: RoutedAdapter, dtype: torch.dtype) -> None:
+    """That `dtype` can hold A and B: what it cannot, it would make infinite.
+
+    Raises:
+        AdapterError: `overflow`.
+    """
+    largest = torch.finfo(dtype).max
+    for name, layer in _layers(adapter).items():
+        for what, tensor in (("A", layer.a_RK), ("B times its scale", layer.b_NR)):
+            seen = float(tensor.abs().max())
+            if seen > largest:
+                raise AdapterError(
+                    "overflow", f"{what} of {name} has values too large for {dtype}", seen=seen,
+                    limit=largest, fix="choose bfloat16 or float32 (--dtype)",
+                )  # fmt: skip
 
 
 def without_drafter(
@@ -251,6 +263,10 @@ def _check_router_width(name: str, block: MixBlock, shapes: Mapping[str, tuple[i
         )  # fmt: skip
 
 
+def _layers(adapter: RoutedAdapter) -> dict[str, RoutedModule | LowRank]:
+    return {**adapter.modules, **_block_parts(adapter)}
+
+
 def _block_parts(adapter: RoutedAdapter) -> dict[str, LowRank]:
     return {f"{n}.{p}": m for n, b in adapter.blocks.items() for p, m in b.parts.items()}
 
@@ -260,12 +276,12 @@ def _sizes(module: RoutedModule | LowRank) -> tuple[int, int]:
 
 
 def _misfit(
-    name: str, seen: tuple[int, int], shapes: Mapping[str, tuple[int, int]], has: Collection[str]
+    name: str, seen: tuple[int, int], shapes: Mapping[str, tuple[int, int]]
 ) -> AdapterError:
     if name not in shapes:
         return AdapterError(
             "unknown_module", "the adapter adapts a layer that this model does not have, or that"
-            " cannot be adapted", seen=name, limit=_like(name, has),
+            " cannot be adapted", seen=name, limit=_like(name, shapes),
             fix="serve it with the model it was trained on",
         )  # fmt: skip
     return AdapterError(
@@ -280,12 +296,12 @@ def _check_limits(
     name: str, module: RoutedModule | MixBlock, max_rank: int | None, max_router_rows: int | None
 ) -> None:
     if max_rank is not None and module.rank > max_rank:
-        enough = next((rank for rank in ALLOWED_RANKS if rank >= module.rank), None)
+        enough = slot_rank(module.rank)
         raise AdapterError(
             "rank_too_large", f"the experts of {name} together have too large a rank",
             seen=module.rank, limit=f"--max-lora-rank {max_rank}",
             fix=f"start the server with --max-lora-rank {enough}" if enough
-            else f"serve fewer experts: vLLM stops at rank {ALLOWED_RANKS[-1]}",
+            else f"serve fewer experts: vLLM stops at rank {RANKS[-1]}",
         )  # fmt: skip
     rows = module.gate.router_rows
     if max_router_rows is not None and rows > max_router_rows:
@@ -295,17 +311,6 @@ def _check_limits(
             fix="start the server with --additional-config "
             f"'{{\"lora_ext\": {{\"max_router_rows\": {rows}}}}}'",
         )  # fmt: skip
-
-
-def _check_range(name: str, module: RoutedModule | LowRank, dtype: torch.dtype) -> None:
-    largest = torch.finfo(dtype).max
-    for what, tensor in (("A", module.a_RK), ("B times its scale", module.b_NR)):
-        seen = float(tensor.abs().max())
-        if seen > largest:
-            raise AdapterError(
-                "overflow", f"{what} of {name} has values too large for {dtype}", seen=seen,
-                limit=largest, fix="start the server with --dtype bfloat16 or float32",
-            )  # fmt: skip
 
 
 def _like(name: str, has: Collection[str]) -> str:

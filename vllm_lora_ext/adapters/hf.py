@@ -47,7 +47,7 @@ def apply_adapter(hf_model: nn.Module, adapter: RoutedAdapter) -> AppliedAdapter
     Raises:
         AdapterError: `unknown_module`, `shape_mismatch`, `wrong_base`, `unsupported_feature`.
     """
-    check_fits(adapter, model_shapes(hf_model))
+    check_fits(adapter, model_shapes(hf_model), torch.float32)
     handles = []
     for name, block in adapter.blocks.items():
         mlp = hf_model.get_submodule(name)

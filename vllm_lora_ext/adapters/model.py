@@ -109,7 +109,7 @@ class RoutedAdapter:
 
     @property
     def router_rows(self) -> int:
-        """Largest number of rows that a module's gate adds to its A."""
+        """Most rows of a router: what `max_router_rows` must hold."""
         return max((m.gate.router_rows for m in self._gated), default=0)
 
     @property

@@ -44,9 +44,16 @@ def doctor(as_json: Json = False) -> None:
 
 def check_vllm(
     what: Annotated[
-        str,
-        typer.Argument(metavar="VERSION_OR_WHEEL_OR_DIR", help="0.33.0, a wheel, or a folder"),
-    ],
+        str | None,
+        typer.Argument(
+            metavar="VERSION_OR_WHEEL_OR_DIR",
+            help="0.33.0, a wheel, or a folder; without it, the vLLM that is installed",
+        ),
+    ] = None,
+    record: Annotated[
+        bool,
+        typer.Option("--record", help="write its sources down as the ones that the patches fit"),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Check every patch target in the sources of some vLLM, without installing it.
@@ -56,16 +63,21 @@ def check_vllm(
 
     Example: `vllm-lora-ext check-vllm 0.33.0`, or
     `vllm-lora-ext check-vllm ~/src/vllm` for a checkout of vLLM's main branch.
+
+    `--record` is for who has read what changed: this release's hashes in
+    `model_patches/targets.json` are written anew, the other releases' stay.
     """
-    from vllm_lora_ext.model_patches.check import check_tree
+    from vllm_lora_ext.model_patches import check
     from vllm_lora_ext.sources import sources_of
 
     with tempfile.TemporaryDirectory(prefix="vllm-lora-ext-") as scratch:
         try:
             root, version = sources_of(what, Path(scratch))
+            if record:
+                check.record(root, version)
         except AdapterError as error:
             fail(error, as_json)
-        findings = check_tree(root, version)
+        findings = check.check_tree(root, version)
     wrong = sum(finding.state != "ok" for finding in findings)
     if as_json:
         rows = [_row(finding) for finding in findings]

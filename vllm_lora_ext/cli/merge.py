@@ -74,10 +74,10 @@ def merge(
         raise typer.BadParameter("a recipe says this itself", param_hint=given[0])
     if recipe is None and not (method and adapters):
         raise typer.BadParameter("name a recipe, or --method and --adapter", param_hint="RECIPE")
-    from vllm_lora_ext.merging.soup_files import check_new
+    from vllm_lora_ext.adapters.output import check_place
 
     try:
-        check_new(out)  # before minutes of merging
+        check_place(out)  # before minutes of merging
         if recipe is not None:
             found, folder = _read(recipe), recipe.parent
         else:
@@ -156,6 +156,8 @@ def _bar() -> Iterator[Callable[[int, int, str], None]]:
 
 
 def _report(built: Any) -> None:
+    from vllm_lora_ext.adapters.limits import slot_rank
+
     show = Console()
 
     def line(text: str) -> None:
@@ -176,13 +178,8 @@ def _report(built: Any) -> None:
             line(f"and {len(worst) - 10} more layers; recipe.lock.json has them all")
     for warning in report["warnings"]:
         line(f"[yellow]note[/]: {escape(warning)}")
-    line(f"serve it with:\n  --enable-lora --max-lora-rank {_slot(built.rank)}"
+    line(f"serve it with:\n  --enable-lora --max-lora-rank {slot_rank(built.rank) or built.rank}"
          f" --lora-modules NAME={escape(str(built.path))}")  # fmt: skip
-
-
-def _slot(rank: int) -> int:
-    """vLLM's choices of `--max-lora-rank`."""
-    return next((n for n in (1, 8, 16, 32, 64, 128, 256, 320, 512) if n >= rank), rank)
 
 
 def _list(as_json: bool) -> None:

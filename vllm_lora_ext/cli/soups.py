@@ -56,11 +56,12 @@ def soups(
     named = named_values(adapters, "--adapter")
     if len(named) < 2:
         raise typer.BadParameter("two or more", param_hint="--adapter")
-    from vllm_lora_ext.merging.soup_files import check_new, save_soups
+    from vllm_lora_ext.adapters.output import check_place
+    from vllm_lora_ext.merging.soup_files import save_soups
 
     settings = {"steps": count, "rate": rate, "batch": batch, "seed": seed}
     try:
-        check_new(out)  # before minutes of learning
+        check_place(out)  # before minutes of learning
         with steps(count + 3) as step:
             soup = _learn(base, named, examples, chat, (dtype.value, device), settings, step)
             step("writing")

@@ -115,6 +115,7 @@ def _record(
 ) -> Any:  # fmt: skip
     from vllm_lora_ext.adapters import check_fits, load_adapter
     from vllm_lora_ext.adapters.hf import model_shapes
+    from vllm_lora_ext.adapters.limits import DTYPES
     from vllm_lora_ext.trace import record
     from vllm_lora_ext.verify import load_base
 
@@ -122,7 +123,7 @@ def _record(
     ids = None if chat else _token_ids(prompt)
     step("loading the base model")
     hf_model = load_base(base)
-    check_fits(loaded, model_shapes(hf_model), base_name=base)
+    check_fits(loaded, model_shapes(hf_model), DTYPES["float32"], base_name=base)
     tokenizer = _tokenizer(base, needed=ids is None)
     if ids is None and chat:
         message = [{"role": "user", "content": prompt}]

@@ -100,13 +100,15 @@ def _verify(
     from vllm_lora_ext import verify as v
     from vllm_lora_ext.adapters import check_fits, load_adapter, write_native
     from vllm_lora_ext.adapters.hf import model_shapes
+    from vllm_lora_ext.adapters.limits import DTYPES
 
     loaded = load_adapter(folder, settings=settings)
     texts = None if prompts_from == "random" else _lines(Path(prompts_from))
     with steps(2 + 3 * len(texts or v.LENGTHS) + 2 * engine) as step:
         step("loading the base model")
         model = v.load_base(base)
-        check_fits(loaded, model_shapes(model), base_name=base)
+        stored = DTYPES[dtype if engine else "float32"]
+        check_fits(loaded, model_shapes(model), stored, base_name=base)
         step("choosing prompts")
         prompts = v.random_prompts(model, loaded) if texts is None else _token_ids(texts, base)
         without = v.follow(model, None, prompts, step)

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
-import glob
 import json
 import math
 import os
-import shutil
-import tempfile
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,15 +12,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 
 from vllm_lora_ext.adapters import AdapterFolder, Limits, RoutedAdapter, load_adapter
+from vllm_lora_ext.adapters.folder import CONFIG
+from vllm_lora_ext.adapters.limits import DTYPES
+from vllm_lora_ext.adapters.output import fill, new_folder
+from vllm_lora_ext.adapters.readers.names import PREFIX
 from vllm_lora_ext.adapters.readers.peft_config import read_peft_config
 from vllm_lora_ext.errors import AdapterError
-
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PREFIX = "base_model.model."
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Pair(NamedTuple):
@@ -145,12 +140,25 @@ def save_peft(
         extra_files: name → content of files beside them (`recipe.lock.json`).
     Raises:
         AdapterError: `empty_adapter`, `bad_value` (dtype), `rank_mismatch`, `not_finite` (a value
-            that dtype cannot hold counts), `unexpected_file` (the folder holds something).
+            that dtype cannot hold counts), `output_exists` (the folder holds something),
+            `output_failed`.
     """
-    if dtype not in DTYPES:
+    config, tensors = peft_files(factors, dtype, extra_config)
+    with new_folder(Path(folder)) as part:
+        fill(part, tensors, {CONFIG: config, **(extra_files or {})})
+    return Path(folder)
+
+
+def peft_files(
+    factors: Factors,
+    dtype: torch.dtype = torch.float32,
+    extra_config: Mapping[str, Any] | None = None,
+) -> tuple[bytes, dict[str, torch.Tensor]]:
+    """What `save_peft` writes: `adapter_config.json`, and the tensors by their names."""
+    if dtype not in DTYPES.values():
         raise AdapterError(
             "bad_value", "an adapter cannot be saved in this dtype", seen=str(dtype),
-            limit=[str(d) for d in DTYPES], fix="choose one of them",
+            limit=list(DTYPES), fix="choose one of them",
         )  # fmt: skip
     tensors = {}
     for name, pair in sorted(factors.modules.items()):
@@ -162,8 +170,7 @@ def save_peft(
             fix="check weights and filters",
         )  # fmt: skip
     config = {**peft_config(factors), **(extra_config or {})}
-    files = {CONFIG: (json.dumps(config, indent=2) + "\n").encode(), **(extra_files or {})}
-    return _write_whole(Path(folder), tensors, files)
+    return (json.dumps(config, indent=2) + "\n").encode(), tensors
 
 
 def peft_config(factors: Factors) -> dict[str, Any]:
@@ -226,66 +233,3 @@ def _tensors(name: str, pair: Pair, dtype: torch.dtype) -> dict[str, torch.Tenso
                 fix="check the weights, or save in float32",
             )  # fmt: skip
     return {f"{PREFIX}{name}.{part}.weight": t.contiguous() for part, t in tensors.items()}
-
-
-def _write_whole(where: Path, tensors: dict[str, torch.Tensor], files: dict[str, bytes]) -> Path:
-    """Everything into a folder beside the target, then one rename."""
-    if where.is_symlink() or (where.exists() and (not where.is_dir() or any(where.iterdir()))):
-        raise AdapterError(
-            "unexpected_file", "the output folder holds something already", seen=str(where),
-            limit="a new or empty folder", fix="choose another folder, or empty it",
-        )  # fmt: skip
-    where.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(where)
-    part, ours = _claim(where)
-    try:
-        save_file(tensors, part / WEIGHTS, metadata={"format": "pt"})
-        for name, content in files.items():
-            (part / name).write_bytes(content)
-        (part / WEIGHTS).chmod(0o644)  # safetensors makes it the owner's alone
-        for path in [*part.iterdir(), part]:
-            _sync(path)
-        part.chmod(0o755)
-        os.rename(part, where)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    finally:
-        os.close(ours)  # lets the lock go
-    _sync(where.parent)
-    return where
-
-
-def _claim(where: Path) -> tuple[Path, int]:
-    """A folder beside the target, and the lock that says that its process lives."""
-    while True:
-        part = Path(tempfile.mkdtemp(prefix=f".{where.name}.part-", dir=where.parent))
-        handle = os.open(part, os.O_RDONLY)
-        fcntl.flock(handle, fcntl.LOCK_EX)
-        if part.exists():
-            return part, handle
-        os.close(handle)  # swept before it was locked
-
-
-def _sweep(where: Path) -> None:
-    """Away with what ended processes left of this folder: nobody holds its lock any more."""
-    for part in where.parent.glob(f".{glob.escape(where.name)}.part-*"):
-        try:
-            handle = os.open(part, os.O_RDONLY)
-        except OSError:  # renamed or swept meanwhile
-            continue
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(part, ignore_errors=True)
-        except OSError:
-            pass
-        finally:
-            os.close(handle)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

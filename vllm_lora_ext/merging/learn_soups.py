@@ -87,7 +87,7 @@ def learn_soups(
     """
     _check(adapters, examples, steps, rate, batch)
     for adapter in adapters:
-        check_fits(_routed(adapter), model_shapes(model))
+        check_fits(_routed(adapter), model_shapes(model), torch.float32)
     device = next(model.parameters()).device
     mixes = _mixes(adapters, device)
     scalars = [mix.scalar_I for mix in mixes.values()]

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from vllm_lora_ext.adapters import AdapterFolder
 from vllm_lora_ext.adapters.folder import CONFIG, WEIGHTS
+from vllm_lora_ext.adapters.output import fill, new_folder
 from vllm_lora_ext.adapters.readers import plain
 from vllm_lora_ext.adapters.readers.names import PREFIX
 from vllm_lora_ext.adapters.strict_json import parse_object
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.merging.factors import load_factors, save_peft
+from vllm_lora_ext.merging.factors import load_factors, peft_files
 from vllm_lora_ext.merging.learn_soups import Example
 
 RECORD = "soups.json"
@@ -120,34 +119,13 @@ def save_soups(
     Raises:
         AdapterError: `output_exists`, `output_failed`, and what reading raises.
     """
-    check_new(out)
     where = Path(out)
-    try:
-        where.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{where.name}.", dir=where.parent) as scratch:
-            run = Path(scratch) / "run"
-            run.mkdir()
-            for i, (folder, table) in enumerate(zip(folders, scalars, strict=True)):
-                _write_adapter(Path(folder), table, run / f"adapter_{i}")
-            if record is not None:
-                (run / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-            os.rename(run, where)
-    except OSError as error:
-        raise AdapterError(
-            "output_failed", f"the learned weights cannot be written: {error}",
-            fix="check the folder's permissions and the space left",
-        ) from error  # fmt: skip
+    with new_folder(where) as run:
+        for i, (folder, table) in enumerate(zip(folders, scalars, strict=True)):
+            _write_adapter(Path(folder), table, run / f"adapter_{i}")
+        if record is not None:
+            (run / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
     return [where / f"adapter_{i}" for i in range(len(folders))]
-
-
-def check_new(out: str | os.PathLike[str]) -> None:
-    """Refuse a place that holds something. Raises AdapterError `output_exists`."""
-    where = Path(out)
-    if where.is_symlink() or (where.exists() and (not where.is_dir() or any(where.iterdir()))):
-        raise AdapterError(
-            "output_exists", "the output folder holds something already", seen=str(where),
-            limit="a new or empty folder", fix="choose another folder, or empty it",
-        )  # fmt: skip
 
 
 def _example(fields: Mapping[str, Any], line: int, name: str) -> tuple[str, str]:
@@ -170,13 +148,11 @@ def _example(fields: Mapping[str, Any], line: int, name: str) -> tuple[str, str]
 
 def _write_adapter(source: Path, scalars: Mapping[str, float], target: Path) -> None:
     if plain.detect(AdapterFolder(source)):
-        target.mkdir()
-        shutil.copyfile(source / CONFIG, target / CONFIG)
+        config = (source / CONFIG).read_bytes()
         tensors = load_file(next(source / name for name in WEIGHTS if (source / name).is_file()))
     else:
-        save_peft(load_factors(source), target)
-        tensors = load_file(target / WEIGHTS[0])
+        config, tensors = peft_files(load_factors(source))
     for module, value in scalars.items():
         tensors[f"{PREFIX}{module}.lora_learnable_weights"] = torch.tensor([value])
-    save_file(tensors, target / WEIGHTS[0], metadata={"format": "pt"})
-    os.chmod(target / WEIGHTS[0], os.stat(target / CONFIG).st_mode)
+    target.mkdir()
+    fill(target, tensors, {CONFIG: config})

@@ -81,6 +81,8 @@ def _answer(line: str) -> dict[str, Any]:
     try:
         return run(json.loads(line))
     except AdapterError as error:
+        if error.code == "output_failed":  # the server's disk, not the client's mistake
+            error = AdapterError("merge_failed", error.message)
         return {"error": str(error)}
     except Exception as error:
         traceback.print_exc()  # to the server's log

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 
 from vllm_lora_ext.adapters.folder import CONFIG, SIDECAR, AdapterFolder
+from vllm_lora_ext.adapters.limits import MAX_EXPERTS
 from vllm_lora_ext.adapters.model import RoutedModule
 from vllm_lora_ext.adapters.readers import plain
 from vllm_lora_ext.adapters.readers.peft_config import PeftLora, bad_value
 from vllm_lora_ext.errors import AdapterError
-
-MAX_EXPERTS = 4096
 
 
 @dataclass(frozen=True)

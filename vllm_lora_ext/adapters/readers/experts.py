@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from vllm_lora_ext.adapters.folder import CONFIG, AdapterFolder
+from vllm_lora_ext.adapters.limits import MAX_EXPERTS
 from vllm_lora_ext.adapters.readers.names import rank_mismatch
 from vllm_lora_ext.adapters.readers.peft_config import (
     PeftLora,
@@ -16,8 +17,6 @@ from vllm_lora_ext.adapters.readers.peft_config import (
     whole_number,
 )
 from vllm_lora_ext.errors import AdapterError
-
-MAX_EXPERTS = 4096
 
 
 def early_peft_config(

@@ -17,6 +17,7 @@ import torch
 
 from vllm_lora_ext.adapters.folder import AdapterFolder
 from vllm_lora_ext.adapters.gates import make_gate
+from vllm_lora_ext.adapters.limits import MAX_EXPERTS
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.readers.base import Reader
 from vllm_lora_ext.adapters.readers.names import group, part, rank_mismatch
@@ -27,7 +28,6 @@ _PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_A|lora_B|moe_gate)\.weight")
 _GATE = re.compile(r".+\.moe_gate\.weight")
 # The wrapped model's own tensors, saved along.
 _BASE = re.compile(r"(?!.*(lora_|moe_gate)).+\.(weight|bias|inv_freq)")
-_MAX_EXPERTS = 4096
 
 
 def detect(folder: AdapterFolder) -> bool:
@@ -60,9 +60,9 @@ def _tasks(folder: AdapterFolder) -> list[PeftLora]:
     """The experts' own configs, in the order of their rows."""
     order = folder.setting("expert_order", "the experts' folders, in the order of their rows")
     names = isinstance(order, list) and all(isinstance(n, str) and n for n in order)
-    if not names or not 1 <= len(order) <= _MAX_EXPERTS or len(set(order)) != len(order):
+    if not names or not 1 <= len(order) <= MAX_EXPERTS or len(set(order)) != len(order):
         raise bad_value(
-            "expert_order in routing.json", order, f"1 to {_MAX_EXPERTS} different folder names"
+            "expert_order in routing.json", order, f"1 to {MAX_EXPERTS} different folder names"
         )
     files = [f"{name}/adapter_config.json" for name in order]
     configs = [folder.json(file) for file in files]

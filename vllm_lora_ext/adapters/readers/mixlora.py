@@ -19,6 +19,7 @@ import torch
 
 from vllm_lora_ext.adapters.folder import CONFIG, AdapterFolder
 from vllm_lora_ext.adapters.gates import make_gate
+from vllm_lora_ext.adapters.limits import MAX_EXPERTS
 from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.readers.base import Reader
 from vllm_lora_ext.adapters.readers.names import group, part, rank_mismatch
@@ -47,7 +48,6 @@ _OLD = re.compile(
     r"|experts\.(?P<expert>\d+)\.(?P<linear>w[123])(?:_proj)?\.(?P<letter>lora_[AB]))\.weight"
 )
 _OLD_LINEARS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
-_MAX_EXPERTS = 4096
 
 _NEEDED = ("r", "lora_alpha", "target_modules", "routing_strategy", "num_experts")
 _KEYS = frozenset({
@@ -75,7 +75,7 @@ class _Config:
         fields["blocks"] = (self.expert_rank,) * self.experts
         if config["routing_strategy"] == "mixlora-dynamic":
             return make_gate(fields | _dynamic(config), CONFIG)
-        k = whole_number(_need(config, "top_k"), f"top_k in {CONFIG}", 1, _MAX_EXPERTS)
+        k = whole_number(_need(config, "top_k"), f"top_k in {CONFIG}", 1, MAX_EXPERTS)
         return make_gate(fields | {"select": "top_k", "k": k, "weight": "renormalise"}, CONFIG)
 
 
@@ -162,7 +162,7 @@ def _read_config(
             expert = own
     return _Config(
         *own, *expert,
-        experts=whole_number(config["num_experts"], f"num_experts in {CONFIG}", 1, _MAX_EXPERTS),
+        experts=whole_number(config["num_experts"], f"num_experts in {CONFIG}", 1, MAX_EXPERTS),
         targets=_targets(config["target_modules"]),
         act=act,
         base_model=base_model_of(config, CONFIG),

@@ -14,10 +14,10 @@ from typing import Any
 
 from vllm_lora_ext.adapters.folder import CONFIG, AdapterFolder
 from vllm_lora_ext.adapters.gates import make_gate
+from vllm_lora_ext.adapters.limits import MAX_EXPERTS
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.readers.base import Reader
 from vllm_lora_ext.adapters.readers.experts import (
-    MAX_EXPERTS,
     early_peft_config,
     needed,
     stack_experts,

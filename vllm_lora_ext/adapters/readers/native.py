@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 from vllm_lora_ext.adapters.folder import CONFIG, WEIGHTS, AdapterFolder
 from vllm_lora_ext.adapters.gates import make_gate
 from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
+from vllm_lora_ext.adapters.output import fill, new_folder
 from vllm_lora_ext.adapters.readers.base import Reader
 from vllm_lora_ext.adapters.readers.names import group, part
 from vllm_lora_ext.adapters.readers.peft_config import bad_value, base_model_of
@@ -58,14 +58,21 @@ def write_native(
     """Write `adapter` in the native format; reading it again gives the same tensors, bit for bit.
 
     Args:
-        folder: made when missing; files of an earlier adapter there are replaced.
+        folder: appears whole or not at all; an earlier adapter there is replaced.
         dtype: float32, float16 or bfloat16 for A and B; None keeps theirs. Routers, biases and
             threshold heads stay as they are: rounding them would change which experts are chosen.
     Returns:
         The folder.
+    Raises:
+        AdapterError: `output_exists` (it holds other things than an adapter), `output_failed`.
     """
-    where = Path(folder)
-    where.mkdir(parents=True, exist_ok=True)
+    with new_folder(Path(folder), _is_adapter) as part:
+        fill_native(part, adapter, dtype)
+    return Path(folder)
+
+
+def fill_native(folder: Path, adapter: RoutedAdapter, dtype: torch.dtype | None = None) -> None:
+    """The files of `write_native` into a folder of `adapters.output`."""
     tensors: dict[str, torch.Tensor] = {}
     for name, module in adapter.modules.items():
         tensors.update(_tensors(name, module, dtype))
@@ -85,12 +92,11 @@ def write_native(
             name: {"gate": block.gate.to_dict(), "act": block.act}
             for name, block in sorted(adapter.blocks.items())
         }
-    # Each file is put in place whole: a server may be reading the old one.
-    save_file(tensors, where / f".{WEIGHTS[0]}.part", metadata={"format": "pt"})
-    (where / f".{CONFIG}.part").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    for name in (WEIGHTS[0], CONFIG):
-        os.replace(where / f".{name}.part", where / name)
-    return where
+    fill(folder, tensors, {CONFIG: json.dumps(config, indent=2) + "\n"})
+
+
+def _is_adapter(place: Path) -> bool:
+    return {path.name for path in place.iterdir()} <= {CONFIG, WEIGHTS[0]}
 
 
 def _check_config(config: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ import re
 from vllm_lora_ext.adapters.folder import AdapterFolder
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.readers.base import Reader
-from vllm_lora_ext.adapters.readers.names import group, module_of, part, rank_mismatch
+from vllm_lora_ext.adapters.readers.names import PREFIX, group, module_of, part, rank_mismatch
 from vllm_lora_ext.adapters.readers.peft_config import PeftLora, read_peft_config
 from vllm_lora_ext.errors import AdapterError
 
@@ -105,7 +105,7 @@ def _refuse_magnitudes(names: list[str]) -> None:
 def _skip_base_embeddings(folder: AdapterFolder, modules: dict[str, RoutedModule]) -> None:
     """PEFT saves a copy of the base weight beside an adapted embedding or output matrix."""
     for name in folder.names:
-        module = name.removeprefix("base_model.model.").removesuffix(".base_layer.weight")
+        module = name.removeprefix(PREFIX).removesuffix(".base_layer.weight")
         if name.endswith(".base_layer.weight") and module in modules:
             out, width = modules[module].b_NR.shape[0], modules[module].a_RK.shape[1]
             rows = (width, out) if modules[module].kind == "embedding" else (out, width)

@@ -11,8 +11,9 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from vllm_lora_ext.adapters.folder import CONFIG
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.merging.factors import CONFIG, load_factors
+from vllm_lora_ext.merging.factors import load_factors
 from vllm_lora_ext.merging.learned import load_soups
 from vllm_lora_ext.merging.merge import Merged, Progress, Term, merge
 from vllm_lora_ext.merging.ops.truncate import truncate

@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 PIPELINE, RESULT = "pipeline", "out"
-DTYPES = ("float32", "bfloat16", "float16")
 
 _TAGS = ("<number>", "<gradient>", "<filters>", "<learned>", "<own>")
 WEIGHT_TAGS = frozenset(_TAGS)  # they stand in pydantic's paths and mean nothing to users

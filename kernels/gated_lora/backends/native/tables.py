@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vllm_lora_ext.kernels.gated_lora import cpu_build
+from vllm_lora_ext.kernels.gated_lora.backends.native import build as cpu_build
 from vllm_lora_ext.kernels.gated_lora.site import Site, SlicePlan, SlotPlan
 from vllm_lora_ext.routing import GateSpec
 

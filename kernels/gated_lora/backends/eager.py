@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_lora_ext.kernels.gated_lora import cpu_native
+from vllm_lora_ext.kernels.gated_lora.backends.native import tables as cpu_native
 from vllm_lora_ext.kernels.gated_lora.site import Site, SlicePlan, SlotPlan
 from vllm_lora_ext.routing import GateSpec, gate_reference
 

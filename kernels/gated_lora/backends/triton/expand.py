@@ -22,11 +22,11 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_lora_ext.kernels.gated_lora import tables
+from vllm_lora_ext.kernels.gated_lora.backends.triton import tables
+from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import operand
+from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import blocks, device_of
 from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.kernels.gated_lora.step import max_tiles
-from vllm_lora_ext.kernels.gated_lora.triton_shrink import operand
-from vllm_lora_ext.kernels.gated_lora.tuning import blocks, device_of
 
 SOFTMAX_SCORE = tl.constexpr(tables.SCORES.index("softmax"))
 SIGMOID_SCORE = tl.constexpr(tables.SCORES.index("sigmoid"))

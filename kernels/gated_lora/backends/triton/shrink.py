@@ -26,15 +26,15 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_lora_ext.kernels.gated_lora.site import Site
-from vllm_lora_ext.kernels.gated_lora.step import max_tiles
-from vllm_lora_ext.kernels.gated_lora.tuning import (
+from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import (
     SYNCHRONOUS_ROWS,
     Shrink,
     blocks,
     device_of,
     splits,
 )
+from vllm_lora_ext.kernels.gated_lora.site import Site
+from vllm_lora_ext.kernels.gated_lora.step import max_tiles
 
 OPERANDS = {
     torch.float32: tl.float32,

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from vllm_lora_ext.kernels.gated_lora import cpu_build
-from vllm_lora_ext.kernels.gated_lora.cpu_native import Tables
+from vllm_lora_ext.kernels.gated_lora.backends.native import build as cpu_build
+from vllm_lora_ext.kernels.gated_lora.backends.native.tables import Tables
 from vllm_lora_ext.kernels.gated_lora.site import Site
 
 logger = logging.getLogger("vllm.lora_ext")

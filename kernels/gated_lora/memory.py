@@ -1,0 +1,35 @@
+"""How many bytes a slot takes: the formula of what `Site` allocates, without allocating it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from vllm_lora_ext.kernels.gated_lora.backends.triton.tables import COUNTS, SPEC, VALUES
+
+ROUTER_BYTES = 4  # routers and heads are fp32 everywhere
+_TABLE_BYTES = 4  # int32, float32
+
+
+def slot_bytes(
+    in_features: int,
+    slice_sizes: Sequence[int],
+    max_rank: int,
+    max_router_rows: int,
+    dtype: torch.dtype,
+    on_cpu: bool,
+) -> int:
+    """Bytes per slot of a `Site` with the same arguments.
+
+    Args:
+        dtype: of A and B on a GPU; a CPU keeps fp32.
+        on_cpu: without the Triton kernels and their tables.
+    """
+    weight = 4 if on_cpu else dtype.itemsize
+    slices = len(slice_sizes)
+    a_and_b = weight * max_rank * (slices * in_features + sum(slice_sizes))
+    routers = ROUTER_BYTES * slices * (max_router_rows + 1) * in_features
+    per_slice = len(SPEC) + 3 * max_rank + len(VALUES) + max_rank
+    tables = 0 if on_cpu else _TABLE_BYTES * (COUNTS + slices * per_slice)
+    return a_and_b + routers + tables
