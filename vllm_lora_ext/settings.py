@@ -169,7 +169,7 @@ class LoraExtSettings(BaseModel):
     graphs; off, nothing of it is there."""
 
     pickle: Literal["weights_only"] | None = None
-    """Whether `adapter_model.bin` is read where an adapter has no safetensors file; None: refused."""
+    """Whether `adapter_model.bin` is read where there is no safetensors file. None: refused."""
 
     accept_config_keys: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Keys of `adapter_config.json` that no format knows, and that are ignored, not refused."""
