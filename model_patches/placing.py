@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from vllm.lora.layers import BaseLayerWithLoRA
+from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA
 from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.models.utils import PPMissingLayer
 
@@ -58,6 +59,19 @@ class Placer:
         )
         self._shapes = _shapes(modules, packed)
         self._vllm_names: dict[str, str] = {}
+
+    def knows(self, vllm_name: str) -> bool:
+        """Whether a layer, or a slice of one, can be adapted in our form."""
+        return vllm_name in self._shapes
+
+    def wraps(self, vllm_name: str) -> bool:
+        """Whether a layer, or a part of one, has a LoRA layer of any kind around it."""
+        inside = (name for name in self._modules if vllm_name.startswith(f"{name}."))
+        return self.knows(vllm_name) or vllm_name in self._modules or any(inside)
+
+    def is_embedding(self, vllm_name: str) -> bool:
+        """Whether a layer's A is looked up and not multiplied."""
+        return isinstance(self._modules.get(vllm_name), VocabParallelEmbeddingWithLoRA)
 
     def place(self, adapter: RoutedAdapter, renamed: bool = False) -> HostAdapter:
         """The adapter in the form of this model's slots.
