@@ -115,7 +115,7 @@ class Placer:
             if isinstance(layer, RoutedLinear):
                 sites[layer_name] = _site(layer, modules)
             else:
-                stock[layer_name] = _stock(layer, modules)
+                stock[layer_name] = _stock(names[layer_name][0], layer, modules)
         for name, block in adapter.blocks.items():
             first = f"{name}.{min(block.parts)}"
             if first not in away:
@@ -124,12 +124,12 @@ class Placer:
                 blocks[block_name] = _block(self._block(name, block_name), block)
         kinds = (sites, stock, blocks)
         groups = [shapes for kind in kinds for shapes, _ in kind.values()]
-        buffer, views = flat_views(groups, self._pinned)
+        nbytes, views = flat_views(groups, self._pinned)
         left = iter(views)
         packed = [{name: fill(next(left)) for name, (_, fill) in kind.items()} for kind in kinds]
         return HostAdapter(
             system=adapter.system, source=adapter.source, rank=adapter.rank,
-            version=adapter.digest, nbytes=buffer.nbytes, names=names,
+            version=adapter.digest, nbytes=nbytes, names=names,
             sites=packed[0], stock=packed[1], blocks=packed[2],
         )  # fmt: skip
 
@@ -162,13 +162,18 @@ def _site(layer: RoutedLinear, modules: Sequence[RoutedModule | None]) -> tuple[
 
 
 def _stock(
-    layer: BaseLayerWithLoRA, modules: Sequence[RoutedModule | None]
+    name: str, layer: BaseLayerWithLoRA, modules: Sequence[RoutedModule | None]
 ) -> tuple[list[Shape], Fill]:
     """An embedding, whose A the slot holds transposed, or the output matrix."""
     (part,) = modules
     assert part is not None
+    if part.gate.source != "none":
+        raise AdapterError(
+            "unsupported_feature", f"{name} is an embedding or output matrix with a gate",
+            seen=part.gate.source, limit="plain LoRA there", fix="leave it without a gate",
+        )  # fmt: skip
     dtype = layer.lora_a_stacked.dtype
-    embedding = part.kind == "embedding"
+    embedding = isinstance(layer, VocabParallelEmbeddingWithLoRA)
     a = part.a_RK.t() if embedding else part.a_RK
 
     def fill(out: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
