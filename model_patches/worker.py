@@ -30,6 +30,8 @@ from vllm_lora_ext.model_patches.manager import (
 from vllm_lora_ext.model_patches.residency import HostAdapter, LoadReport, Residency, Resident
 from vllm_lora_ext.settings import LoraExtSettings
 
+_LEAST = 2048 << 20  # bytes of host memory by default
+
 
 class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
     """Loads any adapter format that has a reader, and keeps what it has loaded.
@@ -45,8 +47,15 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         super().__init__(vllm_config, *args, **kwargs)
         tag_torch_caches()
         self.settings = LoraExtSettings.from_additional_config(vllm_config.additional_config)
-        self._residency = Residency(self.settings.host_cache_mb << 20)
         self._loader = Loader(self._read)
+
+    def create_lora_manager(self, model: Any, vllm_config: Any) -> Any:
+        wrapped = super().create_lora_manager(model, vllm_config)
+        limit = self.settings.host_cache_mb
+        # By default never less than vLLM itself would hold.
+        every = self._adapter_manager.slot_nbytes * self._adapter_manager.capacity
+        self._residency = Residency(max(every, _LEAST) if limit is None else limit << 20)
+        return wrapped
 
     def load(
         self, request: LoRARequest, source: MemorySource | None, in_use: Collection[int]

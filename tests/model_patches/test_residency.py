@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.make_adapters import normal, random_adapter, random_module, router_spec
+from tests.make_adapters import linear_shapes, normal, random_adapter, random_module, router_spec
 from vllm_lora_ext.adapters.model import RoutedAdapter
 from vllm_lora_ext.adapters.registry import load_adapter
 from vllm_lora_ext.errors import AdapterError
@@ -218,6 +218,15 @@ def test_the_budget_counts_bytes_in_the_slots_dtype(harness: Callable[..., Any])
     report = h.worker.load(h.save("a", adapter), None, ())
     numbers = sum(m.a_RK.numel() + m.b_NR.numel() for m in adapter.modules.values())
     assert 4 * numbers <= report.bytes < 4.1 * numbers
+
+
+def test_by_default_as_much_fits_as_vllm_would_hold(harness: Callable[..., Any]) -> None:
+    h = harness(max_cpu_loras=2000)
+    shapes = linear_shapes(h.config.model_config.hf_config)
+    numbers = 64 * (sum(k + n for k, n in shapes.values()) + 2 * (128 + 512))
+    assert h.manager.slot_nbytes == 4 * numbers
+    assert h.worker._residency.limit == 2000 * 4 * numbers > 2048 * MiB
+    assert harness().worker._residency.limit == 2048 * MiB
 
 
 def test_pinned_adapters_keep_their_slots(harness: Callable[..., Any]) -> None:
