@@ -16,7 +16,6 @@ import torch
 import vllm.lora.utils as lora_utils
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
-from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.utils.multi_stream_utils import maybe_execute_in_parallel
@@ -229,36 +228,9 @@ class CPUEmbedding(VocabParallelEmbeddingWithLoRA):
         return output
 
 
-class CPULogits(LogitsProcessorWithLoRA):
-    """Skips the output matrix's LoRA when no slot has one: stock gathers the whole [V, R] for
-    every row, and fails on the row count of `prompt_logprobs`."""
-
-    def create_lora_weights(self, max_loras, lora_config, model_config=None) -> None:  # type: ignore[no-untyped-def]
-        super().create_lora_weights(max_loras, lora_config, model_config)
-        self.used: set[int] = set()
-
-    def reset_lora(self, index: int) -> None:
-        if index in self.used:
-            self.used.discard(index)
-            super().reset_lora(index)
-
-    def set_lora(self, index, lora_a, lora_b) -> None:  # type: ignore[no-untyped-def]
-        super().set_lora(index, lora_a, lora_b)
-        self.used.add(index)
-
-    def forward(self, lm_head, *args, **kwargs):  # type: ignore[no-untyped-def]
-        if self.used or self.sharded_to_full_mapping_gpu is not None:
-            return super().forward(lm_head, *args, **kwargs)
-        return self.base_layer.forward(getattr(lm_head, "base_layer", lm_head), *args, **kwargs)
-
-
 def apply() -> None:
     """Puts the subclasses before vLLM's own choice of wrapper."""
-    from vllm.platforms import current_platform
-
     lora_utils._all_lora_classes = tuple(map(_ours, lora_utils._all_lora_classes))
-    if current_platform.is_cpu():
-        lora_utils.LogitsProcessorWithLoRA = CPULogits
 
 
 def _ours(stock: type) -> type:

@@ -13,7 +13,7 @@ import torch
 from peft import LoraConfig, VeraConfig, get_peft_model
 from peft.tuners.lora import LoraRuntimeConfig
 from peft.tuners.lora.config import MontecloraConfig, VeloraConfig
-from peft_folders import IDS, assert_serves, make, of_peft, set_config
+from peft_folders import assert_serves, make, of_peft, set_config
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from vllm_lora_ext.adapters import load_adapter
