@@ -16,6 +16,7 @@ from vllm.triton_utils import HAS_TRITON
 from vllm.utils.torch_utils import PIN_MEMORY
 
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.kernels.gated_lora import Site
 from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
 from vllm_lora_ext.model_patches.backend import check_graphs, choose_kernels
 from vllm_lora_ext.model_patches.config import check_config, check_trace
@@ -77,6 +78,17 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         if settings.trace:
             check_trace(vllm_config, self.graphs)
             self.recorder = Recorder(self)
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Bytes of A and B that an adapter of the largest rank on all layers has."""
+        total = 0
+        for layer in self.modules.values():
+            site = getattr(layer, "site", None)
+            own = (layer.lora_a_stacked, layer.lora_b_stacked)
+            weights = (site.a_SRK, *site.bt_SRN) if isinstance(site, Site) else own
+            total += sum(w[0].nbytes for w in weights if isinstance(w, torch.Tensor))
+        return total
 
     def has_slots(self, needed: Collection[int]) -> bool:
         """Whether these adapters can be in slots at once, beside the pinned ones."""

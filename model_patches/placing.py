@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from vllm.lora.layers import BaseLayerWithLoRA
+from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA
 from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.models.utils import PPMissingLayer
 
@@ -62,6 +63,19 @@ class Placer:
         self._shapes = _shapes(modules, packed)
         self._vllm_names: dict[str, str] = {}
 
+    def knows(self, vllm_name: str) -> bool:
+        """Whether a layer, or a slice of one, can be adapted in our form."""
+        return vllm_name in self._shapes
+
+    def wraps(self, vllm_name: str) -> bool:
+        """Whether a layer, or a part of one, has a LoRA layer of any kind around it."""
+        inside = (name for name in self._modules if vllm_name.startswith(f"{name}."))
+        return self.knows(vllm_name) or vllm_name in self._modules or any(inside)
+
+    def is_embedding(self, vllm_name: str) -> bool:
+        """Whether a layer's A is looked up and not multiplied."""
+        return isinstance(self._modules.get(vllm_name), VocabParallelEmbeddingWithLoRA)
+
     def place(self, adapter: RoutedAdapter, renamed: bool = False) -> HostAdapter:
         """The adapter in the form of this model's slots.
 
@@ -114,12 +128,12 @@ class Placer:
                 blocks[block_name] = _block(self._block(name, block_name, block), block)
         kinds = (sites, stock, blocks)
         groups = [shapes for kind in kinds for shapes, _ in kind.values()]
-        buffer, views = flat_views(groups, self._pinned)
+        nbytes, views = flat_views(groups, self._pinned)
         left = iter(views)
         packed = [{name: fill(next(left)) for name, (_, fill) in kind.items()} for kind in kinds]
         return HostAdapter(
             system=adapter.system, source=adapter.source, rank=adapter.rank,
-            version=adapter.digest, nbytes=buffer.nbytes, names=names,
+            version=adapter.digest, nbytes=nbytes, names=names,
             sites=packed[0], stock=packed[1], blocks=packed[2],
         )  # fmt: skip
 
@@ -159,15 +173,22 @@ def _stock(
     """An embedding, whose A the slot holds transposed, or the output matrix."""
     (part,) = modules
     assert part is not None
+<<<<<<< HEAD
+    if part.gate.source != "none":
+        raise AdapterError(
+            "unsupported_feature", f"{name} is an embedding or output matrix with a gate",
+            seen=part.gate.source, limit="plain LoRA there", fix="leave it without a gate",
+=======
     if part.gate.source != "none":  # its B A x would be added as it is
         raise AdapterError(
             "unsupported_feature", "the adapter has a gate at an embedding or output matrix, where"
             " none is computed", seen=f"{name}: {part.gate.num_gates} gates",
             limit="gates in linear layers and MLP blocks",
             fix=f"train or export the adapter without {name}, or with a plain LoRA there",
+>>>>>>> main
         )  # fmt: skip
     dtype = layer.lora_a_stacked.dtype
-    embedding = part.kind == "embedding"
+    embedding = isinstance(layer, VocabParallelEmbeddingWithLoRA)
     a = part.a_RK.t() if embedding else part.a_RK
 
     def fill(out: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -28,7 +28,7 @@ _EXAMPLE = f'--additional-config \'{{"{KEY}": {{"host_cache_mb": 4096}}}}\''
 _ALLOWED = {
     "adapter_roots": "a list of existing folders, or null for no limit",
     "max_router_rows": f"a whole number from 1 to {ROUTER_ROWS_LIMIT}, or null",
-    "host_cache_mb": "a whole number, 0 or more",
+    "host_cache_mb": "a whole number, 1 or more, or null",
     "triton": "true, false, or null",
     "trace": "true or false",
     "pickle": '"weights_only", or null for no pickles',
@@ -157,8 +157,9 @@ class LoraExtSettings(BaseModel):
     max_router_rows: int | None = Field(default=None, ge=1, le=ROUTER_ROWS_LIMIT)
     """Router rows reserved per adapter slot and layer. None: `min(max_lora_rank, 64)`."""
 
-    host_cache_mb: int = Field(default=2048, ge=0)
-    """Host memory for adapters that vLLM's own cache has dropped."""
+    host_cache_mb: int | None = Field(default=None, ge=1)
+    """Host memory for loaded adapters, on each rank. None: as much as `--max-cpu-loras` adapters of
+    the full rank need, and at least 2048."""
 
     triton: bool | None = None
     """On a GPU: the fused Triton kernels in place of the PyTorch path. None: when they pass a

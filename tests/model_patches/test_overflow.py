@@ -1,35 +1,31 @@
-"""Weights that the slots' dtype cannot hold are refused where a worker loads an adapter."""
+"""Weights that the slots' dtype cannot hold are refused where a worker reads an adapter."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
-import numpy as np
 import pytest
-from make_adapters import random_module
 
-from vllm_lora_ext.adapters import RoutedAdapter
+from tests.make_adapters import random_adapter
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.routing import GateSpec
 
-NAME = "model.layers.0.self_attn.o_proj"
-
 
 @pytest.mark.parametrize("part", ["a_RK", "b_NR"])
-def test_overflow_is_refused(part, harness):
+def test_overflow_is_refused(part: str, harness: Callable[..., Any]) -> None:
     """|B| = 3e6: finite in the file and in bfloat16, infinite in float16."""
-    for dtype, fits in (("float16", False), ("bfloat16", True)):
-        made = harness(dtype=dtype)
-        out, width = made.model.get_submodule(NAME).base_layer.weight.shape
-        module = random_module(np.random.default_rng(0), width, out, GateSpec(), rank=4)
-        tensor = getattr(module, part).clone()
-        tensor[1, 2] = -3e6
-        module = dataclasses.replace(module, **{part: tensor})
-        request = made.save("large", RoutedAdapter({NAME: module}, system="plain"))
-        if fits:
-            assert made.worker.load(request, None, ()).bytes
-            continue
-        with pytest.raises(AdapterError, match="float16") as caught:
-            made.worker.load(request, None, ())
-        assert caught.value.code == "overflow"
-        assert not made.worker.list_adapters()
+    h = harness(dtype="float16")
+    adapter = random_adapter(h.config.model_config.hf_config, specs=GateSpec())
+    name, module = next(iter(adapter.modules.items()))
+    tensor = getattr(module, part).clone()
+    tensor[1, 2] = -3e6
+    large = dataclasses.replace(module, **{part: tensor})
+    adapter = dataclasses.replace(adapter, modules={**adapter.modules, name: large})
+    with pytest.raises(AdapterError, match="float16") as caught:
+        h.worker.load(h.save("large", adapter), None, ())
+    assert caught.value.code == "overflow" and name in caught.value.text
+    for dtype in ("bfloat16", "float32"):
+        h = harness(dtype=dtype)
+        assert h.worker.load(h.save("large", adapter), None, ()).rank == 6
