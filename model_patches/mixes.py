@@ -1,47 +1,39 @@
-"""Merged adapters by name in a request, and recipe files as the path of an adapter.
+"""Merged adapters by name in a request.
 
-Targets: `OpenAIServingModels.{__init__, load_lora_adapter, unload_lora_adapter}`; and, only when a
-server with the setting `merge` starts, `_check_model` of both serving classes and
-`_maybe_get_adapters`. The front end's process alone does all this.
+Targets, wrapped only when a server with the setting `merge` starts: `_check_model` of both serving
+classes and `_maybe_get_adapters`. The front end's process alone does all this.
 """
 
 from __future__ import annotations
 
-import asyncio
 import functools
-import os
 import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.engine.serving import BaseServing
-from vllm.logger import init_logger
 from vllm.lora.request import LoRARequest
 
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.model_patches.http import to_response
-from vllm_lora_ext.model_patches.trace_http import RefusedRequest
-from vllm_lora_ext.model_patches.worker import find_folder, shortest
+from vllm_lora_ext.model_patches.adapter_paths import find_folder
+from vllm_lora_ext.model_patches.admission import Admitted
+from vllm_lora_ext.model_patches.refused import RefusedRequest, to_response
 from vllm_lora_ext.serving import Mix, Mixes, from_lorax, is_mix_name, parse
 from vllm_lora_ext.settings import LoraExtSettings
 
-logger = init_logger(f"vllm.{__name__}")
 LORAX = "merged_adapters"
-RECIPE_FILES = (".yaml", ".yml", ".json")
 
 
 class Front:
     """One server's mixes, and what it does for them (`serving.Host`)."""
 
-    def __init__(self, models: Any, engine: Any) -> None:
+    def __init__(self, models: Any, engine: Any, settings: LoraExtSettings) -> None:
         config = engine.vllm_config
         self._models, self._engine, self._lora = models, engine, config.lora_config
-        self.settings = LoraExtSettings.from_additional_config(config.additional_config)
-        merge = self.settings.merge
+        self.settings, merge = settings, settings.merge
         self.by_name = self._lora is not None and merge is not None and merge.enabled
         self._given: dict[int, LoRARequest] = {}
         processes = config.parallel_config._api_process_count
@@ -68,13 +60,13 @@ class Front:
     def dtype(self) -> str:
         return str(self._lora.lora_dtype).removeprefix("torch.")
 
-    def adapters(self) -> Mapping[str, tuple[str, int]]:
-        made = self.mixes.names()
+    def adapters(self) -> Mapping[str, tuple[str, str]]:
+        made, version = self.mixes.names(), Admitted.of(self._engine).version
         known = self._models.lora_requests.items()
-        return {name: (r.lora_path, r.lora_int_id) for name, r in known if name not in made}
+        return {n: (r.lora_path, version(r.lora_int_id)) for n, r in known if n not in made}
 
     def folder(self, path: str) -> Path:
-        return Path(find_folder(shortest(path), self.settings.readable_roots()))
+        return Path(find_folder(path, self.settings.readable_roots()))
 
     async def load(self, name: str, path: Path) -> LoRARequest:
         request = LoRARequest(name, self._models.lora_id_counter.inc(1), str(path))
@@ -136,7 +128,7 @@ def _front(models: Any) -> Front | None:
 
 
 @functools.cache
-def _hook_requests() -> None:
+def hook_requests() -> None:
     """From now on, the models of requests may be mixes."""
     check, check_pooling = BaseServing._check_model, PoolingBaseServing._check_model
     get_adapters = BaseServing._maybe_get_adapters
@@ -172,51 +164,5 @@ def _hook_requests() -> None:
     BaseServing._maybe_get_adapters = new_get_adapters
 
 
-def _is_recipe(path: str | None) -> bool:
-    return bool(path) and str(path).endswith(RECIPE_FILES) and not os.path.isdir(str(path))
-
-
 def apply() -> None:
-    """Wraps the list of models; the request path only when a server asks for mixes."""
-    init, load = OpenAIServingModels.__init__, OpenAIServingModels.load_lora_adapter
-    unload = OpenAIServingModels.unload_lora_adapter
-
-    @functools.wraps(init)
-    def new_init(self: Any, engine_client: Any, *args: Any, **kwargs: Any) -> None:
-        init(self, engine_client, *args, **kwargs)
-        self._lora_ext_front = Front(self, engine_client)
-        if self._lora_ext_front.by_name:
-            _hook_requests()
-
-    @functools.wraps(load)
-    async def new_load(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        front, entry = self._lora_ext_front, None
-        if _is_recipe(request.lora_path):
-            try:
-                entry = await front.mixes.build_recipe(request.lora_path)
-            except AdapterError as error:
-                logger.warning("Refused recipe for %r: %s", request.lora_name, error)
-                return to_response(error)
-            request = request.model_copy(update={"lora_path": str(entry.path)})
-        try:
-            answer = await load(self, request, *args, **kwargs)
-        except asyncio.CancelledError:
-            answer = None
-            raise
-        finally:
-            if entry is not None and not isinstance(answer, str):
-                front.mixes.discard(entry)
-        if isinstance(answer, str) and front.used:
-            front.mixes.loaded(request.lora_name, entry)
-        return answer
-
-    @functools.wraps(unload)
-    async def new_unload(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        answer = await unload(self, request, *args, **kwargs)
-        if isinstance(answer, str) and self._lora_ext_front.used:
-            self._lora_ext_front.mixes.unloaded(request.lora_name)
-        return answer
-
-    OpenAIServingModels.__init__ = new_init
-    OpenAIServingModels.load_lora_adapter = new_load
-    OpenAIServingModels.unload_lora_adapter = new_unload
+    """Nothing at start: `frontend` wraps when a server asks for mixes."""

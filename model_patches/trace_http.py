@@ -14,22 +14,14 @@ from typing import Any
 import vllm.plugins.endpoint_plugins.interface as plugins
 from fastapi import FastAPI, Query, Request
 from fastapi.responses import JSONResponse, Response
-from vllm.exceptions import VLLMClientError
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches.refused import RefusedRequest, status_of
 from vllm_lora_ext.trace.client import PATH
 from vllm_lora_ext.trace.fetch import EXTRA_ARG, RPC, check_on, read_answers, wanted
 
 _LAUNCHER = "vllm.entrypoints.launchers.app"
-
-
-class RefusedRequest(AdapterError, VLLMClientError):
-    """An error that vLLM's server answers with 400; any other of `process_inputs` becomes 500."""
-
-    def __init__(self, error: AdapterError) -> None:
-        Exception.__init__(self, str(error))
-        self.code, self.message, self.text = error.code, error.message, error.text
 
 
 async def get_trace(
@@ -47,7 +39,7 @@ async def get_trace(
         answers = await engine.collective_rpc(RPC, args=(request_id, prompt, choice))
         text = read_answers(answers).to_json()
     except AdapterError as error:
-        status = 404 if error.code == "not_found" else 400
+        status = status_of(error.code).value
         body = {"message": error.text, "type": error.code, "param": "request_id", "code": status}
         return JSONResponse({"error": body}, status)
     return Response(text, media_type="application/json")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -15,6 +15,7 @@ from vllm_lora_ext.kernels.gated_lora.step import StepMap
 from vllm_lora_ext.routing import GatedSlice, GateSpec
 
 After = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
+Shape = tuple[tuple[int, ...], torch.dtype]
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,27 @@ class SlotPlan:
         if not len(self.router_GK):
             return ax_TR
         return torch.cat([ax_TR, torch.mm(x_TK, self.router_GK.t())], dim=1)
+
+
+@dataclass(frozen=True)
+class PackedSite:
+    """One adapter's part at one site in host memory, as its slot will hold it.
+
+    Args:
+        a_RK, router_GK: A of every slice, and routers and heads (fp32).
+        b_RN: B of the slices; where the Triton kernels read it, all of them side by side in one.
+        tables: the slot's rows of `SlotTables`, ints and floats; empty without them.
+        slices: number and plan of each; `bt_RN` of a plan is a part of `b_RN`.
+        shared, plain: as in `SlotPlan`.
+    """
+
+    a_RK: torch.Tensor
+    router_GK: torch.Tensor
+    b_RN: tuple[torch.Tensor, ...]
+    tables: tuple[torch.Tensor, ...]
+    slices: tuple[tuple[int, SlicePlan], ...]
+    shared: GateSpec | None
+    plain: bool
 
 
 class Site:
@@ -130,12 +152,10 @@ class Site:
         self._step = StepMap(0)
         # For who uses the slots in a way of its own, or looks on; run after the ops, with the same
         # tensors: `after` (see `listen`), or, where x is a shard, `after_shrink` and
-        # `after_expand`. `u_PTR` is what the next shrink of the kernels is to fill, with some rows
-        # already there.
+        # `after_expand`.
         self.after: list[After] = []
         self.after_shrink: Callable[[torch.Tensor], None] | None = None
         self.after_expand: Callable[[torch.Tensor, torch.Tensor], None] | None = None
-        self.u_PTR: torch.Tensor | None = None
 
     @property
     def padded_rank(self) -> int:
@@ -169,11 +189,6 @@ class Site:
             self.shut()
         self.native = None
 
-    def take_u(self) -> torch.Tensor | None:
-        """`u_PTR`, once."""
-        u_PTR, self.u_PTR = self.u_PTR, None
-        return u_PTR
-
     def clear(self, slot: int) -> None:
         """The slot adds nothing any more. Its weights stay: nothing reads a slot without a plan."""
         self.plans[slot] = None
@@ -188,35 +203,116 @@ class Site:
             ValueError: a slice does not fit the buffers (the slot is left empty).
         """
         self.clear(slot)
-        plan = self.plans[slot] = self.store(slot, slices)
-        if plan is not None and self.tables is not None:
-            numbers = (i for i, s in enumerate(slices) if s is not None)
-            parts = zip(numbers, plan.slices, strict=True)
-            self.tables.write(slot, plan.num_ranks, len(plan.router_GK), parts)
+        self.load(slot, self.pack(slices))
 
-    def store(self, slot: int, slices: Sequence[GatedSlice | None]) -> SlotPlan | None:
-        """Writes a slot's weights and says where they stand, without the slot adding anything:
-        for blocks of layers that use them in their own way. Raises ValueError, as `write`."""
-        parts = [(i, s) for i, s in enumerate(slices) if s is not None]
+    def shapes(self, slices: Sequence[GatedSlice | None]) -> list[Shape]:
+        """Shapes and dtypes of the tensors of the slices' packed form, in its order.
+
+        Raises:
+            ValueError: a slice does not fit the buffers.
+        """
+        parts = _present(slices)
         if not parts:
-            return None
+            return []
         for i, s in parts:
             self._check(i, s)
-        a_RK = torch.cat([s.a_RK for _, s in parts])  # a shared A comes once
-        routers = [_router_rows(s) for _, s in parts]
-        num_routers = sum(map(len, routers))
-        plans, a_start, router_start = [], 0, len(a_RK)
-        for (i, s), router in zip(parts, routers, strict=True):
-            plans.append(self._plan_slice(slot, i, s, a_start, router_start))
-            a_start += s.a_RK.shape[0]
-            router_start += len(router)
+        width, dtype = self.a_SRK.shape[2], self.a_SRK.dtype
+        shapes: list[Shape] = [
+            ((sum(s.a_RK.shape[0] for _, s in parts), width), dtype),
+            ((sum(_num_router_rows(s) for _, s in parts), width), torch.float32),
+        ]
+        if self.tables is None:
+            return shapes + [((s.b_NR.shape[1], self.slice_sizes[i]), dtype) for i, s in parts]
+        rank = max(s.b_NR.shape[1] for _, s in parts)
+        ints, floats = self.tables.ints_SI.shape[1], self.tables.floats_SF.shape[1]
+        return [
+            *shapes, ((rank, sum(self.slice_sizes)), dtype),
+            ((ints,), torch.int32), ((floats,), torch.float32),
+        ]  # fmt: skip
+
+    def pack(
+        self, slices: Sequence[GatedSlice | None], out: Sequence[torch.Tensor] | None = None
+    ) -> PackedSite | None:
+        """One adapter's part in the form in which a slot holds it; None when it has none.
+
+        Args:
+            out: the tensors to fill, as `shapes` says; None: new ones.
+        Raises:
+            ValueError: a slice does not fit the buffers.
+        """
+        parts = _present(slices)
+        if not parts:
+            return None
+        if out is None:
+            out = [torch.empty(shape, dtype=dtype) for shape, dtype in self.shapes(slices)]
+        a_RK, router_GK, *rest = out
+        b_RN, tables = (rest[:-2], rest[-2:]) if self.tables is not None else (rest, [])
+        plans, a_start, g_start, num_ranks = [], 0, 0, len(a_RK)
+        for number, (i, s) in enumerate(parts):
+            a_stop, g_stop = a_start + len(s.a_RK), g_start + _num_router_rows(s)
+            a_RK[a_start:a_stop] = s.a_RK
+            _copy_routers(router_GK[g_start:g_stop], s)
+            bt_RN = b_RN[number] if self.tables is None else self._columns(b_RN[0], i)
+            rank = s.b_NR.shape[1]
+            bt_RN[:rank], bt_RN[rank:] = s.b_NR.t(), 0
+            y_start = self.y_start + sum(self.slice_sizes[:i])
+            bias_G = None if s.bias_G is None else s.bias_G.float().clone()
+            plans.append(SlicePlan(
+                gate=s.gate, y_start=y_start, y_stop=y_start + self.slice_sizes[i],
+                a_start=a_start, a_stop=a_stop, router_start=num_ranks + g_start,
+                head_at=num_ranks + g_start + s.gate.router_rows, bt_RN=bt_RN[:rank],
+                bias_G=bias_G, head_bias=s.head_bias,
+            ))  # fmt: skip
+            a_start, g_start = a_stop, g_stop
+        if self.tables is not None:
+            for i in set(range(len(self.slice_sizes))) - {i for i, _ in parts}:
+                self._columns(b_RN[0], i).zero_()
+        packed = PackedSite(
+            a_RK=a_RK, router_GK=router_GK, b_RN=tuple(b_RN), tables=tuple(tables),
+            slices=tuple((i, plan) for (i, _), plan in zip(parts, plans, strict=True)),
+            shared=_shared_gate(plans), plain=all(p.gate.source == "none" for p in plans),
+        )  # fmt: skip
+        if self.tables is not None:
+            self.tables.describe(len(a_RK), len(router_GK), packed.slices, *tables)
+        return packed
+
+    def _columns(self, b_RN: torch.Tensor, i: int) -> torch.Tensor:
+        """Slice `i` of a B that holds all slices side by side."""
+        start = sum(self.slice_sizes[:i])
+        return b_RN[:, start : start + self.slice_sizes[i]]
+
+    def load(self, slot: int, packed: PackedSite | None) -> None:
+        """Puts what `pack` made into a slot: copies only, and no wait for any of them."""
+        self.clear(slot)
+        plan = self.plans[slot] = self.store(slot, packed)
+        if packed is not None and plan is not None and self.tables is not None:
+            self.tables.load(slot, *packed.tables)
+
+    def store(self, slot: int, packed: PackedSite | None) -> SlotPlan | None:
+        """Copies a slot's weights and says where they stand, without the slot adding anything:
+        for blocks of layers that use them in their own way."""
+        if packed is None:
+            return None
+        if self.tables is None:
+            for (i, _), b_RN in zip(packed.slices, packed.b_RN, strict=True):
+                self.bt_SRN[i][slot, : len(b_RN)].copy_(b_RN, non_blocking=True)
+        else:
+            (b_RN,) = packed.b_RN
+            self.b_SRN[slot, : len(b_RN)].copy_(b_RN, non_blocking=True)
         return SlotPlan(
-            a_RK=self.a_SRK[slot, : len(a_RK)].copy_(a_RK),
-            router_GK=self.router_SGK[slot, :num_routers].copy_(torch.cat(routers)),
-            slices=tuple(plans),
-            shared=_shared_gate(plans),
-            plain=all(p.gate.source == "none" for p in plans),
+            a_RK=_copy(self.a_SRK[slot], packed.a_RK),
+            router_GK=_copy(self.router_SGK[slot], packed.router_GK),
+            slices=tuple(self._in_slot(slot, i, plan) for i, plan in packed.slices),
+            shared=packed.shared,
+            plain=packed.plain,
         )
+
+    def _in_slot(self, slot: int, i: int, plan: SlicePlan) -> SlicePlan:
+        bt_RN = self.bt_SRN[i][slot, : len(plan.bt_RN)]
+        bias_G = plan.bias_G
+        if bias_G is not None and not bt_RN.is_cpu:
+            bias_G = bias_G.to(bt_RN.device, non_blocking=True)
+        return replace(plan, bt_RN=bt_RN, bias_G=bias_G)
 
     def _check(self, i: int, s: GatedSlice) -> None:
         rank, router_rows = s.b_NR.shape[1], s.gate.router_rows
@@ -231,33 +327,27 @@ class Site:
                 f"slice {i}: in, out are {s.a_RK.shape[1], s.b_NR.shape[0]}, not {want}"
             )
 
-    def _plan_slice(
-        self, slot: int, i: int, s: GatedSlice, a_start: int, router_start: int
-    ) -> SlicePlan:
-        bt_RN = self.bt_SRN[i][slot, : s.b_NR.shape[1]]
-        bt_RN.copy_(s.b_NR.t())
-        y_start = self.y_start + sum(self.slice_sizes[:i])
-        bias_G = None if s.bias_G is None else s.bias_G.float().to(bt_RN.device)
-        return SlicePlan(
-            gate=s.gate,
-            y_start=y_start,
-            y_stop=y_start + self.slice_sizes[i],
-            a_start=a_start,
-            a_stop=a_start + s.a_RK.shape[0],
-            router_start=router_start,
-            head_at=router_start + s.gate.router_rows,
-            bt_RN=bt_RN,
-            bias_G=bias_G,
-            head_bias=s.head_bias,
-        )
+
+def _present(slices: Sequence[GatedSlice | None]) -> list[tuple[int, GatedSlice]]:
+    return [(i, s) for i, s in enumerate(slices) if s is not None]
 
 
-def _router_rows(s: GatedSlice) -> torch.Tensor:
-    """Routers, then the head; [0, K] for a gate without."""
-    rows = [s.a_RK[:0].float()] if s.router_GK is None else [s.router_GK.float()]
+def _copy(slot_RK: torch.Tensor, packed_RK: torch.Tensor) -> torch.Tensor:
+    """The rows of a slot that now hold `packed_RK`."""
+    rows = slot_RK[: len(packed_RK)]
+    return rows.copy_(packed_RK, non_blocking=True) if len(packed_RK) else rows
+
+
+def _num_router_rows(s: GatedSlice) -> int:
+    return (0 if s.router_GK is None else len(s.router_GK)) + int(s.head_K is not None)
+
+
+def _copy_routers(out_GK: torch.Tensor, s: GatedSlice) -> None:
+    """Routers, then the head."""
+    if s.router_GK is not None:
+        out_GK[: len(s.router_GK)] = s.router_GK
     if s.head_K is not None:
-        rows.append(s.head_K.float().reshape(1, -1))
-    return torch.cat(rows)
+        out_GK[-1] = s.head_K
 
 
 def _shared_gate(plans: Sequence[SlicePlan]) -> GateSpec | None:

@@ -16,7 +16,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tables import SlotTables
-from vllm_lora_ext.kernels.gated_lora.site import SlicePlan
+from vllm_lora_ext.kernels.gated_lora.site import Shape, SlicePlan
 
 HEADER = ("first_at", "up_at", "down", "activation")
 # Elementwise, by transformers' names.
@@ -40,8 +40,22 @@ class BlockTables:
         """The slot has no experts here any more."""
         self.gate.clear(slot)
 
-    def write(self, slot: int, first: Sequence[SlicePlan], down: bool, act: str) -> None:
-        """Describes one adapter.
+    def shapes(self) -> list[Shape]:
+        """Of one slot's rows, as `describe` fills them."""
+        gate = self.gate
+        rows = (self.ints_SI, gate.ints_SI, gate.floats_SF)
+        return [((row.shape[1],), row.dtype) for row in rows]
+
+    def describe(
+        self,
+        first: Sequence[SlicePlan],
+        down: bool,
+        act: str,
+        ints: torch.Tensor,
+        gate_ints: torch.Tensor,
+        gate_floats: torch.Tensor,
+    ) -> None:
+        """Fills one slot's rows, in host memory, for one adapter.
 
         Args:
             first: the parts of the first linear; the first one has the block's gate.
@@ -55,6 +69,13 @@ class BlockTables:
         next_R = [0] * (self.ints_SI.shape[1] - len(HEADER))
         for start, stop in pairwise(accumulate(gate.blocks, initial=0)):
             next_R[start] = stop
-        self.ints_SI[slot].copy_(torch.tensor(header + next_R, dtype=torch.int32))
+        ints.copy_(torch.tensor(header + next_R, dtype=torch.int32))
         ranks = torch.empty(sum(gate.blocks), 0)
-        self.gate.write(slot, 0, 0, [(0, replace(first[0], bt_RN=ranks))])
+        self.gate.describe(0, 0, [(0, replace(first[0], bt_RN=ranks))], gate_ints, gate_floats)
+
+    def load(
+        self, slot: int, ints: torch.Tensor, gate_ints: torch.Tensor, gate_floats: torch.Tensor
+    ) -> None:
+        """Copies what `describe` filled into a slot."""
+        self.ints_SI[slot].copy_(ints, non_blocking=True)
+        self.gate.load(slot, gate_ints, gate_floats)

@@ -32,8 +32,8 @@ class Host(Protocol):
     def dtype(self) -> str:
         """Of the adapters in the slots: float32, bfloat16 or float16."""
 
-    def adapters(self) -> Mapping[str, tuple[str, int]]:
-        """Adapters that were registered, without mixes: name → (path, number of this load)."""
+    def adapters(self) -> Mapping[str, tuple[str, str]]:
+        """Adapters that were registered, without mixes: name → (path, digest of the content)."""
 
     def folder(self, path: str) -> Path:
         """The folder behind an adapter's path; may block. Raises AdapterError."""

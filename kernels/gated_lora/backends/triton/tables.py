@@ -70,20 +70,30 @@ class SlotTables:
         """The slot adds nothing any more."""
         self.ints_SI[slot].zero_()
 
-    def write(
-        self, slot: int, a_rows: int, router_rows: int, plans: Iterable[tuple[int, SlicePlan]]
+    def describe(
+        self,
+        a_rows: int,
+        router_rows: int,
+        plans: Iterable[tuple[int, SlicePlan]],
+        ints: torch.Tensor,
+        floats: torch.Tensor,
     ) -> None:
-        """Describes one adapter: its rows in use, and (number, plan) of each slice it touches."""
-        ints = np.zeros(self.ints_SI.shape[1], dtype=np.int32)
-        floats = np.zeros(self.floats_SF.shape[1], dtype=np.float32)
-        ints[:COUNTS] = a_rows, router_rows
+        """Fills one slot's rows, in host memory, for one adapter: its rows in use, and (number,
+        plan) of each slice it touches."""
+        ints_np, floats_np = ints.numpy(), floats.numpy()
+        ints_np.fill(0)
+        floats_np.fill(0)
+        ints_np[:COUNTS] = a_rows, router_rows
         for i, p in plans:
             at = COUNTS + i * self.slice_ints
-            ints[at : at + self.slice_ints] = self._ints(p)
+            ints_np[at : at + self.slice_ints] = self._ints(p)
             at = i * self.slice_floats
-            floats[at : at + self.slice_floats] = self._floats(p)
-        self.floats_SF[slot].copy_(torch.from_numpy(floats))
-        self.ints_SI[slot].copy_(torch.from_numpy(ints))
+            floats_np[at : at + self.slice_floats] = self._floats(p)
+
+    def load(self, slot: int, ints: torch.Tensor, floats: torch.Tensor) -> None:
+        """Copies what `describe` filled into a slot."""
+        self.floats_SF[slot].copy_(floats, non_blocking=True)
+        self.ints_SI[slot].copy_(ints, non_blocking=True)
 
     def _ints(self, p: SlicePlan) -> np.ndarray:
         gate, ranks = p.gate, p.bt_RN.shape[0]

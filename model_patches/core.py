@@ -1,0 +1,265 @@
+"""The engine core loads adapters before it schedules requests for them, and keeps the ledger.
+
+Targets: `EngineCore.{preprocess_add_request, add_request, step, step_with_batch_queue, add_lora,
+remove_lora, list_loras, pin_lora, collective_rpc}`, `Scheduler._handle_blocked_waiting_request`,
+and `_gen_lora_extra_hash_keys`, the adapter's part of a block's key in the prefix cache. Whatever
+front end asks (several API servers, a client that talks to the core directly), a step meets only
+adapters that every worker holds, and a request whose adapter cannot be had ends alone.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import vllm.v1.core.kv_cache_utils as kv_cache_utils
+from vllm.lora.request import LoRARequest
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.request import RequestStatus
+
+from vllm_lora_ext.adapters.memory import MemorySource
+from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches.ledger import Ledger
+
+ADD = "lora_ext_add"
+"""Method of the core: what `add_lora` does, and the answer says what was evicted."""
+
+_OURS = "lora_ext"
+_KEY = "_lora_ext_key"
+_making = threading.Lock()
+
+
+class Adapters:
+    """The adapters of one engine core: its ledger, and what that means for the core's requests."""
+
+    def __init__(self, core: Any) -> None:
+        self._core, self._scheduler = core, core.scheduler
+        if core.request_block_hasher is not None:
+            core.request_block_hasher = self._keyed(core.request_block_hasher)
+        self._refused: list[EngineCoreOutput] = []
+        self.ledger = Ledger(
+            lambda method, *args: core.model_executor.collective_rpc(method, args=args),
+            core.vllm_config.lora_config.max_loras,
+            self._named, self._running, self._replaced, self._lost,
+        )  # fmt: skip
+
+    def _requests(self, lora_id: int) -> list[Any]:
+        requests = self._scheduler.requests.values()
+        return [r for r in requests if _id_of(r) == lora_id and not r.is_finished()]
+
+    def _named(self) -> set[int]:
+        requests = self._scheduler.requests.values()
+        return {_id_of(r) for r in requests if not r.is_finished()} - {0}
+
+    def _running(self) -> set[int]:
+        return {_id_of(r) for r in self._scheduler.running} - {0}
+
+    def admit(self, request: Any) -> bool:
+        """Has the adapter of a new request loaded; the request is refused when it cannot be."""
+        lora: LoRARequest = request.lora_request
+        try:
+            self.ledger.add(lora)
+        except AdapterError as error:
+            self._refuse(request, error)
+            return False
+        if lora.load_inplace:  # done
+            request.lora_request = msgspec.structs.replace(lora, load_inplace=False)
+        self._rekey(request, self.ledger.version(lora.lora_int_id))
+        return True
+
+    def _keyed(self, hasher: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        """The block hasher; a request that has no key yet gets that of its adapter as it is now.
+
+        It runs in the thread that takes requests in, before `admit` sees them.
+        """
+
+        def keyed_hasher(request: Any) -> Any:
+            if request.lora_request is not None and not hasattr(request, _KEY):
+                setattr(request, _KEY, self.ledger.version(request.lora_request.lora_int_id))
+            return hasher(request)
+
+        return keyed_hasher
+
+    def step(self, step: Callable[[], Any]) -> Any:
+        """A step of the core, with what is done before and after it."""
+        self.ledger.tidy()
+        outputs, executed = step()
+        if self._refused:
+            outputs = dict(outputs or {})
+            mine = outputs.setdefault(0, EngineCoreOutputs())
+            mine.outputs = [*mine.outputs, *self._refused]
+            self._refused = []
+        return outputs, executed
+
+    def _replaced(self, lora_id: int) -> None:
+        """Other weights stand under an id: no block that they compute may be found as the old's.
+
+        What a request has computed so far comes from the old weights. Its blocks from here on
+        belong to neither version; their key is the request's own.
+        """
+        version = self.ledger.version(lora_id)
+        for request in self._requests(lora_id):
+            started = Scheduler._holds_kv_blocks(request)
+            self._rekey(request, f"{version}:{request.request_id}" if started else version)
+
+    def _rekey(self, request: Any, key: str | None) -> None:
+        if getattr(request, _KEY, None) != key:
+            setattr(request, _KEY, key)
+            request.block_hashes.clear()
+            request.update_block_hashes()
+
+    def _lost(self, lora_id: int, error: AdapterError) -> None:
+        for request in self._requests(lora_id):
+            self._scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
+            self._refuse(request, error)
+
+    def _refuse(self, request: Any, error: AdapterError) -> None:
+        output = EngineCoreOutput(
+            request.request_id, [], finish_reason=FinishReason.ERROR, stop_reason=str(error)
+        )
+        queue = getattr(self._core, "output_queue", None)
+        if queue is None:  # an engine in the front end's own process
+            self._refused.append(output)
+            return
+        outputs = EngineCoreOutputs(outputs=[output], finished_requests={request.request_id})
+        queue.put_nowait((request.client_index, outputs))
+
+
+def _id_of(request: Any) -> int:
+    return request.lora_request.lora_int_id if request.lora_request is not None else 0
+
+
+def _adapters(core: Any) -> Adapters | None:
+    """Of a core; None where LoRA is off.
+
+    Made when first asked for: vLLM loads plugins while a core is being made.
+    """
+    if core.vllm_config.lora_config is None:
+        return None
+    found: Adapters | None = core.__dict__.get("_lora_ext")
+    if found is None:
+        with _making:
+            found = core.__dict__.get("_lora_ext")
+            if found is None:
+                found = core._lora_ext = core.scheduler._lora_ext = Adapters(core)
+    return found
+
+
+def _patch_core() -> None:
+    preprocess, add_request = EngineCore.preprocess_add_request, EngineCore.add_request
+    add_lora, remove_lora = EngineCore.add_lora, EngineCore.remove_lora
+    list_loras, pin_lora = EngineCore.list_loras, EngineCore.pin_lora
+    collective_rpc = EngineCore.collective_rpc
+
+    @functools.wraps(preprocess)
+    def new_preprocess(self: Any, request: Any) -> Any:
+        _adapters(self)
+        return preprocess(self, request)
+
+    @functools.wraps(add_request)
+    def new_add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
+        adapters = _adapters(self)
+        if adapters is None or request.lora_request is None or adapters.admit(request):
+            add_request(self, request, *args, **kwargs)
+
+    @functools.wraps(add_lora)
+    def new_add_lora(self: Any, lora_request: LoRARequest) -> bool:
+        adapters = _adapters(self)
+        if adapters is None:
+            return add_lora(self, lora_request)
+        adapters.ledger.add(lora_request)
+        return True
+
+    @functools.wraps(remove_lora)
+    def new_remove_lora(self: Any, lora_id: int) -> bool:
+        adapters = _adapters(self)
+        return adapters.ledger.remove(lora_id) if adapters else remove_lora(self, lora_id)
+
+    @functools.wraps(list_loras)
+    def new_list_loras(self: Any) -> set[int]:
+        adapters = _adapters(self)
+        return adapters.ledger.ids() if adapters else list_loras(self)
+
+    @functools.wraps(pin_lora)
+    def new_pin_lora(self: Any, lora_id: int) -> bool:
+        adapters = _adapters(self)
+        return adapters.ledger.pin(lora_id) if adapters else pin_lora(self, lora_id)
+
+    @functools.wraps(collective_rpc)
+    def new_collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        adapters = self.__dict__.get("_lora_ext")
+        if adapters is not None and not str(method).startswith(_OURS):
+            adapters.ledger.doubt()
+        return collective_rpc(self, method, *args, **kwargs)
+
+    EngineCore.preprocess_add_request, EngineCore.add_request = new_preprocess, new_add_request
+    EngineCore.add_lora, EngineCore.remove_lora = new_add_lora, new_remove_lora
+    EngineCore.list_loras, EngineCore.pin_lora = new_list_loras, new_pin_lora
+    EngineCore.collective_rpc = new_collective_rpc
+    setattr(EngineCore, ADD, _add)
+    for name in ("step", "step_with_batch_queue"):
+        setattr(EngineCore, name, _stepping(getattr(EngineCore, name)))
+
+
+def _stepping(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    @functools.wraps(step)
+    def new_step(self: Any) -> Any:
+        adapters = self.__dict__.get("_lora_ext")
+        return step(self) if adapters is None else adapters.step(functools.partial(step, self))
+
+    return new_step
+
+
+def _add(self: Any, request: Any, source: Any = None) -> dict[str, Any]:
+    """Loads an adapter: `{"version": digest, "evicted": ids}`, or `{"error": text}`.
+
+    Args:
+        request: a `LoRARequest`, or what the wire made of it.
+        source: `[tensors, config, settings]` of one that is handed over as tensors.
+    """
+    adapters = _adapters(self)
+    assert adapters is not None, "the front end asks only where LoRA is on"
+    lora = request if isinstance(request, LoRARequest) else msgspec.convert(request, LoRARequest)
+    try:
+        evicted = adapters.ledger.add(lora, source and MemorySource(*source))
+    except AdapterError as error:
+        return {"error": str(error)}
+    return {"version": adapters.ledger.version(lora.lora_int_id), "evicted": evicted}
+
+
+def _patch_scheduler() -> None:
+    ready = Scheduler._handle_blocked_waiting_request
+
+    @functools.wraps(ready)
+    def new_ready(self: Any, request: Any) -> bool:
+        if not ready(self, request):
+            return False
+        adapters = self.__dict__.get("_lora_ext")
+        if adapters is None or request.lora_request is None:
+            return True
+        return adapters.ledger.admits(request.lora_request.lora_int_id)
+
+    Scheduler._handle_blocked_waiting_request = new_ready
+
+
+def _patch_keys() -> None:
+    stock = kv_cache_utils._gen_lora_extra_hash_keys
+
+    @functools.wraps(stock)
+    def new_keys(request: Any) -> list[tuple[str, ...]]:
+        key = getattr(request, _KEY, None)
+        return stock(request) if key is None else [("lora", key)]
+
+    kv_cache_utils._gen_lora_extra_hash_keys = new_keys
+
+
+def apply() -> None:
+    """Wraps all three."""
+    _patch_core()
+    _patch_scheduler()
+    _patch_keys()

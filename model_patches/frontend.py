@@ -1,0 +1,110 @@
+"""The server's list of models: adapters by path, by recipe, and merged by name.
+
+Targets: `OpenAIServingModels.{__init__, load_lora_adapter, unload_lora_adapter}`. Stock answers
+every load error but "not found" with 500 and forgets what kind it was; here the client gets 4xx
+and the stable code. The path of an adapter may be a recipe's file: what is loaded is its merge.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import os
+from typing import Any
+
+import msgspec
+from vllm import envs
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.logger import init_logger
+
+from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches.mixes import Front, hook_requests
+from vllm_lora_ext.model_patches.refused import to_response
+from vllm_lora_ext.settings import LoraExtSettings
+
+logger = init_logger(f"vllm.{__name__}")
+RECIPE_FILES = (".yaml", ".yml", ".json")
+
+
+def _warn_of_open_door(config: Any, settings: LoraExtSettings) -> None:
+    open_door = config.lora_config and envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING
+    if open_door and settings.adapter_roots is None:
+        logger.warning(
+            "Run-time LoRA loading may read any path that this server can. Name the "
+            "folders that hold adapters: --additional-config "
+            '\'{"lora_ext": {"adapter_roots": ["/path/to/adapters"]}}\''
+        )
+
+
+def _refusal(name: str, error: AdapterError) -> ErrorResponse:
+    logger.warning("Refused LoRA adapter %r: %s", name, error)
+    return to_response(error)
+
+
+def _typed(name: str, answer: Any) -> Any:
+    if isinstance(answer, ErrorResponse):
+        error = AdapterError.parse(answer.error.message)
+        return answer if error is None else _refusal(name, error)
+    return answer
+
+
+def _loaded_once(models: Any, name: str) -> None:
+    """Stock 0.32 keeps the flag, and every later request would load the adapter again."""
+    loaded = models.lora_requests.get(name)
+    if loaded is not None:  # else unloaded again meanwhile
+        models.lora_requests[name] = msgspec.structs.replace(loaded, load_inplace=False)
+
+
+def _is_recipe(path: str | None) -> bool:
+    return bool(path) and str(path).endswith(RECIPE_FILES) and not os.path.isdir(str(path))
+
+
+def apply() -> None:
+    """Wraps the list of models; the request path only when a server asks for mixes."""
+    init, load = OpenAIServingModels.__init__, OpenAIServingModels.load_lora_adapter
+    unload = OpenAIServingModels.unload_lora_adapter
+
+    @functools.wraps(init)
+    def new_init(self: Any, engine_client: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, engine_client, *args, **kwargs)
+        config = engine_client.vllm_config
+        settings = LoraExtSettings.from_additional_config(config.additional_config)
+        self._lora_ext_front = Front(self, engine_client, settings)
+        if self._lora_ext_front.by_name:
+            hook_requests()
+        _warn_of_open_door(config, settings)
+
+    @functools.wraps(load)
+    async def new_load(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        front, name, entry = self._lora_ext_front, request.lora_name, None
+        if _is_recipe(request.lora_path):
+            try:
+                entry = await front.mixes.build_recipe(request.lora_path)
+            except AdapterError as error:
+                return _refusal(name, error)
+            request = request.model_copy(update={"lora_path": str(entry.path)})
+        try:
+            answer = _typed(name, await load(self, request, *args, **kwargs))
+        except asyncio.CancelledError:
+            answer = None
+            raise
+        finally:
+            if entry is not None and not isinstance(answer, str):
+                front.mixes.discard(entry)
+        if isinstance(answer, str):
+            _loaded_once(self, name)
+            if front.used:
+                front.mixes.loaded(name, entry)
+        return answer
+
+    @functools.wraps(unload)
+    async def new_unload(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        answer = await unload(self, request, *args, **kwargs)
+        if isinstance(answer, str) and self._lora_ext_front.used:
+            self._lora_ext_front.mixes.unloaded(request.lora_name)
+        return answer
+
+    OpenAIServingModels.__init__ = new_init
+    OpenAIServingModels.load_lora_adapter = new_load
+    OpenAIServingModels.unload_lora_adapter = new_unload

@@ -1,0 +1,97 @@
+"""An `AdapterError` as vLLM's front ends understand it, and as an HTTP answer.
+
+Target: `OutputProcessor.process_outputs`, where a request that the engine core refused ends. Stock
+answers it with 500, whatever the reason, and a pooling request ends the front end.
+"""
+
+from __future__ import annotations
+
+import functools
+from http import HTTPStatus
+from typing import Any
+
+from vllm.entrypoints.serve import create_error_response
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.exceptions import GracefulHTTPError
+from vllm.outputs import RequestError
+from vllm.v1.engine import EngineCoreOutput, FinishReason
+from vllm.v1.engine.output_processor import EMPTY_CPU_TENSOR, OutputProcessor
+
+from vllm_lora_ext.errors import AdapterError
+
+_STATUS = {
+    "not_found": HTTPStatus.NOT_FOUND,
+    "path_not_allowed": HTTPStatus.FORBIDDEN,
+    "id_in_use": HTTPStatus.CONFLICT,
+    "slots_pinned": HTTPStatus.CONFLICT,
+    "host_cache_full": HTTPStatus.CONFLICT,
+    "merge_busy": HTTPStatus.TOO_MANY_REQUESTS,
+    "merge_failed": HTTPStatus.INTERNAL_SERVER_ERROR,
+    "load_failed": HTTPStatus.INTERNAL_SERVER_ERROR,
+    "ranks_differ": HTTPStatus.INTERNAL_SERVER_ERROR,
+}
+
+
+def status_of(code: str) -> HTTPStatus:
+    """The HTTP status of an error's code: 400 but for a few."""
+    return _STATUS.get(code, HTTPStatus.BAD_REQUEST)
+
+
+class RefusedRequest(AdapterError, GracefulHTTPError):
+    """Ends one request with the status of its code; any other error of `AsyncLLM` becomes 500."""
+
+    def __init__(self, error: AdapterError) -> None:
+        Exception.__init__(self, str(error))
+        self.code, self.message, self.text = error.code, error.message, error.text
+        self.http_status = status_of(error.code)
+
+
+def to_response(error: AdapterError, param: str = "lora_path") -> ErrorResponse:
+    """The error as an OpenAI-style body: `type` is the stable code."""
+    return create_error_response(
+        message=error.text, err_type=error.code, status_code=status_of(error.code), param=param
+    )
+
+
+def _error_of(output: EngineCoreOutput) -> AdapterError | None:
+    if output.finish_reason is not FinishReason.ERROR or not isinstance(output.stop_reason, str):
+        return None
+    return AdapterError.parse(output.stop_reason)
+
+
+def _end(processor: Any, output: EngineCoreOutput, error: AdapterError) -> list[Any]:
+    """Ends the request: the error where a caller waits, else an output that says why."""
+    state = processor.request_states.get(output.request_id)
+    if state is None:  # aborted
+        return []
+    pooling = state.detokenizer is None
+    last = state.make_request_output(
+        [], EMPTY_CPU_TENSOR if pooling else None, FinishReason.ERROR, str(error),
+        error=RequestError(error.code, error.text) if pooling else None,
+    )  # fmt: skip
+    processor._finish_request(state)
+    processor.lora_states.request_finished(state.request_id, state.lora_name)
+    if state.queue is None:
+        return [] if last is None else [last]
+    state.queue.put(RefusedRequest(error))
+    return []
+
+
+def apply() -> None:
+    """Wraps what turns the core's outputs into answers."""
+    stock = OutputProcessor.process_outputs
+
+    @functools.wraps(stock)
+    def new_process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        found = ((o.request_id, _error_of(o)) for o in engine_core_outputs)
+        errors = {request_id: error for request_id, error in found if error is not None}
+        if not errors:
+            return stock(self, engine_core_outputs, *args, **kwargs)
+        others = [o for o in engine_core_outputs if o.request_id not in errors]
+        done = stock(self, others, *args, **kwargs)
+        for output in engine_core_outputs:
+            if output.request_id in errors:
+                done.request_outputs += _end(self, output, errors[output.request_id])
+        return done
+
+    OutputProcessor.process_outputs = new_process_outputs

@@ -1,0 +1,48 @@
+"""What the engine core asks of every worker about adapters.
+
+Target: `WorkerBase`, which gets two methods; `collective_rpc` finds them by name on every executor.
+An error is an answer and never raised: with several workers, vLLM stops reading answers at the
+first that failed, and takes what is left of them for those of the next call.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from vllm.logger import init_logger
+from vllm.lora.request import LoRARequest
+from vllm.v1.worker.worker_base import WorkerBase
+
+from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches.ledger import LOAD, VERSIONS
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+def _load(self: Any, request: LoRARequest, source: Any, in_use: frozenset[int]) -> Any:
+    """The manager's report, or the text of the error."""
+    try:
+        return self.model_runner.lora_manager.load(request, source, in_use)
+    except AdapterError as error:
+        return str(error)
+    except Exception as error:
+        logger.exception("Loading LoRA adapter %r failed", request.lora_name)
+        return str(_failed(error))
+
+
+def _failed(error: Exception) -> AdapterError:
+    return AdapterError(
+        "load_failed", f"the adapter could not be loaded: {type(error).__name__}: {error}",
+        fix="see the server's log",
+    )  # fmt: skip
+
+
+def _versions(self: Any) -> dict[int, Any]:
+    """Reports of everything that this worker holds."""
+    return self.model_runner.lora_manager.versions()
+
+
+def apply() -> None:
+    """Gives the worker both methods."""
+    setattr(WorkerBase, LOAD, _load)
+    setattr(WorkerBase, VERSIONS, _versions)
