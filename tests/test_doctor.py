@@ -125,7 +125,10 @@ def test_doctor_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not ready" in plain.stdout
 
 
-PACKED = ("lora", "v1", "platforms", "plugins", "entrypoints", "utils", "model_executor/layers")
+PACKED = (
+    "compilation", "config", "engine", "entrypoints", "lora", "model_executor/layers", "platforms",
+    "plugins", "utils", "v1",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,9 @@ from vllm_lora_ext.kernels.gated_lora import (
     shrink,
 )
 from vllm_lora_ext.model_patches import trace
+from vllm_lora_ext.model_patches.config import check_trace
 from vllm_lora_ext.model_patches.layers import RoutedLinear
 from vllm_lora_ext.model_patches.refused import RefusedRequest
-from vllm_lora_ext.model_patches.config import check_trace
 from vllm_lora_ext.model_patches.trace import Recorder
 from vllm_lora_ext.model_patches.trace_http import _mark
 from vllm_lora_ext.trace.gates import slice_gates
