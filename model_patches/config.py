@@ -13,6 +13,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.backend import check_graphs, choose_kernels
+from vllm_lora_ext.model_patches.rows import unknown_rows
 from vllm_lora_ext.settings import LoraExtSettings
 
 
@@ -49,6 +50,8 @@ def check_trace(vllm_config: Any, graphs: bool) -> None:
         (getattr(vllm_config.lora_config, "enable_tower_connector_lora", False),
          "an engine whose LoRA is on the language model only",
          "start without --enable-tower-connector-lora"),
+        (unknown_rows(vllm_config), "an engine that knows on the host which rows are whose",
+         "start without it"),
     ):  # fmt: skip
         if seen:
             raise AdapterError(

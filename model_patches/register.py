@@ -49,7 +49,7 @@ PATCHES: tuple[Patch, ...] = (
         ),
         how=(
             "Subclasses of the stock linear wrappers, put in their place in "
-            "`_all_lora_classes`; on CPU also of the embedding and logits wrappers."
+            "`_all_lora_classes`; on CPU also of the embedding wrapper."
         ),
         upstream=(
             "vllm-project/vllm#49705 (router-driven mixtures), #48421 and #49656 (index -1 on CPU)"
@@ -58,7 +58,6 @@ PATCHES: tuple[Patch, ...] = (
         targets=(
             Target("vllm.lora.utils", "_all_lora_classes"),
             Target("vllm.lora.utils", "from_layer"),
-            Target("vllm.lora.utils", "from_layer_logits_processor"),
             Target("vllm.lora.layers.base", "BaseLayerWithLoRA.set_mapping"),
             Target("vllm.lora.layers.base_linear", "BaseLinearLayerWithLoRA.__init__"),
             Target("vllm.lora.layers.base_linear", "BaseLinearLayerWithLoRA.create_lora_weights"),
@@ -87,8 +86,6 @@ PATCHES: tuple[Patch, ...] = (
             Target(
                 "vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin.reset_lora_state"
             ),
-            Target("vllm.model_executor.layers.logits_processor", "LogitsProcessor.forward"),
-            Target("vllm.lora.layers.logits_processor", "LogitsProcessorWithLoRA"),
         ),
     ),
     Patch(
@@ -96,7 +93,7 @@ PATCHES: tuple[Patch, ...] = (
         module="punica",
         why=(
             "The op reads which slot each row uses when it runs; stock CPU ops wrap index -1 "
-            "to the last slot and crash on prompt_logprobs."
+            "to the last slot."
         ),
         how=("A mixin before the platform's punica wrapper fills a StepMap in `update_metadata`."),
         upstream="vllm-project/vllm#48421, #49656",
@@ -106,9 +103,7 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.lora.punica_wrapper.punica_selector", "get_punica_wrapper"),
             Target("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.__init__"),
             Target("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.update_metadata"),
-            Target("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.sampler_indices"),
             Target("vllm.lora.punica_wrapper.punica_cpu", "PunicaWrapperCPU.__init__"),
-            Target("vllm.lora.punica_wrapper.punica_cpu", "PunicaWrapperCPU.add_lora_logits"),
             Target("vllm.lora.layers.utils", "LoRAMapping"),
         ),
     ),
@@ -177,18 +172,9 @@ PATCHES: tuple[Patch, ...] = (
         upstream="none yet",
         remove_when="vLLM hashes its general plugins into the key.",
         targets=(
-            Target(
-                "vllm.config.lora",
-                "LoRAConfig.compute_hash",
-            ),
-            Target(
-                "vllm.config.vllm",
-                "VllmConfig.compute_hash",
-            ),
-            Target(
-                "vllm.compilation.caching",
-                "aot_compile_hash_factors",
-            ),
+            Target("vllm.config.lora", "LoRAConfig.compute_hash"),
+            Target("vllm.config.vllm", "VllmConfig.compute_hash"),
+            Target("vllm.compilation.caching", "aot_compile_hash_factors"),
         ),
     ),
     Patch(
@@ -198,12 +184,7 @@ PATCHES: tuple[Patch, ...] = (
         how="torch's compiled functions get the method that vLLM's loader asks them for.",
         upstream="none yet",
         remove_when="vLLM loads artefacts that are not its own backend's.",
-        targets=(
-            Target(
-                "vllm.compilation.decorators",
-                "_try_load_aot_compiled_fn",
-            ),
-        ),
+        targets=(Target("vllm.compilation.decorators", "_try_load_aot_compiled_fn"),),
     ),
     Patch(
         name="worker-rpc",
@@ -216,14 +197,8 @@ PATCHES: tuple[Patch, ...] = (
         upstream="none yet",
         remove_when="vLLM's add_lora reports what it did.",
         targets=(
-            Target(
-                "vllm.v1.worker.gpu_worker",
-                "Worker.add_lora",
-            ),
-            Target(
-                "vllm.v1.worker.worker_base",
-                "WorkerWrapperBase.__getattr__",
-            ),
+            Target("vllm.v1.worker.gpu_worker", "Worker.add_lora"),
+            Target("vllm.v1.worker.worker_base", "WorkerWrapperBase.__getattr__"),
         ),
     ),
     Patch(
@@ -241,98 +216,29 @@ PATCHES: tuple[Patch, ...] = (
         upstream="none yet",
         remove_when="vLLM loads adapters before it schedules requests, and hashes their content.",
         targets=(
-            Target(
-                "vllm.v1.engine.core",
-                "EngineCore.__init__",
-            ),
-            Target(
-                "vllm.v1.engine.core",
-                "EngineCore.add_request",
-            ),
-            Target(
-                "vllm.v1.engine.core",
-                "EngineCore.preprocess_add_request",
-            ),
-            Target(
-                "vllm.v1.engine.core",
-                "EngineCore.add_lora",
-            ),
-            Target(
-                "vllm.v1.engine.core",
-                "EngineCore.remove_lora",
-            ),
-            Target(
-                "vllm.v1.engine.core",
-                "EngineCore.list_loras",
-            ),
-            Target(
-                "vllm.v1.engine.core",
-                "EngineCore.pin_lora",
-            ),
-            Target(
-                "vllm.v1.engine.core",
-                "EngineCore.collective_rpc",
-            ),
-            Target(
-                "vllm.v1.engine.core",
-                "EngineCore.step",
-            ),
-            Target(
-                "vllm.v1.engine.core",
-                "EngineCore.step_with_batch_queue",
-            ),
-            Target(
-                "vllm.v1.engine.core",
-                "EngineCoreProc._convert_msgspec_args",
-            ),
-            Target(
-                "vllm.v1.engine.core",
-                "EngineCoreProc._handle_client_request",
-            ),
-            Target(
-                "vllm.v1.core.sched.scheduler",
-                "Scheduler._handle_blocked_waiting_request",
-            ),
-            Target(
-                "vllm.v1.core.sched.scheduler",
-                "Scheduler._holds_kv_blocks",
-            ),
-            Target(
-                "vllm.v1.core.sched.scheduler",
-                "Scheduler.schedule",
-            ),
-            Target(
-                "vllm.v1.core.sched.scheduler",
-                "Scheduler.finish_requests",
-            ),
-            Target(
-                "vllm.v1.core.kv_cache_utils",
-                "_gen_lora_extra_hash_keys",
-            ),
-            Target(
-                "vllm.v1.core.kv_cache_utils",
-                "generate_block_hash_extra_keys",
-            ),
-            Target(
-                "vllm.v1.core.kv_cache_utils",
-                "get_request_block_hasher",
-            ),
-            Target(
-                "vllm.v1.request",
-                "Request.__init__",
-            ),
-            Target(
-                "vllm.v1.request",
-                "Request.update_block_hashes",
-            ),
-            Target(
-                "vllm.v1.engine.core_client",
-                "InprocClient.add_request",
-            ),
-            Target(
-                "vllm.v1.engine.core_client",
-                "InprocClient.get_output",
-            ),
+            Target("vllm.v1.engine.core", "EngineCore.__init__"),
+            Target("vllm.v1.engine.core", "EngineCore.add_request"),
+            Target("vllm.v1.engine.core", "EngineCore.preprocess_add_request"),
+            Target("vllm.v1.engine.core", "EngineCore.add_lora"),
+            Target("vllm.v1.engine.core", "EngineCore.remove_lora"),
+            Target("vllm.v1.engine.core", "EngineCore.list_loras"),
+            Target("vllm.v1.engine.core", "EngineCore.pin_lora"),
+            Target("vllm.v1.engine.core", "EngineCore.collective_rpc"),
+            Target("vllm.v1.engine.core", "EngineCore.step"),
+            Target("vllm.v1.engine.core", "EngineCore.step_with_batch_queue"),
+            Target("vllm.v1.engine.core", "EngineCoreProc._convert_msgspec_args"),
+            Target("vllm.v1.engine.core", "EngineCoreProc._handle_client_request"),
+            Target("vllm.v1.core.sched.scheduler", "Scheduler._handle_blocked_waiting_request"),
+            Target("vllm.v1.core.sched.scheduler", "Scheduler._holds_kv_blocks"),
+            Target("vllm.v1.core.sched.scheduler", "Scheduler.schedule"),
+            Target("vllm.v1.core.sched.scheduler", "Scheduler.finish_requests"),
+            Target("vllm.v1.core.kv_cache_utils", "_gen_lora_extra_hash_keys"),
+            Target("vllm.v1.core.kv_cache_utils", "generate_block_hash_extra_keys"),
+            Target("vllm.v1.core.kv_cache_utils", "get_request_block_hasher"),
+            Target("vllm.v1.request", "Request.__init__"),
+            Target("vllm.v1.request", "Request.update_block_hashes"),
+            Target("vllm.v1.engine.core_client", "InprocClient.add_request"),
+            Target("vllm.v1.engine.core_client", "InprocClient.get_output"),
         ),
     ),
     Patch(
@@ -346,30 +252,40 @@ PATCHES: tuple[Patch, ...] = (
         upstream="none yet",
         remove_when="vLLM's core can say why it refused a request (0.33 begins to).",
         targets=(
+            Target("vllm.v1.engine.output_processor", "OutputProcessor.process_outputs"),
+            Target("vllm.v1.engine.output_processor", "OutputProcessor._finish_request"),
+            Target("vllm.v1.engine.output_processor", "RequestState.make_request_output"),
+            Target("vllm.v1.engine", "EngineCoreOutput"),
+            Target("vllm.exceptions", "GracefulHTTPError"),
             Target(
-                "vllm.v1.engine.output_processor",
-                "OutputProcessor.process_outputs",
+                "vllm.entrypoints.serve.exception_handling.error_response", "create_error_response"
+            ),
+        ),
+    ),
+    Patch(
+        name="cpu-experts",
+        module="cpu_moe",
+        why=(
+            "With LoRA on, a mixture-of-experts base takes Triton's experts on a CPU too, and dies "
+            "in its first request."
+        ),
+        how=(
+            "The backend is chosen as without LoRA, and fused experts get no wrapper; nothing but "
+            "on a CPU."
+        ),
+        upstream="none yet",
+        remove_when="the choice of the experts' backend looks at the platform first.",
+        targets=(
+            Target(
+                "vllm.model_executor.layers.fused_moe.oracle.unquantized",
+                "select_unquantized_moe_backend",
             ),
             Target(
-                "vllm.v1.engine.output_processor",
-                "OutputProcessor._finish_request",
+                "vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method",
+                "select_unquantized_moe_backend",
             ),
-            Target(
-                "vllm.v1.engine.output_processor",
-                "RequestState.make_request_output",
-            ),
-            Target(
-                "vllm.v1.engine",
-                "EngineCoreOutput",
-            ),
-            Target(
-                "vllm.exceptions",
-                "GracefulHTTPError",
-            ),
-            Target(
-                "vllm.entrypoints.serve.exception_handling.error_response",
-                "create_error_response",
-            ),
+            Target("vllm.model_executor.layers.fused_moe.config", "FusedMoEConfig"),
+            Target("vllm.lora.layers.fused_moe", "FusedMoEWithLoRA.can_replace_layer"),
         ),
     ),
     Patch(
@@ -383,46 +299,16 @@ PATCHES: tuple[Patch, ...] = (
         upstream="none yet",
         remove_when="vLLM loads adapters before it admits requests.",
         targets=(
-            Target(
-                "vllm.v1.engine.llm_engine",
-                "LLMEngine.add_request",
-            ),
-            Target(
-                "vllm.v1.engine.llm_engine",
-                "LLMEngine.add_lora",
-            ),
-            Target(
-                "vllm.v1.engine.llm_engine",
-                "LLMEngine.remove_lora",
-            ),
-            Target(
-                "vllm.v1.engine.async_llm",
-                "AsyncLLM.add_request",
-            ),
-            Target(
-                "vllm.v1.engine.async_llm",
-                "AsyncLLM.add_lora",
-            ),
-            Target(
-                "vllm.v1.engine.async_llm",
-                "AsyncLLM.remove_lora",
-            ),
-            Target(
-                "vllm.v1.engine.llm_engine",
-                "LLMEngine.pin_lora",
-            ),
-            Target(
-                "vllm.v1.engine.async_llm",
-                "AsyncLLM.pin_lora",
-            ),
-            Target(
-                "vllm.v1.engine.core_client",
-                "SyncMPClient.call_utility",
-            ),
-            Target(
-                "vllm.v1.engine.core_client",
-                "AsyncMPClient.call_utility_async",
-            ),
+            Target("vllm.v1.engine.llm_engine", "LLMEngine.add_request"),
+            Target("vllm.v1.engine.llm_engine", "LLMEngine.add_lora"),
+            Target("vllm.v1.engine.llm_engine", "LLMEngine.remove_lora"),
+            Target("vllm.v1.engine.async_llm", "AsyncLLM.add_request"),
+            Target("vllm.v1.engine.async_llm", "AsyncLLM.add_lora"),
+            Target("vllm.v1.engine.async_llm", "AsyncLLM.remove_lora"),
+            Target("vllm.v1.engine.llm_engine", "LLMEngine.pin_lora"),
+            Target("vllm.v1.engine.async_llm", "AsyncLLM.pin_lora"),
+            Target("vllm.v1.engine.core_client", "SyncMPClient.call_utility"),
+            Target("vllm.v1.engine.core_client", "AsyncMPClient.call_utility_async"),
         ),
     ),
     Patch(
@@ -441,8 +327,7 @@ PATCHES: tuple[Patch, ...] = (
                 "vllm.entrypoints.openai.models.serving", "OpenAIServingModels.load_lora_adapter"
             ),
             Target(
-                "vllm.entrypoints.openai.models.serving",
-                "OpenAIServingModels.unload_lora_adapter",
+                "vllm.entrypoints.openai.models.serving", "OpenAIServingModels.unload_lora_adapter"
             ),
         ),
     ),
@@ -460,27 +345,18 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.entrypoints.serve.engine.serving", "BaseServing._check_model"),
             Target("vllm.entrypoints.serve.engine.serving", "BaseServing._maybe_get_adapters"),
             Target("vllm.entrypoints.pooling.base.serving", "PoolingBaseServing._check_model"),
-            Target(
-                "vllm.entrypoints.serve.engine.serving",
-                "BaseServing._check_model",
-            ),
-            Target(
-                "vllm.entrypoints.serve.engine.serving",
-                "BaseServing._maybe_get_adapters",
-            ),
-            Target(
-                "vllm.entrypoints.pooling.base.serving",
-                "PoolingBaseServing._check_model",
-            ),
+            Target("vllm.entrypoints.serve.engine.serving", "BaseServing._check_model"),
+            Target("vllm.entrypoints.serve.engine.serving", "BaseServing._maybe_get_adapters"),
+            Target("vllm.entrypoints.pooling.base.serving", "PoolingBaseServing._check_model"),
         ),
     ),
     Patch(
-        name="trace",
-        module="trace",
-        why="Nothing of vLLM tells a LoRA layer which rows of a step belong to which request.",
+        name="rows",
+        module="rows",
+        why="Nothing of vLLM tells a plugin which rows of a step belong to which request.",
         how=(
-            "Only where the setting `trace` is on, the adapter manager wraps the worker's step and "
-            "what orders its rows; the sites' own hooks keep the gates."
+            "An engine's first LoRA manager wraps what gets the scheduler's output, what orders "
+            "the rows and what selects those whose logits are computed, on both runners."
         ),
         upstream="vllm-project/vllm#28284 (routed experts of MoE base models)",
         remove_when="vLLM hands a plugin the requests of each row.",
@@ -489,10 +365,50 @@ PATCHES: tuple[Patch, ...] = (
             Target(
                 "vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin.set_active_loras"
             ),
+            Target(
+                "vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin._set_active_loras"
+            ),
+            Target("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._prepare_inputs"),
+            Target("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._get_prompt_logprobs_dict"),
             Target("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.prepare_inputs"),
+            Target("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.sample_tokens"),
+            Target("vllm.v1.worker.gpu.model_runner", "ExecuteModelState"),
             Target("vllm.v1.core.sched.output", "NewRequestData"),
             Target("vllm.v1.core.sched.output", "CachedRequestData"),
         ),
+    ),
+    Patch(
+        name="logits",
+        module="logits",
+        why=(
+            "Stock takes prompt rows (`prompt_logprobs`) and rows of drafts for rows to sample "
+            "from, and reads the output matrix's LoRA in every step."
+        ),
+        how="A subclass, put in its place, that looks up each row's slot.",
+        upstream="vllm-project/vllm#48421, #49656",
+        remove_when="vLLM's logits wrapper knows which rows it is given.",
+        targets=(
+            Target("vllm.lora.utils", "from_layer_logits_processor"),
+            Target("vllm.lora.layers.logits_processor", "LogitsProcessorWithLoRA"),
+            Target("vllm.model_executor.layers.logits_processor", "LogitsProcessor.forward"),
+            Target("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.sample"),
+            Target(
+                "vllm.v1.worker.gpu.sample.prompt_logprob",
+                "PromptLogprobsWorker.compute_prompt_token_id_logprobs",
+            ),
+            Target(
+                "vllm.v1.worker.gpu.sample.prompt_logprob", "compute_prompt_logprobs_with_chunking"
+            ),
+        ),
+    ),
+    Patch(
+        name="trace",
+        module="trace",
+        why="A trace is kept in the worker's process, and asked for from the front end's.",
+        how="Only where the setting `trace` is on, the worker gets one more method.",
+        upstream="vllm-project/vllm#28284 (routed experts of MoE base models)",
+        remove_when="vLLM lets a plugin add a method to the worker.",
+        targets=(Target("vllm.v1.serial_utils", "run_method"),),
     ),
     Patch(
         name="trace-route",

@@ -28,9 +28,11 @@ _EXAMPLE = f'--additional-config \'{{"{KEY}": {{"host_cache_mb": 4096}}}}\''
 _ALLOWED = {
     "adapter_roots": "a list of existing folders, or null for no limit",
     "max_router_rows": f"a whole number from 1 to {ROUTER_ROWS_LIMIT}, or null",
-    "host_cache_mb": "a whole number, 0 or more",
+    "host_cache_mb": "a whole number, 1 or more, or null",
     "triton": "true, false, or null",
     "trace": "true or false",
+    "pickle": '"weights_only", or null for no pickles',
+    "accept_config_keys": "a list of keys of adapter_config.json",
     "merge": "an object, or null for no merged adapters by name",
 }
 _ALLOWED_MERGE = {
@@ -155,8 +157,9 @@ class LoraExtSettings(BaseModel):
     max_router_rows: int | None = Field(default=None, ge=1, le=ROUTER_ROWS_LIMIT)
     """Router rows reserved per adapter slot and layer. None: `min(max_lora_rank, 64)`."""
 
-    host_cache_mb: int = Field(default=2048, ge=0)
-    """Host memory for adapters that vLLM's own cache has dropped."""
+    host_cache_mb: int | None = Field(default=None, ge=1)
+    """Host memory for loaded adapters, on each rank. None: as much as `--max-cpu-loras` adapters of
+    the full rank need, and at least 2048."""
 
     triton: bool | None = None
     """On a GPU: the fused Triton kernels in place of the PyTorch path. None: when they pass a
@@ -166,8 +169,19 @@ class LoraExtSettings(BaseModel):
     """Whether a request may ask what its adapter's gates decided. Needs an engine without CUDA
     graphs; off, nothing of it is there."""
 
+    pickle: Literal["weights_only"] | None = None
+    """Whether `adapter_model.bin` is read where there is no safetensors file. None: refused."""
+
+    accept_config_keys: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Keys of `adapter_config.json` that no format knows, and that are ignored, not refused."""
+
     merge: MergeSettings | None = None
     """Merged adapters by name in a request. None: such names are unknown models."""
+
+    @field_validator("accept_config_keys", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
 
     @field_validator("adapter_roots", mode="before")
     @classmethod
@@ -189,6 +203,13 @@ class LoraExtSettings(BaseModel):
         if self.adapter_roots is None:
             return None
         return (*self.adapter_roots, (self.merge or MergeSettings()).folder())
+
+    def reading(self) -> dict[str, Any]:
+        """Arguments of `load_adapter` for an adapter that the engine reads."""
+        return {
+            "roots": self.readable_roots(), "pickle": self.pickle,
+            "accept_config_keys": self.accept_config_keys,
+        }  # fmt: skip
 
     def router_rows(self, max_lora_rank: int) -> int:
         """Router rows per slot for an engine started with this `--max-lora-rank`."""

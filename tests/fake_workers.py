@@ -1,0 +1,101 @@
+"""Workers that hold adapters in dicts, and the ledger that keeps their book."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches.ledger import LOAD, VERSIONS, Ledger
+
+
+@dataclass(frozen=True)
+class Request:
+    lora_name: str
+    lora_int_id: int
+    lora_path: str = "/a"
+    load_inplace: bool = False
+
+
+@dataclass(frozen=True)
+class Report:
+    version: str
+    bytes: int = 8
+    evicted: tuple[int, ...] = ()
+
+
+@dataclass
+class Rank:
+    """A worker: `files` is what lies under each path, `room` how many adapters it may hold."""
+
+    files: dict[str, str]
+    room: int = 99
+    held: dict[int, str] = field(default_factory=dict)
+    pinned: set[int] = field(default_factory=set)
+
+    def call(self, method: str, *args: Any) -> Any:
+        return {
+            LOAD: self.load, VERSIONS: self.versions, "remove_lora": self.remove,
+            "pin_lora": self.pin,
+        }[method](*args)  # fmt: skip
+
+    def load(self, request: Request, source: Any, in_use: frozenset[int]) -> Any:
+        if request.lora_int_id in self.held and not request.load_inplace and source is None:
+            return Report(self.held[request.lora_int_id])
+        version = source or self.files.get(request.lora_path)
+        if version is None:
+            return str(AdapterError("not_found", "no such folder", seen=request.lora_path))
+        others = [i for i in self.held if i not in in_use]
+        out = []
+        while len(set(self.held) - {request.lora_int_id}) >= self.room:
+            if not others:
+                return str(AdapterError("host_cache_full", "no room"))
+            out.append(others.pop(0))
+            del self.held[out[-1]]
+        self.held[request.lora_int_id] = version
+        return Report(version, evicted=tuple(out))
+
+    def versions(self) -> dict[int, Report]:
+        return {i: Report(v) for i, v in self.held.items()}
+
+    def remove(self, lora_id: int) -> bool:
+        self.pinned.discard(lora_id)
+        return self.held.pop(lora_id, None) is not None
+
+    def pin(self, lora_id: int) -> bool:
+        assert lora_id in self.held
+        self.pinned.add(lora_id)
+        return True
+
+
+class Engine:
+    """Two ranks, and requests that are nothing but ids."""
+
+    def __init__(self, files: dict[str, str], slots: int = 2, room: int = 99) -> None:
+        self.ranks = [Rank(dict(files), room), Rank(dict(files), room)]
+        self.named: set[int] = set()
+        self.running: set[int] = set()
+        self.calls: list[str] = []
+        self.replaced: list[int] = []
+        self.lost: list[tuple[int, str]] = []
+        self.ledger = Ledger(
+            self.rpc, slots, lambda: set(self.named), lambda: set(self.running),
+            self.replaced.append, lambda i, error: self.lost.append((i, error.code)),
+        )  # fmt: skip
+
+    def rpc(self, method: str, *args: Any) -> list[Any]:
+        self.calls.append(method)
+        return [rank.call(method, *args) for rank in self.ranks]
+
+    def code(self, call: Any, *args: Any) -> str:
+        with pytest.raises(AdapterError) as caught:
+            call(*args)
+        return caught.value.code
+
+    def same(self) -> set[int]:
+        """What the ranks hold: the same, and what the ledger says."""
+        assert self.ranks[0].held == self.ranks[1].held
+        assert self.ledger.ids() == set(self.ranks[0].held)
+        return set(self.ranks[0].held)

@@ -1,0 +1,393 @@
+"""The core's part, on vLLM's own scheduler, requests and block hashes; the workers are made up.
+
+The made-up worker writes the version of the adapter that computes a token into the token's place in
+the KV cache, so that a test can say which weights a block comes from.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import queue
+import random
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from fake_workers import Engine
+from vllm import SamplingParams
+from vllm.config import CacheConfig, LoRAConfig, ModelConfig, SchedulerConfig, VllmConfig
+from vllm.lora.request import LoRARequest
+from vllm.utils.hashing import sha256
+from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreRequest, FinishReason
+from vllm.v1.engine.core import EngineCore
+from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.structured_output import StructuredOutputManager
+
+from vllm_lora_ext import plugin
+from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches.core import ADD
+
+plugin.register()
+BLOCK = 16
+PROMPT = list(range(100, 100 + 3 * BLOCK + 5))
+BASE = "tests/fixtures/bases/base_llama"
+
+
+@functools.cache
+def _config(slots: int) -> VllmConfig:
+    cache = CacheConfig(block_size=BLOCK, enable_prefix_caching=True)
+    cache.num_gpu_blocks = 200
+    return VllmConfig(
+        model_config=ModelConfig(model=BASE, skip_tokenizer_init=True, dtype="float32"),
+        scheduler_config=SchedulerConfig(
+            max_num_seqs=16, max_num_batched_tokens=40, max_model_len=256,
+            enable_chunked_prefill=True, is_encoder_decoder=False, async_scheduling=False,
+        ),
+        cache_config=cache, lora_config=LoRAConfig(max_lora_rank=8, max_loras=slots),
+    )  # fmt: skip
+
+
+class Core:
+    """A core without processes: `ranks` hold the adapters, `kv` what was computed."""
+
+    def __init__(self, files: dict[str, str], slots: int = 2, remote: bool = False) -> None:
+        self.workers = Engine(files)
+        self.kv: dict[tuple[int, int], str] = {}
+        self._tables: dict[str, list[int]] = {}
+        self._lora: dict[str, str] = {}
+        self.hits: list[int] = []
+        self.batches: list[set[str]] = []
+        config = _config(slots)
+        spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
+        core = self.core = EngineCore.__new__(EngineCore)
+        core.vllm_config, core.log_stats, core._weight_version = config, False, "default"
+        core.model_executor = SimpleNamespace(
+            collective_rpc=lambda method, timeout=None, args=(), kwargs=None: self.workers.rpc(
+                method, *args
+            ),
+            execute_model=self._execute,
+        )
+        core.mm_receiver_cache = None
+        core.structured_output_manager = StructuredOutputManager(config)
+        core.scheduler = Scheduler(
+            vllm_config=config,
+            kv_cache_config=KVCacheConfig(
+                num_blocks=200, kv_cache_tensors=[],
+                kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)],
+            ),
+            structured_output_manager=core.structured_output_manager,
+            block_size=BLOCK, hash_block_size=BLOCK,
+        )  # fmt: skip
+        init_none_hash(sha256)
+        core.request_block_hasher = get_request_block_hasher(BLOCK, sha256)
+        core.aborts_queue = queue.Queue()
+        if remote:
+            core.output_queue = queue.Queue()
+
+    def _execute(self, scheduled: Any, non_block: bool) -> Future[ModelRunnerOutput]:
+        at, hits = {}, {}
+        for new in scheduled.scheduled_new_reqs:
+            self._tables[new.req_id] = list(new.block_ids[0])
+            self._lora[new.req_id] = new.lora_request and new.lora_request.lora_int_id
+            at[new.req_id] = hits[new.req_id] = new.num_computed_tokens
+        cached = scheduled.scheduled_cached_reqs
+        for i, key in enumerate(cached.req_ids):
+            blocks, at[key] = cached.new_block_ids[i], cached.num_computed_tokens[i]
+            if key in cached.resumed_req_ids:
+                self._tables[key], hits[key] = list(blocks[0]), at[key]
+            elif blocks is not None:
+                self._tables[key] += blocks[0]
+        for key, count in scheduled.num_scheduled_tokens.items():
+            for pos in range(at[key], at[key] + count):
+                self.kv[self._tables[key][pos // BLOCK], pos % BLOCK] = self._version(key)
+        for key, found in hits.items():  # also what another request of this step has computed
+            self._check_hit(key, found)
+        keys = list(scheduled.num_scheduled_tokens)
+        self.batches.append({self._lora[k] for k in keys} - {None})
+        done = Future()
+        done.set_result(ModelRunnerOutput(
+            keys, {k: i for i, k in enumerate(keys)},
+            [[7] if self._samples(k, at[k] + scheduled.num_scheduled_tokens[k]) else []
+             for k in keys],
+        ))  # fmt: skip
+        return done
+
+    def _samples(self, key: str, computed: int) -> bool:
+        return computed >= self.core.scheduler.requests[key].num_tokens
+
+    def _version(self, key: str) -> str:
+        held = self.workers.ranks[0].held  # a step never reads a file
+        return held[self._lora[key]] if self._lora[key] else "base"
+
+    def _check_hit(self, key: str, count: int) -> None:
+        self.hits.append(count)
+        found = {self.kv[self._tables[key][p // BLOCK], p % BLOCK] for p in range(count)}
+        assert found <= {self._version(key)}, f"{key} reads KV of {found}"
+
+    def request(self, key: str, lora: LoRARequest | None, prompt: Any = None, n: int = 4) -> Any:
+        params = SamplingParams(max_tokens=n, ignore_eos=True)
+        return EngineCoreRequest(
+            key, list(prompt or PROMPT), None, params, None, 0.0, lora, None, None
+        )
+
+    def add(self, key: str, lora: LoRARequest | None, **more: Any) -> None:
+        self.core.add_request(*self.core.preprocess_add_request(self.request(key, lora, **more)))
+
+    def step(self) -> list[Any]:
+        outputs, _ = self.core.step()
+        return outputs[0].outputs if outputs and 0 in outputs else []
+
+    def finish(self) -> dict[str, Any]:
+        """Steps until nothing is left; the last output of every request."""
+        last = {}
+        for _ in range(500):
+            last |= {o.request_id: o for o in self.step() if o.finish_reason is not None}
+            if not self.core.scheduler.has_requests():
+                return last
+        raise AssertionError("does not end")
+
+    def write(self, path: str, version: str) -> None:
+        for rank in self.workers.ranks:
+            rank.files[path] = version
+
+
+def lora(name: str, number: int, path: str = "/a", inplace: bool = False) -> LoRARequest:
+    return LoRARequest(name, number, path, load_inplace=inplace)
+
+
+@pytest.fixture
+def core() -> Core:
+    return Core({"/a": "v1", "/b": "w1", "/c": "x1"})
+
+
+def test_a_request_has_its_adapter_loaded_before_its_step(core):
+    core.add("r", lora("a", 1))
+    assert core.workers.ranks[1].held == {1: "v1"}
+    assert core.finish()["r"].finish_reason is FinishReason.LENGTH
+    assert core.batches[0] == {1}
+
+
+def test_a_request_whose_adapter_is_gone_ends_alone(core):
+    core.add("good", lora("a", 1))
+    core.add("bad", lora("x", 2, "/gone"))
+    core.add("base", None)
+    last = core.finish()
+    assert {k: o.finish_reason.name for k, o in last.items()} == {
+        "good": "LENGTH", "bad": "ERROR", "base": "LENGTH"
+    }  # fmt: skip
+    assert AdapterError.parse(last["bad"].stop_reason).code == "not_found"
+    assert "bad" not in core.core.scheduler.requests
+
+
+def test_a_refusal_alone_comes_without_a_request_to_step(core):
+    core.add("bad", lora("x", 2, "/gone"))
+    (output,) = core.step()
+    assert output.request_id == "bad" and output.finish_reason is FinishReason.ERROR
+    assert core.step() == []
+
+
+def test_a_core_of_its_own_process_sends_the_refusal_to_the_right_client():
+    core = Core({}, remote=True)
+    request = core.request("bad", lora("x", 2, "/gone"))
+    request.client_index = 3
+    core.core.add_request(*core.core.preprocess_add_request(request))
+    client, outputs = core.core.output_queue.get_nowait()
+    assert client == 3 and outputs.finished_requests == {"bad"}
+    assert "not_found" in outputs.outputs[0].stop_reason
+
+
+def test_evicted_meanwhile_is_loaded_again(core):
+    for rank in core.workers.ranks:
+        rank.room = 1
+    for turn in range(3):
+        core.add(f"a{turn}", lora("a", 1))
+        core.finish()
+        core.add(f"b{turn}", lora("b", 2, "/b"))
+        core.finish()
+    assert max(core.hits) > 0  # and from the prefix cache, where the content is the same
+    core.write("/a", "v2")
+    core.add("new", lora("a", 1))
+    core.finish()
+    assert core.hits[-1] == 0
+
+
+def test_an_unreadable_disk_after_the_load_is_no_ones_end(core):
+    core.add("first", lora("a", 1))
+    for rank in core.workers.ranks:
+        rank.files.clear()
+    core.add("second", lora("a", 1))
+    last = core.finish()
+    assert {o.finish_reason for o in last.values()} == {FinishReason.LENGTH}
+
+
+@pytest.mark.parametrize("how", ["place", "id"])
+def test_new_weights_never_answer_from_old_kv(core, how):
+    core.add("old", lora("a", 1))
+    core.finish()
+    core.write("/a", "v2")
+    core.add("new", lora("a", 1, inplace=True) if how == "place" else lora("a", 2))
+    core.finish()
+    assert core.hits == [0, 0]
+    core.add("again", lora("a", 1 if how == "place" else 2))
+    core.finish()
+    assert core.hits[-1] == 3 * BLOCK
+
+
+def test_the_old_weights_come_back_to_their_kv(core):
+    core.add("old", lora("a", 1))
+    core.finish()
+    for version in ("v2", "v1"):
+        core.write("/a", version)
+        core.add(version, lora("a", 1, inplace=True))
+        core.finish()
+    assert core.hits == [0, 0, 3 * BLOCK]
+
+
+def test_equal_content_shares_whatever_it_is_called(core):
+    core.write("/b", "v1")
+    core.add("a", lora("a", 1))
+    core.finish()
+    core.add("b", lora("b", 2, "/b"))
+    core.finish()
+    assert core.hits == [0, 3 * BLOCK]
+
+
+def test_the_base_shares_with_no_adapter(core):
+    core.add("base", None)
+    core.finish()
+    core.add("a", lora("a", 1))
+    core.finish()
+    assert core.hits == [0, 0]
+
+
+def test_hashed_before_and_run_after_a_replacement(core):
+    """The thread that takes requests in hashes them before the replacement is handled."""
+    core.add("old", lora("a", 1))
+    core.finish()
+    waiting = core.core.preprocess_add_request(core.request("new", lora("a", 1)))
+    core.write("/a", "v2")
+    assert core.core.add_lora(lora("a", 1, inplace=True))
+    core.core.add_request(*waiting)
+    core.finish()
+    assert core.hits[-1] == 0
+    core.add("again", lora("a", 1))
+    core.finish()
+    assert core.hits[-1] == 3 * BLOCK
+
+
+def test_waiting_while_its_adapter_is_replaced(core):
+    core.add("old", lora("a", 1))
+    core.finish()
+    core.add("new", lora("a", 1))
+    core.write("/a", "v2")
+    core.core.add_lora(lora("a", 1, inplace=True))
+    core.finish()
+    assert core.hits == [0, 0]
+
+
+@pytest.mark.parametrize("steps", range(1, 8))
+def test_running_while_its_adapter_is_replaced(core, steps):
+    """Neither version may ever read what it computed across the replacement."""
+    core.add("across", lora("a", 1), n=40)
+    for _ in range(steps):
+        core.step()
+    core.write("/a", "v2")
+    core.core.add_lora(lora("a", 1, inplace=True))
+    core.finish()
+    text = PROMPT + [7] * 40
+    for turn in range(2):  # the first makes the way to what stands further back
+        core.add(f"v2-{turn}", lora("a", 1), prompt=text)
+        core.finish()
+    core.write("/a", "v1")
+    core.add("v1", lora("a", 1, inplace=True), prompt=text)
+    core.finish()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_order_of_events_mixes_versions(seed):
+    """Adds, steps, replacements, aborts, preemptions and removals, in any order."""
+    rng, core, count = random.Random(seed), Core({"/a": "v0", "/b": "v1"}), 0
+    for _ in range(120):
+        what = rng.choice(["add"] * 4 + ["step"] * 6 + ["replace", "abort", "preempt", "remove"])
+        number = rng.choice((1, 2))
+        if what == "add":
+            count += 1
+            adapter = rng.choice((None, lora(f"n{number}", number, ("/a", "/b")[number - 1])))
+            start = rng.choice((0, 0, 500))
+            prompt = [start + t for t in range(rng.randrange(5, 4 * BLOCK))]
+            core.add(f"r{count}", adapter, prompt=prompt, n=rng.randrange(1, 2 * BLOCK))
+        elif what == "step":
+            core.step()
+        elif what == "replace":
+            core.write(("/a", "/b")[number - 1], f"v{rng.randrange(3)}")
+            core.core.add_lora(lora(f"n{number}", number, ("/a", "/b")[number - 1], True))
+        elif what == "abort" and core.core.scheduler.requests:
+            core.core.abort_requests([rng.choice(list(core.core.scheduler.requests))])
+        elif what == "preempt" and core.core.scheduler.running:
+            request = core.core.scheduler.running.pop()
+            core.core.scheduler._preempt_request(request, 0.0)
+        elif what == "remove":
+            core.core.remove_lora(number)
+    core.finish()
+    assert max(core.hits) > 0
+
+
+def test_pinned_slots_are_left_out_of_every_plan():
+    core = Core({"/a": "v"}, slots=3)
+    for number in range(1, 7):
+        core.core.add_lora(lora(f"n{number}", number))
+    assert core.core.pin_lora(1) and core.core.pin_lora(2)
+    for number in range(1, 7):
+        core.add(f"r{number}", lora(f"n{number}", number), prompt=[number] * 4)
+    last = core.finish()
+    assert len(last) == 6
+    assert max(len(batch - {1, 2}) for batch in core.batches) == 1
+    assert {1, 2} < max(core.batches, key=len)  # the pinned ones take part in every step
+
+
+def test_all_pinned_serves_the_pinned_and_refuses_the_others():
+    core = Core({"/a": "v"}, slots=2)
+    for number in (1, 2):
+        core.core.add_lora(lora(f"n{number}", number))
+        assert core.core.pin_lora(number)
+    for number in (1, 2, 3):
+        core.add(f"r{number}", lora(f"n{number}", number), prompt=[number] * 4)
+    last = core.finish()
+    assert [last[f"r{n}"].finish_reason.name for n in (1, 2, 3)] == ["LENGTH", "LENGTH", "ERROR"]
+    assert "slots_pinned" in last["r3"].stop_reason
+
+
+def test_workers_that_were_called_directly(core):
+    """A tool of reinforcement learning replaces weights through `collective_rpc`."""
+    core.add("old", lora("a", 1))
+    core.finish()
+    for rank in core.workers.ranks:
+        rank.held[1] = "trained"
+    core.core.collective_rpc("remove_lora", args=(99,))
+    core.add("new", lora("a", 1))
+    core.finish()
+    assert core.hits == [0, 0]
+
+
+def test_the_answer_of_add_names_what_was_evicted(core):
+    for rank in core.workers.ranks:
+        rank.room = 1
+    add = getattr(core.core, ADD)
+    assert add(lora("a", 1)) == {"version": "v1", "evicted": []}
+    assert add(["b", 2, "/b"]) == {"version": "w1", "evicted": [1]}  # as it comes over the wire
+    assert "not_found" in add(lora("x", 3, "/gone"))["error"]
+
+
+def test_an_engine_without_lora_is_left_alone():
+    core = Core({})
+    core.core.vllm_config = copy.copy(core.core.vllm_config)
+    core.core.vllm_config.lora_config = None
+    core.add("base", None)
+    core.finish()
+    assert "_lora_ext" not in core.core.__dict__

@@ -1,0 +1,211 @@
+"""The core's book of adapters, against workers that are made of dicts."""
+
+from __future__ import annotations
+
+import pytest
+from fake_workers import Engine, Request
+
+from vllm_lora_ext.model_patches.ledger import MEMORY_IDS
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine({"/a": "v1", "/b": "w1"})
+
+
+def test_a_held_adapter_costs_no_call(engine):
+    assert engine.ledger.add(Request("a", 1)) == []
+    assert (engine.ledger.version(1), engine.ledger.version(2)) == ("v1", None)
+    engine.calls.clear()
+    assert engine.ledger.add(Request("a", 1)) == []
+    engine.ledger.tidy()
+    assert engine.calls == []
+
+
+def test_an_id_is_one_adapters(engine):
+    engine.ledger.add(Request("a", 1))
+    assert engine.code(engine.ledger.add, Request("b", 1, "/b")) == "id_in_use"
+    engine.ledger.add(Request("b", 1, "/b", load_inplace=True))
+    assert engine.ledger.version(1) == "w1" and engine.replaced == [1]
+
+
+def test_the_same_content_replaces_nothing(engine):
+    engine.ledger.add(Request("a", 1))
+    engine.ledger.add(Request("a", 1, load_inplace=True))
+    assert engine.replaced == []
+
+
+def test_a_failed_load_leaves_what_was_there(engine):
+    engine.ledger.add(Request("a", 1))
+    assert engine.code(engine.ledger.add, Request("a", 1, "/gone", True)) == "not_found"
+    assert engine.same() == {1} and engine.ledger.version(1) == "v1"
+
+
+def test_what_one_worker_alone_could_load_is_held_by_none(engine):
+    """Another machine's disk: the request ends with an error, and so do those that run on it."""
+    engine.ranks[1].files.clear()
+    assert engine.code(engine.ledger.add, Request("a", 1)) == "not_found"
+    assert engine.same() == set() and engine.lost == []
+    engine.ranks[1].files["/a"] = "v1"
+    engine.ledger.add(Request("a", 1))
+    engine.named = {1}
+    engine.ranks[1].files.clear()
+    assert engine.code(engine.ledger.add, Request("a", 1, load_inplace=True)) == "not_found"
+    assert engine.same() == set() and engine.lost == [(1, "not_found")]
+
+
+def test_workers_that_read_different_files_are_refused(engine):
+    engine.ranks[1].files["/a"] = "v2"
+    assert engine.code(engine.ledger.add, Request("a", 1)) == "ranks_differ"
+    assert engine.same() == set()
+
+
+def test_eviction_takes_nothing_that_is_named():
+    engine = Engine({"/a": "v1", "/b": "w1", "/c": "x1"}, room=2)
+    engine.ledger.add(Request("a", 1))
+    engine.ledger.add(Request("b", 2, "/b"))
+    engine.named = {1}
+    assert engine.ledger.add(Request("c", 3, "/c")) == [2]
+    assert engine.same() == {1, 3}
+    engine.named = {1, 3}
+    assert engine.code(engine.ledger.add, Request("b", 2, "/b")) == "host_cache_full"
+    assert engine.same() == {1, 3}
+
+
+def test_what_one_worker_evicts_leaves_all():
+    engine = Engine({"/a": "v1", "/b": "w1"}, room=2)
+    engine.ranks[1].room = 1
+    engine.ledger.add(Request("a", 1))
+    assert engine.ledger.add(Request("b", 2, "/b")) == [1]
+    assert engine.same() == {2}
+
+
+def test_an_adapter_that_was_evicted_is_read_again(engine):
+    engine.ranks[0].room = engine.ranks[1].room = 1
+    engine.ledger.add(Request("a", 1))
+    engine.ledger.add(Request("b", 2, "/b"))
+    engine.ranks[0].files["/a"] = engine.ranks[1].files["/a"] = "v2"
+    assert engine.ledger.add(Request("a", 1)) == [2]
+    assert engine.ledger.version(1) == "v2"
+
+
+def test_removed_while_in_use_goes_with_its_last_request(engine):
+    engine.ledger.add(Request("a", 1))
+    engine.named = {1}
+    assert engine.ledger.remove(1)
+    assert engine.ledger.ids() == set() and engine.ranks[0].held == {1: "v1"}
+    engine.ledger.tidy()
+    assert engine.ranks[0].held == {1: "v1"}
+    engine.named = set()
+    engine.ledger.tidy()
+    assert engine.same() == set()
+    assert not engine.ledger.remove(1)
+
+
+def test_removed_and_added_again_stays(engine):
+    engine.ledger.add(Request("a", 1))
+    engine.named = {1}
+    engine.ledger.remove(1)
+    assert engine.code(engine.ledger.add, Request("b", 1, "/b", True)) == "id_in_use"
+    engine.ledger.add(Request("a", 1))
+    engine.named = set()
+    engine.ledger.tidy()
+    assert engine.same() == {1}
+
+
+def test_all_slots_pinned_refuses_one_more(engine):
+    for number, name in ((1, "/a"), (2, "/b")):
+        engine.ledger.add(Request(name, number, name))
+        assert engine.ledger.pin(number)
+    assert engine.code(engine.ledger.add, Request("c", 3, "/a")) == "slots_pinned"
+    engine.ledger.add(Request("/a", 1))
+    assert engine.same() == {1, 2}
+    engine.ledger.remove(2)
+    engine.ledger.add(Request("c", 3, "/a"))
+
+
+def test_a_held_adapter_without_a_slot_is_refused(engine):
+    """Its requests would wait for ever."""
+    engine.ledger.add(Request("c", 3, "/a"))
+    for number, name in ((1, "/a"), (2, "/b")):
+        engine.ledger.add(Request(name, number, name))
+        engine.ledger.pin(number)
+    assert engine.code(engine.ledger.add, Request("c", 3, "/a")) == "slots_pinned"
+
+
+def test_no_slot_is_pinned_away_from_a_request(engine):
+    for number, name in ((1, "/a"), (2, "/b"), (3, "/a")):
+        engine.ledger.add(Request(name, number, name))
+    assert engine.ledger.pin(1)
+    engine.named = {3}
+    assert engine.code(engine.ledger.pin, 2) == "slots_pinned"
+    engine.named = {2}
+    assert engine.ledger.pin(2)
+    assert engine.ranks[0].pinned == {1, 2}
+    assert engine.code(engine.ledger.pin, 7) == "not_found"
+
+
+def test_pins_wait_for_steps_that_are_full(engine):
+    for number, name in ((1, "/a"), (2, "/b"), (3, "/a")):
+        engine.ledger.add(Request(name, number, name))
+    engine.named = engine.running = {2, 3}
+    assert engine.code(engine.ledger.pin, 1) == "slots_pinned"
+    assert engine.ledger.pin(2)
+
+
+def test_steps_take_no_more_than_the_pinned_leave():
+    engine = Engine({"/a": "v"}, slots=3)
+    for number in range(1, 6):
+        engine.ledger.add(Request("a", number))
+    assert all(engine.ledger.admits(n) for n in range(1, 6))
+    engine.ledger.pin(1)
+    engine.running = {1, 2}
+    assert [engine.ledger.admits(n) for n in (1, 2, 3)] == [True, True, True]
+    engine.running = {2, 3}
+    assert [engine.ledger.admits(n) for n in (1, 2, 3, 4)] == [True, True, True, False]
+
+
+def test_a_pinned_adapter_stays_pinned_when_it_is_replaced(engine):
+    engine.ledger.add(Request("a", 1))
+    engine.ledger.pin(1)
+    for rank in engine.ranks:
+        rank.files["/a"] = "v2"
+        rank.pinned.clear()  # as the worker does with a new adapter
+    engine.ledger.add(Request("a", 1, load_inplace=True))
+    assert engine.ranks[0].pinned == {1} and engine.replaced == [1]
+
+
+def test_from_memory(engine):
+    tensors = Request("t", MEMORY_IDS + 5, "memory:t", load_inplace=True)
+    assert engine.code(engine.ledger.add, tensors) == "not_found"
+    engine.ledger.add(tensors, "m1")
+    engine.ledger.add(tensors, "m2")
+    assert engine.ledger.version(MEMORY_IDS + 5) == "m2" and engine.replaced == [MEMORY_IDS + 5]
+    other = Request("u", MEMORY_IDS + 5, "memory:u", load_inplace=True)
+    assert engine.code(engine.ledger.add, other, "m3") == "id_in_use"
+
+
+def test_nobody_else_has_those_tensors(engine):
+    """So they are never evicted."""
+    engine.ranks[0].room = engine.ranks[1].room = 1
+    engine.ledger.add(Request("t", MEMORY_IDS, "memory:t", load_inplace=True), "m1")
+    assert engine.code(engine.ledger.add, Request("a", 1)) == "host_cache_full"
+    assert engine.same() == {MEMORY_IDS}
+
+
+def test_workers_that_were_called_behind_its_back_are_asked(engine):
+    for number, name in ((1, "/a"), (2, "/b")):
+        engine.ledger.add(Request(name, number, name))
+    for rank in engine.ranks:
+        rank.held = {1: "v9", 7: "z"}
+    engine.named = {1, 2}
+    assert engine.ledger.version(1) == "v1"
+    engine.ledger.doubt()
+    engine.ledger.tidy()
+    assert engine.ledger.version(1) == "v9" and engine.replaced == [1]
+    assert engine.lost == [(2, "not_found")]
+    engine.calls.clear()
+    engine.ledger.tidy()
+    assert engine.calls == []
+    engine.ledger.add(Request("z", 7, "/nowhere"))  # they hold it already
+    assert engine.ledger.version(7) == "z"
