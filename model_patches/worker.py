@@ -81,7 +81,8 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
             folder = find_folder(request.lora_path, self.settings.readable_roots())
             adapter = load_adapter(folder, **self.settings.reading())
         else:
-            adapter = load_memory_adapter(source)
+            accepted = self.settings.accept_config_keys
+            adapter = load_memory_adapter(source, accept_config_keys=accepted)
         return self._resident(request.lora_int_id, self._adapter_manager.placer.place(adapter))
 
     def _resident(self, adapter_id: int, host: HostAdapter) -> Resident:
