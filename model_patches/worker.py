@@ -90,7 +90,8 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
     def _read(self, request: LoRARequest, source: MemorySource | None) -> Resident:
         placer = self._adapter_manager.placer
         if source is not None:
-            adapter = load_memory_adapter(source)
+            accepted = self.settings.accept_config_keys
+            adapter = load_memory_adapter(source, accept_config_keys=accepted)
         elif foreign.is_foreign(request):
             return self._foreign(self._load_adapter(request))
         else:
