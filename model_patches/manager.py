@@ -23,6 +23,7 @@ from vllm_lora_ext.model_patches.layers import RoutedLinear, building
 from vllm_lora_ext.model_patches.logits import follow_rows
 from vllm_lora_ext.model_patches.mlp import wrap_blocks
 from vllm_lora_ext.model_patches.placing import Placer
+from vllm_lora_ext.model_patches.punica import skip_unread
 from vllm_lora_ext.model_patches.residency import HostAdapter
 from vllm_lora_ext.model_patches.rows import Rows
 from vllm_lora_ext.model_patches.trace import Recorder, check_settings
@@ -68,6 +69,7 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
             super().__init__(*args, lora_config=lora_config, vllm_config=vllm_config, **kwargs)
         self.rows = Rows(self)
         follow_rows(self.rows, self.modules)
+        skip_unread(self.punica_wrapper_mapping.values(), self.modules.values())
         # What runs around a block's linears loops over the step's adapters: no graph can hold it.
         self.blocks = {} if self.graphs else wrap_blocks(self.model, self.modules)
         self.placer = Placer(
