@@ -29,8 +29,10 @@ from vllm_lora_ext.kernels.gated_lora import (
     finish_,
     gate_expand_,
     gated_lora_,
+    gated_lora_into_,
     register_site,
     shrink,
+    shrink_into,
 )
 
 _router_rows: ContextVar[int] = ContextVar("router_rows")
@@ -74,6 +76,8 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
             lora_config.lora_dtype, self.device, y_start, _triton.get(),
         )  # fmt: skip
         self.handle = register_site(self.site)
+        # Where the linear of an MLP block on the kernels leaves its shrunk rows (`mlp`).
+        self.memory: torch.Tensor | None = None
         # Only the shapes and dtypes of these are read (`create_dummy_lora`): no memory behind.
         stub = {"dtype": lora_config.lora_dtype, "device": "meta"}
         self.lora_a_stacked = tuple(
@@ -172,11 +176,18 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
     def _apply_lora_to_output(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         y_TN, x_TK = output.view(-1, output.shape[-1]), x.reshape(-1, x.shape[-1])
         if self.reduces:
-            u_TR = tensor_model_parallel_all_reduce(shrink(x_TK, self.handle, self.site.num_rows))
+            u_TR = tensor_model_parallel_all_reduce(self._shrink(x_TK))
             gate_expand_(y_TN, u_TR, self.handle)
+        elif self.memory is not None:
+            gated_lora_into_(y_TN, self.memory, x_TK, self.handle)
         else:
             gated_lora_(y_TN, x_TK, self.handle)
         return output
+
+    def _shrink(self, x_TK: torch.Tensor) -> torch.Tensor:
+        if self.memory is not None:
+            return shrink_into(self.memory, x_TK, self.handle, self.site.num_rows)
+        return shrink(x_TK, self.handle, self.site.num_rows)
 
     def _apply_async_impl(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """With VLLM_LORA_ENABLE_DUAL_STREAM: the shrink, which needs only x, runs on a second
@@ -187,9 +198,7 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
             return self._get_quant_method().apply(self.base_layer, x, bias)
 
         def first() -> torch.Tensor | None:
-            if self.reduces:
-                return shrink(x_TK, self.handle, self.site.num_rows)
-            return begin(x_TK, self.site)
+            return self._shrink(x_TK) if self.reduces else begin(x_TK, self.site, self.memory)
 
         output, u = maybe_execute_in_parallel(base, first, *self._events, self._lora_stream)
         y_TN = output.view(-1, output.shape[-1])

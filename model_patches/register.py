@@ -153,6 +153,15 @@ PATCHES: tuple[Patch, ...] = (
         targets=(Target("vllm.platforms.cpu", "CpuPlatform.check_and_update_config"),),
     ),
     Patch(
+        name="settings",
+        module="config",
+        why="A wrong setting would end the start in every worker, after the weights were read.",
+        how="Where the engine's configuration is made, the settings are checked against it.",
+        upstream="none yet",
+        remove_when="vLLM lets a plugin check its part of the additional config.",
+        targets=(Target("vllm.engine.arg_utils", "EngineArgs.create_engine_config"),),
+    ),
+    Patch(
         name="compile-key",
         module="identity",
         why=(

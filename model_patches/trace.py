@@ -21,7 +21,7 @@ from vllm_lora_ext.kernels.gated_lora import Site
 from vllm_lora_ext.kernels.gated_lora.site import SlicePlan
 from vllm_lora_ext.model_patches.layers import RoutedLinear
 from vllm_lora_ext.model_patches.residency import HostAdapter
-from vllm_lora_ext.model_patches.rows import Span, unknown_rows
+from vllm_lora_ext.model_patches.rows import Span
 from vllm_lora_ext.routing.mix import expert_weights
 from vllm_lora_ext.trace.fetch import RPC, wanted
 from vllm_lora_ext.trace.gates import expert_gates
@@ -138,26 +138,6 @@ def _gates(u_TR: torch.Tensor, part: SlicePlan) -> torch.Tensor:
     u_TG = u_TR[:, start : start + part.gate.num_gates]
     head_T = u_TR[:, part.head_at] + part.head_bias if part.gate.threshold_head else None
     return expert_gates(part.gate, u_TG, part.bias_G, head_T)
-
-
-def check_settings(vllm_config: Any, graphs: bool) -> None:
-    """Raises AdapterError `bad_settings` where an engine cannot keep traces."""
-    for seen, limit, fix in (
-        (graphs, "an engine without CUDA graphs, which do not run the recorder",
-         "start with --enforce-eager"),
-        (vllm_config.speculative_config is not None, "an engine without speculative decoding",
-         "start without it"),
-        (getattr(vllm_config.lora_config, "enable_tower_connector_lora", False),
-         "an engine whose LoRA is on the language model only",
-         "start without --enable-tower-connector-lora"),
-        (unknown_rows(vllm_config), "an engine that knows on the host which rows are whose",
-         "start without it"),
-    ):  # fmt: skip
-        if seen:
-            raise AdapterError(
-                "bad_settings", "the setting trace is true, and this engine cannot keep traces",
-                limit=limit, fix=f"{fix}, or leave the setting trace out",
-            )  # fmt: skip
 
 
 def _add_rpc() -> None:

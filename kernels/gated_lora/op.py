@@ -62,13 +62,16 @@ def _triton() -> tuple[Any, Any]:
     return shrink_parts, expand_
 
 
-def begin(x: torch.Tensor, site: Site) -> torch.Tensor | None:
+def begin(x: torch.Tensor, site: Site, memory: torch.Tensor | None = None) -> torch.Tensor | None:
     """The first launch of `gated_lora_`, for callers that run it beside the base product, which
-    it does not need. None where there is none: no adapter in the step, or no kernels."""
+    it does not need. None where there is none: no adapter in the step, or no kernels.
+
+    `memory` is where its result goes (`triton.shrink.parts_in`), by default new memory.
+    """
     if not site.step.active or site.tables is None:
         return None
     shrink_parts, _ = _triton()
-    u_PTR: torch.Tensor = shrink_parts(x, site, u_PTR=site.take_u())
+    u_PTR: torch.Tensor = shrink_parts(x, site, memory=memory)
     return u_PTR
 
 
@@ -100,14 +103,36 @@ def _gated_lora_python(y: torch.Tensor, x: torch.Tensor, site: torch.Tensor) -> 
     cpu_op.open_door(number, _sites[number])
 
 
+def _gated_lora_into(
+    y: torch.Tensor, memory: torch.Tensor, x: torch.Tensor, site: torch.Tensor
+) -> None:
+    """`gated_lora_` whose first launch leaves its result in `memory`, for who reads it later, or
+    finds some rows there, from who wrote them before."""
+    found = _sites[int(site)]
+    if found.step.active:
+        finish_(y, x, begin(x, found, memory), found)
+
+
 def _shrink(x: torch.Tensor, site: torch.Tensor, num_rows: int) -> torch.Tensor:
     found = _sites[int(site)]
     if found.tables is None:
         u = eager.shrink(x, found)
     else:
         shrink_parts, _ = _triton()
-        parts = shrink_parts(x, found, zeroed=True, u_PTR=found.take_u())
+        parts = shrink_parts(x, found, zeroed=True)
         u = parts[0] if len(parts) == 1 else parts.sum(dim=0)
+    if found.after_shrink is not None:
+        found.after_shrink(u)
+    return u
+
+
+def _shrink_into(
+    memory: torch.Tensor, x: torch.Tensor, site: torch.Tensor, num_rows: int
+) -> torch.Tensor:
+    """`shrink` with the rows that stand in `memory`, which is zero elsewhere."""
+    found = _sites[int(site)]
+    shrink_parts, _ = _triton()
+    u: torch.Tensor = shrink_parts(x, found, memory=memory).sum(dim=0)
     if found.after_shrink is not None:
         found.after_shrink(u)
     return u
@@ -154,6 +179,8 @@ def _embedding_lora_cuda(y: torch.Tensor, ids: torch.Tensor, site: torch.Tensor)
 _lib = torch.library.Library("vllm_lora_ext", "DEF")
 for _name in ("gated_lora_", "gated_lora_python_"):
     _lib.define(f"{_name}(Tensor(a!) y, Tensor x, Tensor site) -> ()")
+_lib.define("gated_lora_into_(Tensor(a!) y, Tensor(b!) memory, Tensor x, Tensor site) -> ()")
+_lib.define("shrink_into(Tensor(a!) memory, Tensor x, Tensor site, int num_rows) -> Tensor")
 _lib.define("shrink(Tensor x, Tensor site, int num_rows) -> Tensor")
 _lib.define("gate_expand_(Tensor(a!) y, Tensor u, Tensor site) -> ()")
 _lib.define("embedding_lora_(Tensor(a!) y, Tensor ids, Tensor site) -> ()")
@@ -161,6 +188,8 @@ cpu_op.python_op("gated_lora_", _gated_lora)
 _lib.impl("gated_lora_", _gated_lora, "CUDA")
 _lib.impl("gated_lora_python_", _gated_lora_python, "CPU")
 for _key in ("CPU", "CUDA"):
+    _lib.impl("gated_lora_into_", _gated_lora_into, _key)
+    _lib.impl("shrink_into", _shrink_into, _key)
     _lib.impl("shrink", _shrink, _key)
     _lib.impl("gate_expand_", _gate_expand, _key)
 _lib.impl("embedding_lora_", _embedding_lora, "CPU")
@@ -168,6 +197,12 @@ _lib.impl("embedding_lora_", _embedding_lora_cuda, "CUDA")
 for _name in ("gated_lora_", "gate_expand_", "embedding_lora_"):
     inductor.call_when_active(_name)
     torch.library.register_fake(f"vllm_lora_ext::{_name}", lambda *_: None, lib=_lib)
+torch.library.register_fake("vllm_lora_ext::gated_lora_into_", lambda *_: None, lib=_lib)
+torch.library.register_fake(
+    "vllm_lora_ext::shrink_into",
+    lambda _memory, x, _site, num_rows: x.new_empty(x.shape[0], num_rows, dtype=torch.float32),
+    lib=_lib,
+)
 torch.library.register_fake(
     "vllm_lora_ext::shrink",
     lambda x, site, num_rows: x.new_empty(x.shape[0], num_rows, dtype=torch.float32),
@@ -175,6 +210,8 @@ torch.library.register_fake(
 )
 
 gated_lora_ = torch.ops.vllm_lora_ext.gated_lora_.default
+gated_lora_into_ = torch.ops.vllm_lora_ext.gated_lora_into_.default
 shrink = torch.ops.vllm_lora_ext.shrink.default
+shrink_into = torch.ops.vllm_lora_ext.shrink_into.default
 gate_expand_ = torch.ops.vllm_lora_ext.gate_expand_.default
 embedding_lora_ = torch.ops.vllm_lora_ext.embedding_lora_.default

@@ -152,12 +152,10 @@ class Site:
         self._step = StepMap(0)
         # For who uses the slots in a way of its own, or looks on; run after the ops, with the same
         # tensors: `after` (see `listen`), or, where x is a shard, `after_shrink` and
-        # `after_expand`. `u_PTR` is what the next shrink of the kernels is to fill, with some rows
-        # already there.
+        # `after_expand`.
         self.after: list[After] = []
         self.after_shrink: Callable[[torch.Tensor], None] | None = None
         self.after_expand: Callable[[torch.Tensor, torch.Tensor], None] | None = None
-        self.u_PTR: torch.Tensor | None = None
 
     @property
     def padded_rank(self) -> int:
@@ -190,11 +188,6 @@ class Site:
         if self.shut is not None:
             self.shut()
         self.native = None
-
-    def take_u(self) -> torch.Tensor | None:
-        """`u_PTR`, once."""
-        u_PTR, self.u_PTR = self.u_PTR, None
-        return u_PTR
 
     def clear(self, slot: int) -> None:
         """The slot adds nothing any more. Its weights stay: nothing reads a slot without a plan."""

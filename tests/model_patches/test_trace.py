@@ -22,10 +22,11 @@ from vllm_lora_ext.kernels.gated_lora import (
     shrink,
 )
 from vllm_lora_ext.model_patches import rows, trace
+from vllm_lora_ext.model_patches.config import check_trace
 from vllm_lora_ext.model_patches.layers import RoutedLinear
 from vllm_lora_ext.model_patches.refused import RefusedRequest
 from vllm_lora_ext.model_patches.rows import Rows
-from vllm_lora_ext.model_patches.trace import Recorder, check_settings
+from vllm_lora_ext.model_patches.trace import Recorder
 from vllm_lora_ext.model_patches.trace_http import _mark
 from vllm_lora_ext.trace.gates import slice_gates
 
@@ -205,12 +206,12 @@ def config(spec: Any = None, tower: bool = False, dbo: bool = False) -> Any:
 )  # fmt: skip
 def test_engines_that_keep_no_traces(graphs: bool, engine: Any) -> None:
     with pytest.raises(AdapterError) as caught:
-        check_settings(engine, graphs)
+        check_trace(engine, graphs)
     assert caught.value.code == "bad_settings"
 
 
 def test_an_engine_that_keeps_traces() -> None:
-    check_settings(config(), False)
+    check_trace(config(), False)
 
 
 def test_a_request_is_marked_or_refused_as_the_clients_fault() -> None:
