@@ -209,12 +209,15 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
         return output
 
 
-class CPUEmbedding(VocabParallelEmbeddingWithLoRA):
-    """Stock's embedding wrapper takes the last slot's rows for base tokens and freezes shapes
-    when traced; on CPU the delta is an opaque op that skips slots without an embedding LoRA."""
+class RoutedEmbedding(VocabParallelEmbeddingWithLoRA):
+    """Stock's embedding wrapper reads stock's metadata; on CPU it takes the last slot's rows for
+    base tokens and freezes shapes when traced. Here the delta is an opaque op."""
 
     def create_lora_weights(self, max_loras, lora_config, model_config=None) -> None:  # type: ignore[no-untyped-def]
         super().create_lora_weights(max_loras, lora_config, model_config)
+        out, rank = self.base_layer.embedding_dim, lora_config.max_lora_rank
+        b_NSR = self.lora_a_stacked.new_zeros(out, max_loras, rank)
+        self.lora_b_stacked = b_NSR.permute(1, 0, 2)[:, None]
         self.site = EmbeddingSite(self.lora_a_stacked, self.lora_b_stacked[:, 0], None)  # type: ignore[arg-type]
         self.handle = register_site(self.site)
 
@@ -243,10 +246,8 @@ def apply() -> None:
 
 
 def _ours(stock: type) -> type:
-    from vllm.platforms import current_platform
-
-    if stock is VocabParallelEmbeddingWithLoRA and current_platform.is_cpu():
-        return CPUEmbedding
+    if stock is VocabParallelEmbeddingWithLoRA:
+        return RoutedEmbedding
     # Fully sharded wrappers stay: the manager refuses that mode before one can be chosen.
     if not issubclass(stock, BaseLinearLayerWithLoRA) or "Sharded" in stock.__name__:
         return stock

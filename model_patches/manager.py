@@ -25,6 +25,7 @@ from vllm_lora_ext.model_patches.layers import RoutedLinear, building
 from vllm_lora_ext.model_patches.logits import follow_rows
 from vllm_lora_ext.model_patches.mlp import share_scratch, wrap_blocks
 from vllm_lora_ext.model_patches.placing import Placer
+from vllm_lora_ext.model_patches.punica import skip_unread
 from vllm_lora_ext.model_patches.residency import HostAdapter
 from vllm_lora_ext.model_patches.rows import Rows
 from vllm_lora_ext.model_patches.trace import Recorder
@@ -68,6 +69,7 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
             super().__init__(*args, lora_config=lora_config, vllm_config=vllm_config, **kwargs)
         self.rows = Rows(self)
         follow_rows(self.rows, self.modules)
+        skip_unread(self.punica_wrapper_mapping.values(), self.modules.values())
         self.blocks = wrap_blocks(self.model, self.modules)
         share_scratch(self.blocks.values(), vllm_config.model_config.dtype)
         self.placer = Placer(

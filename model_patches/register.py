@@ -49,7 +49,7 @@ PATCHES: tuple[Patch, ...] = (
         ),
         how=(
             "Subclasses of the stock linear wrappers, put in their place in "
-            "`_all_lora_classes`; on CPU also of the embedding wrapper."
+            "`_all_lora_classes`, and of the embedding wrapper."
         ),
         upstream=(
             "vllm-project/vllm#49705 (router-driven mixtures), #48421 and #49656 (index -1 on CPU)"

@@ -29,7 +29,8 @@ class EmbeddingSite:
     """LoRA of a token embedding: `y += B A[:, token]`.
 
     Args:
-        a_SVR: [slots, V, R]; b_SNR: [slots, N, R]; used: slots that hold an adapter here.
+        a_SVR: [slots, V, R]; b_SNR: [slots, N, R], on a device best a view of [N, slots, R];
+            used: slots that hold an adapter here.
     """
 
     a_SVR: torch.Tensor
@@ -157,6 +158,24 @@ def _embedding_lora(y: torch.Tensor, ids: torch.Tensor, site: torch.Tensor) -> N
             y.index_add_(0, rows_T, (a_TR @ found.b_SNR[slot].float().t()).to(y.dtype))
 
 
+def embedding_lora_static_(y: torch.Tensor, ids: torch.Tensor, found: EmbeddingSite) -> None:
+    """The same for a device: the same few launches whatever the step holds, so that a captured
+    graph serves every step; each row's product is with all slots' B, zeros but for its own."""
+    if not found.step.active:  # a graph of base steps is captured apart
+        return
+    slots, width, rank = found.a_SVR.shape
+    slots_T = found.step.token_slots_T[: len(ids)]
+    a_TR = found.a_SVR.view(slots * width, rank)[slots_T.clamp(min=0).long() * width + ids]
+    mine_TS1 = (slots_T[:, None] == torch.arange(slots, device=ids.device))[:, :, None]
+    h_TP = torch.where(mine_TS1, a_TR[:, None], 0).view(len(ids), slots * rank).to(y.dtype)
+    b_NP = found.b_SNR.permute(1, 0, 2).reshape(y.shape[1], slots * rank)
+    y.addmm_(h_TP, b_NP.t().to(y.dtype))
+
+
+def _embedding_lora_cuda(y: torch.Tensor, ids: torch.Tensor, site: torch.Tensor) -> None:
+    embedding_lora_static_(y, ids, _sites[int(site)])
+
+
 _lib = torch.library.Library("vllm_lora_ext", "DEF")
 for _name in ("gated_lora_", "gated_lora_python_"):
     _lib.define(f"{_name}(Tensor(a!) y, Tensor x, Tensor site) -> ()")
@@ -173,7 +192,8 @@ for _key in ("CPU", "CUDA"):
     _lib.impl("shrink_into", _shrink_into, _key)
     _lib.impl("shrink", _shrink, _key)
     _lib.impl("gate_expand_", _gate_expand, _key)
-    _lib.impl("embedding_lora_", _embedding_lora, _key)
+_lib.impl("embedding_lora_", _embedding_lora, "CPU")
+_lib.impl("embedding_lora_", _embedding_lora_cuda, "CUDA")
 for _name in ("gated_lora_", "gate_expand_", "embedding_lora_"):
     inductor.call_when_active(_name)
     torch.library.register_fake(f"vllm_lora_ext::{_name}", lambda *_: None, lib=_lib)
