@@ -32,7 +32,7 @@ from vllm_lora_ext.kernels.gated_lora.backends.triton.expand import (
 )
 from vllm_lora_ext.kernels.gated_lora.backends.triton.expand import gate as gate_of
 from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import operand
-from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import Device, device_of
+from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import Device, device_of, warps_of
 from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.kernels.gated_lora.step import max_tiles
 from vllm_lora_ext.kernels.mix_mlp import tables
@@ -46,7 +46,12 @@ GELU_TANH = tl.constexpr(tables.ACTIVATIONS.index("gelu_pytorch_tanh"))
 QUICK_GELU = tl.constexpr(tables.ACTIVATIONS.index("quick_gelu"))
 
 
-@triton.jit(do_not_specialize=["num_tokens", "stride_u_part", "stride_z_part"])
+@triton.jit(
+    do_not_specialize=[
+        "num_tokens", "max_rank", "stride_u_part", "stride_u", "stride_z_part", "stride_z",
+        "stride_ints", "stride_floats", "stride_block", "stride_tiles",
+    ]
+)  # fmt: skip
 def mix_kernel(
     a_ptr,
     base_ptr,
@@ -260,7 +265,7 @@ def mix_(
         BLOCK_R=first.padded_rank,
         BLOCK_N=COLUMNS,
         OPERAND=operand(first.b_SRN),
-        num_warps=4,
+        num_warps=warps_of(TILE, first.padded_rank),
         num_stages=1,
     )
     return z_PTR

@@ -43,8 +43,14 @@ OPERANDS = {
 }
 
 
-# Numbers that change from step to step must not be compiled for (1, multiples of 16).
-@triton.jit(do_not_specialize=["num_tokens", "stride_u_part"])
+# Numbers that change from step to step must not be compiled for (1, multiples of 16), nor those
+# that help no load of many bytes: each would make variants of the kernel (`warmup`).
+@triton.jit(
+    do_not_specialize=[
+        "num_tokens", "parts", "a_tiles", "stride_u_part", "stride_u", "stride_ints",
+        "stride_tiles",
+    ]
+)  # fmt: skip
 def shrink_kernel(
     u_ptr,
     x_ptr,
@@ -55,6 +61,7 @@ def shrink_kernel(
     tiles_ptr,
     num_tokens,
     num_k,
+    parts,
     a_tiles,
     stride_u_part,
     stride_u,
@@ -63,7 +70,6 @@ def shrink_kernel(
     stride_router_slot,
     stride_ints,
     stride_tiles,
-    PARTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -75,8 +81,8 @@ def shrink_kernel(
     slot = tl.load(tiles_ptr + tile).to(tl.int64)
     if slot < 0:
         return
-    part = tl.program_id(0) % PARTS
-    row_tile = tl.program_id(0) // PARTS
+    part = tl.program_id(0) % parts
+    row_tile = tl.program_id(0) // parts
     num_a = tl.load(ints_ptr + slot * stride_ints)
     num_routers = tl.load(ints_ptr + slot * stride_ints + 1)
     start = tl.load(tiles_ptr + stride_tiles + tile)
@@ -87,7 +93,7 @@ def shrink_kernel(
     ok_T = ok_T & (token_T < num_tokens)  # the step may hold more rows than x has
     x_T = x_ptr + token_T * stride_x
     u_T = u_ptr + part.to(tl.int64) * stride_u_part + token_T * stride_u
-    length = tl.cdiv(num_k, PARTS * BLOCK_K) * BLOCK_K
+    length = tl.cdiv(num_k, parts * BLOCK_K) * BLOCK_K
     begin = part * length
     end = tl.minimum(begin + length, num_k)
     if row_tile < a_tiles:
@@ -184,6 +190,7 @@ def _launch(
         tiles,
         num_tokens,
         num_k,
+        parts,
         a_tiles,
         u_PTR.stride(0),
         u_PTR.stride(1),
@@ -192,12 +199,11 @@ def _launch(
         site.router_SGK.stride(0),
         site.tables.ints_SI.stride(0),  # type: ignore[union-attr]
         tiles.stride(0),
-        PARTS=parts,
         BLOCK_T=s.tile,
         BLOCK_R=s.rows,
         BLOCK_G=SYNCHRONOUS_ROWS,
         BLOCK_K=s.k,
-        EVEN_K=num_k % (parts * s.k) == 0,
+        EVEN_K=num_k % s.k == 0,  # parts are of whole steps
         OPERAND=operand(x_TK),
         num_warps=s.warps,
         num_stages=s.stages,
