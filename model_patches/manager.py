@@ -61,7 +61,7 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         if device_type == "cpu":
             keep_memory()
         self.pinned: set[int] = set()
-        with building(router_rows, kernels):
+        with building(router_rows, kernels, self.graphs):
             super().__init__(*args, lora_config=lora_config, vllm_config=vllm_config, **kwargs)
         # What runs around a block's linears loops over the step's adapters: no graph can hold it.
         self.blocks = {} if self.graphs else wrap_blocks(self.model, self.modules)

@@ -116,7 +116,7 @@ def wrap_blocks(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, 
             continue
         act = getattr(module, act_name)
         bias = last.base_layer.bias if last.tp_rank == 0 else None
-        site = BlockSite(first.site, last.site, act, bias, _act_name(act), last.reduces)
+        site = BlockSite(first.site, last.site, act, bias, _act_name(act))
         setattr(module, act_name, MixedActivation(act, site))
         found[name] = Block(first, last, site, gated)
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,6 +14,7 @@ from vllm_lora_ext.kernels.gated_lora.backends.triton.tables import SlotTables
 from vllm_lora_ext.kernels.gated_lora.step import StepMap
 from vllm_lora_ext.routing import GatedSlice, GateSpec
 
+Reduce = Callable[[torch.Tensor], torch.Tensor]
 After = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
 Shape = tuple[tuple[int, ...], torch.dtype]
 
@@ -63,6 +64,17 @@ class SlotPlan:
     def num_rows(self) -> int:
         return self.num_ranks + self.router_GK.shape[0]
 
+    @cached_property
+    def inputs(self) -> tuple[slice, ...]:
+        """Columns of u that gates read: routers and heads, and A x where a gate scores it."""
+        own = [slice(p.a_start, p.a_stop) for p in self.slices if p.gate.source == "self"]
+        routers = [slice(self.num_ranks, self.num_rows)] if len(self.router_GK) else []
+        return (*own, *routers)
+
+    @property
+    def num_inputs(self) -> int:
+        return sum(c.stop - c.start for c in self.inputs)
+
     def shrink(self, x_TK: torch.Tensor) -> torch.Tensor:
         """`[A; router] x`, [T, num_rows] fp32, with PyTorch."""
         x_TK = x_TK.float()
@@ -99,16 +111,17 @@ class Site:
     Args:
         num_slots: adapters that can be active at once.
         in_features: K, of this rank's shard.
-        slice_sizes: N of each slice of the layer's (local) output that this rank adds to.
+        slice_sizes: N of each slice of the layer's (local) output.
         max_rank: most ranks per slice.
         max_router_rows: most router rows per slice (a threshold head's row is extra).
         dtype, device: of A and B; routers and heads are fp32, so that a narrow type changes no
             choice. On a CPU all are kept in fp32 whatever the model's dtype: small fp32 products
             are two to five times faster there than bf16 ones, and exact.
-        y_start: first column of y that this rank adds to (row-parallel layers under TP).
         triton: whether the Triton kernels serve this site; by default on a GPU that has Triton.
             They read `tables`, and the slices of B side by side (`b_SRN`, of which `bt_SRN` are
             views).
+        reduce: where x is a shard: sums a tensor over the ranks (see `sharded`).
+        static: whether what runs must not depend on the step's slots (CUDA graphs).
     """
 
     def __init__(
@@ -120,8 +133,9 @@ class Site:
         max_router_rows: int,
         dtype: torch.dtype,
         device: torch.device | str,
-        y_start: int = 0,
         triton: bool | None = None,
+        reduce: Reduce | None = None,
+        static: bool = False,
     ) -> None:
         on_cpu = torch.device(device).type == "cpu"
         if triton is None:
@@ -129,7 +143,8 @@ class Site:
         if on_cpu and not triton:
             dtype = torch.float32
         self.slice_sizes = tuple(slice_sizes)
-        self.max_rank, self.max_router_rows, self.y_start = max_rank, max_router_rows, y_start
+        self.max_rank, self.max_router_rows = max_rank, max_router_rows
+        self.reduce, self.static = reduce, static
         ranks, routers = (len(self.slice_sizes) * n for n in (max_rank, max_router_rows + 1))
         self.num_rows = ranks + routers
         self.a_SRK = torch.zeros(num_slots, ranks, in_features, dtype=dtype, device=device)
@@ -150,13 +165,9 @@ class Site:
         self.native: Any = None  # the plans as C++ reads them; None: to be made (again)
         self.shut: Callable[[], None] | None = None  # C++ must not use what it knows of the site
         self._step = StepMap(0)
-        # For who uses the slots in a way of its own, or looks on; run after the ops, with the same
-        # tensors: `after` (see `listen`), or, where x is a shard, `after_shrink` and
-        # `after_expand`. `u_PTR` is what the next shrink of the kernels is to fill, with some rows
-        # already there.
+        # For who uses the slots in a way of its own, or looks on: see `listen`. `u_PTR` is what the
+        # next shrink of the kernels is to fill, with some rows already there.
         self.after: list[After] = []
-        self.after_shrink: Callable[[torch.Tensor], None] | None = None
-        self.after_expand: Callable[[torch.Tensor, torch.Tensor], None] | None = None
         self.u_PTR: torch.Tensor | None = None
 
     @property
@@ -175,8 +186,14 @@ class Site:
         self.changed()
 
     def listen(self, after: After, first: bool = False) -> None:
-        """Calls `after` with y, x and u of the kernels when the op has run on a step that has an
-        adapter; `first`: before the others that listen."""
+        """Calls `after` with y, x and u when the op has run on a step that has an adapter.
+
+        u is what the kernels have shrunk, [parts, T, num_rows]; or, where x is a shard, what the
+        gates have read, [T, num_rows] summed over the ranks; None where there is neither.
+
+        Args:
+            first: before the others that listen.
+        """
         self.after.insert(0 if first else len(self.after), after)
         self.changed()
 
@@ -262,7 +279,7 @@ class Site:
             bt_RN = b_RN[number] if self.tables is None else self._columns(b_RN[0], i)
             rank = s.b_NR.shape[1]
             bt_RN[:rank], bt_RN[rank:] = s.b_NR.t(), 0
-            y_start = self.y_start + sum(self.slice_sizes[:i])
+            y_start = sum(self.slice_sizes[:i])
             bias_G = None if s.bias_G is None else s.bias_G.float().clone()
             plans.append(SlicePlan(
                 gate=s.gate, y_start=y_start, y_stop=y_start + self.slice_sizes[i],
@@ -328,6 +345,8 @@ class Site:
                 f"slice {i}: rank {rank} of {self.max_rank}, router rows {router_rows} of "
                 f"{self.max_router_rows}"
             )
+        if self.static and self.reduce and not self.max_router_rows and s.gate.source != "none":
+            raise ValueError(f"slice {i}: its gate needs a sum over the ranks that no graph holds")
         want = (self.a_SRK.shape[2], self.slice_sizes[i])
         if (s.a_RK.shape[1], s.b_NR.shape[0]) != want:
             raise ValueError(

@@ -211,22 +211,19 @@ def mix_(
     first: Site,
     last: Site,
     block: BlockTables,
-    zeroed: bool,
 ) -> torch.Tensor:
     """Puts the mixed activations into the rows of a that have experts here.
 
     Args:
         a_TI: [T, inner], base_TN: [T, gate | up] or [T, inner]; columns adjacent.
         u_PTR: [parts, T, first.num_rows] fp32, the first linear's shrink.
-        zeroed: whether what is not written of the result is zero.
     Returns:
         [parts, T, last.num_rows] fp32, for the second linear's shrink to fill further.
     """
     assert a_TI.stride(1) == base_TN.stride(1) == 1
     num_tokens, inner = a_TI.shape
     parts = parts_of(num_tokens, inner, device_of(a_TI.device.index))
-    new = u_PTR.new_zeros if zeroed else u_PTR.new_empty
-    z_PTR: torch.Tensor = new(parts, num_tokens, last.num_rows)
+    z_PTR = u_PTR.new_empty(parts, num_tokens, last.num_rows)
     if not num_tokens:
         return z_PTR
     gate, tiles = block.gate, first.step.tiles(TILE)

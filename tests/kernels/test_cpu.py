@@ -115,7 +115,7 @@ def test_two_launches(path, seed):
     assert torch.isfinite(u_TR).all()
     assert not u_TR[slots_T < 0].any()
     before, y_TN = u_TR.clone(), torch.zeros(23, 59)
-    eager.gate_expand_(y_TN, u_TR, site)
+    eager.gate_expand_(y_TN, u_TR, site, u_TR)
     want = gated_lora_reference(x_TK, torch.tensor(slots_T), slots, (50, 9))
     assert error(y_TN, want) < 2e-5
     assert torch.equal(u_TR, before)
@@ -140,7 +140,8 @@ def test_experts_that_share_one_a(path, select):
         want = gated_lora_reference(x_TK, torch.tensor(slots_T), slots, (33, 20))
         assert error(added(site, x_TK, 53), want) < 2e-5
         y_TN = torch.zeros(t, 53)
-        eager.gate_expand_(y_TN, eager.shrink(x_TK, site), site)
+        u_TR = eager.shrink(x_TK, site)
+        eager.gate_expand_(y_TN, u_TR, site, u_TR)
         assert error(y_TN, want) < 2e-5
 
 
@@ -169,7 +170,7 @@ def test_a_row_does_not_depend_on_its_batch_nor_on_threads(threads):
         results.append(added(site, x_TK, 200))
     assert all(torch.equal(results[0], other) for other in results[1:])
     u_TR, y_TN = eager.shrink(x_TK, site), torch.zeros(70, 200)
-    eager.gate_expand_(y_TN, u_TR, site)
+    eager.gate_expand_(y_TN, u_TR, site, u_TR)
     assert torch.equal(results[0], y_TN)
     for row in range(0, 70, 3):
         site.step.update(slots_T[row : row + 1])

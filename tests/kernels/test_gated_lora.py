@@ -12,11 +12,9 @@ from vllm_lora_ext.kernels.gated_lora import (
     Site,
     StepMap,
     embedding_lora_,
-    gate_expand_,
     gated_lora_,
     gated_lora_reference,
     register_site,
-    shrink,
 )
 from vllm_lora_ext.routing import GateSpec
 
@@ -71,51 +69,6 @@ def test_equals_reference(seed, dtype, t, kind):
     else:
         assert relative_error(y_TN.float(), want) < TOLERANCE[dtype]
     assert not y_TN[slots_T < 0].any()
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_two_launches_equal_one(seed):
-    """shrink → (all-reduce) → gate_expand_ is what row-parallel layers run."""
-    rng = np.random.default_rng(seed)
-    torch.manual_seed(seed)
-    site, _ = build(rng, sizes=(16,))
-    number, x_TK, slots_T = register_site(site), torch.randn(21, 24), rows(rng, "mixed", 21)
-    site.step.update(slots_T)
-    once, twice = torch.zeros(21, 16), torch.zeros(21, 16)
-    gated_lora_(once, x_TK, number)
-    u_TR = shrink(x_TK, number, site.num_rows)
-    before = u_TR.clone()
-    gate_expand_(twice, u_TR, number)
-    torch.testing.assert_close(once, twice)
-    assert torch.equal(u_TR, before)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_sharded_input_and_output_sum_to_the_whole(seed):
-    """Two ranks: A, router and x cut along K; the reduced shrink gated alike; B cut along N."""
-    rng = np.random.default_rng(seed)
-    torch.manual_seed(seed)
-    module = random_module(rng, 24, 16, random_spec(rng))
-    x_TK, slots_T = torch.randn(9, 24), np.array([0, -1, 0, 0, 0, -1, 0, 0, 0])
-    want = gated_lora_reference(x_TK, torch.tensor(slots_T), [[module]], (16,))
-    sites = []
-    for rank in range(2):
-        k, n = slice(12 * rank, 12 * rank + 12), slice(8 * rank, 8 * rank + 8)
-        part = type(module)(
-            module.a_RK[:, k], module.b_NR[n], module.gate,
-            None if module.router_GK is None else module.router_GK[:, k], module.bias_G,
-            None if module.head_K is None else module.head_K[k], module.head_bias,
-        )  # fmt: skip
-        site = Site(1, 12, (8,), MAX_RANK, MAX_RANK, torch.float32, "cpu", y_start=8 * rank)
-        site.write(0, [part])
-        site.step = StepMap(16)
-        site.step.update(slots_T)
-        sites.append((site, register_site(site), x_TK[:, k].contiguous()))
-    u_TR = sum(shrink(x, number, site.num_rows) for site, number, x in sites)
-    y_TN = torch.zeros(9, 16)
-    for _, number, _ in sites:
-        gate_expand_(y_TN, u_TR, number)
-    assert relative_error(y_TN, want) < 2e-5
 
 
 def test_narrow_weights_leave_the_logits_alone():

@@ -12,10 +12,8 @@ from torch.nn.functional import gelu, silu
 from vllm_lora_ext.kernels.gated_lora import (
     Site,
     StepMap,
-    gate_expand_,
     gated_lora_,
     register_site,
-    shrink,
 )
 from vllm_lora_ext.kernels.mix_mlp import BlockSite, mix_act_, register_block
 from vllm_lora_ext.routing import GateSpec
@@ -64,9 +62,14 @@ class Mlp:
     """
 
     def __init__(
-        self, hidden: int, inner: int, gated: bool, g: torch.Generator, biased: bool = True,
-        sharded: bool = False, **new,
-    ) -> None:  # fmt: skip
+        self,
+        hidden: int,
+        inner: int,
+        gated: bool,
+        g: torch.Generator,
+        biased: bool = True,
+        **new,
+    ) -> None:
         new = {"dtype": torch.float32, "device": "cpu"} | new
 
         def w(*shape: int) -> torch.Tensor:
@@ -86,7 +89,7 @@ class Mlp:
                 buffer.fill_(float("nan"))
         self.ids = [register_site(site) for site in self.sites]
         name = "silu" if gated else "gelu"
-        self.block = BlockSite(*self.sites, self.act, self.last_b, name, sharded)
+        self.block = BlockSite(*self.sites, self.act, self.last_b, name)
         self.block_id = register_block(self.block)
 
     def act(self, x: torch.Tensor) -> torch.Tensor:
@@ -122,7 +125,7 @@ class Mlp:
         down = experts.parts.get("down_proj" if self.gated else "fc2")
         self.block.write(slot, experts.gate, slices, down and Slice(down.a_RK, down.b_NR))
 
-    def forward(self, x: torch.Tensor, slots: list[int], sharded: bool = False) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, slots: list[int]) -> torch.Tensor:
         step = StepMap(len(x), x.device, tiled=True)
         step.update(np.array(slots))
         for site in self.sites:
@@ -134,10 +137,7 @@ class Mlp:
         y = a @ self.last_w.t()
         if self.last_b is not None:
             y += self.last_b
-        if sharded:  # as a row-parallel layer of one rank
-            gate_expand_(y, shrink(a, self.ids[1], self.sites[1].num_rows), self.ids[1])
-        else:
-            gated_lora_(y, a, self.ids[1])
+        gated_lora_(y, a, self.ids[1])
         return y
 
 
@@ -157,10 +157,9 @@ def experts(mlp: Mlp, ranks: list[int], gate: dict, g: torch.Generator, names=No
     return Experts(spec, router, {n: pair(*shapes[n]) for n in names or shapes})
 
 
-@pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("gate", GATES, ids=lambda g: g.get("select", "all") + str(g.get("k", "")))
-def test_a_mixed_batch_equals_the_definition(gate, gated, sharded):
+def test_a_mixed_batch_equals_the_definition(gate, gated):
     g = torch.Generator().manual_seed(7)
     mlp = Mlp(24, 40, gated, g)
     mine = {0: experts(mlp, [3, 3, 3], gate, g), 2: experts(mlp, [2, 5, 1, 4], gate, g)}
@@ -168,7 +167,7 @@ def test_a_mixed_batch_equals_the_definition(gate, gated, sharded):
         mlp.write(slot, e)
     slots = [-1, 0, 2, 2, 0, -1, 2, 0, 1]  # slot 1 holds nothing here
     x = torch.randn(len(slots), 24, generator=g)
-    y = mlp.forward(x, slots, sharded)
+    y = mlp.forward(x, slots)
     base = mlp.linears()["fc2" if not gated else "down_proj"]
     first = x @ mlp.first_w.t() + mlp.first_b
     wanted = base(mlp.act(first))

@@ -66,19 +66,18 @@ def error(mlp, mine, x, slots, y):
     return ((y.float() - wanted)[sure].norm() / wanted[sure].norm()).item()
 
 
-@pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("gate", GATES, ids=lambda g: g.get("select", "all") + str(g.get("k", "")))
-def test_a_mixed_batch_equals_the_definition(gate, gated, sharded):
+def test_a_mixed_batch_equals_the_definition(gate, gated):
     g = torch.Generator().manual_seed(7)
-    mlp = mlp_of(24, 40, gated, g, biased=False, sharded=sharded)
+    mlp = mlp_of(24, 40, gated, g, biased=False)
     mine = {0: experts(mlp, [3, 3, 3], gate, g), 2: experts(mlp, [2, 5, 1, 4], gate, g)}
     for slot, e in mine.items():
         mlp.write(slot, e)
     assert mlp.block.on_kernels == {0, 2}
     slots = [-1, 0, 2, 2, 0, -1, 2, 0, 1]  # slot 1 holds nothing here
     x = torch.randn(len(slots), 24, generator=g)
-    y = mlp.forward(x.to(DEVICE), slots, sharded).cpu()
+    y = mlp.forward(x.to(DEVICE), slots).cpu()
     assert error(to_cpu(mlp), mine, x, slots, y) < TOLERANCE[torch.float32]
 
 

@@ -84,7 +84,7 @@ def gated_lora_(y_TN: torch.Tensor, x_TK: torch.Tensor, site: Site, t: Tables) -
     slots_T = site.step.token_slots_T
     t.call(
         t.slots, t.num_slots, slots_T.data_ptr(), min(len(x_TK), len(slots_T)),
-        x_TK.data_ptr(), x_TK.stride(0), t.types[x_TK.dtype], None, 0,
+        x_TK.data_ptr(), x_TK.stride(0), t.types[x_TK.dtype], None, None, 0,
         y_TN.data_ptr(), y_TN.stride(0), t.types[y_TN.dtype],
     )  # fmt: skip
 
@@ -94,16 +94,19 @@ def shrink(u_TR: torch.Tensor, x_TK: torch.Tensor, site: Site, t: Tables) -> Non
     slots_T = site.step.token_slots_T
     t.call(
         t.slots, t.num_slots, slots_T.data_ptr(), min(len(x_TK), len(slots_T)),
-        x_TK.data_ptr(), x_TK.stride(0), t.types[x_TK.dtype], u_TR.data_ptr(), u_TR.stride(0),
-        None, 0, 0,
+        x_TK.data_ptr(), x_TK.stride(0), t.types[x_TK.dtype],
+        u_TR.data_ptr(), None, u_TR.stride(0), None, 0, 0,
     )  # fmt: skip
 
 
-def gate_expand_(y_TN: torch.Tensor, u_TR: torch.Tensor, site: Site, t: Tables) -> None:
+def gate_expand_(
+    y_TN: torch.Tensor, u_TR: torch.Tensor, v_TR: torch.Tensor, site: Site, t: Tables
+) -> None:
+    """From u; gates read v, which has its strides."""
     slots_T = site.step.token_slots_T
     t.call(
         t.slots, t.num_slots, slots_T.data_ptr(), min(len(u_TR), len(slots_T)),
-        None, 0, 0, u_TR.data_ptr(), u_TR.stride(0),
+        None, 0, 0, u_TR.data_ptr(), v_TR.data_ptr(), u_TR.stride(0),
         y_TN.data_ptr(), y_TN.stride(0), t.types[y_TN.dtype],
     )  # fmt: skip
 
@@ -115,8 +118,8 @@ def _make(site: Site) -> Tables | tuple[()]:
         return ()
     call = library.gated_lora
     call.argtypes = (
-        c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int64,
-        c_void_p, c_int64, c_int64,
+        c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p,
+        c_void_p, c_int64, c_void_p, c_int64, c_int64,
     )  # fmt: skip
     call.restype = None
     types = {t: n for t, n in _TYPES.items() if t is not torch.float16 or library.has_float16()}

@@ -143,18 +143,15 @@ def _rows(
     tl.store(u_T[None, :] + row_R[:, None], u_RT, mask=ok_T[None, :] & ok_R[:, None])
 
 
-def shrink_parts(
-    x_TK: torch.Tensor, site: Site, zeroed: bool = False, u_PTR: torch.Tensor | None = None
-) -> torch.Tensor:
+def shrink_parts(x_TK: torch.Tensor, site: Site, u_PTR: torch.Tensor | None = None) -> torch.Tensor:
     """Parts of `[A; router] x` for each row's own slot.
 
     Args:
         x_TK: [T, K], any strides; fp32, fp16 or bf16, as the site's weights.
-        zeroed: whether what no program writes (rows of the base model, columns past a slot's
-            rows) is zero instead of undefined.
         u_PTR: where to put them, in as many parts; by default new memory, in as many as pay.
     Returns:
-        [parts, T, site.num_rows] fp32, to be summed over the parts.
+        [parts, T, site.num_rows] fp32, to be summed over the parts. What no program writes (rows
+        of the base model, columns past a slot's rows) is undefined.
     """
     assert site.tables is not None
     if x_TK.stride(1) != 1:
@@ -167,8 +164,7 @@ def shrink_parts(
     row_tiles = a_tiles + triton.cdiv(site.router_SGK.shape[1], SYNCHRONOUS_ROWS)
     if u_PTR is None:
         parts = splits(num_tokens, row_tiles, num_k, s, device)
-        new = x_TK.new_zeros if zeroed else x_TK.new_empty
-        u_PTR = new(parts, num_tokens, site.num_rows, dtype=torch.float32)
+        u_PTR = x_TK.new_empty(parts, num_tokens, site.num_rows, dtype=torch.float32)
     if num_tokens:
         _launch(u_PTR, x_TK, site, s, a_tiles, row_tiles)
     return u_PTR
