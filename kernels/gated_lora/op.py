@@ -50,7 +50,7 @@ def register_site(site: Site | EmbeddingSite) -> torch.Tensor:
     _sites[number] = site
     if isinstance(site, Site) and site.a_SRK.is_cpu and site.tables is None:
         cpu_op.install()
-    return torch.tensor(number)
+    return torch.tensor(number, dtype=torch.int64, device="cpu")
 
 
 @cache

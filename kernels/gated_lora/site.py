@@ -148,7 +148,9 @@ class Site:
         ranks, routers = (len(self.slice_sizes) * n for n in (max_rank, max_router_rows + 1))
         self.num_rows = ranks + routers
         self.a_SRK = torch.zeros(num_slots, ranks, in_features, dtype=dtype, device=device)
-        self.router_SGK = torch.zeros(num_slots, routers, in_features, device=device)
+        self.router_SGK = torch.zeros(
+            num_slots, routers, in_features, dtype=torch.float32, device=device
+        )
         self.tables: SlotTables | None = None
         if triton:
             self.tables = SlotTables(num_slots, self.slice_sizes, max_rank, device)

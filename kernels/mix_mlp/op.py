@@ -21,7 +21,7 @@ def register_block(block: BlockSite) -> torch.Tensor:
     _blocks[number] = block
     if block.first.a_SRK.is_cpu:
         cpu_op.watch_block(number, block, block.busy_1)
-    return torch.tensor(number)
+    return torch.tensor(number, dtype=torch.int64, device="cpu")
 
 
 def _mix_act(a: torch.Tensor, gate_up: torch.Tensor, block: torch.Tensor) -> None:

@@ -263,3 +263,23 @@ def test_processes_that_start_together_build_once(tmp_path):
     assert all(worker.returncode == 0 for worker in workers)
     assert "".join(answers).count("built") == 1
     assert len(list((tmp_path / "vllm-lora-ext").glob("*.so"))) == 1
+
+
+def test_a_gate_that_the_kernels_do_not_know_runs_on_pytorch(monkeypatch, caplog):
+    """With one line in the log, and the right numbers; never an error in a forward."""
+    if cpu_build.library() is None:
+        pytest.skip("no compiler")
+    logging.getLogger("vllm").propagate = True  # vLLM turns it off once it is imported
+    monkeypatch.delitem(cpu_native._SCORES, "sigmoid")
+    cpu_native._say_unknown.cache_clear()
+    gate = GateSpec(source="router", blocks=(3, 5), score="sigmoid")
+    rng = np.random.default_rng(4)
+    with caplog.at_level(logging.WARNING, "vllm.lora_ext"):
+        for _ in range(2):
+            site, slots = build(rng, (33,), 40, lambda n: random_module(rng, 40, n, gate))
+            slots_T, x_TK = mixed(rng, 12), normal(rng, 12, 40)
+            site.step.update(slots_T)
+            want = gated_lora_reference(x_TK, torch.tensor(slots_T), slots, (33,))
+            assert error(added(site, x_TK, 33), want) < 2e-5
+    (record,) = set(caplog.records)
+    assert "sigmoid" in record.getMessage() and "PyTorch" in record.getMessage()
