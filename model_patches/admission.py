@@ -1,9 +1,9 @@
 """An adapter that fails, fails its own request, before the request reaches the engine.
 
-Targets: `LLMEngine.{add_request, add_lora, remove_lora}` and the same of `AsyncLLM`; both get
-`add_adapter` for adapters that are tensors. The first request that names an adapter has it loaded
-and checked by `add_lora`, whose error comes back to the caller as an `AdapterError`. This is a
-shortcut for early errors: the engine core checks every request again (`core`), for it alone knows
+Targets: `LLMEngine.{add_request, add_lora, remove_lora, pin_lora}` and the same of `AsyncLLM`; both
+get `add_adapter` for adapters that are tensors. The first request that names an adapter has it
+loaded and checked by `add_lora`, whose error comes back to the caller as an `AdapterError`. This is
+a shortcut for early errors: the engine core checks every request again (`core`), for it alone knows
 what was evicted meanwhile.
 """
 
@@ -118,13 +118,18 @@ def _next(error: AdapterError, request: LoRARequest, requests: list[LoRARequest]
         raise error
 
 
+def _typed(error: Exception) -> Exception:
+    return AdapterError.parse(str(error)) or error
+
+
 def _source(tensors: Any, config: Any, settings: Any) -> list[Any]:
     source = MemorySource.of(tensors, config, settings)
     return [source.tensors, source.config, source.settings]
 
 
 def _patch_sync(cls: type[Any]) -> None:
-    add_request, add_lora, remove_lora = cls.add_request, cls.add_lora, cls.remove_lora
+    add_request, add_lora = cls.add_request, cls.add_lora
+    remove_lora, pin_lora = cls.remove_lora, cls.pin_lora
     arguments = _Arguments(add_request)
 
     def ask(self: Any, lora: LoRARequest, source: Any = None) -> None:
@@ -155,6 +160,13 @@ def _patch_sync(cls: type[Any]) -> None:
         Admitted.of(self).remove(lora_id)
         return remove_lora(self, lora_id)
 
+    @functools.wraps(pin_lora)
+    def new_pin_lora(self: Any, lora_id: int) -> bool:
+        try:
+            return pin_lora(self, lora_id)
+        except Exception as error:
+            raise _typed(error) from error
+
     def add_adapter(
         self: Any, name: str, tensors: Mapping[str, torch.Tensor],
         config: Mapping[str, Any] | None, settings: Mapping[str, Any] | None = None,
@@ -181,12 +193,14 @@ def _patch_sync(cls: type[Any]) -> None:
                 _next(error, request, requests)
         return msgspec.structs.replace(request, load_inplace=False)
 
-    cls.add_request, cls.add_lora, cls.remove_lora = new_add_request, new_add_lora, new_remove_lora
+    cls.add_request, cls.add_lora = new_add_request, new_add_lora
+    cls.remove_lora, cls.pin_lora = new_remove_lora, new_pin_lora
     cls.add_adapter = add_adapter
 
 
 def _patch_async(cls: type[Any]) -> None:
-    add_request, add_lora, remove_lora = cls.add_request, cls.add_lora, cls.remove_lora
+    add_request, add_lora = cls.add_request, cls.add_lora
+    remove_lora, pin_lora = cls.remove_lora, cls.pin_lora
     arguments = _Arguments(add_request)
 
     async def ask(self: Any, lora: LoRARequest, source: Any = None) -> None:
@@ -218,6 +232,13 @@ def _patch_async(cls: type[Any]) -> None:
         Admitted.of(self).remove(lora_id)
         return await remove_lora(self, lora_id)
 
+    @functools.wraps(pin_lora)
+    async def new_pin_lora(self: Any, lora_id: int) -> bool:
+        try:
+            return await pin_lora(self, lora_id)
+        except Exception as error:
+            raise _typed(error) from error
+
     async def add_adapter(
         self: Any, name: str, tensors: Mapping[str, torch.Tensor],
         config: Mapping[str, Any] | None, settings: Mapping[str, Any] | None = None,
@@ -233,7 +254,8 @@ def _patch_async(cls: type[Any]) -> None:
                 _next(error, request, requests)
         return msgspec.structs.replace(request, load_inplace=False)
 
-    cls.add_request, cls.add_lora, cls.remove_lora = new_add_request, new_add_lora, new_remove_lora
+    cls.add_request, cls.add_lora = new_add_request, new_add_lora
+    cls.remove_lora, cls.pin_lora = new_remove_lora, new_pin_lora
     cls.add_adapter = add_adapter
 
 

@@ -16,7 +16,6 @@ import torch
 import vllm.lora.utils as lora_utils
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
-from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.utils.multi_stream_utils import maybe_execute_in_parallel
@@ -29,6 +28,7 @@ from vllm_lora_ext.kernels.gated_lora import (
     embedding_lora_,
     finish_,
     gated_lora_,
+    gated_lora_into_,
     register_site,
 )
 
@@ -69,6 +69,8 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
             tensor_model_parallel_all_reduce if self.reduces else None, _graphs.get(),
         )  # fmt: skip
         self.handle = register_site(self.site)
+        # Where the linear of an MLP block on the kernels leaves its shrunk rows (`mlp`).
+        self.memory: torch.Tensor | None = None
         # Only the shapes and dtypes of these are read (`create_dummy_lora`): no memory behind.
         stub = {"dtype": lora_config.lora_dtype, "device": "meta"}
         self.lora_a_stacked = tuple(
@@ -164,7 +166,10 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
 
     def _apply_lora_to_output(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         y_TN, x_TK = output.view(-1, output.shape[-1]), x.reshape(-1, x.shape[-1])
-        gated_lora_(y_TN, x_TK, self.handle)
+        if self.memory is None:
+            gated_lora_(y_TN, x_TK, self.handle)
+        else:
+            gated_lora_into_(y_TN, self.memory, x_TK, self.handle)
         return output
 
     def _apply_async_impl(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -176,7 +181,7 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
             return self._get_quant_method().apply(self.base_layer, x, bias)
 
         def first() -> torch.Tensor | None:
-            return begin(x_TK, self.site)
+            return begin(x_TK, self.site, self.memory)
 
         output, u = maybe_execute_in_parallel(base, first, *self._events, self._lora_stream)
         finish_(output.view(-1, output.shape[-1]), x_TK, u, self.site)
@@ -211,36 +216,9 @@ class CPUEmbedding(VocabParallelEmbeddingWithLoRA):
         return output
 
 
-class CPULogits(LogitsProcessorWithLoRA):
-    """Skips the output matrix's LoRA when no slot has one: stock gathers the whole [V, R] for
-    every row, and fails on the row count of `prompt_logprobs`."""
-
-    def create_lora_weights(self, max_loras, lora_config, model_config=None) -> None:  # type: ignore[no-untyped-def]
-        super().create_lora_weights(max_loras, lora_config, model_config)
-        self.used: set[int] = set()
-
-    def reset_lora(self, index: int) -> None:
-        if index in self.used:
-            self.used.discard(index)
-            super().reset_lora(index)
-
-    def set_lora(self, index, lora_a, lora_b) -> None:  # type: ignore[no-untyped-def]
-        super().set_lora(index, lora_a, lora_b)
-        self.used.add(index)
-
-    def forward(self, lm_head, *args, **kwargs):  # type: ignore[no-untyped-def]
-        if self.used or self.sharded_to_full_mapping_gpu is not None:
-            return super().forward(lm_head, *args, **kwargs)
-        return self.base_layer.forward(getattr(lm_head, "base_layer", lm_head), *args, **kwargs)
-
-
 def apply() -> None:
     """Puts the subclasses before vLLM's own choice of wrapper."""
-    from vllm.platforms import current_platform
-
     lora_utils._all_lora_classes = tuple(map(_ours, lora_utils._all_lora_classes))
-    if current_platform.is_cpu():
-        lora_utils.LogitsProcessorWithLoRA = CPULogits
 
 
 def _ours(stock: type) -> type:

@@ -16,15 +16,18 @@ from vllm.triton_utils import HAS_TRITON
 from vllm.utils.torch_utils import PIN_MEMORY
 
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.kernels.gated_lora import Site
 from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
 from vllm_lora_ext.model_patches.backend import check_graphs, choose_kernels
+from vllm_lora_ext.model_patches.config import check_config, check_trace
 from vllm_lora_ext.model_patches.heap import keep_memory
 from vllm_lora_ext.model_patches.layers import RoutedLinear, building
-from vllm_lora_ext.model_patches.mlp import wrap_blocks
+from vllm_lora_ext.model_patches.logits import follow_rows
+from vllm_lora_ext.model_patches.mlp import share_scratch, wrap_blocks
 from vllm_lora_ext.model_patches.placing import Placer
 from vllm_lora_ext.model_patches.residency import HostAdapter
-from vllm_lora_ext.model_patches.trace import Recorder, check_settings
-from vllm_lora_ext.settings import LoraExtSettings
+from vllm_lora_ext.model_patches.rows import Rows
+from vllm_lora_ext.model_patches.trace import Recorder
 
 
 class RoutedLoRAModel(LoRAModel):
@@ -44,11 +47,11 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
     Attributes:
         pinned: ids that keep their slot, also over `remove_all_adapters`.
         placer: makes the host form of an adapter for this model.
+        rows: which rows of a step belong to which request.
     """
 
     def __init__(self, *args: Any, lora_config: Any, vllm_config: Any, **kwargs: Any) -> None:
-        settings = LoraExtSettings.from_additional_config(vllm_config.additional_config)
-        _refuse_unsupported(vllm_config)
+        settings = check_config(vllm_config)
         router_rows = settings.router_rows(lora_config.max_lora_rank)
         self.base_name = vllm_config.model_config.model
         device_type = vllm_config.device_config.device_type
@@ -63,16 +66,29 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         self.pinned: set[int] = set()
         with building(router_rows, kernels, self.graphs):
             super().__init__(*args, lora_config=lora_config, vllm_config=vllm_config, **kwargs)
-        # What runs around a block's linears loops over the step's adapters: no graph can hold it.
-        self.blocks = {} if self.graphs else wrap_blocks(self.model, self.modules)
+        self.rows = Rows(self)
+        follow_rows(self.rows, self.modules)
+        self.blocks = wrap_blocks(self.model, self.modules)
+        share_scratch(self.blocks.values(), vllm_config.model_config.dtype)
         self.placer = Placer(
-            self.model, self.modules, self.packed_modules, None if self.graphs else self.blocks,
+            self.model, self.modules, self.packed_modules, self.blocks,
             lora_config.max_lora_rank, router_rows, lora_config.lora_dtype, self.base_name,
-            pinned=device_type == "cuda" and PIN_MEMORY,
+            pinned=device_type == "cuda" and PIN_MEMORY, graphs=self.graphs,
         )  # fmt: skip
         if settings.trace:
-            check_settings(vllm_config, self.graphs)
+            check_trace(vllm_config, self.graphs)
             self.recorder = Recorder(self)
+
+    @property
+    def slot_nbytes(self) -> int:
+        """Bytes of A and B that an adapter of the largest rank on all layers has."""
+        total = 0
+        for layer in self.modules.values():
+            site = getattr(layer, "site", None)
+            own = (layer.lora_a_stacked, layer.lora_b_stacked)
+            weights = (site.a_SRK, *site.bt_SRN) if isinstance(site, Site) else own
+            total += sum(w[0].nbytes for w in weights if isinstance(w, torch.Tensor))
+        return total
 
     def has_slots(self, needed: Collection[int]) -> bool:
         """Whether these adapters can be in slots at once, beside the pinned ones."""
@@ -208,17 +224,6 @@ def slots_pinned(pinned: int, slots: int) -> AdapterError:
         seen=f"{pinned} pinned", limit=f"--max-loras {slots}",
         fix="start with a larger --max-loras, or remove a pinned adapter",
     )  # fmt: skip
-
-
-def _refuse_unsupported(vllm_config: Any) -> None:
-    if vllm_config.lora_config.fully_sharded_loras:
-        raise AdapterError(
-            "bad_settings",
-            "fully_sharded_loras is not supported with routed adapters",
-            seen=True,
-            limit=False,
-            fix="start without --fully-sharded-loras; row-parallel layers already shard B",
-        )
 
 
 def _selfcheck(device: torch.device, lora_config: Any, router_rows: int) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from vllm.lora.layers import BaseLayerWithLoRA
+from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA
 from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.models.utils import PPMissingLayer
 
@@ -28,10 +29,11 @@ class Placer:
     Args:
         model: the model, its layers wrapped.
         modules: name → LoRA layer; packed: name of a fused layer → names of its slices.
-        blocks: name → MLP block that can hold experts; None: no block of this engine can.
+        blocks: name → MLP block that can hold experts.
         max_rank, router_rows: what a slot holds.
         dtype: of the engine's LoRA weights; base_name: the served model.
         pinned: whether host copies are page-locked.
+        graphs: whether the engine captures CUDA graphs.
     """
 
     def __init__(
@@ -39,17 +41,19 @@ class Placer:
         model: torch.nn.Module,
         modules: Mapping[str, BaseLayerWithLoRA],
         packed: Mapping[str, list[str]],
-        blocks: Mapping[str, Block] | None,
+        blocks: Mapping[str, Block],
         max_rank: int,
         router_rows: int,
         dtype: torch.dtype,
         base_name: str,
         pinned: bool,
+        graphs: bool,
     ) -> None:
         self._model_name = type(model).__name__
         self._modules, self._packed, self._blocks = modules, packed, blocks
         self._max_rank, self._router_rows = max_rank, router_rows
         self._dtype, self._base_name, self._pinned = dtype, base_name, pinned
+        self._graphs = graphs
         mapper = getattr(model, "hf_to_vllm_mapper", None)
         self._mapper = mapper and mapper.get_rename_mapper()
         # Prefixes of the layers that live on another pipeline rank.
@@ -59,6 +63,19 @@ class Placer:
         self._shapes = _shapes(modules, packed)
         self._vllm_names: dict[str, str] = {}
 
+    def knows(self, vllm_name: str) -> bool:
+        """Whether a layer, or a slice of one, can be adapted in our form."""
+        return vllm_name in self._shapes
+
+    def wraps(self, vllm_name: str) -> bool:
+        """Whether a layer, or a part of one, has a LoRA layer of any kind around it."""
+        inside = (name for name in self._modules if vllm_name.startswith(f"{name}."))
+        return self.knows(vllm_name) or vllm_name in self._modules or any(inside)
+
+    def is_embedding(self, vllm_name: str) -> bool:
+        """Whether a layer's A is looked up and not multiplied."""
+        return isinstance(self._modules.get(vllm_name), VocabParallelEmbeddingWithLoRA)
+
     def place(self, adapter: RoutedAdapter, renamed: bool = False) -> HostAdapter:
         """The adapter in the form of this model's slots.
 
@@ -66,7 +83,8 @@ class Placer:
             renamed: its layers already have vLLM's names.
         Raises:
             AdapterError: a layer is unknown, a shape differs, a rank or a router is too large, a
-                value is too large for the slots, or the model's MLP blocks cannot hold experts.
+                value is too large for the slots, the model's MLP blocks cannot hold experts, or
+                gates stand where none are computed.
         """
         every = (*adapter.modules, *_block_layers(adapter))
         name_of = {n: n if renamed else self._vllm_name(n) for n in every}
@@ -101,31 +119,25 @@ class Placer:
             if isinstance(layer, RoutedLinear):
                 sites[layer_name] = _site(layer, modules)
             else:
-                stock[layer_name] = _stock(layer, modules)
+                stock[layer_name] = _stock(names[layer_name][0], layer, modules)
         for name, block in adapter.blocks.items():
             first = f"{name}.{min(block.parts)}"
             if first not in away:
                 block_name = name_of[first].rpartition(".")[0]
                 names[block_name] = (name,)
-                blocks[block_name] = _block(self._block(name, block_name), block)
+                blocks[block_name] = _block(self._block(name, block_name, block), block)
         kinds = (sites, stock, blocks)
         groups = [shapes for kind in kinds for shapes, _ in kind.values()]
-        buffer, views = flat_views(groups, self._pinned)
+        nbytes, views = flat_views(groups, self._pinned)
         left = iter(views)
         packed = [{name: fill(next(left)) for name, (_, fill) in kind.items()} for kind in kinds]
         return HostAdapter(
             system=adapter.system, source=adapter.source, rank=adapter.rank,
-            version=adapter.digest, nbytes=buffer.nbytes, names=names,
+            version=adapter.digest, nbytes=nbytes, names=names,
             sites=packed[0], stock=packed[1], blocks=packed[2],
         )  # fmt: skip
 
-    def _block(self, name: str, vllm_name: str) -> Block:
-        if self._blocks is None:
-            raise AdapterError(
-                "unsupported_feature", "the adapter's experts are whole MLP blocks, whose kernels"
-                " are not part of the captured CUDA graphs", seen=name,
-                limit="an engine without CUDA graphs", fix="start with --enforce-eager",
-            )  # fmt: skip
+    def _block(self, name: str, vllm_name: str, experts: MixBlock) -> Block:
         if vllm_name not in self._blocks:
             raise AdapterError(
                 "unsupported_feature", f"the adapter's experts are whole MLP blocks, and {name} is"
@@ -133,7 +145,15 @@ class Placer:
                 limit="blocks that do first linear, activation, second linear and nothing else",
                 fix="serve it with the model it was trained on",
             )  # fmt: skip
-        return self._blocks[vllm_name]
+        block = self._blocks[vllm_name]
+        if self._graphs and not block.on_kernel(experts):
+            raise AdapterError(
+                "unsupported_feature", "the experts of this MLP block take the PyTorch path, which"
+                " CUDA graphs cannot hold", seen=name,
+                limit="activations that the kernel knows, and weights that sum to one where the"
+                " second linear has a bias", fix="start with --enforce-eager",
+            )  # fmt: skip
+        return block
 
     def _vllm_name(self, module: str) -> str:
         if module not in self._vllm_names:
@@ -148,13 +168,20 @@ def _site(layer: RoutedLinear, modules: Sequence[RoutedModule | None]) -> tuple[
 
 
 def _stock(
-    layer: BaseLayerWithLoRA, modules: Sequence[RoutedModule | None]
+    name: str, layer: BaseLayerWithLoRA, modules: Sequence[RoutedModule | None]
 ) -> tuple[list[Shape], Fill]:
     """An embedding, whose A the slot holds transposed, or the output matrix."""
     (part,) = modules
     assert part is not None
+    if part.gate.source != "none":  # its B A x would be added as it is
+        raise AdapterError(
+            "unsupported_feature", "the adapter has a gate at an embedding or output matrix, where"
+            " none is computed", seen=f"{name}: {part.gate.num_gates} gates",
+            limit="gates in linear layers and MLP blocks",
+            fix=f"train or export the adapter without {name}, or with a plain LoRA there",
+        )  # fmt: skip
     dtype = layer.lora_a_stacked.dtype
-    embedding = part.kind == "embedding"
+    embedding = isinstance(layer, VocabParallelEmbeddingWithLoRA)
     a = part.a_RK.t() if embedding else part.a_RK
 
     def fill(out: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:

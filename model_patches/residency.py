@@ -1,14 +1,15 @@
 """Adapters between "checked" and "in a slot": host copies in the form in which a slot holds them.
 
 An adapter is read, checked, cut to this rank's shard and cast once, when it is loaded. From then
-on it stands in one flat buffer, page-locked where there is a GPU, and going into a slot is copies
+on it stands in flat memory, page-locked where there is a GPU, and going into a slot is copies
 only: no step reads a disk, hashes or casts. What stays and what goes is a matter of bytes.
 """
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from vllm_lora_ext.kernels.gated_lora.site import PackedSite, Shape
 from vllm_lora_ext.kernels.mix_mlp.block import PackedBlock
 
 _ALIGN = 256  # bytes: more than any dtype or vector load asks for
+_PIECE = 64 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class HostAdapter:
     Args:
         system, source, rank: as the adapter has them.
         version: content digest, the same on every rank.
-        nbytes: of its buffer.
+        nbytes: of host memory.
         sites: vLLM's name of a linear layer → its part.
         stock: name of an embedding or output matrix → A [R, in] and B [out, R].
         blocks: name of an MLP block → its experts.
@@ -140,19 +142,41 @@ class Residency:
 
 
 def flat_views(
-    groups: Sequence[Sequence[Shape]], pinned: bool
-) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
-    """One buffer, and in it the tensors of every group, one after the other."""
-    ends, total = [], 0
-    for shapes in groups:
-        for shape, dtype in shapes:
-            total += _padded(shape, dtype)
-            ends.append(total)
-    buffer = torch.empty(total, dtype=torch.uint8, pin_memory=pinned)
-    starts = iter([0, *ends])
-    return buffer, [
-        [_view(buffer, next(starts), shape, dtype) for shape, dtype in shapes] for shapes in groups
-    ]
+    groups: Sequence[Sequence[Shape]], pinned: bool, piece: int | None = None
+) -> tuple[int, list[list[torch.Tensor]]]:
+    """Tensors that stand one after the other in flat memory.
+
+    Page-locked memory comes in pieces: its allocator rounds a size up to a power of two, which one
+    buffer would pay with up to as much again, and keeps what is given back for the same size only.
+
+    Args:
+        groups: shapes and dtypes; the answer has the same form.
+        piece: bytes of a piece; None: as `pinned` needs it.
+    Returns:
+        Bytes in all, and the tensors.
+    """
+    if piece is None:
+        piece = _PIECE if pinned else sys.maxsize
+    sizes = [_padded(*shape) for shapes in groups for shape in shapes]
+    pieces = list(_pieces(sizes, piece))
+    views = iter(
+        part
+        for count in pieces
+        for part in torch.empty(sum(count), dtype=torch.uint8, pin_memory=pinned).split(count)
+    )
+    return sum(sizes), [[_view(next(views), *shape) for shape in shapes] for shapes in groups]
+
+
+def _pieces(sizes: Sequence[int], piece: int) -> Iterator[list[int]]:
+    """The sizes in runs of up to `piece` bytes; a larger one is a run of its own."""
+    run: list[int] = []
+    for size in sizes:
+        if run and sum(run) + size > piece:
+            yield run
+            run = []
+        run.append(size)
+    if run:
+        yield run
 
 
 def _padded(shape: tuple[int, ...], dtype: torch.dtype) -> int:
@@ -163,10 +187,8 @@ def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
     return torch.Size(shape).numel() * dtype.itemsize
 
 
-def _view(
-    buffer: torch.Tensor, start: int, shape: tuple[int, ...], dtype: torch.dtype
-) -> torch.Tensor:
-    return buffer[start : start + _bytes(shape, dtype)].view(dtype).view(shape)
+def _view(memory: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return memory[: _bytes(shape, dtype)].view(dtype).view(shape)
 
 
 def _mib(nbytes: int) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Collection
 from typing import Any
 
 import vllm.v1.worker.lora_model_runner_mixin as runner_mixin
+from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 from vllm.utils.gpu_sync_debug import gpu_sync_allowed
@@ -17,6 +18,7 @@ from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 from vllm_lora_ext.adapters.memory import MemorySource, load_memory_adapter
 from vllm_lora_ext.adapters.registry import load_adapter
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches import foreign
 from vllm_lora_ext.model_patches.adapter_paths import find_folder
 from vllm_lora_ext.model_patches.identity import tag_torch_caches
 from vllm_lora_ext.model_patches.loader import Loader
@@ -27,6 +29,8 @@ from vllm_lora_ext.model_patches.manager import (
 )
 from vllm_lora_ext.model_patches.residency import HostAdapter, LoadReport, Residency, Resident
 from vllm_lora_ext.settings import LoraExtSettings
+
+_LEAST = 2048 << 20  # bytes of host memory by default
 
 
 class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
@@ -43,8 +47,15 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         super().__init__(vllm_config, *args, **kwargs)
         tag_torch_caches()
         self.settings = LoraExtSettings.from_additional_config(vllm_config.additional_config)
-        self._residency = Residency(self.settings.host_cache_mb << 20)
         self._loader = Loader(self._read)
+
+    def create_lora_manager(self, model: Any, vllm_config: Any) -> Any:
+        wrapped = super().create_lora_manager(model, vllm_config)
+        limit = self.settings.host_cache_mb
+        # By default never less than vLLM itself would hold.
+        every = self._adapter_manager.slot_nbytes * self._adapter_manager.capacity
+        self._residency = Residency(max(every, _LEAST) if limit is None else limit << 20)
+        return wrapped
 
     def load(
         self, request: LoRARequest, source: MemorySource | None, in_use: Collection[int]
@@ -77,16 +88,22 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         return self._loader.done(adapter_id)
 
     def _read(self, request: LoRARequest, source: MemorySource | None) -> Resident:
-        if source is None:
+        placer = self._adapter_manager.placer
+        if source is not None:
+            adapter = load_memory_adapter(source)
+        elif foreign.is_foreign(request):
+            return self._foreign(self._load_adapter(request))
+        else:
             folder = find_folder(request.lora_path, self.settings.readable_roots())
             adapter = load_adapter(folder, **self.settings.reading())
-        else:
-            adapter = load_memory_adapter(source)
-        return self._resident(request.lora_int_id, self._adapter_manager.placer.place(adapter))
+        return _resident(request.lora_int_id, placer.place(adapter))
 
-    def _resident(self, adapter_id: int, host: HostAdapter) -> Resident:
-        model = RoutedLoRAModel(adapter_id, host)
-        return Resident(model, host.version, host.nbytes, host.system)
+    def _foreign(self, lora: LoRAModel) -> Resident:
+        host = foreign.host_form(lora, self._adapter_manager.placer)
+        if host is not None:
+            return _resident(lora.id, host)
+        foreign.check_stock(lora, self._adapter_manager.placer, self.lora_config.max_lora_rank)
+        return Resident(lora, foreign.digest_of(lora), foreign.bytes_of(lora), "plain")
 
     def _hold(self, adapter_id: int, new: Resident, in_use: Collection[int]) -> LoadReport:
         manager = self._adapter_manager
@@ -167,6 +184,10 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         of which an adapter depends on. Host memory stays as it is."""
         super().remove_all_adapters()
         self._adapter_manager.follow_base()
+
+
+def _resident(adapter_id: int, host: HostAdapter) -> Resident:
+    return Resident(RoutedLoRAModel(adapter_id, host), host.version, host.nbytes, host.system)
 
 
 def apply() -> None:

@@ -20,7 +20,7 @@ def test_defaults(config: dict[str, Any] | None) -> None:
     settings = LoraExtSettings.from_additional_config(config)
     assert settings.adapter_roots is None
     assert settings.max_router_rows is None
-    assert settings.host_cache_mb == 2048
+    assert settings.host_cache_mb is None
     assert settings.triton is None
 
 
@@ -64,7 +64,7 @@ def test_frozen_and_hashable() -> None:
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        ({"host_cache_mb": -1}, ["host_cache_mb", "seen: -1", "0 or more", "fix:"]),
+        ({"host_cache_mb": -1}, ["host_cache_mb", "seen: -1", "1 or more", "fix:"]),
         ({"host_cache_mb": "2048"}, ["host_cache_mb", "seen: 2048", "whole number"]),
         ({"host_cache_mb": True}, ["host_cache_mb", "seen: true"]),
         ({"max_router_rows": 0}, ["max_router_rows", "seen: 0", "1 to 512"]),

@@ -12,6 +12,7 @@ from vllm_lora_ext.kernels.gated_lora.op import (
     embedding_lora_,
     finish_,
     gated_lora_,
+    gated_lora_into_,
     register_site,
 )
 from vllm_lora_ext.kernels.gated_lora.reference import gated_lora_reference
@@ -26,6 +27,7 @@ __all__ = [
     "embedding_lora_",
     "finish_",
     "gated_lora_",
+    "gated_lora_into_",
     "gated_lora_reference",
     "register_site",
 ]

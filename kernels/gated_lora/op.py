@@ -62,13 +62,16 @@ def _triton() -> tuple[Any, Any]:
     return shrink_parts, expand_
 
 
-def begin(x: torch.Tensor, site: Site) -> torch.Tensor | None:
+def begin(x: torch.Tensor, site: Site, memory: torch.Tensor | None = None) -> torch.Tensor | None:
     """The first launch of `gated_lora_`, for callers that run it beside the base product, which
-    it does not need. None where there is none: no adapter in the step, or no kernels."""
+    it does not need. None where there is none: no adapter in the step, or no kernels.
+
+    `memory` is where its result goes (`triton.shrink.parts_in`), by default new memory.
+    """
     if not site.step.active or site.tables is None:
         return None
     shrink_parts, _ = _triton()
-    u_PTR: torch.Tensor = shrink_parts(x, site, u_PTR=site.take_u())
+    u_PTR: torch.Tensor = shrink_parts(x, site, memory=memory)
     return u_PTR
 
 
@@ -129,6 +132,16 @@ def _gated_lora_python(y: torch.Tensor, x: torch.Tensor, site: torch.Tensor) -> 
     cpu_op.open_door(number, _sites[number])
 
 
+def _gated_lora_into(
+    y: torch.Tensor, memory: torch.Tensor, x: torch.Tensor, site: torch.Tensor
+) -> None:
+    """`gated_lora_` whose first launch leaves its result in `memory`, for who reads it later, or
+    finds some rows there, from who wrote them before."""
+    found = _sites[int(site)]
+    if found.step.active:
+        finish_(y, x, begin(x, found, memory), found)
+
+
 def _embedding_lora(y: torch.Tensor, ids: torch.Tensor, site: torch.Tensor) -> None:
     found = _sites[int(site)]
     for slot, start, stop, index_T in found.step.groups:
@@ -141,14 +154,19 @@ def _embedding_lora(y: torch.Tensor, ids: torch.Tensor, site: torch.Tensor) -> N
 _lib = torch.library.Library("vllm_lora_ext", "DEF")
 for _name in ("gated_lora_", "gated_lora_python_"):
     _lib.define(f"{_name}(Tensor(a!) y, Tensor x, Tensor site) -> ()")
+_lib.define("gated_lora_into_(Tensor(a!) y, Tensor(b!) memory, Tensor x, Tensor site) -> ()")
 _lib.define("embedding_lora_(Tensor(a!) y, Tensor ids, Tensor site) -> ()")
 cpu_op.python_op("gated_lora_", _gated_lora)
 _lib.impl("gated_lora_", _gated_lora, "CUDA")
 _lib.impl("gated_lora_python_", _gated_lora_python, "CPU")
 for _key in ("CPU", "CUDA"):
+    _lib.impl("gated_lora_into_", _gated_lora_into, _key)
     _lib.impl("embedding_lora_", _embedding_lora, _key)
 for _name in ("gated_lora_", "embedding_lora_"):
     inductor.call_when_active(_name)
     torch.library.register_fake(f"vllm_lora_ext::{_name}", lambda *_: None, lib=_lib)
+torch.library.register_fake("vllm_lora_ext::gated_lora_into_", lambda *_: None, lib=_lib)
+
 gated_lora_ = torch.ops.vllm_lora_ext.gated_lora_.default
+gated_lora_into_ = torch.ops.vllm_lora_ext.gated_lora_into_.default
 embedding_lora_ = torch.ops.vllm_lora_ext.embedding_lora_.default

@@ -167,10 +167,7 @@ class Site:
         self.native: Any = None  # the plans as C++ reads them; None: to be made (again)
         self.shut: Callable[[], None] | None = None  # C++ must not use what it knows of the site
         self._step = StepMap(0)
-        # For who uses the slots in a way of its own, or looks on: see `listen`. `u_PTR` is what the
-        # next shrink of the kernels is to fill, with some rows already there.
-        self.after: list[After] = []
-        self.u_PTR: torch.Tensor | None = None
+        self.after: list[After] = []  # who uses the slots in a way of its own, or looks on
 
     @property
     def padded_rank(self) -> int:
@@ -209,11 +206,6 @@ class Site:
         if self.shut is not None:
             self.shut()
         self.native = None
-
-    def take_u(self) -> torch.Tensor | None:
-        """`u_PTR`, once."""
-        u_PTR, self.u_PTR = self.u_PTR, None
-        return u_PTR
 
     def clear(self, slot: int) -> None:
         """The slot adds nothing any more. Its weights stay: nothing reads a slot without a plan."""

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from vllm_lora_ext.adapters import Limits, load_adapter
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.merging import load_factors
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -343,3 +344,11 @@ class TestPickles:
 def as_pickle_source(folder):
     assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
     return folder / WEIGHTS
+
+
+def test_a_merge_knows_no_roots_and_follows_no_link(folder, want, tmp_path):
+    """A server that merges must not be sent out of its roots by a link."""
+    shutil.move(folder / WEIGHTS, tmp_path / "blob")
+    (folder / WEIGHTS).symlink_to(tmp_path / "blob")
+    with pytest.raises(AdapterError, match="path_not_allowed"):
+        load_factors(folder)

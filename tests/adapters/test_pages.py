@@ -12,6 +12,7 @@ from pathlib import Path
 from make_adapters import BASE_LLAMA
 
 from vllm_lora_ext.adapters import READERS
+from vllm_lora_ext.model_patches.refused import status_of
 from vllm_lora_ext.routing import GateSpec
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +48,10 @@ def test_listed_status_is_the_one_that_is_sent():
     special = {code: status for code, status in rows if status not in ("400", "*start*")}
     assert special == {
         "not_found": "404", "path_not_allowed": "403", "merge_busy": "429", "merge_failed": "500",
+        "id_in_use": "409", "slots_pinned": "409", "host_cache_full": "409",
+        "load_failed": "500", "ranks_differ": "500",
     }  # fmt: skip
+    assert {code: str(status_of(code).value) for code in special} == special
 
 
 def test_the_native_page_runs(tmp_path):

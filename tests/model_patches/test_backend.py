@@ -73,13 +73,19 @@ def test_graphs_need_kernels(graphs: str | None, device: str, kernels: bool) -> 
         assert check_graphs(graphs, device, kernels) is captures
 
 
-def test_engines_with_graphs_refuse_experts_that_are_mlp_blocks() -> None:
+def test_engines_with_graphs_refuse_experts_that_pytorch_would_serve() -> None:
     from vllm_lora_ext.model_patches.placing import Placer
 
-    placer = SimpleNamespace(_blocks=None)
-    with pytest.raises(AdapterError, match="--enforce-eager") as caught:
-        Placer._block(placer, "layers.0.mlp", "model.layers.0.mlp")
-    assert caught.value.code == "unsupported_feature"
+    name = "model.layers.0.mlp"
+    for graphs, kernel in itertools.product((False, True), repeat=2):
+        block = SimpleNamespace(on_kernel=lambda experts, kernel=kernel: kernel)
+        placer = SimpleNamespace(_blocks={name: block}, _graphs=graphs)
+        if not graphs or kernel:
+            assert Placer._block(placer, "layers.0.mlp", name, None) is block
+            continue
+        with pytest.raises(AdapterError, match="--enforce-eager") as caught:
+            Placer._block(placer, "layers.0.mlp", name, None)
+        assert caught.value.code == "unsupported_feature"
 
 
 @pytest.mark.parametrize("shape", [(5, 16), (1, 5, 16)])

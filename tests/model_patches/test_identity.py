@@ -65,9 +65,9 @@ def test_without_lora_vllm_compiles_as_it_always_did(found: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     ("room", "file"),
     [
-        ("kernels", "gated_lora/inductor.py"),
-        ("kernels", "gated_lora/cpu.cpp"),
-        ("kernels", "gated_lora/cpu_op.h"),
+        ("kernels", "gated_lora/backends/native/inductor.py"),
+        ("kernels", "gated_lora/backends/native/cpu.cpp"),
+        ("kernels", "gated_lora/backends/native/cpu_op.h"),
         ("model_patches", "layers.py"),
         ("routing", "reference.py"),
     ],

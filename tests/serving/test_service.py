@@ -23,13 +23,13 @@ class Host:
     max_rank, dtype = 16, "float32"
 
     def __init__(self) -> None:
-        self.known = {name: (f"/adapters/{name}", 1) for name in "abcd"}
+        self.known = {name: (f"/adapters/{name}", "v1") for name in "abcd"}
         self.shown: dict[str, object] = {}
         self.loads: list[str] = []
         self.forgotten: list[object] = []
         self.refuse = False
 
-    def adapters(self) -> dict[str, tuple[str, int]]:
+    def adapters(self) -> dict[str, tuple[str, str]]:
         return self.known
 
     def folder(self, path: str) -> Path:
@@ -181,7 +181,7 @@ def test_another_adapter_behind_a_name_is_another_mix(tmp_path):
         world = World(tmp_path)
         holder: Request | None = Request()
         await world.ask("cat:a+b", holder)
-        world.host.known["a"] = ("/adapters/a/.", 2)
+        world.host.known["a"] = ("/adapters/a", "v2")
         await world.ask("cat:a+b")
         assert len(world.builder.jobs) == 2 and len(set(world.host.loads)) == 2
         assert world.host.forgotten == [] and len(world.folders(tmp_path)) == 2

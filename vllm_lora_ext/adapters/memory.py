@@ -7,6 +7,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,11 @@ def _plain(what: str, values: Mapping[str, Any] | None) -> dict[str, Any] | None
 
 def _plainly(value: Any) -> Any:
     """PEFT's `to_dict` leaves sets and enums."""
-    return sorted(value) if isinstance(value, set | frozenset) else value.value
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    raise TypeError(f"{type(value).__name__} is no JSON")
 
 
 def load_memory_adapter(source: MemorySource, limits: Limits | None = None) -> RoutedAdapter:

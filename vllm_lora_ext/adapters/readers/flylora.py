@@ -31,7 +31,7 @@ from vllm_lora_ext.adapters.readers.peft_config import (
 _PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_topk_bias|lora_[AB]\.weight)")
 _MARK = re.compile(r".+\.lora_topk_bias")
 # `bias_u` is the step by which training moves the bias.
-_KEYS = ("top_k", "bias_u")
+_KEYS = ("top_k", "bias_u", "init_lora_weights")  # of its own kind: sparse
 
 
 def detect(folder: AdapterFolder) -> bool:

@@ -61,22 +61,22 @@ class Patterns(Generic[Value]):
         return self._found[module]
 
     def _match(self, module: str) -> Value | None:
-        start = time.thread_time()
         for compiled, pattern, value in self._table:
-            left = self._left - (time.thread_time() - start)
-            try:
-                if left > 0 and compiled.match(module, timeout=left):
-                    break
-            except TimeoutError:
-                left = 0.0
-            if left <= 0:
-                self._left = 0.0
-                limit = f"{SECONDS:g} seconds for the whole table"
-                raise _bad(f"a pattern of {self._field} is too slow", pattern, limit)
-        else:
-            value = None
+            if self._matches(compiled, pattern, module):
+                return value
+        return None
+
+    def _matches(self, compiled: regex.Pattern[str], pattern: str, module: str) -> bool:
+        start = time.thread_time()
+        try:
+            found = self._left > 0 and compiled.match(module, timeout=self._left)
+        except TimeoutError:
+            found = False
         self._left -= time.thread_time() - start
-        return value
+        if self._left <= 0:
+            what = f"a pattern of {self._field} is too slow"
+            raise _bad(what, pattern, f"{SECONDS:g} seconds for the whole table")
+        return bool(found)
 
 
 def _compile(pattern: str, field: str) -> regex.Pattern[str]:

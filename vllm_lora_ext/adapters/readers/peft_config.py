@@ -90,7 +90,8 @@ def read_peft_config(
         AdapterError: `missing_key`, `bad_value`, `unknown_key`, `unsupported_feature`.
     """
     check_keys(config, where, HARMLESS, REFUSED, also, accepted)
-    _check_init(config.get("init_lora_weights"), where)
+    if "init_lora_weights" not in also:
+        _check_init(config.get("init_lora_weights"), where)
     # PEFT writes every field; one gone from such a file was lost, and its default would be a guess.
     needed = ["r", "lora_alpha"]
     if config.get("peft_version"):

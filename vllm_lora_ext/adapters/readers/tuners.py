@@ -23,11 +23,10 @@ CONFIG = "adapter_config.json"
 SIZES = "in and out of the adapted layers: {layer's name or its last word: [in, out]}"
 # Written for training, or for finding the layers: they do not change what the tensors compute.
 _HARMLESS = frozenset({
-    "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "inference_mode",
-    "init_weights",
-    "layers_pattern", "layers_to_transform", "module_dropout", "peft_type", "peft_version",
-    "rank_dropout", "rank_dropout_scale", "revision", "runtime_config", "target_modules",
-    "task_type", "use_effective_conv2d",
+    "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "init_weights", "layers_pattern", "layers_to_transform", "module_dropout",
+    "peft_type", "peft_version", "rank_dropout", "rank_dropout_scale", "revision",
+    "runtime_config", "target_modules", "task_type", "use_effective_conv2d",
 })  # fmt: skip
 _REFUSED = {
     "modules_to_save": "fully trained modules",
