@@ -6,10 +6,11 @@ manager class.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.triton_utils import HAS_TRITON
@@ -66,6 +67,8 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         self.pinned: set[int] = set()
         with building(router_rows, kernels, self.graphs):
             super().__init__(*args, lora_config=lora_config, vllm_config=vllm_config, **kwargs)
+        if settings.max_router_rows is not None:  # asked for: before the KV cache takes the rest
+            _reserve_routers(self.modules)
         self.rows = Rows(self)
         follow_rows(self.rows, self.modules)
         self.blocks = wrap_blocks(self.model, self.modules)
@@ -230,3 +233,9 @@ def _selfcheck(device: torch.device, lora_config: Any, router_rows: int) -> str 
     if not HAS_TRITON:
         return "vLLM finds no working Triton"
     return selfcheck(device, lora_config.lora_dtype, lora_config.max_lora_rank, router_rows)
+
+
+def _reserve_routers(modules: Mapping[str, BaseLayerWithLoRA]) -> None:
+    for layer in modules.values():
+        if isinstance(layer, RoutedLinear):
+            layer.site.reserve_routers(layer.site.most_routers)

@@ -106,7 +106,9 @@ class PackedSite:
 
 
 class Site:
-    """Weights of every slot at one layer, in buffers whose addresses never change.
+    """Weights of every slot at one layer, in buffers whose addresses never change. Only the
+    routers' is made when it is needed (`reserve_routers`), so that a server of plain adapters has
+    none.
 
     Args:
         num_slots: adapters that can be active at once.
@@ -145,12 +147,12 @@ class Site:
         self.slice_sizes = tuple(slice_sizes)
         self.max_rank, self.max_router_rows = max_rank, max_router_rows
         self.reduce, self.static = reduce, static
-        ranks, routers = (len(self.slice_sizes) * n for n in (max_rank, max_router_rows + 1))
-        self.num_rows = ranks + routers
-        self.a_SRK = torch.zeros(num_slots, ranks, in_features, dtype=dtype, device=device)
-        self.router_SGK = torch.zeros(
-            num_slots, routers, in_features, dtype=torch.float32, device=device
+        ranks, self.most_routers = (
+            len(self.slice_sizes) * n for n in (max_rank, max_router_rows + 1)
         )
+        self.num_rows = ranks + self.most_routers
+        self.a_SRK = torch.zeros(num_slots, ranks, in_features, dtype=dtype, device=device)
+        self.router_SGK = torch.zeros(num_slots, 0, in_features, dtype=torch.float32, device=device)
         self.tables: SlotTables | None = None
         if triton:
             self.tables = SlotTables(num_slots, self.slice_sizes, max_rank, device)
@@ -158,6 +160,8 @@ class Site:
                 num_slots, max_rank, sum(self.slice_sizes), dtype=dtype, device=device
             )
             self.bt_SRN = list(self.b_SRN.split(self.slice_sizes, dim=2))
+            # Address and slot stride of the routers, as kernels read them: captured graphs too.
+            self.routers_2 = torch.zeros(2, dtype=torch.int64, device=device)
         else:
             self.bt_SRN = [
                 torch.zeros(num_slots, max_rank, n, dtype=dtype, device=device)
@@ -206,6 +210,33 @@ class Site:
         if self.shut is not None:
             self.shut()
         self.native = None
+
+    def reserve_routers(self, rows: int) -> None:
+        """Makes room for `rows` routers and heads in every slot; what slots hold stays.
+
+        Args:
+            rows: of all slices together; no more than `most_routers` are kept.
+        Raises:
+            MemoryError: the device has no room for them (nothing has changed).
+        """
+        slots, had, width = self.router_SGK.shape
+        rows = min(rows, self.most_routers)
+        if rows <= had:
+            return
+        try:
+            new_SGK = self.router_SGK.new_zeros(slots, rows, width)
+        except RuntimeError as error:  # PyTorch's, on every device
+            mib = slots * rows * width * self.router_SGK.itemsize >> 20
+            raise MemoryError(f"{mib} MiB for routers") from error
+        new_SGK[:, :had] = self.router_SGK
+        self.router_SGK = new_SGK
+        for slot, plan in enumerate(self.plans):
+            if plan is not None:
+                router_GK = new_SGK[slot, : len(plan.router_GK)]
+                self.plans[slot] = replace(plan, router_GK=router_GK)
+        if self.tables is not None:
+            self.routers_2.copy_(torch.tensor([new_SGK.data_ptr(), new_SGK.stride(0)]))
+        self.changed()
 
     def clear(self, slot: int) -> None:
         """The slot adds nothing any more. Its weights stay: nothing reads a slot without a plan."""
@@ -311,6 +342,7 @@ class Site:
         for blocks of layers that use them in their own way."""
         if packed is None:
             return None
+        self.reserve_routers(len(packed.router_GK))  # if it was not done when it was packed
         if self.tables is None:
             for (i, _), b_RN in zip(packed.slices, packed.b_RN, strict=True):
                 self.bt_SRN[i][slot, : len(b_RN)].copy_(b_RN, non_blocking=True)

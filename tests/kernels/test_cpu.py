@@ -51,6 +51,7 @@ def threads():
 def build(rng, sizes, k, modules=None):
     """Slots 0, 1 and 3 with random adapters (some slices without), 2 empty; the rest is NaN."""
     site = Site(SLOTS, k, sizes, MAX_RANK, MAX_RANK, torch.float32, "cpu")
+    site.reserve_routers(site.most_routers)
     for buffer in (site.a_SRK, site.router_SGK, *site.bt_SRN):
         buffer.fill_(float("nan"))
     slots = [[None] * len(sizes) for _ in range(SLOTS)]

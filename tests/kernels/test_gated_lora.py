@@ -26,6 +26,7 @@ def build(rng, sizes=(13, 7, 7), k=24, specs=None, dtype=torch.float32, poison=T
     """A site with `SLOTS` slots, three of them filled with random adapters, one left empty."""
     site = Site(SLOTS, k, sizes, MAX_RANK, MAX_RANK, dtype, "cpu")
     if poison:
+        site.reserve_routers(site.most_routers)
         for buffer in (site.a_SRK, site.router_SGK, *site.bt_SRN):
             buffer.fill_(float("nan"))
     slots = [[None] * len(sizes) for _ in range(SLOTS)]
@@ -157,3 +158,40 @@ def test_step_map_groups_rows_and_marks_padding_as_base():
     assert found == {0: (3, 4, None), 2: (0, 5, [0, 1, 4])}
     step.update(np.array([], dtype=int))
     assert step.groups == []
+
+
+def test_routers_take_memory_from_the_first_adapter_on_that_has_some():
+    """Slots that are in use keep their routers when a larger one makes the buffer anew."""
+    rng = np.random.default_rng(3)
+    torch.manual_seed(3)
+    site = Site(3, 24, (16,), MAX_RANK, MAX_RANK, torch.float32, "cpu")
+    number, slots, x_TK = register_site(site), [[None]] * 3, torch.randn(6, 24)
+    site.step = StepMap(8)
+    site.step.update(np.array([0, 1, 2, 0, 1, 2]))
+    seen = []
+    for slot, gates in enumerate((0, 3, 9)):
+        spec = GateSpec(source="router", blocks=(2,) * gates) if gates else GateSpec()
+        slots[slot] = [random_module(rng, 24, 16, spec)]
+        site.write(slot, slots[slot])
+        y_TN = torch.zeros(6, 16)
+        for _ in range(2):  # through Python, then without it
+            y_TN.zero_()
+            gated_lora_(y_TN, x_TK, number)
+        want = gated_lora_reference(x_TK, torch.tensor([0, 1, 2] * 2), slots, (16,))
+        assert relative_error(y_TN, want) < 2e-5
+        seen.append(site.router_SGK.shape[1])
+    assert seen == [0, 3, 9]
+    site.reserve_routers(10**6)
+    assert site.router_SGK.shape[1] == site.most_routers == MAX_RANK + 1
+
+
+def test_no_room_for_routers_changes_nothing(monkeypatch):
+    site = Site(3, 24, (16,), MAX_RANK, MAX_RANK, torch.float32, "cpu")
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", full)
+    with pytest.raises(MemoryError, match="MiB"):
+        site.reserve_routers(3)
+    assert site.router_SGK.shape[1] == 0

@@ -92,6 +92,7 @@ class Mlp:
             Site(SLOTS, inner, (hidden,), RANK, ROWS, **new),
         ]
         for site in self.sites:  # whatever no adapter wrote must not matter
+            site.reserve_routers(site.most_routers)
             for buffer in (site.a_SRK, site.router_SGK, *site.bt_SRN):
                 buffer.fill_(float("nan"))
         self.ids = [register_site(site) for site in self.sites]

@@ -106,11 +106,14 @@ def poisoned(monkeypatch):
 class Batch:
     """A site whose unused memory is NaN, adapters in some slots, and a step's rows."""
 
-    def __init__(self, seed, t, sizes=(13, 7, 7), k=24, slots=4, max_rank=40, dtype=torch.float32):
+    def __init__(self, seed, t, sizes=(13, 7, 7), k=24, slots=4, max_rank=40, dtype=torch.float32,
+                 reserve=True):  # fmt: skip
         self.rng = np.random.default_rng(seed)
         torch.manual_seed(seed)
         self.sizes, self.k, self.dtype = sizes, k, dtype
         self.site = Site(slots, k, sizes, max_rank, max_rank, dtype, DEVICE, triton=True)
+        if reserve:
+            self.site.reserve_routers(self.site.most_routers)
         for buffer in (self.site.a_SRK, self.site.b_SRN, self.site.router_SGK):
             buffer.fill_(NAN)
         self.site.tables.floats_SF.fill_(NAN)
@@ -362,6 +365,18 @@ def test_base_batches_padding_rows_and_rows_of_an_older_step():
     batch.map([-1] * 20)
     assert not batch.run().any()
     assert not batch.site.step.active
+
+
+@runs_kernels
+def test_routers_that_move_are_followed():
+    """A larger router makes the buffer anew; kernels find it by the address in a table."""
+    batch = Batch(10, 12, sizes=(16,), reserve=False)
+    assert batch.site.router_SGK.shape[1] == 0
+    batch.map([0, 1, 2] * 4)
+    for slot, experts in enumerate((2, 4, 8)):
+        batch.fill(slot, [random_module(batch.rng, 24, 16, top_k(experts, 2, 1))])
+        assert batch.site.router_SGK.shape[1] == experts
+        assert batch.error() < TOLERANCE[torch.float32]
 
 
 @runs_kernels

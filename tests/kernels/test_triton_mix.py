@@ -41,6 +41,7 @@ def kernels_only(monkeypatch):
 def mlp_of(hidden, inner, gated, g, **options):
     mlp = Mlp(hidden, inner, gated, g, **{"device": DEVICE, "triton": True} | options)
     for site in mlp.sites:
+        site.reserve_routers(site.most_routers)
         site.router_SGK.fill_(NAN)
     return mlp
 

@@ -41,7 +41,7 @@ class Layer:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.rng, self.step = np.random.default_rng(0), StepMap(16)
         self.own, self.ours = Ranks(), Ranks()
-        self.ours._here = self.own._here
+        self.ours._here, self.ours._turn = self.own._here, self.own._turn
         monkeypatch.setattr(stock, "tensor_model_parallel_all_reduce", self.own.sum_)
         monkeypatch.setattr(layers, "tensor_model_parallel_all_reduce", self.ours.sum_)
         self.weight_NK = normal(self.rng, N, K)

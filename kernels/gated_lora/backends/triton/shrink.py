@@ -55,7 +55,7 @@ def shrink_kernel(
     u_ptr,
     x_ptr,
     a_ptr,
-    router_ptr,
+    routers_ptr,
     ints_ptr,
     order_ptr,
     tiles_ptr,
@@ -67,7 +67,6 @@ def shrink_kernel(
     stride_u,
     stride_x,
     stride_a_slot,
-    stride_router_slot,
     stride_ints,
     stride_tiles,
     BLOCK_T: tl.constexpr,
@@ -105,7 +104,9 @@ def shrink_kernel(
     else:
         first = (row_tile - a_tiles) * BLOCK_G
         if first < num_routers:
-            router_G = router_ptr + slot * stride_router_slot + first.to(tl.int64) * num_k
+            router_ptr = tl.load(routers_ptr).to(tl.pointer_type(tl.float32))
+            router_ptr = tl.multiple_of(router_ptr, 16)
+            router_G = router_ptr + slot * tl.load(routers_ptr + 1) + first.to(tl.int64) * num_k
             _rows(u_T + num_a + first, x_T, router_G, ok_T, num_routers - first, begin, end, num_k,
                   BLOCK_T, BLOCK_G, BLOCK_K, EVEN_K, tl.float32)  # fmt: skip
 
@@ -197,7 +198,7 @@ def _tiles(num_tokens: int, dtype: torch.dtype, site: Site) -> tuple[Shrink, int
     device = device_of(site.a_SRK.device.index)
     s, _ = blocks(num_tokens, site.padded_rank, site.a_SRK.itemsize, device, as_stored)
     a_tiles = triton.cdiv(len(site.slice_sizes) * site.max_rank, s.rows)
-    return s, a_tiles, a_tiles + triton.cdiv(site.router_SGK.shape[1], SYNCHRONOUS_ROWS)
+    return s, a_tiles, a_tiles + triton.cdiv(site.most_routers, SYNCHRONOUS_ROWS)
 
 
 def _launch(u_PTR: torch.Tensor, x_TK: torch.Tensor, site: Site) -> None:
@@ -210,7 +211,7 @@ def _launch(u_PTR: torch.Tensor, x_TK: torch.Tensor, site: Site) -> None:
         u_PTR,
         x_TK,
         site.a_SRK,
-        site.router_SGK,
+        site.routers_2,
         site.tables.ints_SI,
         site.step.order_T,
         tiles,
@@ -222,7 +223,6 @@ def _launch(u_PTR: torch.Tensor, x_TK: torch.Tensor, site: Site) -> None:
         u_PTR.stride(1),
         x_TK.stride(0),
         site.a_SRK.stride(0),
-        site.router_SGK.stride(0),
         site.tables.ints_SI.stride(0),
         tiles.stride(0),
         BLOCK_T=s.tile,
