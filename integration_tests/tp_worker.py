@@ -104,11 +104,14 @@ def watch(worker: Any) -> None:
     }
     gate, shrink = eager._gate_, eager.shrink
 
-    def watched_gate(h_TR: torch.Tensor, plan: Any) -> None:
-        name = of_plan[id(plan)]
-        _seen.append((name, "sums", h_TR.clone()))
-        gate(h_TR, plan)
-        _seen.append((name, "plain" if plan.plain else "gated", h_TR[:, : plan.num_ranks].clone()))
+    def watched_gate(h_TR: torch.Tensor, plan: Any, v_TR: torch.Tensor) -> None:
+        name, inputs_TR, gates_TR = of_plan[id(plan)], v_TR.clone(), torch.ones_like(h_TR)
+        gate(gates_TR, plan, inputs_TR)
+        if not plan.plain:
+            sums_TG = torch.cat([inputs_TR[:, c] for c in plan.inputs], dim=1)
+            _seen.append((name, "sums", sums_TG))
+            _seen.append((name, "gated", gates_TR[:, : plan.num_ranks]))
+        gate(h_TR, plan, inputs_TR)
 
     def watched_shrink(x_TK: torch.Tensor, site: Any) -> torch.Tensor:
         u_TR = shrink(x_TK, site)

@@ -6,10 +6,11 @@ manager class.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.triton_utils import HAS_TRITON
@@ -65,8 +66,10 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         if device_type == "cpu":
             keep_memory()
         self.pinned: set[int] = set()
-        with building(router_rows, kernels):
+        with building(router_rows, kernels, self.graphs):
             super().__init__(*args, lora_config=lora_config, vllm_config=vllm_config, **kwargs)
+        if settings.max_router_rows is not None:  # asked for: before the KV cache takes the rest
+            _reserve_routers(self.modules)
         self.rows = Rows(self)
         follow_rows(self.rows, self.modules)
         skip_unread(self.punica_wrapper_mapping.values(), self.modules.values())
@@ -232,3 +235,9 @@ def _selfcheck(device: torch.device, lora_config: Any, router_rows: int) -> str 
     if not HAS_TRITON:
         return "vLLM finds no working Triton"
     return selfcheck(device, lora_config.lora_dtype, lora_config.max_lora_rank, router_rows)
+
+
+def _reserve_routers(modules: Mapping[str, BaseLayerWithLoRA]) -> None:
+    for layer in modules.values():
+        if isinstance(layer, RoutedLinear):
+            layer.site.reserve_routers(layer.site.most_routers)

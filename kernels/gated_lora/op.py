@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from vllm_lora_ext.kernels.gated_lora import sharded
 from vllm_lora_ext.kernels.gated_lora.backends import eager
 from vllm_lora_ext.kernels.gated_lora.backends.native import inductor
 from vllm_lora_ext.kernels.gated_lora.backends.native import op as cpu_op
@@ -50,7 +51,7 @@ def register_site(site: Site | EmbeddingSite) -> torch.Tensor:
     _sites[number] = site
     if isinstance(site, Site) and site.a_SRK.is_cpu and site.tables is None:
         cpu_op.install()
-    return torch.tensor(number)
+    return torch.tensor(number, dtype=torch.int64, device="cpu")
 
 
 @cache
@@ -81,13 +82,42 @@ def finish_(y: torch.Tensor, x: torch.Tensor, u_PTR: torch.Tensor | None, site: 
     # captures graphs keeps those of base batches apart, as it does for its own LoRA kernels.
     if not site.step.active:
         return
+    if site.reduce is None:
+        _add_(y, x, u_PTR, site)
+        u = u_PTR
+    else:
+        u = _add_shard_(y, x, u_PTR, site)
+    for after in site.after:
+        after(y, x, u)
+
+
+def _add_(y: torch.Tensor, x: torch.Tensor, u_PTR: torch.Tensor | None, site: Site) -> None:
     if u_PTR is None:
         eager.gated_lora_(y, x, site)
     else:
         _, expand_ = _triton()
         expand_(y, u_PTR, site)
-    for after in site.after:
-        after(y, x, u_PTR)
+
+
+def _add_shard_(
+    y: torch.Tensor, x: torch.Tensor, u_PTR: torch.Tensor | None, site: Site
+) -> torch.Tensor | None:
+    """`_add_` where x is a shard. Returns: what the gates have read; None, no gate was there."""
+    gated = [] if site.static else sharded.gated_rows(site)
+    if not gated and not (site.static and site.max_router_rows):
+        _add_(y, x, u_PTR, site)
+        return None
+    if u_PTR is None:
+        u_TR = eager.shrink(x, site)
+    else:
+        u_TR = u_PTR[0] if len(u_PTR) == 1 else u_PTR.sum(dim=0)
+    v_TR = sharded.gate_inputs(u_TR, gated, site)
+    if u_PTR is None:
+        eager.gate_expand_(y, u_TR, site, v_TR)
+    else:
+        _, expand_ = _triton()
+        expand_(y, u_TR[None], site, v_TR[None])
+    return v_TR
 
 
 def _gated_lora(y: torch.Tensor, x: torch.Tensor, site: torch.Tensor) -> None:
@@ -111,42 +141,6 @@ def _gated_lora_into(
     found = _sites[int(site)]
     if found.step.active:
         finish_(y, x, begin(x, found, memory), found)
-
-
-def _shrink(x: torch.Tensor, site: torch.Tensor, num_rows: int) -> torch.Tensor:
-    found = _sites[int(site)]
-    if found.tables is None:
-        u = eager.shrink(x, found)
-    else:
-        shrink_parts, _ = _triton()
-        parts = shrink_parts(x, found, zeroed=True)
-        u = parts[0] if len(parts) == 1 else parts.sum(dim=0)
-    if found.after_shrink is not None:
-        found.after_shrink(u)
-    return u
-
-
-def _shrink_into(
-    memory: torch.Tensor, x: torch.Tensor, site: torch.Tensor, num_rows: int
-) -> torch.Tensor:
-    """`shrink` with the rows that stand in `memory`, which is zero elsewhere."""
-    found = _sites[int(site)]
-    shrink_parts, _ = _triton()
-    u: torch.Tensor = shrink_parts(x, found, memory=memory).sum(dim=0)
-    if found.after_shrink is not None:
-        found.after_shrink(u)
-    return u
-
-
-def _gate_expand(y: torch.Tensor, u: torch.Tensor, site: torch.Tensor) -> None:
-    found = _sites[int(site)]
-    if found.tables is None:
-        eager.gate_expand_(y, u, found)
-    else:
-        _, expand_ = _triton()
-        expand_(y, u[None], found)
-    if found.after_expand is not None:
-        found.after_expand(y, u)
 
 
 def _embedding_lora(y: torch.Tensor, ids: torch.Tensor, site: torch.Tensor) -> None:
@@ -180,38 +174,19 @@ _lib = torch.library.Library("vllm_lora_ext", "DEF")
 for _name in ("gated_lora_", "gated_lora_python_"):
     _lib.define(f"{_name}(Tensor(a!) y, Tensor x, Tensor site) -> ()")
 _lib.define("gated_lora_into_(Tensor(a!) y, Tensor(b!) memory, Tensor x, Tensor site) -> ()")
-_lib.define("shrink_into(Tensor(a!) memory, Tensor x, Tensor site, int num_rows) -> Tensor")
-_lib.define("shrink(Tensor x, Tensor site, int num_rows) -> Tensor")
-_lib.define("gate_expand_(Tensor(a!) y, Tensor u, Tensor site) -> ()")
 _lib.define("embedding_lora_(Tensor(a!) y, Tensor ids, Tensor site) -> ()")
 cpu_op.python_op("gated_lora_", _gated_lora)
 _lib.impl("gated_lora_", _gated_lora, "CUDA")
 _lib.impl("gated_lora_python_", _gated_lora_python, "CPU")
 for _key in ("CPU", "CUDA"):
     _lib.impl("gated_lora_into_", _gated_lora_into, _key)
-    _lib.impl("shrink_into", _shrink_into, _key)
-    _lib.impl("shrink", _shrink, _key)
-    _lib.impl("gate_expand_", _gate_expand, _key)
 _lib.impl("embedding_lora_", _embedding_lora, "CPU")
 _lib.impl("embedding_lora_", _embedding_lora_cuda, "CUDA")
-for _name in ("gated_lora_", "gate_expand_", "embedding_lora_"):
+for _name in ("gated_lora_", "embedding_lora_"):
     inductor.call_when_active(_name)
     torch.library.register_fake(f"vllm_lora_ext::{_name}", lambda *_: None, lib=_lib)
 torch.library.register_fake("vllm_lora_ext::gated_lora_into_", lambda *_: None, lib=_lib)
-torch.library.register_fake(
-    "vllm_lora_ext::shrink_into",
-    lambda _memory, x, _site, num_rows: x.new_empty(x.shape[0], num_rows, dtype=torch.float32),
-    lib=_lib,
-)
-torch.library.register_fake(
-    "vllm_lora_ext::shrink",
-    lambda x, site, num_rows: x.new_empty(x.shape[0], num_rows, dtype=torch.float32),
-    lib=_lib,
-)
 
 gated_lora_ = torch.ops.vllm_lora_ext.gated_lora_.default
 gated_lora_into_ = torch.ops.vllm_lora_ext.gated_lora_into_.default
-shrink = torch.ops.vllm_lora_ext.shrink.default
-shrink_into = torch.ops.vllm_lora_ext.shrink_into.default
-gate_expand_ = torch.ops.vllm_lora_ext.gate_expand_.default
 embedding_lora_ = torch.ops.vllm_lora_ext.embedding_lora_.default

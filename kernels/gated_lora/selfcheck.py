@@ -118,6 +118,7 @@ def _run(
     site = Site(
         len(case.slots), WIDTH, SLICES, max_rank, max_router_rows, dtype, device, triton=True
     )
+    site.reserve_routers(site.most_routers)
     for buffer in (site.a_SRK, site.b_SRN, site.router_SGK):
         buffer.fill_(float("nan"))  # what no adapter wrote must not matter
     for slot, parts in enumerate(case.slots):

@@ -30,12 +30,12 @@ from vllm_lora_ext.kernels.mix_mlp.triton_mix import COLUMNS, TILE, mix_kernel
 
 NAMES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 POINTERS = {
-    "u_ptr": "fp32", "router_ptr": "fp32", "floats_ptr": "fp32", "ints_ptr": "i32",
+    "u_ptr": "fp32", "v_ptr": "fp32", "routers_ptr": "i64", "floats_ptr": "fp32", "ints_ptr": "i32",
     "order_ptr": "i32", "tiles_ptr": "i32", "columns_ptr": "i32", "z_ptr": "fp32",
     "block_ptr": "i32",
 }  # fmt: skip
-ALIGNED = ("num_k", "stride_x", "stride_y", "y_start", "stride_b", "stride_b_slot", "stride_a_slot",
-           "stride_router_slot", "inner", "stride_a", "stride_base", "stride_down",
+ALIGNED = ("num_k", "stride_x", "stride_y", "stride_b", "stride_b_slot", "stride_a_slot",
+           "inner", "stride_a", "stride_base", "stride_down",
            "stride_down_slot")  # fmt: skip
 # wgmma's accumulators, then its left operand in registers where shared memory has a descriptor.
 ASYNC_FROM_REGISTERS = re.compile(r"wgmma\.mma_async\S*\s*\{[^}]*\},\s*\{")
