@@ -1,9 +1,9 @@
 """An adapter that fails, fails its own request, before the request reaches the engine.
 
 Targets: `LLMEngine.{add_request, add_lora, remove_lora, pin_lora}` and the same of `AsyncLLM`; both
-get `add_adapter` for adapters that are tensors. The first request that names an adapter has it loaded
-and checked by `add_lora`, whose error comes back to the caller as an `AdapterError`. This is a
-shortcut for early errors: the engine core checks every request again (`core`), for it alone knows
+get `add_adapter` for adapters that are tensors. The first request that names an adapter has it
+loaded and checked by `add_lora`, whose error comes back to the caller as an `AdapterError`. This is
+a shortcut for early errors: the engine core checks every request again (`core`), for it alone knows
 what was evicted meanwhile.
 """
 

@@ -78,7 +78,7 @@ def test_a_bad_one_is_refused_with_the_folders_code(tmp_path):
     assert len(seen) >= 40
 
 
-class Kind(str, enum.Enum):
+class Kind(enum.StrEnum):
     LORA = "LORA"
 
 
