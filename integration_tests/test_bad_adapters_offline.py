@@ -171,5 +171,12 @@ def test_limits_and_roots_of_the_server(narrow, tmp_path):
     (narrow.root / "link").symlink_to(tmp_path / "outside")
     for path in (tmp_path / "outside", narrow.root / "link", f"{narrow.root}/../outside", "../x"):
         assert refused(narrow, new(f"out {path}", path)).code == "path_not_allowed"
+    weights = "adapter_model.safetensors"
+    for name, store in (("linked", narrow.root / "blob"), ("linked-out", tmp_path / "blob")):
+        shutil.copytree(PLAIN.folder, narrow.root / name)
+        (narrow.root / name / weights).rename(store)
+        (narrow.root / name / weights).symlink_to(store)
+    assert refused(narrow, new("linked-out", narrow.root / "linked-out")).code == "path_not_allowed"
+    assert ask(narrow, new("linked", narrow.root / "linked")) == PLAIN.greedy
     shutil.copytree(MOE.folder, narrow.root / "relative")
     assert ask(narrow, new("relative", "relative"), MOE) == MOE.greedy

@@ -16,7 +16,6 @@ import torch
 import vllm.lora.utils as lora_utils
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
-from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA
 from vllm.model_executor.layers.linear import RowParallelLinear
 from vllm.utils.multi_stream_utils import maybe_execute_in_parallel
@@ -30,8 +29,10 @@ from vllm_lora_ext.kernels.gated_lora import (
     finish_,
     gate_expand_,
     gated_lora_,
+    gated_lora_into_,
     register_site,
     shrink,
+    shrink_into,
 )
 
 _router_rows: ContextVar[int] = ContextVar("router_rows")
@@ -74,7 +75,9 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
             max_loras, self.input_size, sizes, rank, _router_rows.get(),
             lora_config.lora_dtype, self.device, y_start, _triton.get(),
         )  # fmt: skip
-        self.site_id = register_site(self.site)
+        self.handle = register_site(self.site)
+        # Where the linear of an MLP block on the kernels leaves its shrunk rows (`mlp`).
+        self.memory: torch.Tensor | None = None
         # Only the shapes and dtypes of these are read (`create_dummy_lora`): no memory behind.
         stub = {"dtype": lora_config.lora_dtype, "device": "meta"}
         self.lora_a_stacked = tuple(
@@ -173,11 +176,18 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
     def _apply_lora_to_output(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         y_TN, x_TK = output.view(-1, output.shape[-1]), x.reshape(-1, x.shape[-1])
         if self.reduces:
-            u_TR = tensor_model_parallel_all_reduce(shrink(x_TK, self.site_id, self.site.num_rows))
-            gate_expand_(y_TN, u_TR, self.site_id)
+            u_TR = tensor_model_parallel_all_reduce(self._shrink(x_TK))
+            gate_expand_(y_TN, u_TR, self.handle)
+        elif self.memory is not None:
+            gated_lora_into_(y_TN, self.memory, x_TK, self.handle)
         else:
-            gated_lora_(y_TN, x_TK, self.site_id)
+            gated_lora_(y_TN, x_TK, self.handle)
         return output
+
+    def _shrink(self, x_TK: torch.Tensor) -> torch.Tensor:
+        if self.memory is not None:
+            return shrink_into(self.memory, x_TK, self.handle, self.site.num_rows)
+        return shrink(x_TK, self.handle, self.site.num_rows)
 
     def _apply_async_impl(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """With VLLM_LORA_ENABLE_DUAL_STREAM: the shrink, which needs only x, runs on a second
@@ -188,16 +198,14 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
             return self._get_quant_method().apply(self.base_layer, x, bias)
 
         def first() -> torch.Tensor | None:
-            if self.reduces:
-                return shrink(x_TK, self.site_id, self.site.num_rows)
-            return begin(x_TK, self.site_id)
+            return self._shrink(x_TK) if self.reduces else begin(x_TK, self.site, self.memory)
 
         output, u = maybe_execute_in_parallel(base, first, *self._events, self._lora_stream)
         y_TN = output.view(-1, output.shape[-1])
         if self.reduces:
-            gate_expand_(y_TN, tensor_model_parallel_all_reduce(u), self.site_id)
+            gate_expand_(y_TN, tensor_model_parallel_all_reduce(u), self.handle)
         else:
-            finish_(y_TN, x_TK, u, self.site_id)
+            finish_(y_TN, x_TK, u, self.site)
         return output
 
 
@@ -208,7 +216,7 @@ class CPUEmbedding(VocabParallelEmbeddingWithLoRA):
     def create_lora_weights(self, max_loras, lora_config, model_config=None) -> None:  # type: ignore[no-untyped-def]
         super().create_lora_weights(max_loras, lora_config, model_config)
         self.site = EmbeddingSite(self.lora_a_stacked, self.lora_b_stacked[:, 0], None)  # type: ignore[arg-type]
-        self.site_id = register_site(self.site)
+        self.handle = register_site(self.site)
 
     def set_mapping(self, punica_wrapper) -> None:  # type: ignore[no-untyped-def]
         super().set_mapping(punica_wrapper)
@@ -225,40 +233,13 @@ class CPUEmbedding(VocabParallelEmbeddingWithLoRA):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         output = self.base_layer.forward(x)
-        embedding_lora_(output.view(-1, output.shape[-1]), x.reshape(-1), self.site_id)
+        embedding_lora_(output.view(-1, output.shape[-1]), x.reshape(-1), self.handle)
         return output
-
-
-class CPULogits(LogitsProcessorWithLoRA):
-    """Skips the output matrix's LoRA when no slot has one: stock gathers the whole [V, R] for
-    every row, and fails on the row count of `prompt_logprobs`."""
-
-    def create_lora_weights(self, max_loras, lora_config, model_config=None) -> None:  # type: ignore[no-untyped-def]
-        super().create_lora_weights(max_loras, lora_config, model_config)
-        self.used: set[int] = set()
-
-    def reset_lora(self, index: int) -> None:
-        if index in self.used:
-            self.used.discard(index)
-            super().reset_lora(index)
-
-    def set_lora(self, index, lora_a, lora_b) -> None:  # type: ignore[no-untyped-def]
-        super().set_lora(index, lora_a, lora_b)
-        self.used.add(index)
-
-    def forward(self, lm_head, *args, **kwargs):  # type: ignore[no-untyped-def]
-        if self.used or self.sharded_to_full_mapping_gpu is not None:
-            return super().forward(lm_head, *args, **kwargs)
-        return self.base_layer.forward(getattr(lm_head, "base_layer", lm_head), *args, **kwargs)
 
 
 def apply() -> None:
     """Puts the subclasses before vLLM's own choice of wrapper."""
-    from vllm.platforms import current_platform
-
     lora_utils._all_lora_classes = tuple(map(_ours, lora_utils._all_lora_classes))
-    if current_platform.is_cpu():
-        lora_utils.LogitsProcessorWithLoRA = CPULogits
 
 
 def _ours(stock: type) -> type:

@@ -1,4 +1,4 @@
-"""The manager of the model's LoRA layers: places whole `RoutedAdapter`s into slots.
+"""The manager of the model's LoRA layers: puts whole adapters into slots, and takes them out.
 
 Reached through `WorkerLoRAManager._manager_cls` (see `worker`), which is vLLM's own way to name a
 manager class.
@@ -6,175 +6,191 @@ manager class.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
-from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
-from vllm.lora.utils import parse_fine_tuned_lora_name
-from vllm.model_executor.models.utils import PPMissingLayer
 from vllm.triton_utils import HAS_TRITON
+from vllm.utils.torch_utils import PIN_MEMORY
 
-from vllm_lora_ext.adapters.checks import BLOCK_PARTS, check_fits
-from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.kernels.gated_lora import Site
 from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
 from vllm_lora_ext.model_patches.backend import check_graphs, choose_kernels
+from vllm_lora_ext.model_patches.config import check_config, check_trace
 from vllm_lora_ext.model_patches.heap import keep_memory
 from vllm_lora_ext.model_patches.layers import RoutedLinear, building
-from vllm_lora_ext.model_patches.mlp import wrap_blocks
-from vllm_lora_ext.model_patches.trace import Recorder, check_settings
-from vllm_lora_ext.settings import LoraExtSettings
-
-Placed = dict[str, list[RoutedModule | None]]
+from vllm_lora_ext.model_patches.logits import follow_rows
+from vllm_lora_ext.model_patches.mlp import share_scratch, wrap_blocks
+from vllm_lora_ext.model_patches.placing import Placer
+from vllm_lora_ext.model_patches.residency import HostAdapter
+from vllm_lora_ext.model_patches.rows import Rows
+from vllm_lora_ext.model_patches.trace import Recorder
 
 
 class RoutedLoRAModel(LoRAModel):
-    """A checked adapter under vLLM's id: layer name → what the adapter does to its slices."""
+    """An adapter in host form under vLLM's id."""
 
-    def __init__(
-        self,
-        lora_model_id: int,
-        adapter: RoutedAdapter,
-        placed: Placed,
-        blocks: dict[str, MixBlock],
-    ) -> None:
-        super().__init__(lora_model_id, adapter.rank, {})
-        self.adapter, self.placed, self.blocks = adapter, placed, blocks
+    def __init__(self, lora_model_id: int, host: HostAdapter) -> None:
+        super().__init__(lora_model_id, host.rank, {})
+        self.host = host
 
     def clone(self, lora_model_id: int) -> RoutedLoRAModel:
-        return RoutedLoRAModel(lora_model_id, self.adapter, self.placed, self.blocks)
+        return RoutedLoRAModel(lora_model_id, self.host)
 
 
 class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
-    """Stock's LRU manager; only how an adapter gets into a slot, and out of it, is ours."""
+    """Stock's LRU manager; what gets into a slot, how, and what must leave for it, is ours.
+
+    Attributes:
+        pinned: ids that keep their slot, also over `remove_all_adapters`.
+        placer: makes the host form of an adapter for this model.
+        rows: which rows of a step belong to which request.
+    """
 
     def __init__(self, *args: Any, lora_config: Any, vllm_config: Any, **kwargs: Any) -> None:
-        settings = LoraExtSettings.from_additional_config(vllm_config.additional_config)
-        _refuse_unsupported(vllm_config)
-        self.router_rows = settings.router_rows(lora_config.max_lora_rank)
+        settings = check_config(vllm_config)
+        router_rows = settings.router_rows(lora_config.max_lora_rank)
         self.base_name = vllm_config.model_config.model
         device_type = vllm_config.device_config.device_type
         kernels = choose_kernels(
             settings.triton, device_type,
-            lambda: _selfcheck(kwargs["device"], lora_config, self.router_rows),
+            lambda: _selfcheck(kwargs["device"], lora_config, router_rows),
         )  # fmt: skip
         graphs = vllm_config.compilation_config.cudagraph_mode
         self.graphs = check_graphs(graphs and graphs.name, device_type, kernels)
         if device_type == "cpu":
             keep_memory()
-        with building(self.router_rows, kernels):
+        self.pinned: set[int] = set()
+        with building(router_rows, kernels):
             super().__init__(*args, lora_config=lora_config, vllm_config=vllm_config, **kwargs)
-        # What runs around a block's linears loops over the step's adapters: no graph can hold it.
-        self.blocks = {} if self.graphs else wrap_blocks(self.model, self.modules)
+        self.rows = Rows(self)
+        follow_rows(self.rows, self.modules)
+        self.blocks = wrap_blocks(self.model, self.modules)
+        share_scratch(self.blocks.values(), vllm_config.model_config.dtype)
+        self.placer = Placer(
+            self.model, self.modules, self.packed_modules, self.blocks,
+            lora_config.max_lora_rank, router_rows, lora_config.lora_dtype, self.base_name,
+            pinned=device_type == "cuda" and PIN_MEMORY, graphs=self.graphs,
+        )  # fmt: skip
         if settings.trace:
-            check_settings(vllm_config, self.graphs)
+            check_trace(vllm_config, self.graphs)
             self.recorder = Recorder(self)
 
-    def model_of(self, lora_model_id: int, adapter: RoutedAdapter) -> RoutedLoRAModel:
-        """Fits an adapter to this model's layers.
+    @property
+    def slot_nbytes(self) -> int:
+        """Bytes of A and B that an adapter of the largest rank on all layers has."""
+        total = 0
+        for layer in self.modules.values():
+            site = getattr(layer, "site", None)
+            own = (layer.lora_a_stacked, layer.lora_b_stacked)
+            weights = (site.a_SRK, *site.bt_SRN) if isinstance(site, Site) else own
+            total += sum(w[0].nbytes for w in weights if isinstance(w, torch.Tensor))
+        return total
+
+    def has_slots(self, needed: Collection[int]) -> bool:
+        """Whether these adapters can be in slots at once, beside the pinned ones."""
+        return len(self.pinned.union(needed)) <= self.lora_slots
+
+    def register(self, lora: LoRAModel, needed: Collection[int] = ()) -> bool:
+        """Into vLLM's cache, its oldest out when it is full.
+
+        Args:
+            needed: ids that must not leave; pinned ones never do.
+        Returns:
+            False, and nothing done, when nothing may leave.
+        """
+        if lora.id not in self._registered_adapters and len(self) >= self.capacity:
+            oldest = self._oldest(self._registered_adapters, needed)
+            if oldest is None:
+                return False
+            self.remove_adapter(oldest)
+        self.add_adapter(lora)
+        return True
+
+    def make_slot(self, needed: Collection[int]) -> None:
+        """Frees a slot if there is none: of the adapter that was not used for the longest time.
 
         Raises:
-            AdapterError: a layer is unknown, a shape differs, a rank or a router is too large, or
-                the model's MLP blocks cannot hold experts.
+            AdapterError: `slots_pinned`, all are pinned or `needed`.
         """
-        missing = self._missing()
-        name_of = {n: self._vllm_name(n) for n in (*adapter.modules, *_block_layers(adapter))}
-        away = {n for n, v in name_of.items() if v.startswith(missing)}
-        shapes = self._shapes()
-        check_fits(
-            adapter,
-            {n: shapes[v] for n, v in name_of.items() if v in shapes} | _own_shapes(adapter, away),
-            self.lora_config.lora_dtype,
-            self.lora_config.max_lora_rank,
-            self.router_rows,
-            self.base_name,
-        )
-        module_of = {name_of[n]: m for n, m in adapter.modules.items() if n not in away}
-        blocks = {}
-        for name, block in adapter.blocks.items():
-            first = f"{name}.{min(block.parts)}"
-            if first not in away:
-                blocks[self._block(name, name_of[first].rpartition(".")[0])] = block
-        return RoutedLoRAModel(lora_model_id, adapter, self._place(module_of), blocks)
+        if None in self.lora_index_to_id:
+            return
+        oldest = self._oldest(self._active_adapters, needed)
+        if oldest is None:
+            raise slots_pinned(len(self.pinned), self.lora_slots)
+        self.deactivate_adapter(oldest)
 
-    def _place(self, module_of: dict[str, RoutedModule]) -> Placed:
-        placed: Placed = {}
-        for layer_name in self.modules:
-            parts = [module_of.get(n) for n in self.packed_modules.get(layer_name, [layer_name])]
-            if any(p is not None for p in parts):
-                placed[layer_name] = parts
-        return placed
+    def _oldest(self, cache: Any, needed: Collection[int]) -> int | None:
+        return next((i for i in cache.order if i not in needed and i not in self.pinned), None)
 
-    def _block(self, name: str, vllm_name: str) -> str:
-        if self.graphs:
-            raise AdapterError(
-                "unsupported_feature", "the adapter's experts are whole MLP blocks, whose kernels"
-                " are not part of the captured CUDA graphs", seen=name,
-                limit="an engine without CUDA graphs", fix="start with --enforce-eager",
-            )  # fmt: skip
-        if vllm_name not in self.blocks:
-            raise AdapterError(
-                "unsupported_feature", f"the adapter's experts are whole MLP blocks, and {name} is"
-                " no block that can hold them", seen=type(self.model).__name__,
-                limit="blocks that do first linear, activation, second linear and nothing else",
-                fix="serve it with the model it was trained on",
-            )  # fmt: skip
-        return vllm_name
+    def touch(self, lora_id: int) -> None:
+        """The adapter is used now."""
+        self._registered_adapters.touch(lora_id)
+        self._active_adapters.touch(lora_id)
 
-    def _vllm_name(self, module: str) -> str:
-        mapper = getattr(self.model, "hf_to_vllm_mapper", None)
-        mapper = mapper and mapper.get_rename_mapper()
-        return parse_fine_tuned_lora_name(f"base_model.model.{module}.lora_A.weight", mapper)[0]
+    def active_ids(self) -> set[int]:
+        """Adapters that are in slots."""
+        return set(self._active_adapters.order)
 
-    def _missing(self) -> tuple[str, ...]:
-        """Prefixes of the layers that live on another pipeline rank."""
-        modules = self.model.named_modules()
-        return tuple(f"{name}." for name, m in modules if isinstance(m, PPMissingLayer))
-
-    def _shapes(self) -> dict[str, tuple[int, int]]:
-        """(in, out) of everything that an adapter can name, unsharded."""
-        shapes: dict[str, tuple[int, int]] = {}
-        for name, layer in self.modules.items():
-            if isinstance(layer, RoutedLinear):
-                k, sizes = layer.full_sizes()
-                parts = self.packed_modules.get(name)
-                if parts is None:
-                    shapes[name] = (k, sum(sizes))
-                elif len(parts) == len(sizes):
-                    shapes |= {part: (k, n) for part, n in zip(parts, sizes, strict=True)}
-            elif name.endswith("lm_head"):
-                shapes[name] = (layer.hidden_size, layer.vocab_size)
-            elif hasattr(layer.base_layer, "org_vocab_size"):
-                shapes[name] = (layer.base_layer.org_vocab_size, layer.base_layer.embedding_dim)
-        return shapes
+    def is_active(self, lora_id: int) -> bool:
+        """Whether the adapter is in a slot."""
+        return lora_id in self._active_adapters
 
     def _add_adapter(self, lora: LoRAModel) -> None:
-        if isinstance(lora, RoutedLoRAModel):
+        if isinstance(lora, RoutedLoRAModel) or getattr(lora, "_lora_ext_merged", False):
             self._registered_adapters[lora.id] = lora
         else:
             super()._add_adapter(lora)
+            lora._lora_ext_merged = True  # in place, and not to be done to it again
 
     def activate_adapter(self, lora_id: int) -> bool:
-        """Puts a registered adapter into a slot; all of it, or nothing and the error."""
-        model = self._registered_adapters.cache.get(lora_id)
-        if not isinstance(model, RoutedLoRAModel) or lora_id in self._active_adapters:
-            return super().activate_adapter(lora_id)
-        if len(self._active_adapters) >= self.lora_slots:
-            self._active_adapters.remove_oldest()
+        """Puts a registered adapter into a slot by asynchronous copies; all of it, or nothing and
+        the error."""
+        if lora_id in self._active_adapters:
+            return False
+        self.make_slot(())
+        model = self._registered_adapters[lora_id]
         slot = self.lora_index_to_id.index(None)
         try:
-            for name, layer in self.modules.items():
-                _load(layer, slot, model.placed.get(name))
-            for name, block in model.blocks.items():
-                self.blocks[name].load(slot, block)
+            if isinstance(model, RoutedLoRAModel):
+                self._load(slot, model.host)
+                self._active_adapters[lora_id] = None
+                self.lora_index_to_id[slot] = lora_id
+            else:
+                super().activate_adapter(lora_id)
         except BaseException:
+            self._active_adapters.pop(lora_id, None)
             self._reset_slot(slot)
             raise
         self._registered_adapters.touch(lora_id)
-        self._active_adapters[lora_id] = None
-        self.lora_index_to_id[slot] = lora_id
+        return True
+
+    def _load(self, slot: int, host: HostAdapter) -> None:
+        for name, layer in self.modules.items():
+            if isinstance(layer, RoutedLinear):
+                layer.site.load(slot, host.sites.get(name))
+            elif name in host.stock:
+                layer.set_lora(slot, *host.stock[name])
+            else:
+                layer.reset_lora(slot)
+        for name, block in host.blocks.items():
+            self.blocks[name].site.load(slot, block)
+
+    def pin_adapter(self, lora_id: int) -> bool:
+        """Keeps a registered adapter in its slot.
+
+        Raises:
+            AdapterError: `slots_pinned`.
+        """
+        if not self.has_slots({lora_id}):
+            raise slots_pinned(len(self.pinned), self.lora_slots)
+        if lora_id not in self._registered_adapters:
+            raise ValueError(f"Pinning failed. LoRA {lora_id} is not registered.")
+        self.activate_adapter(lora_id)
+        self.pinned.add(lora_id)
         return True
 
     def _deactivate_adapter(self, lora_id: int) -> None:
@@ -183,8 +199,9 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         super()._deactivate_adapter(lora_id)
 
     def remove_all_adapters(self) -> None:
+        filled = [slot for slot, lora_id in enumerate(self.lora_index_to_id) if lora_id is not None]
         super().remove_all_adapters()
-        for slot in range(self.lora_slots):
+        for slot in filled:
             self._reset_slot(slot)
 
     def follow_base(self) -> None:
@@ -200,46 +217,13 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
             block.site.clear(slot)
 
 
-def _load(layer: BaseLayerWithLoRA, slot: int, parts: list[RoutedModule | None] | None) -> None:
-    layer.reset_lora(slot)
-    if parts is None:
-        return
-    if isinstance(layer, RoutedLinear):
-        layer.load(slot, parts)
-        return
-    (part,) = parts  # an embedding or the output matrix
-    assert part is not None
-    layer.set_lora(slot, part.a_RK, part.b_NR)
-
-
-def _block_layers(adapter: RoutedAdapter) -> list[str]:
-    """Every layer that a block of the adapter may have, adapted or not."""
-    every = sorted(set().union(*BLOCK_PARTS))
-    return [f"{block}.{layer}" for block in adapter.blocks for layer in every]
-
-
-def _own_shapes(adapter: RoutedAdapter, names: set[str]) -> dict[str, tuple[int, int]]:
-    """(in, out) as the adapter has them, of layers that live elsewhere and are checked there."""
-    layers: dict[str, RoutedModule | LowRank] = dict(adapter.modules)
-    for block, experts in adapter.blocks.items():
-        layers |= {f"{block}.{part}": m for part, m in experts.parts.items()}
-    shapes = {n: (m.a_RK.shape[1], m.b_NR.shape[0]) for n, m in layers.items() if n in names}
-    for block, experts in adapter.blocks.items():
-        width = experts.router_GK.shape[1]
-        first = (f"{block}.{n}" for n in ("gate_proj", "up_proj", "gate_up_proj", "fc1"))
-        shapes |= {n: (width, 0) for n in first if n in names and n not in shapes}
-    return shapes
-
-
-def _refuse_unsupported(vllm_config: Any) -> None:
-    if vllm_config.lora_config.fully_sharded_loras:
-        raise AdapterError(
-            "bad_settings",
-            "fully_sharded_loras is not supported with routed adapters",
-            seen=True,
-            limit=False,
-            fix="start without --fully-sharded-loras; row-parallel layers already shard B",
-        )
+def slots_pinned(pinned: int, slots: int) -> AdapterError:
+    """The error for an adapter that can get no slot."""
+    return AdapterError(
+        "slots_pinned", "every slot that the adapter could have is pinned to another adapter",
+        seen=f"{pinned} pinned", limit=f"--max-loras {slots}",
+        fix="start with a larger --max-loras, or remove a pinned adapter",
+    )  # fmt: skip
 
 
 def _selfcheck(device: torch.device, lora_config: Any, router_rows: int) -> str | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -21,8 +21,18 @@ from torch import nn
 
 from vllm_lora_ext.adapters.blocks import activation
 from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedModule
-from vllm_lora_ext.kernels.mix_mlp import BlockSite, mix_act_, register_block
+from vllm_lora_ext.kernels.gated_lora.site import Shape
+from vllm_lora_ext.kernels.mix_mlp import (
+    BlockSite,
+    Scratch,
+    block_mix_,
+    mix_act_,
+    register_block,
+    scratch_for,
+)
+from vllm_lora_ext.kernels.mix_mlp.block import PackedBlock
 from vllm_lora_ext.model_patches.layers import RoutedLinear
+from vllm_lora_ext.routing import GatedSlice
 
 
 class MixedActivation(nn.Module):
@@ -30,11 +40,16 @@ class MixedActivation(nn.Module):
 
     def __init__(self, act: nn.Module, block: BlockSite) -> None:
         super().__init__()
-        self.act, self.block_id = act, register_block(block)
+        self.act, self.handle = act, register_block(block)
+        self.scratch: Scratch | None = None
 
     def forward(self, gate_up: torch.Tensor) -> torch.Tensor:
         a = self.act(gate_up)
-        mix_act_(a.view(-1, a.shape[-1]), gate_up.view(-1, gate_up.shape[-1]), self.block_id)
+        a_TI, gate_up_TN = a.view(-1, a.shape[-1]), gate_up.view(-1, gate_up.shape[-1])
+        if self.scratch is None:
+            mix_act_(a_TI, gate_up_TN, self.handle)
+        else:
+            block_mix_(a_TI, self.scratch.z, gate_up_TN, self.scratch.u, self.handle)
         return a
 
 
@@ -46,25 +61,41 @@ class Block:
     last: RoutedLinear
     site: BlockSite
     gated: bool
+    act: MixedActivation
 
-    def load(self, slot: int, block: MixBlock) -> None:
-        """Puts an adapter's experts into a slot. Raises ValueError when they do not fit."""
+    def hand_on(self, scratch: Scratch) -> None:
+        """From now on the three steps hand their tensors on through `scratch`."""
+        self.first.memory, self.last.memory, self.act.scratch = scratch.u, scratch.z, scratch
+
+    def on_kernel(self, block: MixBlock) -> bool:
+        """Whether an adapter's experts are served by the kernel, which CUDA graphs can hold."""
+        return self.site.on_kernel(block.gate, block.act)
+
+    def shapes(self, experts: MixBlock) -> list[Shape]:
+        """Shapes and dtypes of the tensors that `pack` fills. Raises ValueError when the experts
+        do not fit."""
+        return self.site.shapes(*self._parts(experts))
+
+    def pack(self, experts: MixBlock, out: Sequence[torch.Tensor]) -> PackedBlock:
+        """An adapter's experts as a slot holds them, in the tensors of `out`."""
+        first, last = self._parts(experts)
+        act = None if experts.act is None else self._activation(experts.act)
+        return self.site.pack(experts.gate, first, last, act, experts.act, out)
+
+    def _parts(self, experts: MixBlock) -> tuple[list[GatedSlice], GatedSlice | None]:
+        """This rank's parts of the first linear, the router with the first one, and of the last."""
         hidden, sizes = self.first.full_sizes()
         up_first = dict(zip(self._first_names(), sizes, strict=True))
-        parts = dict(block.parts)
+        parts = dict(experts.parts)
         if self.first.n_slices == 2:
             parts |= _split(parts.get("gate_up_proj"), sizes)
         first = [_part(parts.get(name), hidden, size) for name, size in up_first.items()]
-        first[0] = RoutedModule(first[0].a_RK, first[0].b_NR, block.gate, block.router_GK)
+        first[0] = RoutedModule(first[0].a_RK, first[0].b_NR, experts.gate, experts.router_GK)
         down = parts.get("down_proj" if self.gated else "fc2")
         last = None if down is None else RoutedModule(down.a_RK, down.b_NR)
-        self.site.write(
-            slot,
-            block.gate,
+        return (
             [m for m in self.first.sharded(first) if m is not None],
             last and self.last.sharded([last])[0],
-            None if block.act is None else self._activation(block.act),
-            block.act,
         )
 
     def _first_names(self) -> tuple[str, ...]:
@@ -105,11 +136,28 @@ def wrap_blocks(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, 
         if first.n_slices not in (1, 1 + gated) or last.n_slices != 1:
             continue
         act = getattr(module, act_name)
-        bias = last.base_layer.bias if last.tp_rank == 0 else None
+        bias = last.base_layer.bias
+        if bias is not None and last.tp_rank > 0:  # added once; every rank decides alike
+            bias = torch.zeros_like(bias)
         site = BlockSite(first.site, last.site, act, bias, _act_name(act), last.reduces)
-        setattr(module, act_name, MixedActivation(act, site))
-        found[name] = Block(first, last, site, gated)
+        mixed = MixedActivation(act, site)
+        setattr(module, act_name, mixed)
+        found[name] = Block(first, last, site, gated, mixed)
     return found
+
+
+def share_scratch(blocks: Collection[Block], dtype: torch.dtype) -> None:
+    """Gives blocks that run the Triton kernels the memory in which these hand their tensors on.
+
+    Args:
+        dtype: the model's.
+    """
+    sites = [block.site for block in blocks]
+    max_tokens = sites[0].first.step.table.shape[1] if sites else 0
+    scratch = scratch_for(sites, max_tokens, dtype)
+    for block in blocks if scratch is not None else ():
+        assert scratch is not None
+        block.hand_on(scratch)
 
 
 def _act_name(act: nn.Module) -> str | None:

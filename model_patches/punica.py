@@ -10,9 +10,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
 import vllm.lora.model_manager as model_manager
-from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from vllm_lora_ext.kernels.gated_lora import StepMap
 
@@ -32,32 +30,8 @@ class StepMixin:
         self.step_map.update(slots[inverse_T] if len(ids) else slots)
 
 
-class CPUPunica(StepMixin, PunicaWrapperCPU):
-    """Stock's CPU ops give rows without an adapter the last slot's (index -1 wraps)."""
-
-    def add_lora_logits(self, y, x, lora_a_stacked, lora_b_stacked, scale, **kwargs) -> None:  # type: ignore[no-untyped-def]
-        slots_T = self._rows(x)
-        for slot in slots_T.unique().tolist():
-            if slot >= 0:
-                rows_T = torch.nonzero(slots_T == slot).flatten()
-                h_TR = x[rows_T].float() @ lora_a_stacked[slot, 0].float().t()
-                delta_TV = (h_TR * scale) @ lora_b_stacked[slot, 0].float().t()
-                y.index_add_(0, rows_T, delta_TV.to(y.dtype))
-
-    def _rows(self, x: torch.Tensor) -> torch.Tensor:
-        """Slots of the rows whose logits are asked for: the sampled tokens, or, for
-        `prompt_logprobs`, a run of the batch's rows, which is a view into all of them."""
-        is_view = x.untyped_storage().nbytes() > x.numel() * x.element_size()
-        if not is_view and len(x) == len(self.sampler_indices):
-            return self.sampler_indices
-        first = x.storage_offset() // x.stride(0)
-        return self.step_map.token_slots_T[first : first + len(x)]
-
-
 @cache
 def _with_step(stock: type) -> type:
-    if stock is PunicaWrapperCPU:
-        return CPUPunica
     return type(stock.__name__, (StepMixin, stock), {"__module__": __name__})
 
 

@@ -49,7 +49,7 @@ PATCHES: tuple[Patch, ...] = (
         ),
         how=(
             "Subclasses of the stock linear wrappers, put in their place in "
-            "`_all_lora_classes`; on CPU also of the embedding and logits wrappers."
+            "`_all_lora_classes`; on CPU also of the embedding wrapper."
         ),
         upstream=(
             "vllm-project/vllm#49705 (router-driven mixtures), #48421 and #49656 (index -1 on CPU)"
@@ -58,7 +58,6 @@ PATCHES: tuple[Patch, ...] = (
         targets=(
             Target("vllm.lora.utils", "_all_lora_classes"),
             Target("vllm.lora.utils", "from_layer"),
-            Target("vllm.lora.utils", "from_layer_logits_processor"),
             Target("vllm.lora.layers.base", "BaseLayerWithLoRA.set_mapping"),
             Target("vllm.lora.layers.base_linear", "BaseLinearLayerWithLoRA.__init__"),
             Target("vllm.lora.layers.base_linear", "BaseLinearLayerWithLoRA.create_lora_weights"),
@@ -87,8 +86,6 @@ PATCHES: tuple[Patch, ...] = (
             Target(
                 "vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin.reset_lora_state"
             ),
-            Target("vllm.model_executor.layers.logits_processor", "LogitsProcessor.forward"),
-            Target("vllm.lora.layers.logits_processor", "LogitsProcessorWithLoRA"),
         ),
     ),
     Patch(
@@ -96,7 +93,7 @@ PATCHES: tuple[Patch, ...] = (
         module="punica",
         why=(
             "The op reads which slot each row uses when it runs; stock CPU ops wrap index -1 "
-            "to the last slot and crash on prompt_logprobs."
+            "to the last slot."
         ),
         how=("A mixin before the platform's punica wrapper fills a StepMap in `update_metadata`."),
         upstream="vllm-project/vllm#48421, #49656",
@@ -106,9 +103,7 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.lora.punica_wrapper.punica_selector", "get_punica_wrapper"),
             Target("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.__init__"),
             Target("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.update_metadata"),
-            Target("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.sampler_indices"),
             Target("vllm.lora.punica_wrapper.punica_cpu", "PunicaWrapperCPU.__init__"),
-            Target("vllm.lora.punica_wrapper.punica_cpu", "PunicaWrapperCPU.add_lora_logits"),
             Target("vllm.lora.layers.utils", "LoRAMapping"),
         ),
     ),
@@ -156,6 +151,15 @@ PATCHES: tuple[Patch, ...] = (
         upstream="none yet",
         remove_when="the CPU platform keeps the compilation mode under LoRA.",
         targets=(Target("vllm.platforms.cpu", "CpuPlatform.check_and_update_config"),),
+    ),
+    Patch(
+        name="settings",
+        module="config",
+        why="A wrong setting would end the start in every worker, after the weights were read.",
+        how="Where the engine's configuration is made, the settings are checked against it.",
+        upstream="none yet",
+        remove_when="vLLM lets a plugin check its part of the additional config.",
+        targets=(Target("vllm.engine.arg_utils", "EngineArgs.create_engine_config"),),
     ),
     Patch(
         name="compile-key",
@@ -347,12 +351,12 @@ PATCHES: tuple[Patch, ...] = (
         ),
     ),
     Patch(
-        name="trace",
-        module="trace",
-        why="Nothing of vLLM tells a LoRA layer which rows of a step belong to which request.",
+        name="rows",
+        module="rows",
+        why="Nothing of vLLM tells a plugin which rows of a step belong to which request.",
         how=(
-            "Only where the setting `trace` is on, the adapter manager wraps the worker's step and "
-            "what orders its rows; the sites' own hooks keep the gates."
+            "An engine's first LoRA manager wraps what gets the scheduler's output, what orders "
+            "the rows and what selects those whose logits are computed, on both runners."
         ),
         upstream="vllm-project/vllm#28284 (routed experts of MoE base models)",
         remove_when="vLLM hands a plugin the requests of each row.",
@@ -361,10 +365,50 @@ PATCHES: tuple[Patch, ...] = (
             Target(
                 "vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin.set_active_loras"
             ),
+            Target(
+                "vllm.v1.worker.lora_model_runner_mixin", "LoRAModelRunnerMixin._set_active_loras"
+            ),
+            Target("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._prepare_inputs"),
+            Target("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._get_prompt_logprobs_dict"),
             Target("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.prepare_inputs"),
+            Target("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.sample_tokens"),
+            Target("vllm.v1.worker.gpu.model_runner", "ExecuteModelState"),
             Target("vllm.v1.core.sched.output", "NewRequestData"),
             Target("vllm.v1.core.sched.output", "CachedRequestData"),
         ),
+    ),
+    Patch(
+        name="logits",
+        module="logits",
+        why=(
+            "Stock takes prompt rows (`prompt_logprobs`) and rows of drafts for rows to sample "
+            "from, and reads the output matrix's LoRA in every step."
+        ),
+        how="A subclass, put in its place, that looks up each row's slot.",
+        upstream="vllm-project/vllm#48421, #49656",
+        remove_when="vLLM's logits wrapper knows which rows it is given.",
+        targets=(
+            Target("vllm.lora.utils", "from_layer_logits_processor"),
+            Target("vllm.lora.layers.logits_processor", "LogitsProcessorWithLoRA"),
+            Target("vllm.model_executor.layers.logits_processor", "LogitsProcessor.forward"),
+            Target("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.sample"),
+            Target(
+                "vllm.v1.worker.gpu.sample.prompt_logprob",
+                "PromptLogprobsWorker.compute_prompt_token_id_logprobs",
+            ),
+            Target(
+                "vllm.v1.worker.gpu.sample.prompt_logprob", "compute_prompt_logprobs_with_chunking"
+            ),
+        ),
+    ),
+    Patch(
+        name="trace",
+        module="trace",
+        why="A trace is kept in the worker's process, and asked for from the front end's.",
+        how="Only where the setting `trace` is on, the worker gets one more method.",
+        upstream="vllm-project/vllm#28284 (routed experts of MoE base models)",
+        remove_when="vLLM lets a plugin add a method to the worker.",
+        targets=(Target("vllm.v1.serial_utils", "run_method"),),
     ),
     Patch(
         name="trace-route",

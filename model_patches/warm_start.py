@@ -24,4 +24,5 @@ def _finalize_loading(self: Any, vllm_config: Any) -> None:
 
 def apply() -> None:
     """Gives torch's artefacts the method that vLLM calls."""
-    BundledAOTAutogradSerializableCallable.finalize_loading = _finalize_loading
+    artefact: Any = BundledAOTAutogradSerializableCallable
+    artefact.finalize_loading = _finalize_loading

@@ -6,29 +6,39 @@ both model runners take their manager.
 
 from __future__ import annotations
 
-import dataclasses
-from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Collection
 from typing import Any
 
-import msgspec
-import torch
 import vllm.v1.worker.lora_model_runner_mixin as runner_mixin
+from vllm.lora.lora_model import LoRAModel
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from vllm_lora_ext.adapters.memory import MemorySource, load_memory_adapter
-from vllm_lora_ext.adapters.model import RoutedAdapter
 from vllm_lora_ext.adapters.registry import load_adapter
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches import foreign
 from vllm_lora_ext.model_patches.adapter_paths import find_folder
 from vllm_lora_ext.model_patches.identity import tag_torch_caches
-from vllm_lora_ext.model_patches.manager import RoutedLoRAModel, RoutedLoRAModelManager
+from vllm_lora_ext.model_patches.loader import Loader
+from vllm_lora_ext.model_patches.manager import (
+    RoutedLoRAModel,
+    RoutedLoRAModelManager,
+    slots_pinned,
+)
+from vllm_lora_ext.model_patches.residency import HostAdapter, LoadReport, Residency, Resident
 from vllm_lora_ext.settings import LoraExtSettings
+
+_LEAST = 2048 << 20  # bytes of host memory by default
 
 
 class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
-    """Loads any adapter format that has a reader."""
+    """Loads any adapter format that has a reader, and keeps what it has loaded.
+
+    What is loaded stays in host memory (`Residency`) until it is removed or evicted by a load;
+    vLLM's own cache, its slots and `remove_all_adapters` only decide what is where on top of that.
+    """
 
     _manager_cls = RoutedLoRAModelManager
     _adapter_manager: RoutedLoRAModelManager
@@ -37,112 +47,147 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         super().__init__(vllm_config, *args, **kwargs)
         tag_torch_caches()
         self.settings = LoraExtSettings.from_additional_config(vllm_config.additional_config)
-        self._held = _HostCache(self.settings.host_cache_mb << 20)
+        self._loader = Loader(self._read)
+
+    def create_lora_manager(self, model: Any, vllm_config: Any) -> Any:
+        wrapped = super().create_lora_manager(model, vllm_config)
+        limit = self.settings.host_cache_mb
+        # By default never less than vLLM itself would hold.
+        every = self._adapter_manager.slot_nbytes * self._adapter_manager.capacity
+        self._residency = Residency(max(every, _LEAST) if limit is None else limit << 20)
+        return wrapped
 
     def load(
-        self, request: LoRARequest, source: MemorySource | None, in_use: frozenset[int]
+        self, request: LoRARequest, source: MemorySource | None, in_use: Collection[int]
     ) -> LoadReport:
-        """Has an adapter read, checked and kept, and puts it into a slot.
+        """Loads an adapter into host memory, and into a slot when one is free.
+
+        What is held under the id already is only reported, unless the request says `load_inplace`
+        or brings a source.
 
         Args:
-            source: its tensors; None: they are in the folder at the request's path.
-            in_use: adapters that must not be evicted for it.
+            source: its tensors; None: they are in the request's folder.
+            in_use: ids that must stay in host memory; pinned ones do anyway.
         Raises:
-            AdapterError: it cannot be served; what was held under its id still is.
+            AdapterError: the adapter cannot be served, or `host_cache_full`; what was held under
+                the id still is.
         """
-        lora_id = request.lora_int_id
-        evicted: tuple[int, ...] = ()
-        if source is not None or request.load_inplace or lora_id not in self._held.ids():
-            model = self._adapter_manager.model_of(lora_id, self._read(request, source))
-            evicted = self._held.put(lora_id, model, in_use)
-            for other in (lora_id, *evicted):
-                super().remove_adapter(other)
-        super().add_adapter(msgspec.structs.replace(request, load_inplace=False))
-        return dataclasses.replace(self._held.report(lora_id), evicted=evicted)
+        held = self._residency.get(request.lora_int_id)
+        if held is not None and source is None and not request.load_inplace:
+            return held.report()
+        with gpu_sync_allowed():
+            new = self._loader.take(request, source)
+            return self._hold(request.lora_int_id, new, in_use)
+
+    def prepare(self, request: LoRARequest, source: MemorySource | None) -> None:
+        """Begins to read, check and pack an adapter in a thread; `load` then takes the result."""
+        self._loader.begin(request, source)
+
+    def prepared(self, adapter_id: int) -> bool:
+        """Whether `load` would find `prepare` done, well or not."""
+        return self._loader.done(adapter_id)
+
+    def _read(self, request: LoRARequest, source: MemorySource | None) -> Resident:
+        placer = self._adapter_manager.placer
+        if source is not None:
+            adapter = load_memory_adapter(source)
+        elif foreign.is_foreign(request):
+            return self._foreign(self._load_adapter(request))
+        else:
+            folder = find_folder(request.lora_path, self.settings.readable_roots())
+            adapter = load_adapter(folder, **self.settings.reading())
+        return _resident(request.lora_int_id, placer.place(adapter))
+
+    def _foreign(self, lora: LoRAModel) -> Resident:
+        host = foreign.host_form(lora, self._adapter_manager.placer)
+        if host is not None:
+            return _resident(lora.id, host)
+        foreign.check_stock(lora, self._adapter_manager.placer, self.lora_config.max_lora_rank)
+        return Resident(lora, foreign.digest_of(lora), foreign.bytes_of(lora), "plain")
+
+    def _hold(self, adapter_id: int, new: Resident, in_use: Collection[int]) -> LoadReport:
+        manager = self._adapter_manager
+        evicted = self._residency.put(adapter_id, new, manager.pinned.union(in_use))
+        for leaving in (*evicted, adapter_id):
+            manager.remove_adapter(leaving)
+        free = None in manager.lora_index_to_id and manager.has_slots({adapter_id})
+        if manager.register(new.model, manager.active_ids()) and free:
+            manager.activate_adapter(adapter_id)
+        return new.report(evicted)
+
+    def add_adapter(self, lora_request: LoRARequest) -> bool:
+        """Stock's way to load: nothing that is in a slot leaves the host for it."""
+        in_use = self._adapter_manager.active_ids()
+        self.load(lora_request, None, {*in_use, lora_request.lora_int_id})
+        return True
+
+    def _apply_adapters(self, lora_requests: set[LoRARequest]) -> None:
+        """Before a step: its adapters into slots, from host memory only."""
+        manager = self._adapter_manager
+        needed = {request.lora_int_id for request in lora_requests if request}
+        if not manager.has_slots(needed):
+            raise slots_pinned(len(manager.pinned), manager.lora_slots)
+        away = []
+        for adapter_id in needed:  # first, so that none of them makes room for another
+            manager.touch(adapter_id)
+            if not manager.is_active(adapter_id):
+                away.append(adapter_id)
+        for adapter_id in away:
+            self._activate(adapter_id, needed)
+
+    def _activate(self, adapter_id: int, needed: Collection[int]) -> None:
+        manager = self._adapter_manager
+        if manager.get_adapter(adapter_id) is None:
+            held = self._residency.get(adapter_id)
+            if held is None:
+                raise AdapterError(
+                    "not_found", "a step needs an adapter that is not loaded", seen=adapter_id,
+                    fix="load it again",
+                )  # fmt: skip
+            registered = manager.register(held.model, needed)
+            assert registered, "vLLM's cache is at least as large as its slots"
+        manager.make_slot(needed)
+        manager.activate_adapter(adapter_id)
 
     def versions(self) -> dict[int, LoadReport]:
-        """Everything that is held."""
-        return {lora_id: self._held.report(lora_id) for lora_id in self._held.ids()}
+        """Everything that is held, by id."""
+        return {i: held.report() for i, held in self._residency.all().items()}
 
-    def _read(self, request: LoRARequest, source: MemorySource | None) -> RoutedAdapter:
-        if source is not None:
-            return load_memory_adapter(source)
-        return load_adapter(find_folder(request.lora_path, self.settings.readable_roots()))
+    def list_adapters(self) -> set[int]:
+        """Everything that is held, and a warm-up's dummies."""
+        return super().list_adapters() | set(self._residency.all())
 
-    def _load_adapter(self, lora_request: LoRARequest) -> RoutedLoRAModel:
-        return self._held.get(lora_request.lora_int_id)
+    def pinned_adapters(self) -> set[int]:
+        """Ids that keep their slot."""
+        return set(self._adapter_manager.pinned)
+
+    def pin_adapter(self, adapter_id: int) -> bool:
+        """Keeps a loaded adapter in its slot and in host memory.
+
+        Raises:
+            AdapterError: `slots_pinned`; `not_found`.
+        """
+        if not self._adapter_manager.has_slots({adapter_id}):
+            raise slots_pinned(len(self._adapter_manager.pinned), self._adapter_manager.lora_slots)
+        if not self._adapter_manager.is_active(adapter_id):
+            self._activate(adapter_id, {adapter_id})
+        return super().pin_adapter(adapter_id)
 
     def remove_adapter(self, adapter_id: int) -> bool:
-        self._held.drop(adapter_id)
-        return super().remove_adapter(adapter_id)
+        """Out of its slot and of host memory."""
+        self._adapter_manager.pinned.discard(adapter_id)
+        placed = super().remove_adapter(adapter_id)
+        return self._residency.drop(adapter_id) or placed
 
     def remove_all_adapters(self) -> None:
-        """Also what vLLM calls when it has replaced the base weights."""
+        """Out of the slots: after a warm-up, an idle rank's dummy batch, or new base weights, none
+        of which an adapter depends on. Host memory stays as it is."""
         super().remove_all_adapters()
         self._adapter_manager.follow_base()
 
 
-@dataclass(frozen=True)
-class LoadReport:
-    """What a worker holds of an adapter: plain values, they cross processes.
-
-    Args:
-        version: digest of its content.
-        bytes: of host memory.
-        evicted: ids of those that were dropped for it.
-    """
-
-    version: str
-    bytes: int
-    evicted: tuple[int, ...] = ()
-
-
-class _HostCache:
-    """Checked adapters by id, least recently used out first, up to `limit` bytes."""
-
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
-        self._models: OrderedDict[int, tuple[RoutedLoRAModel, int]] = OrderedDict()
-
-    def ids(self) -> set[int]:
-        return set(self._models)
-
-    def get(self, lora_id: int) -> RoutedLoRAModel:
-        self._models.move_to_end(lora_id)
-        return self._models[lora_id][0]
-
-    def report(self, lora_id: int) -> LoadReport:
-        model, size = self._models[lora_id]
-        return LoadReport(model.adapter.digest, size)
-
-    def put(self, lora_id: int, model: RoutedLoRAModel, in_use: frozenset[int]) -> tuple[int, ...]:
-        size, out = _bytes(model.adapter), []
-        others = [i for i in self._models if i != lora_id]
-        room = self._limit - size - sum(self._models[i][1] for i in others)
-        for other in others:
-            if room < 0 and other not in in_use:
-                room += self._models[other][1]
-                out.append(other)
-        if room < 0:
-            raise AdapterError(
-                "host_cache_full", "the adapter does not fit beside those that are in use",
-                seen=f"{size} bytes", limit=f"{self._limit} bytes", fix="raise host_cache_mb",
-            )  # fmt: skip
-        for other in out:
-            self.drop(other)
-        self.drop(lora_id)
-        self._models[lora_id] = (model, size)
-        return tuple(out)
-
-    def drop(self, lora_id: int) -> None:
-        self._models.pop(lora_id, None)
-
-
-def _bytes(adapter: RoutedAdapter) -> int:
-    blocks = adapter.blocks.values()
-    owners = [*adapter.modules.values(), *blocks, *(p for b in blocks for p in b.parts.values())]
-    tensors = (value for owner in owners for value in vars(owner).values())
-    return sum(t.nbytes for t in tensors if isinstance(t, torch.Tensor))
+def _resident(adapter_id: int, host: HostAdapter) -> Resident:
+    return Resident(RoutedLoRAModel(adapter_id, host), host.version, host.nbytes, host.system)
 
 
 def apply() -> None:

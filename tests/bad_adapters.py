@@ -197,16 +197,22 @@ def hostile_pickle(dst: Path) -> None:
     (dst / "adapter_model.bin").write_bytes(pickle.dumps(print))
 
 
-def link_out(name: str) -> Callable[[Path], object]:
-    """Replace a file by a link to a copy of it outside the folder."""
+def link_to_nothing(name: str) -> Callable[[Path], object]:
+    """Replace a file by a link to nowhere."""
 
     def change(dst: Path) -> None:
-        outside = dst.parent / f"outside-of-{dst.name}"
-        outside.mkdir(exist_ok=True)
-        shutil.move(dst / name, outside / name)
-        (dst / name).symlink_to(outside / name)
+        (dst / name).unlink()
+        (dst / name).symlink_to("gone")
 
     return change
+
+
+def shard_missing(dst: Path) -> None:
+    """An index of two files, one of which is there."""
+    names = sorted(load_file(weights_file(dst)))
+    weights_file(dst).rename(dst / SHARD)
+    table = dict.fromkeys(names, SHARD) | {names[0]: SHARD.replace("00001-", "00002-")}
+    (dst / INDEX).write_text(json.dumps({"weight_map": table}))
 
 
 def header(length: int) -> Callable[[bytes], bytes]:
@@ -223,6 +229,8 @@ def huge_tensor(dst: Path) -> None:
 
 
 SIDE = "routing.json"
+SHARD = "adapter_model-00001-of-00002.safetensors"
+INDEX = "adapter_model.safetensors.index.json"
 NAN, INF = float("nan"), float("inf")
 
 BAD: dict[str, Bad] = {
@@ -237,16 +245,30 @@ BAD: dict[str, Bad] = {
     "pickle_only": Bad(with_files(pickle_only), "pickle_refused"),
     "hostile_pickle": Bad(with_files(hostile_pickle), "pickle_refused"),
     "two_weight_files": Bad(
-        with_files(lambda d: shutil.copy(weights_file(d), d / "more.safetensors")),
-        "unexpected_file",
+        with_files(lambda d: shutil.copy(weights_file(d), d / "adapter_model.safetensors")),
+        "unexpected_file", "meteora-a",
+    ),
+    "shard_missing": Bad(with_files(shard_missing), "missing_file"),
+    "shards_without_index": Bad(
+        with_files(lambda d: weights_file(d).rename(d / SHARD)), "missing_file"
+    ),
+    "index_of_nothing": Bad(
+        with_files(lambda d: weights_file(d).rename(d / INDEX)), "bad_json"
     ),
     "weights_are_a_folder": Bad(
         with_files(lambda d: (weights_file(d).unlink(), (d / "model.safetensors").mkdir())),
         "bad_file",
     ),
-    "weights_link_out": Bad(with_files(link_out("adapter_model.safetensors")), "path_not_allowed"),
-    "config_link_out": Bad(with_files(link_out("adapter_config.json")), "path_not_allowed"),
-    "float64": Bad(with_tensors(replace("q_proj.lora_A", lambda t: t.double())), "bad_dtype"),
+    "weights_link_to_nothing": Bad(
+        with_files(link_to_nothing("adapter_model.safetensors")), "missing_file"
+    ),
+    "config_link_to_nothing": Bad(
+        with_files(link_to_nothing("adapter_config.json")), "unknown_format"
+    ),
+    "int64": Bad(with_tensors(replace("q_proj.lora_A", lambda t: t.long())), "bad_dtype"),
+    "float64_too_large": Bad(
+        with_tensors(replace("q_proj.lora_A", lambda t: t.double() + 1e300)), "not_finite"
+    ),
     # adapter_config.json
     "config_broken": Bad(with_text('"r": 8', '"r": 8 8'), "bad_json"),
     "config_list": Bad(
@@ -276,9 +298,11 @@ BAD: dict[str, Bad] = {
     "r_negative": Bad(with_json(lambda c: c.update(r=-8)), "bad_value"),
     "r_other": Bad(with_json(lambda c: c.update(r=4)), "rank_mismatch"),
     "peft_type_unknown": Bad(with_json(lambda c: c.update(peft_type="OFT")), "unknown_peft_type"),
-    "peft_type_null": Bad(with_json(lambda c: c.update(peft_type=None)), "unknown_peft_type"),
+    "peft_type_empty": Bad(with_json(lambda c: c.update(peft_type="")), "unknown_peft_type"),
     "peft_type_list": Bad(with_json(lambda c: c.update(peft_type=["LORA"])), "unknown_peft_type"),
-    "slow_pattern": Bad(with_json(lambda c: c.update(rank_pattern={"(a+)+b": 8})), "bad_value"),
+    "slow_pattern": Bad(
+        with_json(lambda c: c.update(rank_pattern={"(.|..|...)*[^a-z]": 8})), "bad_value"
+    ),
     "broken_pattern": Bad(with_json(lambda c: c.update(rank_pattern={"(": 8})), "bad_value"),
     "unknown_setting": Bad(with_json(lambda c: c.update(use_moram=True)), "unknown_format"),
     "unknown_number": Bad(with_json(lambda c: c.update(moram_topk=4)), "unknown_key"),

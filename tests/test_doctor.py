@@ -18,6 +18,7 @@ from vllm_lora_ext.cli import app
 from vllm_lora_ext.doctor import DISTRIBUTIONS, Machine, Report, diagnose
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.check import Finding, installed_root
+from vllm_lora_ext.model_patches.register import PATCHES
 from vllm_lora_ext.sources import sources_of
 
 FIXTURES = Path(__file__).parent / "fixtures" / "routed"
@@ -125,7 +126,9 @@ def test_doctor_command(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "not ready" in plain.stdout
 
 
-PACKED = ("lora", "v1", "platforms", "plugins", "entrypoints", "utils", "model_executor/layers")
+def _packed() -> set[str]:
+    """Folders of vLLM that hold a target."""
+    return {"/".join(t.module.split(".")[1:-1]) for p in PATCHES for t in p.targets} - {""}
 
 
 @pytest.fixture(scope="module")
@@ -135,10 +138,9 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert root is not None
     path = tmp_path_factory.mktemp("wheel") / "vllm-0.32.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
-        for part in PACKED:
-            for file in (root / "vllm" / part).rglob("*.py"):
-                archive.write(file, file.relative_to(root))
-        archive.write(root / "vllm" / "__init__.py", "vllm/__init__.py")
+        files = {f for part in _packed() for f in (root / "vllm" / part).rglob("*.py")}
+        for file in sorted(files | set((root / "vllm").glob("*.py"))):
+            archive.write(file, file.relative_to(root))
     return path
 
 
@@ -158,7 +160,7 @@ def test_check_vllm_finds_changed_and_missing_targets(wheel: Path, tmp_path: Pat
     assert (code, found["ok"]) == (1, False)
     assert states["vllm.lora.utils.from_layer"] == "changed"
     assert states["vllm.platforms.cpu.CpuPlatform.check_and_update_config"] == "missing"
-    plain = CliRunner().invoke(app, ["check-vllm", str(root)])
+    plain = CliRunner().invoke(app, ["check-vllm", str(root)], env={"COLUMNS": "200"})
     assert plain.exit_code == 1
     assert "from_layer" in plain.stdout
 

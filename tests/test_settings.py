@@ -20,13 +20,25 @@ def test_defaults(config: dict[str, Any] | None) -> None:
     settings = LoraExtSettings.from_additional_config(config)
     assert settings.adapter_roots is None
     assert settings.max_router_rows is None
-    assert settings.host_cache_mb == 2048
+    assert settings.host_cache_mb is None
     assert settings.triton is None
 
 
 @pytest.mark.parametrize("value", [True, False, None])
 def test_triton_is_on_off_or_left_to_the_check(value: bool | None) -> None:
     assert _read(triton=value).triton is value
+
+
+def test_how_the_engine_reads_adapters(tmp_path: Path) -> None:
+    assert LoraExtSettings().reading() == {
+        "roots": None, "pickle": None, "accept_config_keys": ()
+    }  # fmt: skip
+    settings = _read(
+        adapter_roots=[str(tmp_path)], pickle="weights_only", accept_config_keys=["a", "b"]
+    )
+    reading = settings.reading()
+    assert reading["roots"] == settings.readable_roots() and tmp_path in reading["roots"]
+    assert (reading["pickle"], reading["accept_config_keys"]) == ("weights_only", ("a", "b"))
 
 
 @pytest.mark.parametrize(("rank", "rows"), [(8, 8), (64, 64), (256, 64)])
@@ -52,7 +64,7 @@ def test_frozen_and_hashable() -> None:
 @pytest.mark.parametrize(
     ("section", "words"),
     [
-        ({"host_cache_mb": -1}, ["host_cache_mb", "seen: -1", "0 or more", "fix:"]),
+        ({"host_cache_mb": -1}, ["host_cache_mb", "seen: -1", "1 or more", "fix:"]),
         ({"host_cache_mb": "2048"}, ["host_cache_mb", "seen: 2048", "whole number"]),
         ({"host_cache_mb": True}, ["host_cache_mb", "seen: true"]),
         ({"max_router_rows": 0}, ["max_router_rows", "seen: 0", "1 to 512"]),
@@ -61,6 +73,11 @@ def test_frozen_and_hashable() -> None:
         ({"adapter_roots": [3]}, ["adapter_roots", "not a path"]),
         ({"adapter_roots": ["/no/such/folder"]}, ["adapter_roots", "does not exist"]),
         ({"adapter_roots": [__file__]}, ["adapter_roots", "is not a folder"]),
+        ({"pickle": "yes"}, ["pickle", "seen: yes", "weights_only"]),
+        ({"pickle": True}, ["pickle", "seen: true", "weights_only"]),
+        ({"accept_config_keys": "x"}, ["accept_config_keys", "list"]),
+        ({"accept_config_keys": [3]}, ["accept_config_keys", "list"]),
+        ({"accept_config_keys": [""]}, ["accept_config_keys", "list"]),
         ({"triton": "auto"}, ["triton", "seen: auto", "true, false, or null"]),
         ({"triton": 1}, ["triton", "seen: 1"]),
         ({"host_cache": 5}, ["no setting named host_cache", "host_cache_mb", "fix:"]),

@@ -219,7 +219,7 @@ def _patches(machine: Machine, patches: tuple[Finding, ...]) -> Check:
     if machine.environ.get(UNCHECKED_ENV) == "1":
         return Check("patches", "note", f"{seen}; {UNCHECKED_ENV}=1 patches all the same")
     return Check(
-        "patches", "problem", f"{seen}; vLLM will refuse to start",
+        "patches", "problem", f"{seen}; vLLM will refuse to start with LoRA",
         f"install vLLM {' or '.join(recorded())}, or set {DISABLE_ENV}=1 to run without the plugin",
     )  # fmt: skip
 

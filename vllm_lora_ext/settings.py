@@ -7,10 +7,12 @@ Settings come through vLLM's own flag, so they are part of its compile-cache key
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator
 
@@ -26,9 +28,11 @@ _EXAMPLE = f'--additional-config \'{{"{KEY}": {{"host_cache_mb": 4096}}}}\''
 _ALLOWED = {
     "adapter_roots": "a list of existing folders, or null for no limit",
     "max_router_rows": f"a whole number from 1 to {ROUTER_ROWS_LIMIT}, or null",
-    "host_cache_mb": "a whole number, 0 or more",
+    "host_cache_mb": "a whole number, 1 or more, or null",
     "triton": "true, false, or null",
     "trace": "true or false",
+    "pickle": '"weights_only", or null for no pickles',
+    "accept_config_keys": "a list of keys of adapter_config.json",
     "merge": "an object, or null for no merged adapters by name",
 }
 _ALLOWED_MERGE = {
@@ -43,29 +47,24 @@ _ALLOWED_MERGE = {
     "max_seconds": "a number above 0",
     "store": "a folder, or null for one in the user's cache",
 }
+_Kind = Literal["folder", "file"]
 _ON = {"1", "true", "yes"}
 _OFF = {"", "0", "false", "no"}
 
 
 def _real_folder(item: object) -> Path:
-    path = _real_path(item)
-    if not path.is_dir():
-        raise ValueError(f"{path} is not a folder")
-    return path.resolve()
-
-
-def _real_file(item: object) -> Path:
-    path = _real_path(item)
-    if not path.is_file():
-        raise ValueError(f"{path} is not a file")
-    return path.resolve()
-
-
-def _real_path(item: object) -> Path:
     path = _path(item)
+    if wrong := _missing(path, "folder"):
+        raise ValueError(wrong)
+    return path.resolve()
+
+
+def _missing(path: Path, kind: _Kind) -> str | None:
+    """What is wrong with a path, or None."""
     if not path.exists():
-        raise ValueError(f"{path} does not exist")
-    return path
+        return f"{path} does not exist"
+    right = path.is_dir() if kind == "folder" else path.is_file()
+    return None if right else f"{path} is not a {kind}"
 
 
 def _path(item: object) -> Path:
@@ -74,8 +73,8 @@ def _path(item: object) -> Path:
     return Path(item).expanduser()
 
 
-_Folder = Annotated[Path, BeforeValidator(_real_folder)]
-_File = Annotated[Path, BeforeValidator(_real_file)]
+# Of the front end: they need not be there where a worker reads the same settings.
+_FrontPath = Annotated[Path, BeforeValidator(lambda item: _path(item).resolve())]
 _Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+(/[A-Za-z0-9_.-]+)?$")]
 
 
@@ -84,10 +83,10 @@ class DescribeSettings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    library: _Folder
+    library: _FrontPath
     """A folder that `ExpertLibrary.save` wrote, the experts' folders below it."""
 
-    model: _Folder
+    model: _FrontPath
     """The sentence-embedding model that the library was built with."""
 
     top_k: int = Field(default=4, ge=1)
@@ -101,10 +100,10 @@ class MergeSettings(BaseModel):
 
     enabled: bool = True
 
-    adapters: dict[_Name, _Folder] = {}
+    adapters: dict[_Name, _FrontPath] = {}
     """Adapters to merge beside those that vLLM has loaded: name → folder."""
 
-    recipes: dict[_Name, _File] = {}
+    recipes: dict[_Name, _FrontPath] = {}
     """`recipe:NAME` → the recipe's file."""
 
     describe: DescribeSettings | None = None
@@ -137,6 +136,15 @@ class MergeSettings(BaseModel):
     def __hash__(self) -> int:
         return hash(self.model_dump_json())
 
+    def _paths(self) -> Iterator[tuple[tuple[str, str], Path, _Kind]]:
+        for name, path in self.adapters.items():
+            yield ("adapters", name), path, "folder"
+        for name, path in self.recipes.items():
+            yield ("recipes", name), path, "file"
+        if self.describe is not None:
+            yield ("describe", "library"), self.describe.library, "folder"
+            yield ("describe", "model"), self.describe.model, "folder"
+
 
 class LoraExtSettings(BaseModel):
     """Everything under the key `lora_ext` of vLLM's `--additional-config`."""
@@ -149,8 +157,9 @@ class LoraExtSettings(BaseModel):
     max_router_rows: int | None = Field(default=None, ge=1, le=ROUTER_ROWS_LIMIT)
     """Router rows reserved per adapter slot and layer. None: `min(max_lora_rank, 64)`."""
 
-    host_cache_mb: int = Field(default=2048, ge=0)
-    """Host memory for adapters that vLLM's own cache has dropped."""
+    host_cache_mb: int | None = Field(default=None, ge=1)
+    """Host memory for loaded adapters, on each rank. None: as much as `--max-cpu-loras` adapters of
+    the full rank need, and at least 2048."""
 
     triton: bool | None = None
     """On a GPU: the fused Triton kernels in place of the PyTorch path. None: when they pass a
@@ -160,8 +169,19 @@ class LoraExtSettings(BaseModel):
     """Whether a request may ask what its adapter's gates decided. Needs an engine without CUDA
     graphs; off, nothing of it is there."""
 
+    pickle: Literal["weights_only"] | None = None
+    """Whether `adapter_model.bin` is read where there is no safetensors file. None: refused."""
+
+    accept_config_keys: tuple[Annotated[str, Field(min_length=1)], ...] = ()
+    """Keys of `adapter_config.json` that no format knows, and that are ignored, not refused."""
+
     merge: MergeSettings | None = None
     """Merged adapters by name in a request. None: such names are unknown models."""
+
+    @field_validator("accept_config_keys", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: object) -> object:
+        return tuple(value) if isinstance(value, list) else value
 
     @field_validator("adapter_roots", mode="before")
     @classmethod
@@ -172,11 +192,24 @@ class LoraExtSettings(BaseModel):
             raise ValueError("not a list")
         return tuple(_real_folder(item) for item in value)
 
+    def check_front_end(self) -> None:
+        """Raises AdapterError `bad_settings` where a folder that the front end uses is missing."""
+        for name, path, kind in () if self.merge is None else self.merge._paths():
+            if wrong := _missing(path, kind):
+                raise _wrong_value([_MERGE, *name], wrong, str(path), _ALLOWED_MERGE.get(name[0]))
+
     def readable_roots(self) -> tuple[Path, ...] | None:
         """Where the engine may read adapters: `adapter_roots`, and what was merged from there."""
         if self.adapter_roots is None:
             return None
         return (*self.adapter_roots, (self.merge or MergeSettings()).folder())
+
+    def reading(self) -> dict[str, Any]:
+        """Arguments of `load_adapter` for an adapter that the engine reads."""
+        return {
+            "roots": self.readable_roots(), "pickle": self.pickle,
+            "accept_config_keys": self.accept_config_keys,
+        }  # fmt: skip
 
     def router_rows(self, max_lora_rank: int) -> int:
         """Router rows per slot for an engine started with this `--max-lora-rank`."""
@@ -186,7 +219,10 @@ class LoraExtSettings(BaseModel):
 
     @classmethod
     def from_additional_config(cls, additional_config: Mapping[str, Any] | None) -> LoraExtSettings:
-        """The settings inside vLLM's additional config; defaults where it has none."""
+        """The settings inside vLLM's additional config; defaults where it has none.
+
+        Read and checked once a process: the same section gives the same object.
+        """
         section = dict(additional_config or {}).get(KEY)
         if section is None:
             return cls()
@@ -198,10 +234,15 @@ class LoraExtSettings(BaseModel):
                 limit=f"an object with any of {', '.join(_ALLOWED)}",
                 fix=_EXAMPLE,
             )
-        try:
-            return cls(**section)
-        except ValidationError as error:
-            raise _as_adapter_error(error) from None
+        return _read(json.dumps(dict(section), default=str))
+
+
+@lru_cache(maxsize=8)
+def _read(section: str) -> LoraExtSettings:
+    try:
+        return LoraExtSettings(**json.loads(section))
+    except ValidationError as error:
+        raise _as_adapter_error(error) from None
 
 
 def disabled(environ: Mapping[str, str] = os.environ) -> bool:
@@ -235,10 +276,14 @@ def _as_adapter_error(error: ValidationError) -> AdapterError:
             fix=f"remove or rename it, for example {_EXAMPLE}",
         )
     reason = first["msg"].removeprefix("Value error, ")
+    return _wrong_value([*parents, last], reason, first["input"], allowed.get(known[0]))
+
+
+def _wrong_value(name: Sequence[str], reason: str, seen: object, limit: object) -> AdapterError:
     return AdapterError(
         "bad_settings",
-        f"setting {'.'.join([KEY, *parents, last])} is wrong ({reason})",
-        seen=first["input"],
-        limit=allowed.get(known[0]),
-        fix=f"correct {last} in --additional-config, or leave it out to get the default",
+        f"setting {'.'.join([KEY, *name])} is wrong ({reason})",
+        seen=seen,
+        limit=limit,
+        fix=f"correct {name[-1]} in --additional-config, or leave it out to get the default",
     )

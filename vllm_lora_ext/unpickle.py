@@ -1,22 +1,18 @@
-"""Adapters whose tensors are in a pickle, made into safetensors: offline, and only when asked.
-
-Only `convert --allow-pickle` comes here, never a server. `torch.load(weights_only=True)` takes
-tensors and plain containers and refuses everything that would run code.
-"""
+"""Adapters whose tensors are in a pickle, made into safetensors: offline, and only when asked."""
 
 from __future__ import annotations
 
 import os
 import shutil
-import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
-from vllm_lora_ext.adapters.folder import PICKLES, WEIGHTS, Limits
+from vllm_lora_ext.adapters.files import Limits, too_large
 from vllm_lora_ext.adapters.paths import real_file
+from vllm_lora_ext.adapters.pickles import PICKLES, load_pickle
+from vllm_lora_ext.adapters.weights import WEIGHTS
 from vllm_lora_ext.errors import AdapterError
 
 # What a trainer leaves beside the weights.
@@ -90,7 +86,8 @@ def _bring(root: Path, name: Path, target: Path, limits: Limits) -> None:
     if real is None:
         return
     limit = limits.json_bytes if name.suffix == ".json" else limits.file_bytes
-    _check_size(name, real.stat().st_size, limit)
+    if (size := real.stat().st_size) > limit:
+        raise too_large(str(name), size, limit)
     try:
         os.link(real, target / name)  # a MeteoRA file holds a whole model
     except OSError:
@@ -115,54 +112,4 @@ def _load(root: Path, name: Path, limit: int, max_tensors: int) -> dict[str, tor
     real = real_file(root, str(name))
     if real is None:
         raise AdapterError("missing_file", f"'{name}' is missing", fix=f"save {name} again")
-    _check_size(name, real.stat().st_size, limit)
-    try:
-        with zipfile.ZipFile(real) as archive:
-            # Records may be compressed: what counts is what they grow to.
-            _check_size(name, sum(entry.file_size for entry in archive.infolist()), limit)
-    except zipfile.BadZipFile:
-        raise _refused(name, "it is no file that torch.save of release 1.6 or later writes") from (
-            None
-        )
-    try:
-        loaded = torch.load(real, map_location="cpu", weights_only=True)
-    except Exception as error:  # weights_only raises many kinds, and each of them means no
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise _refused(name, first) from error
-    return _tensors(name, loaded, limit, max_tensors)
-
-
-def _tensors(name: Path, loaded: object, limit: int, most: int) -> dict[str, torch.Tensor]:
-    if not isinstance(loaded, Mapping) or not loaded:
-        raise _refused(name, f"it holds a {type(loaded).__name__}, not a dict of tensors")
-    if len(loaded) > most:
-        _check_size(name, len(loaded), most)
-    total = 0
-    for key, value in loaded.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
-            raise _refused(name, f"{key!r} is a {type(value).__name__}, not a tensor")
-        if value.layout != torch.strided or value.is_quantized or value.device.type != "cpu":
-            raise _refused(name, f"'{key}' is a sparse, quantised or empty (meta) tensor")
-        # A tensor may claim any size over a small storage: ask before it is written out.
-        total += value.numel() * value.element_size()
-        _check_size(name, total, limit)
-    return {
-        key: value.detach().clone(memory_format=torch.contiguous_format)
-        for key, value in loaded.items()
-    }
-
-
-def _check_size(name: Path, seen: int, limit: int) -> None:
-    if seen > limit:
-        raise AdapterError(
-            "too_large", f"{name} is too large", seen=seen, limit=limit,
-            fix="check that this is an adapter",
-        )  # fmt: skip
-
-
-def _refused(name: Path, why: str) -> AdapterError:
-    return AdapterError(
-        "pickle_refused", f"{name} is not read, even with --allow-pickle: {why[:300]}",
-        limit="a dict of tensors, which torch.load(weights_only=True) takes",
-        fix="save the tensors alone, best as safetensors",
-    )  # fmt: skip
+    return load_pickle(real, str(name), limit, max_tensors)

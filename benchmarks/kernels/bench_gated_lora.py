@@ -167,13 +167,13 @@ class Layer:
     def run_beside_base(self, weights: Weights, side: torch.cuda.Stream) -> None:
         """The same with the first launch on a second stream, beside the product."""
         here = torch.cuda.current_stream()
-        for number, x_TK, w_NK in zip(self.numbers, self.x, weights, strict=True):
+        for site, x_TK, w_NK in zip(self.sites, self.x, weights, strict=True):
             side.wait_stream(here)
             y_TN = torch.mm(x_TK, w_NK.t())
             with torch.cuda.stream(side):
-                u_PTR = begin(x_TK, number)
+                u_PTR = begin(x_TK, site)
             here.wait_stream(side)
-            finish_(y_TN, x_TK, u_PTR, number)
+            finish_(y_TN, x_TK, u_PTR, site)
 
     def error(self) -> float:
         """Largest relative error of a site, in norm. y must be zero before."""

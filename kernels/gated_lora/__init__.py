@@ -12,8 +12,10 @@ from vllm_lora_ext.kernels.gated_lora.op import (
     finish_,
     gate_expand_,
     gated_lora_,
+    gated_lora_into_,
     register_site,
     shrink,
+    shrink_into,
 )
 from vllm_lora_ext.kernels.gated_lora.reference import gated_lora_reference
 from vllm_lora_ext.kernels.gated_lora.site import Site
@@ -28,7 +30,9 @@ __all__ = [
     "finish_",
     "gate_expand_",
     "gated_lora_",
+    "gated_lora_into_",
     "gated_lora_reference",
     "register_site",
     "shrink",
+    "shrink_into",
 ]

@@ -1,11 +1,15 @@
 """Torch ops: opaque to the compiler, which sees only that y changes.
 
-A site is passed as a number, so that a layer's weights and tables are not inputs of the compiled
-graph: a 32-layer model would carry two thousand of them through every call.
+A site is passed as its handle, a 0-d tensor on the CPU that holds the number under which the ops
+find it. The handle is an attribute of the layer, so it is an *input* of the compiled graph: nothing
+in compiled code tells one layer or one engine from another, and equal layers share one piece of
+it. The site itself is no input, or a 32-layer model would carry two thousand tensors through every
+call.
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -35,17 +39,17 @@ class EmbeddingSite:
 
 
 _sites: WeakValueDictionary[int, Any] = WeakValueDictionary()
-_next_id = 0
+_numbers = itertools.count(1)
 
 
-def register_site(site: Site | EmbeddingSite) -> int:
-    """A number by which the ops find the site; valid while the site lives."""
-    global _next_id
-    _next_id += 1
-    _sites[_next_id] = site
+def register_site(site: Site | EmbeddingSite) -> torch.Tensor:
+    """The site's handle: int64, 0-d, on the CPU. Valid while the site lives; its number is no
+    other site's, also not later in the same process."""
+    number = next(_numbers)
+    _sites[number] = site
     if isinstance(site, Site) and site.a_SRK.is_cpu and site.tables is None:
         cpu_op.install()
-    return _next_id
+    return torch.tensor(number)
 
 
 @cache
@@ -57,59 +61,84 @@ def _triton() -> tuple[Any, Any]:
     return shrink_parts, expand_
 
 
-def begin(x: torch.Tensor, site: int) -> torch.Tensor | None:
+def begin(x: torch.Tensor, site: Site, memory: torch.Tensor | None = None) -> torch.Tensor | None:
     """The first launch of `gated_lora_`, for callers that run it beside the base product, which
-    it does not need. None where there is none: no adapter in the step, or no kernels."""
-    found = _sites[site]
-    if not found.step.active or found.tables is None:
+    it does not need. None where there is none: no adapter in the step, or no kernels.
+
+    `memory` is where its result goes (`triton.shrink.parts_in`), by default new memory.
+    """
+    if not site.step.active or site.tables is None:
         return None
     shrink_parts, _ = _triton()
-    u_PTR: torch.Tensor = shrink_parts(x, found, u_PTR=found.take_u())
+    u_PTR: torch.Tensor = shrink_parts(x, site, memory=memory)
     return u_PTR
 
 
-def finish_(y: torch.Tensor, x: torch.Tensor, u_PTR: torch.Tensor | None, site: int) -> None:
+def finish_(y: torch.Tensor, x: torch.Tensor, u_PTR: torch.Tensor | None, site: Site) -> None:
     """The rest of `gated_lora_` after `begin`, which returned `u_PTR`."""
-    found = _sites[site]
     # What runs must not depend on the step's slots, only on whether it has any: an engine that
     # captures graphs keeps those of base batches apart, as it does for its own LoRA kernels.
-    if not found.step.active:
+    if not site.step.active:
         return
     if u_PTR is None:
-        eager.gated_lora_(y, x, found)
+        eager.gated_lora_(y, x, site)
     else:
         _, expand_ = _triton()
-        expand_(y, u_PTR, found)
-    for after in found.after:
+        expand_(y, u_PTR, site)
+    for after in site.after:
         after(y, x, u_PTR)
 
 
-def _gated_lora(y: torch.Tensor, x: torch.Tensor, site: int) -> None:
-    if _sites[site].step.active:  # asked first: a base batch passes here at every layer
-        finish_(y, x, begin(x, site), site)
+def _gated_lora(y: torch.Tensor, x: torch.Tensor, site: torch.Tensor) -> None:
+    found = _sites[int(site)]
+    if found.step.active:  # asked first: a base batch passes here at every layer
+        finish_(y, x, begin(x, found), found)
 
 
-def _gated_lora_python(y: torch.Tensor, x: torch.Tensor, site: int) -> None:
+def _gated_lora_python(y: torch.Tensor, x: torch.Tensor, site: torch.Tensor) -> None:
     """Where the op in C++ turns to when it does not know the site, or not all of it."""
     _gated_lora(y, x, site)
-    cpu_op.open_door(site, _sites[site])
+    number = int(site)
+    cpu_op.open_door(number, _sites[number])
 
 
-def _shrink(x: torch.Tensor, site: int, num_rows: int) -> torch.Tensor:
-    found = _sites[site]
+def _gated_lora_into(
+    y: torch.Tensor, memory: torch.Tensor, x: torch.Tensor, site: torch.Tensor
+) -> None:
+    """`gated_lora_` whose first launch leaves its result in `memory`, for who reads it later, or
+    finds some rows there, from who wrote them before."""
+    found = _sites[int(site)]
+    if found.step.active:
+        finish_(y, x, begin(x, found, memory), found)
+
+
+def _shrink(x: torch.Tensor, site: torch.Tensor, num_rows: int) -> torch.Tensor:
+    found = _sites[int(site)]
     if found.tables is None:
         u = eager.shrink(x, found)
     else:
         shrink_parts, _ = _triton()
-        parts = shrink_parts(x, found, zeroed=True, u_PTR=found.take_u())
+        parts = shrink_parts(x, found, zeroed=True)
         u = parts[0] if len(parts) == 1 else parts.sum(dim=0)
     if found.after_shrink is not None:
         found.after_shrink(u)
     return u
 
 
-def _gate_expand(y: torch.Tensor, u: torch.Tensor, site: int) -> None:
-    found = _sites[site]
+def _shrink_into(
+    memory: torch.Tensor, x: torch.Tensor, site: torch.Tensor, num_rows: int
+) -> torch.Tensor:
+    """`shrink` with the rows that stand in `memory`, which is zero elsewhere."""
+    found = _sites[int(site)]
+    shrink_parts, _ = _triton()
+    u: torch.Tensor = shrink_parts(x, found, memory=memory).sum(dim=0)
+    if found.after_shrink is not None:
+        found.after_shrink(u)
+    return u
+
+
+def _gate_expand(y: torch.Tensor, u: torch.Tensor, site: torch.Tensor) -> None:
+    found = _sites[int(site)]
     if found.tables is None:
         eager.gate_expand_(y, u, found)
     else:
@@ -119,8 +148,8 @@ def _gate_expand(y: torch.Tensor, u: torch.Tensor, site: int) -> None:
         found.after_expand(y, u)
 
 
-def _embedding_lora(y: torch.Tensor, ids: torch.Tensor, site: int) -> None:
-    found = _sites[site]
+def _embedding_lora(y: torch.Tensor, ids: torch.Tensor, site: torch.Tensor) -> None:
+    found = _sites[int(site)]
     for slot, start, stop, index_T in found.step.groups:
         if slot in found.used:
             rows_T = torch.arange(start, stop, device=y.device) if index_T is None else index_T
@@ -130,20 +159,30 @@ def _embedding_lora(y: torch.Tensor, ids: torch.Tensor, site: int) -> None:
 
 _lib = torch.library.Library("vllm_lora_ext", "DEF")
 for _name in ("gated_lora_", "gated_lora_python_"):
-    _lib.define(f"{_name}(Tensor(a!) y, Tensor x, int site) -> ()")
-_lib.define("shrink(Tensor x, int site, int num_rows) -> Tensor")
-_lib.define("gate_expand_(Tensor(a!) y, Tensor u, int site) -> ()")
-_lib.define("embedding_lora_(Tensor(a!) y, Tensor ids, int site) -> ()")
+    _lib.define(f"{_name}(Tensor(a!) y, Tensor x, Tensor site) -> ()")
+_lib.define("gated_lora_into_(Tensor(a!) y, Tensor(b!) memory, Tensor x, Tensor site) -> ()")
+_lib.define("shrink_into(Tensor(a!) memory, Tensor x, Tensor site, int num_rows) -> Tensor")
+_lib.define("shrink(Tensor x, Tensor site, int num_rows) -> Tensor")
+_lib.define("gate_expand_(Tensor(a!) y, Tensor u, Tensor site) -> ()")
+_lib.define("embedding_lora_(Tensor(a!) y, Tensor ids, Tensor site) -> ()")
 cpu_op.python_op("gated_lora_", _gated_lora)
 _lib.impl("gated_lora_", _gated_lora, "CUDA")
 _lib.impl("gated_lora_python_", _gated_lora_python, "CPU")
 for _key in ("CPU", "CUDA"):
+    _lib.impl("gated_lora_into_", _gated_lora_into, _key)
+    _lib.impl("shrink_into", _shrink_into, _key)
     _lib.impl("shrink", _shrink, _key)
     _lib.impl("gate_expand_", _gate_expand, _key)
     _lib.impl("embedding_lora_", _embedding_lora, _key)
 for _name in ("gated_lora_", "gate_expand_", "embedding_lora_"):
     inductor.call_when_active(_name)
     torch.library.register_fake(f"vllm_lora_ext::{_name}", lambda *_: None, lib=_lib)
+torch.library.register_fake("vllm_lora_ext::gated_lora_into_", lambda *_: None, lib=_lib)
+torch.library.register_fake(
+    "vllm_lora_ext::shrink_into",
+    lambda _memory, x, _site, num_rows: x.new_empty(x.shape[0], num_rows, dtype=torch.float32),
+    lib=_lib,
+)
 torch.library.register_fake(
     "vllm_lora_ext::shrink",
     lambda x, site, num_rows: x.new_empty(x.shape[0], num_rows, dtype=torch.float32),
@@ -151,6 +190,8 @@ torch.library.register_fake(
 )
 
 gated_lora_ = torch.ops.vllm_lora_ext.gated_lora_.default
+gated_lora_into_ = torch.ops.vllm_lora_ext.gated_lora_into_.default
 shrink = torch.ops.vllm_lora_ext.shrink.default
+shrink_into = torch.ops.vllm_lora_ext.shrink_into.default
 gate_expand_ = torch.ops.vllm_lora_ext.gate_expand_.default
 embedding_lora_ = torch.ops.vllm_lora_ext.embedding_lora_.default

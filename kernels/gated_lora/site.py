@@ -152,12 +152,10 @@ class Site:
         self._step = StepMap(0)
         # For who uses the slots in a way of its own, or looks on; run after the ops, with the same
         # tensors: `after` (see `listen`), or, where x is a shard, `after_shrink` and
-        # `after_expand`. `u_PTR` is what the next shrink of the kernels is to fill, with some rows
-        # already there.
+        # `after_expand`.
         self.after: list[After] = []
         self.after_shrink: Callable[[torch.Tensor], None] | None = None
         self.after_expand: Callable[[torch.Tensor, torch.Tensor], None] | None = None
-        self.u_PTR: torch.Tensor | None = None
 
     @property
     def padded_rank(self) -> int:
@@ -190,11 +188,6 @@ class Site:
         if self.shut is not None:
             self.shut()
         self.native = None
-
-    def take_u(self) -> torch.Tensor | None:
-        """`u_PTR`, once."""
-        u_PTR, self.u_PTR = self.u_PTR, None
-        return u_PTR
 
     def clear(self, slot: int) -> None:
         """The slot adds nothing any more. Its weights stay: nothing reads a slot without a plan."""
@@ -263,12 +256,12 @@ class Site:
             rank = s.b_NR.shape[1]
             bt_RN[:rank], bt_RN[rank:] = s.b_NR.t(), 0
             y_start = self.y_start + sum(self.slice_sizes[:i])
+            bias_G = None if s.bias_G is None else s.bias_G.float().clone()
             plans.append(SlicePlan(
                 gate=s.gate, y_start=y_start, y_stop=y_start + self.slice_sizes[i],
                 a_start=a_start, a_stop=a_stop, router_start=num_ranks + g_start,
                 head_at=num_ranks + g_start + s.gate.router_rows, bt_RN=bt_RN[:rank],
-                bias_G=None if s.bias_G is None else s.bias_G.float().clone(),
-                head_bias=s.head_bias,
+                bias_G=bias_G, head_bias=s.head_bias,
             ))  # fmt: skip
             a_start, g_start = a_stop, g_stop
         if self.tables is not None:
@@ -316,9 +309,10 @@ class Site:
 
     def _in_slot(self, slot: int, i: int, plan: SlicePlan) -> SlicePlan:
         bt_RN = self.bt_SRN[i][slot, : len(plan.bt_RN)]
-        if plan.bias_G is None:
-            return replace(plan, bt_RN=bt_RN)
-        return replace(plan, bt_RN=bt_RN, bias_G=plan.bias_G.to(bt_RN.device, non_blocking=True))
+        bias_G = plan.bias_G
+        if bias_G is not None and not bt_RN.is_cpu:
+            bias_G = bias_G.to(bt_RN.device, non_blocking=True)
+        return replace(plan, bt_RN=bt_RN, bias_G=bias_G)
 
     def _check(self, i: int, s: GatedSlice) -> None:
         rank, router_rows = s.b_NR.shape[1], s.gate.router_rows

@@ -53,6 +53,7 @@ class StepMap:
         weakref.finalize(self, inductor.set_active, self._number, False)
         self._width = 0
         self._slots_T = np.empty(0, dtype=np.int64)
+        self._slots: frozenset[int] | None = frozenset()
         self._groups: list[Group] | None = []
 
     def update(self, slots_T: np.ndarray) -> None:
@@ -61,7 +62,7 @@ class StepMap:
         One copy to the device and no wait: the host runs ahead of the device, so each step's
         numbers lie in a pinned block of their own, which the allocator takes back in time.
         """
-        self._slots_T, self._groups = slots_T, None
+        self._slots_T, self._slots, self._groups = slots_T, None, None
         self.active_1[0] = (slots_T >= 0).any()
         inductor.set_active(self._number, self.active)
         # As wide as the last step, so that nothing of it is left behind.
@@ -92,11 +93,17 @@ class StepMap:
         return self.table[at : at + 3]
 
     @property
+    def slots(self) -> frozenset[int]:
+        """The slots that rows of the step use."""
+        if self._slots is None:
+            self._slots = frozenset(np.unique(self._slots_T).tolist()) - {-1}
+        return self._slots
+
+    @property
     def groups(self) -> list[Group]:
         """The rows of every slot of the step, for backends that loop over slots."""
         if self._groups is None:
-            slots = np.unique(self._slots_T)
-            self._groups = [self._group(slot) for slot in slots if slot >= 0]
+            self._groups = [self._group(slot) for slot in sorted(self.slots)]
         return self._groups
 
     def _group(self, slot: int) -> Group:
@@ -104,7 +111,7 @@ class StepMap:
         start, stop = int(rows_T[0]), int(rows_T[-1]) + 1
         together = stop - start == len(rows_T)
         index_T = None if together else torch.from_numpy(rows_T).to(self.device)
-        return Group(int(slot), start, stop, index_T)
+        return Group(slot, start, stop, index_T)
 
 
 def max_tiles(num_rows: int, num_slots: int, rows: int) -> int:

@@ -6,9 +6,11 @@ per expert. Around the base model's own three steps that makes three small ones:
     gate_up_proj   `hold`      u = [A_g; A_u; router] x      kept, nothing is added to the output
     act            `mix_act_`  a = sum_e v_e a_e             replaces act(gate_up) of these rows
     down_proj      `add_down`  y += sum_e v_e B_d A_d a_e
+
+On a GPU `block_mix_` stands in the middle, and the linears' own launches do the rest (`op`).
 """
 
-from vllm_lora_ext.kernels.mix_mlp.block import BlockSite
-from vllm_lora_ext.kernels.mix_mlp.op import mix_act_, register_block
+from vllm_lora_ext.kernels.mix_mlp.block import BlockSite, Scratch, scratch_for
+from vllm_lora_ext.kernels.mix_mlp.op import block_mix_, mix_act_, register_block
 
-__all__ = ["BlockSite", "mix_act_", "register_block"]
+__all__ = ["BlockSite", "Scratch", "block_mix_", "mix_act_", "register_block", "scratch_for"]

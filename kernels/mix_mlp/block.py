@@ -2,20 +2,23 @@
 
 Weights live in the `Site`s of the block's two linears, so that a block costs no memory of its own.
 The first linear's site holds A and B of gate and up, and the router; the second's those of down.
-Between the linears' ops the shrunk rows are kept here: the three ops of one block run one after
-the other, and the next step overwrites them.
 
 Where the sites run the Triton kernels, a block does too: one launch more than its two linears have
-anyway (`triton_mix`). Activations that the kernel does not know, and experts that scale the second
-linear's bias, take the PyTorch path below: a loop over slots and experts that waits for the device.
+anyway (`triton_mix`). What the launches hand on lies in two buffers that all blocks of an engine
+share (`Scratch`), since blocks run one after the other; they are arguments of the ops (`op`), so
+the compiler sees who writes and who reads them, and a captured graph finds them where they were.
+
+Activations that the kernel does not know, and experts that scale the second linear's bias, take the
+PyTorch path below, as all do on a CPU: a loop over slots and experts that waits for the device, and
+keeps the shrunk rows here between the three ops. No graph can hold it (`BlockSite.on_kernel`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +31,31 @@ from vllm_lora_ext.routing.mix import expert_weights
 from vllm_lora_ext.routing.reference import GatedSlice
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+class Scratch(NamedTuple):
+    """What the kernels of a block hand on, for all blocks of an engine: flat, fp32, on the device.
+
+    `u` is the shrink of a block's first linear, `z` that of the second.
+    """
+
+    u: torch.Tensor
+    z: torch.Tensor
+
+
+def scratch_for(blocks: Sequence[BlockSite], max_tokens: int, dtype: torch.dtype) -> Scratch | None:
+    """Scratch of blocks on the Triton kernels for steps of up to `max_tokens` rows in `dtype`, the
+    model's; None where there are none."""
+    if not blocks or blocks[0].tables is None:
+        return None
+    from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import parts_size
+
+    device = blocks[0].first.a_SRK.device
+    sizes = (
+        max(parts_size(max_tokens, dtype, site) for site in sites)
+        for sites in zip(*((b.first, b.last) for b in blocks), strict=True)
+    )
+    return Scratch(*(torch.zeros(n, dtype=torch.float32, device=device) for n in sizes))
 
 
 @dataclass(frozen=True)
@@ -83,6 +111,8 @@ class BlockSite:
         last_bias_N: bias of the second linear as this rank adds it, None when there is none.
         act_name: what the model's activation computes, a name of `tables.ACTIVATIONS` or None.
         sharded: whether the second linear's input is a shard.
+    Attributes:
+        plans: by slot, what the PyTorch path serves; on_kernels: the slots that the kernels serve.
     """
 
     def __init__(
@@ -101,21 +131,27 @@ class BlockSite:
         self.tables: BlockTables | None = None
         if first.tables is not None:
             self.tables = BlockTables(len(first.plans), first.max_rank, first.a_SRK.device)
-        self._u_PTR: torch.Tensor | None = None
         self._u: dict[int, torch.Tensor] = {}
         self._add: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        # Read by C++ at this address: whether any slot has experts here.
+        # Read by C++ at this address: `busy`.
         self.busy_1 = np.zeros(1, dtype=np.int64)
         last.after_shrink, last.after_expand = self.fill, self.add_down
 
     @property
     def busy(self) -> bool:
-        """Whether any slot has experts here."""
+        """Whether any slot has experts here that the PyTorch path serves."""
         return bool(self.busy_1[0])
 
+    def on_kernel(self, gate: GateSpec, act_name: str | None = None) -> bool:
+        """Whether the kernel would serve experts with this gate, and this activation in place of
+        the model's; else PyTorch does."""
+        sums = self.last_bias_N is None or _sums_to_one(gate)
+        return self.tables is not None and (act_name or self.act_name) in ACTIVATIONS and sums
+
     def _look(self) -> None:
-        """Listens to the linears while a slot has experts here, and not longer: it costs them."""
-        busy = bool(self.plans or self.on_kernels)
+        """Listens to the linears while PyTorch serves experts here, and not longer: it costs
+        them."""
+        busy = bool(self.plans)
         if busy != self.busy:
             self.busy_1[0] = busy
             for site, after in ((self.first, self.hold), (self.last, self._add_to)):
@@ -184,15 +220,11 @@ class BlockSite:
         last_packed = None
         if last is not None:
             last_packed = self.last.pack([last], out[num_first : num_first + num_last])
-        sums = gate.weight in ("renormalise", "softmax") and gate.constant == 1.0
-        name = self.act_name if act is None else act_name
         packed = PackedBlock(
-            gate, first_packed, last_packed, act or self.act, sums,
-            tuple(out[num_first + num_last :]),
-            self.tables is not None
-            and name in ACTIVATIONS
-            and (sums or self.last_bias_N is None),
+            gate, first_packed, last_packed, act or self.act, _sums_to_one(gate),
+            tuple(out[num_first + num_last :]), self.on_kernel(gate, act_name),
         )  # fmt: skip
+        name = act_name or self.act_name
         if packed.on_kernels:
             assert self.tables is not None and name is not None
             self._describe(self.tables, packed, name)
@@ -227,10 +259,8 @@ class BlockSite:
             self.plans[slot] = BlockPlan(packed.gate, first, last, packed.act, packed.sums_to_one)
         self._look()
 
-    def hold(self, _y_TN: torch.Tensor, x_TK: torch.Tensor, u_PTR: torch.Tensor | None) -> None:
-        """After the first linear: shrinks the rows of the slots that have experts here, or keeps
-        what the kernels have shrunk."""
-        self._u_PTR = u_PTR if self.on_kernels else None
+    def hold(self, _y_TN: torch.Tensor, x_TK: torch.Tensor, _u: torch.Tensor | None) -> None:
+        """After the first linear: shrinks the rows of the slots that have experts here."""
         for group in self.first.step.groups:
             plan = self.plans.get(group.slot)
             if plan is not None:
@@ -238,12 +268,8 @@ class BlockSite:
 
     def mix_act_(self, a_TI: torch.Tensor, gate_up_TN: torch.Tensor) -> None:
         """Puts `sum_e v_e a_e` in place of the activations of rows that have experts here."""
-        if self._u_PTR is not None:
-            assert self.tables is not None
-            self.last.u_PTR = _mix_kernel()(
-                a_TI, gate_up_TN, self._u_PTR, self.first, self.last, self.tables, self.sharded
-            )
-            self._u_PTR = None
+        if not self.plans:
+            return
         for group in self.first.step.groups:
             plan = self.plans.get(group.slot)
             if plan is None:
@@ -259,7 +285,7 @@ class BlockSite:
     def fill(self, u_TR: torch.Tensor) -> None:
         """Under tensor parallelism, after the second linear's shrink: this rank's share of the
         weighted A_d a_e goes into the rows that are summed over the ranks."""
-        for group in self.last.step.groups:
+        for group in self.last.step.groups if self.plans else ():
             plan = self.plans.get(group.slot)
             if plan is not None:
                 z_TR, _ = self._add[group.slot]
@@ -275,7 +301,7 @@ class BlockSite:
         Args:
             u_TR: what `fill` wrote, summed over the ranks; None without tensor parallelism.
         """
-        for group in self.last.step.groups:
+        for group in self.last.step.groups if self.plans else ():
             plan = self.plans.get(group.slot)
             if plan is None:
                 continue
@@ -290,12 +316,9 @@ class BlockSite:
                 _add_rows_(y_TN, group, (total_T - 1)[:, None] * self.last_bias_N.float())
 
 
-@cache
-def _mix_kernel() -> Callable[..., torch.Tensor]:
-    """The kernel's launcher; not imported where no block uses it."""
-    from vllm_lora_ext.kernels.mix_mlp.triton_mix import mix_
-
-    return mix_
+def _sums_to_one(gate: GateSpec) -> bool:
+    """Whether the experts' weights always do."""
+    return gate.weight in ("renormalise", "softmax") and gate.constant == 1.0
 
 
 def _mix(

@@ -9,7 +9,11 @@ takes one tile of rows of one slot (`StepMap`) and a part of the inner columns; 
 and for each over the experts that some row of its tile has chosen. The products run over all ranks
 with the other experts' rows of B and A_d left out, so that experts may have any rank; that costs
 E times the multiplications and no more bytes. z is summed over the parts, in order, by the second
-linear's expand.
+linear's expand; the parts are as many as that shrink has of its K, so that rows of both share one
+layout.
+
+The launch is there in every step that has an adapter, so that a captured graph has it whatever it
+was captured with; a program whose slot has no experts here leaves at once.
 
 Rows come in tiles of 16 (`TILE`), at prefill too: nothing here is tuned, and no product is
 asynchronous (`gated_lora.tuning`). `COLUMNS` inner columns are in registers at once.
@@ -32,13 +36,13 @@ from vllm_lora_ext.kernels.gated_lora.backends.triton.expand import (
 )
 from vllm_lora_ext.kernels.gated_lora.backends.triton.expand import gate as gate_of
 from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import operand
-from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import Device, device_of
+from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import warps_of
 from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.kernels.gated_lora.step import max_tiles
 from vllm_lora_ext.kernels.mix_mlp import tables
 from vllm_lora_ext.kernels.mix_mlp.tables import BlockTables
 
-TILE, COLUMNS, MOST_PARTS = 16, 64, 16
+TILE, COLUMNS = 16, 64
 NUM_HEADER = tl.constexpr(len(tables.HEADER))
 SILU = tl.constexpr(tables.ACTIVATIONS.index("silu"))
 GELU = tl.constexpr(tables.ACTIVATIONS.index("gelu"))
@@ -46,7 +50,12 @@ GELU_TANH = tl.constexpr(tables.ACTIVATIONS.index("gelu_pytorch_tanh"))
 QUICK_GELU = tl.constexpr(tables.ACTIVATIONS.index("quick_gelu"))
 
 
-@triton.jit(do_not_specialize=["num_tokens", "stride_u_part", "stride_z_part"])
+@triton.jit(
+    do_not_specialize=[
+        "num_tokens", "max_rank", "stride_u_part", "stride_u", "stride_z_part", "stride_z",
+        "stride_ints", "stride_floats", "stride_block", "stride_tiles",
+    ]
+)  # fmt: skip
 def mix_kernel(
     a_ptr,
     base_ptr,
@@ -192,40 +201,29 @@ def _activate(x, kind):
     return x
 
 
-def parts_of(num_tokens: int, inner: int, device: Device) -> int:
-    """Parts of the inner columns, a power of two: two programs per multiprocessor."""
-    wanted = 2 * device.processors // max(1, triton.cdiv(num_tokens, TILE))
-    most = min(MOST_PARTS, triton.cdiv(inner, COLUMNS))
-    return 1 << max(0, min(wanted, most).bit_length() - 1)
-
-
 def mix_(
     a_TI: torch.Tensor,
+    z_PTR: torch.Tensor,
     base_TN: torch.Tensor,
     u_PTR: torch.Tensor,
     first: Site,
     last: Site,
     block: BlockTables,
-    zeroed: bool,
-) -> torch.Tensor:
-    """Puts the mixed activations into the rows of a that have experts here.
+) -> None:
+    """Puts the mixed activations into the rows of a that have experts here, and what the second
+    linear's shrink would make of them into those rows of z.
 
     Args:
         a_TI: [T, inner], base_TN: [T, gate | up] or [T, inner]; columns adjacent.
+        z_PTR: [parts, T, last.num_rows] fp32, for the second linear's shrink to fill further.
         u_PTR: [parts, T, first.num_rows] fp32, the first linear's shrink.
-        zeroed: whether what is not written of the result is zero.
-    Returns:
-        [parts, T, last.num_rows] fp32, for the second linear's shrink to fill further.
     """
     assert a_TI.stride(1) == base_TN.stride(1) == 1
     num_tokens, inner = a_TI.shape
-    parts = parts_of(num_tokens, inner, device_of(a_TI.device.index))
-    new = u_PTR.new_zeros if zeroed else u_PTR.new_empty
-    z_PTR: torch.Tensor = new(parts, num_tokens, last.num_rows)
     if not num_tokens:
-        return z_PTR
+        return
     gate, tiles = block.gate, first.step.tiles(TILE)
-    mix_kernel[(parts, max_tiles(num_tokens, len(first.b_SRN), TILE))](
+    mix_kernel[(len(z_PTR), max_tiles(num_tokens, len(first.b_SRN), TILE))](
         a_TI,
         base_TN,
         u_PTR,
@@ -260,7 +258,6 @@ def mix_(
         BLOCK_R=first.padded_rank,
         BLOCK_N=COLUMNS,
         OPERAND=operand(first.b_SRN),
-        num_warps=4,
+        num_warps=warps_of(TILE, first.padded_rank),
         num_stages=1,
     )
-    return z_PTR

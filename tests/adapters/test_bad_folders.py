@@ -34,7 +34,7 @@ FIELDS = {
     "layer_unknown": "model.layers.7.", "other_hidden_size": "q_proj", "other_base":
     "another-model", "rank_too_large": "--max-lora-rank 128", "rank_beyond_vllm": "512",
     "router_too_large": '"max_router_rows": 40',
-    "float64": "F64", "unknown_number": "moram_topk", "bias_all": "bias",
+    "int64": "I64", "unknown_number": "moram_topk", "bias_all": "bias",
     "pickle_only": "vllm-lora-ext convert --allow-pickle",
 }  # fmt: skip
 
@@ -189,10 +189,11 @@ def test_the_hub_cache_may_link_to_its_blobs(tmp_path):
         (blobs / f"blob{i}").write_bytes((GOOD["plain-a"] / name).read_bytes())
         (snapshot / name).symlink_to(f"../../blobs/blob{i}")
     assert load_adapter(snapshot).digest == load_adapter(GOOD["plain-a"]).digest
+    assert load_adapter(snapshot, roots=[snapshot]).digest == load_adapter(snapshot).digest
     secret = tmp_path / "models--a--b/secret"
     secret.write_text("{}")
     (snapshot / "adapter_config.json").unlink()
     (snapshot / "adapter_config.json").symlink_to("../../secret")
     with pytest.raises(AdapterError) as caught:
-        load_adapter(snapshot)
+        load_adapter(snapshot, roots=[snapshot])
     assert caught.value.code == "path_not_allowed"

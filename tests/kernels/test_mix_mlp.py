@@ -14,15 +14,23 @@ from vllm_lora_ext.kernels.gated_lora import (
     StepMap,
     gate_expand_,
     gated_lora_,
+    gated_lora_into_,
     register_site,
     shrink,
+    shrink_into,
 )
-from vllm_lora_ext.kernels.mix_mlp import BlockSite, mix_act_, register_block
+from vllm_lora_ext.kernels.mix_mlp import (
+    BlockSite,
+    block_mix_,
+    mix_act_,
+    register_block,
+    scratch_for,
+)
 from vllm_lora_ext.routing import GateSpec
 from vllm_lora_ext.routing.mix import mix_reference
 
 NO_GATE = GateSpec()
-SLOTS, RANK, ROWS = 4, 64, 16
+SLOTS, RANK, ROWS, MOST_ROWS = 4, 64, 16, 700
 TOP2 = {"score": "softmax", "select": "top_k", "k": 2, "weight": "renormalise"}
 GATES = [
     TOP2,
@@ -88,6 +96,9 @@ class Mlp:
         name = "silu" if gated else "gelu"
         self.block = BlockSite(*self.sites, self.act, self.last_b, name, sharded)
         self.block_id = register_block(self.block)
+        self.scratch = scratch_for([self.block], MOST_ROWS, new["dtype"])
+        for memory in self.scratch or ():  # what an earlier block left there must not matter
+            memory.fill_(float("nan"))
 
     def act(self, x: torch.Tensor) -> torch.Tensor:
         if not self.gated:
@@ -122,22 +133,43 @@ class Mlp:
         down = experts.parts.get("down_proj" if self.gated else "fc2")
         self.block.write(slot, experts.gate, slices, down and Slice(down.a_RK, down.b_NR))
 
-    def forward(self, x: torch.Tensor, slots: list[int], sharded: bool = False) -> torch.Tensor:
-        step = StepMap(len(x), x.device, tiled=True)
+    def map(self, step: StepMap, slots: list[int]) -> None:
+        """The rows of the step at hand."""
         step.update(np.array(slots))
         for site in self.sites:
             site.step = step
+
+    def forward(self, x: torch.Tensor, slots: list[int], sharded: bool = False) -> torch.Tensor:
+        self.map(StepMap(len(x), x.device, tiled=True), slots)
+        return self.run(x, sharded)
+
+    def run(self, x: torch.Tensor, sharded: bool = False) -> torch.Tensor:
+        """The three steps, as a server's layers call them: all that a captured graph holds."""
+        scratch = self.scratch
         gate_up = x @ self.first_w.t() + self.first_b
-        gated_lora_(gate_up, x, self.ids[0])
+        if scratch is None:
+            gated_lora_(gate_up, x, self.ids[0])
+        else:
+            gated_lora_into_(gate_up, scratch.u, x, self.ids[0])
         a = self.act(gate_up)
-        mix_act_(a, gate_up, self.block_id)
+        if scratch is None:
+            mix_act_(a, gate_up, self.block_id)
+        else:
+            block_mix_(a, scratch.z, gate_up, scratch.u, self.block_id)
         y = a @ self.last_w.t()
         if self.last_b is not None:
             y += self.last_b
+        rows = self.sites[1].num_rows
         if sharded:  # as a row-parallel layer of one rank
-            gate_expand_(y, shrink(a, self.ids[1], self.sites[1].num_rows), self.ids[1])
-        else:
+            plain = scratch is None
+            u = shrink(a, self.ids[1], rows) if plain else shrink_into(
+                scratch.z, a, self.ids[1], rows
+            )  # fmt: skip
+            gate_expand_(y, u, self.ids[1])
+        elif scratch is None:
             gated_lora_(y, a, self.ids[1])
+        else:
+            gated_lora_into_(y, scratch.z, a, self.ids[1])
         return y
 
 

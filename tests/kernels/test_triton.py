@@ -553,9 +553,9 @@ def test_a_captured_graph_with_the_shrink_on_a_second_stream():
         side.wait_stream(here)
         y_TN = batch.x_TK @ weight_NK.t()
         with torch.cuda.stream(side):
-            u_PTR = begin(batch.x_TK, batch.number)
+            u_PTR = begin(batch.x_TK, batch.site)
         here.wait_stream(side)
-        finish_(y_TN, batch.x_TK, u_PTR, batch.number)
+        finish_(y_TN, batch.x_TK, u_PTR, batch.site)
         return y_TN
 
     layer()

@@ -5,14 +5,18 @@ Compiled where there is a GPU; without one `test_triton` runs this file in Trito
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import gelu, silu
 
-from tests.kernels.test_mix_mlp import GATES, TOP2, Mlp, experts
+from tests.kernels.test_mix_mlp import GATES, TOP2, Mlp, Slice, experts
 from tests.kernels.test_triton import DEVICE, NAN, on_gpu, poisoned_empty, runs_kernels
 from vllm_lora_ext.kernels.gated_lora.reference import TOLERANCE
+from vllm_lora_ext.kernels.gated_lora.step import StepMap
 from vllm_lora_ext.kernels.mix_mlp import block as blocks
+from vllm_lora_ext.kernels.mix_mlp import scratch_for
 from vllm_lora_ext.routing.mix import expert_weights, mix_reference
 
 pytestmark = runs_kernels
@@ -140,6 +144,55 @@ def test_what_the_kernel_does_not_know_takes_the_pytorch_path():
     assert set(mlp.block.plans) == {0, 1} and not mlp.block.on_kernels
 
 
+def recorded(mlp, x, sharded):
+    """The ops of one run, to be run again: what a captured graph is."""
+    return make_fx(lambda x: mlp.run(x, sharded))(x)
+
+
+def compiled(mlp, x, sharded):
+    """The same through the compiler's functional form, where every change is an argument."""
+    run = torch.compile(lambda x: mlp.run(x, sharded), backend="aot_eager", fullgraph=True)
+    run(x)
+    return run
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="a real graph is captured below")
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("capture", [recorded, compiled])
+def test_a_graph_follows_adapters_that_it_was_not_captured_with(capture, sharded):
+    """Captured with a plain adapter, replayed with experts in this slot and in that, then with
+    none: all that differs is read from the device's tables."""
+    g = torch.Generator().manual_seed(8)
+    mlp = mlp_of(24, 40, True, g, biased=False, sharded=sharded)
+    step, x = StepMap(9, DEVICE, tiled=True), torch.randn(9, 24, generator=g)
+    plain = Slice(torch.randn(4, 24, generator=g), torch.randn(40, 4, generator=g))
+    mlp.sites[0].write(1, [plain, None])
+    mlp.map(step, [1] * 9)
+    graph = capture(mlp, x.clone(), sharded)
+    mlp.sites[0].clear(1)
+    e, slots = experts(mlp, [3, 2, 3], TOP2, g), [-1, 0, 2, 2, 0, -1, 2, 0, 1]
+    for mine in ({2: e}, {0: e, 2: experts(mlp, [4, 4], TOP2, g)}, {}):
+        for slot in (0, 2):
+            mlp.write(slot, mine[slot]) if slot in mine else mlp.block.clear(slot)
+        step.update(np.array(slots))
+        assert error(mlp, mine, x, slots, graph(x.clone())) < TOLERANCE[torch.float32]
+
+
+def test_two_blocks_one_after_the_other_share_the_scratch():
+    g = torch.Generator().manual_seed(9)
+    one, two = (mlp_of(24, n, True, g, biased=False) for n in (40, 72))
+    one.scratch = two.scratch = scratch_for([one.block, two.block], 9, torch.float32)
+    step, x, slots = StepMap(9, DEVICE, tiled=True), torch.randn(9, 24, generator=g), [0, 1, -1] * 3
+    for mlp in (one, two):
+        mlp.mine = {0: experts(mlp, [3, 2], TOP2, g)}
+        mlp.write(0, mlp.mine[0])
+        mlp.map(step, slots)
+    for mlp in (one, two, one):
+        y = mlp.run(x.to(DEVICE)).cpu()
+        if DEVICE == "cpu":
+            assert error(mlp, mlp.mine, x, slots, y) < TOLERANCE[torch.float32]
+
+
 @on_gpu
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("t", [1, 40, 700])
@@ -163,3 +216,22 @@ def test_sizes_of_a_real_model(t, dtype):
             sure = ~undecided(e, x[rows])
             want = mix_reference(e, x[rows], mlp.linears(), act)[sure]
             assert (y[rows][sure] - want).norm() / want.norm() < 2 * TOLERANCE[dtype]
+
+
+@on_gpu
+def test_a_captured_graph_has_the_block():
+    g = torch.Generator().manual_seed(8)
+    mlp = mlp_of(256, 512, True, g, biased=False)
+    step, x = StepMap(24, DEVICE, tiled=True), torch.randn(24, 256, generator=g).to(DEVICE)
+    mlp.map(step, [1] * 24)
+    mlp.run(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = mlp.run(x)
+    slots = [0, 1, -1, 2] * 6
+    for mine in ({2: experts(mlp, [8] * 4, TOP2, g)}, {}):
+        mlp.write(2, mine[2]) if mine else mlp.block.clear(2)
+        step.update(np.array(slots))
+        graph.replay()
+        assert torch.equal(y, mlp.run(x))

@@ -24,6 +24,7 @@ from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import (
     Expand,
     Shrink,
     blocks,
+    warps_of,
 )
 from vllm_lora_ext.kernels.mix_mlp.triton_mix import COLUMNS, TILE, mix_kernel
 
@@ -33,7 +34,7 @@ POINTERS = {
     "order_ptr": "i32", "tiles_ptr": "i32", "columns_ptr": "i32", "z_ptr": "fp32",
     "block_ptr": "i32",
 }  # fmt: skip
-ALIGNED = ("num_k", "stride_x", "stride_y", "stride_b", "stride_b_slot", "stride_a_slot",
+ALIGNED = ("num_k", "stride_x", "stride_y", "y_start", "stride_b", "stride_b_slot", "stride_a_slot",
            "stride_router_slot", "inner", "stride_a", "stride_base", "stride_down",
            "stride_down_slot")  # fmt: skip
 # wgmma's accumulators, then its left operand in registers where shared memory has a descriptor.
@@ -66,10 +67,10 @@ def compile_for(target: GPUTarget, kernel, dtype: str, options, **constants) -> 
     return compiled.metadata.shared
 
 
-def shrink(target: GPUTarget, s: Shrink, dtype: str, parts: int, even: bool) -> int:
+def shrink(target: GPUTarget, s: Shrink, dtype: str, even: bool) -> int:
     return compile_for(
         target, shrink_kernel, dtype, {"num_warps": s.warps, "num_stages": s.stages},
-        PARTS=parts, BLOCK_T=s.tile, BLOCK_R=s.rows, BLOCK_G=SYNCHRONOUS_ROWS, BLOCK_K=s.k,
+        BLOCK_T=s.tile, BLOCK_R=s.rows, BLOCK_G=SYNCHRONOUS_ROWS, BLOCK_K=s.k,
         EVEN_K=even, OPERAND=NAMES[dtype],
     )  # fmt: skip
 
@@ -78,13 +79,14 @@ def expand(target: GPUTarget, e: Expand, ranks: int, dtype: str, parts: int) -> 
     return compile_for(
         target, expand_kernel, dtype, {"num_warps": e.warps, "num_stages": e.stages},
         PARTS=parts, BLOCK_T=e.tile, BLOCK_R=ranks, BLOCK_N=e.columns, WALK=e.walk,
-        OPERAND=NAMES[dtype],
+        EVEN_N=True, OPERAND=NAMES[dtype],
     )  # fmt: skip
 
 
 def mix(target: GPUTarget, ranks: int, dtype: str, parts: int, gated: bool) -> int:
+    options = {"num_warps": warps_of(TILE, ranks), "num_stages": 1}
     return compile_for(
-        target, mix_kernel, dtype, {"num_warps": 4, "num_stages": 1}, PARTS=parts, GATED=gated,
+        target, mix_kernel, dtype, options, PARTS=parts, GATED=gated,
         BLOCK_T=TILE, BLOCK_R=ranks, BLOCK_N=COLUMNS, OPERAND=NAMES[dtype],
     )  # fmt: skip
 
@@ -99,7 +101,7 @@ def main() -> None:
         s, e = blocks(tokens, ranks, itemsize, device, as_stored=dtype != "fp32")
         parts = 8 if tokens <= 64 else 1
         used = {
-            s: shrink(target, s, dtype, parts, even=tokens > 8),
+            s: shrink(target, s, dtype, even=tokens > 8),
             e: expand(target, e, ranks, dtype, parts),
         }
         for block, size in used.items():

@@ -73,16 +73,19 @@ def test_graphs_need_kernels(graphs: str | None, device: str, kernels: bool) -> 
         assert check_graphs(graphs, device, kernels) is captures
 
 
-def test_engines_with_graphs_refuse_experts_that_are_mlp_blocks() -> None:
-    from vllm_lora_ext.model_patches.manager import RoutedLoRAModelManager
+def test_engines_with_graphs_refuse_experts_that_pytorch_would_serve() -> None:
+    from vllm_lora_ext.model_patches.placing import Placer
 
-    manager = SimpleNamespace(graphs=True, blocks={"model.layers.0.mlp": None})
-    with pytest.raises(AdapterError, match="--enforce-eager") as caught:
-        RoutedLoRAModelManager._block(manager, "layers.0.mlp", "model.layers.0.mlp")
-    assert caught.value.code == "unsupported_feature"
-    manager.graphs = False
-    name = RoutedLoRAModelManager._block(manager, "layers.0.mlp", "model.layers.0.mlp")
-    assert name == "model.layers.0.mlp"
+    name = "model.layers.0.mlp"
+    for graphs, kernel in itertools.product((False, True), repeat=2):
+        block = SimpleNamespace(on_kernel=lambda experts, kernel=kernel: kernel)
+        placer = SimpleNamespace(_blocks={name: block}, _graphs=graphs)
+        if not graphs or kernel:
+            assert Placer._block(placer, "layers.0.mlp", name, None) is block
+            continue
+        with pytest.raises(AdapterError, match="--enforce-eager") as caught:
+            Placer._block(placer, "layers.0.mlp", name, None)
+        assert caught.value.code == "unsupported_feature"
 
 
 @pytest.mark.parametrize("shape", [(5, 16), (1, 5, 16)])
@@ -104,7 +107,7 @@ def test_the_shrink_beside_the_base_product_adds_the_same(
     weight_NK, x = torch.randn(12, 16), torch.randn(shape)
     base = SimpleNamespace(apply=lambda _layer, x, bias: x @ weight_NK.t())
     layer = SimpleNamespace(
-        reduces=reduces, site=site, site_id=register_site(site), base_layer=None,
+        reduces=reduces, site=site, handle=register_site(site), base_layer=None,
         _get_quant_method=lambda: base, _events=(None, None), _lora_stream=None,
     )  # fmt: skip
     got = layers.RoutedLinear._apply_async_impl(layer, x)

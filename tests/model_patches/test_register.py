@@ -129,8 +129,10 @@ def test_record_refuses_a_release_without_a_target(tree, record_file):
     assert record_file.read_text() == before
 
 
-def test_vllm_does_not_start_on_a_changed_target(tree, monkeypatch):
+def test_lora_does_not_start_on_a_changed_target(tree, monkeypatch):
     """The line names the target and what to do; nothing is patched."""
+    from vllm.config import LoRAConfig
+
     path = tree / "vllm/lora/worker_manager.py"
     path.write_text(
         path.read_text().replace("def _load_adapter(self,", "def _load_adapter(self, /,")
@@ -140,8 +142,10 @@ def test_vllm_does_not_start_on_a_changed_target(tree, monkeypatch):
     monkeypatch.setattr("vllm_lora_ext.model_patches.register.Patch.apply", applied.append)
     monkeypatch.setattr(plugin, "_registered", False)
     monkeypatch.delenv("VLLM_LORA_EXT_UNCHECKED", raising=False)
+    monkeypatch.setattr(LoRAConfig, "__init__", LoRAConfig.__init__)
+    plugin.register()
     with pytest.raises(RuntimeError, match=r"WorkerLoRAManager\._load_adapter is changed") as error:
-        plugin.register()
+        LoRAConfig(max_lora_rank=8)
     assert "VLLM_LORA_EXT_DISABLE=1" in str(error.value)
     assert applied == []
 

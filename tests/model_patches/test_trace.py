@@ -21,10 +21,12 @@ from vllm_lora_ext.kernels.gated_lora import (
     register_site,
     shrink,
 )
-from vllm_lora_ext.model_patches import trace
+from vllm_lora_ext.model_patches import rows, trace
+from vllm_lora_ext.model_patches.config import check_trace
 from vllm_lora_ext.model_patches.layers import RoutedLinear
 from vllm_lora_ext.model_patches.refused import RefusedRequest
-from vllm_lora_ext.model_patches.trace import Recorder, check_settings
+from vllm_lora_ext.model_patches.rows import Rows
+from vllm_lora_ext.model_patches.trace import Recorder
 from vllm_lora_ext.model_patches.trace_http import _mark
 from vllm_lora_ext.trace.gates import slice_gates
 
@@ -62,15 +64,32 @@ def site_of(m: RoutedModule, step: StepMap, width: int = K, slices: int = 1) -> 
 
 @pytest.fixture(autouse=True)
 def no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trace, "_wrap_worker", lambda: None)
+    monkeypatch.setattr(rows, "wrap_runners", lambda: None)
+    monkeypatch.setattr(trace, "_add_rpc", lambda: None)
 
 
 def recorder_of(layers: dict[str, RoutedLinear], adapter: RoutedAdapter, placed: Any) -> Recorder:
-    model = SimpleNamespace(adapter=adapter, placed=placed, blocks={})
-    return Recorder(SimpleNamespace(
+    called = {id(module): name for name, module in adapter.modules.items()}
+    names = {layer: tuple(called[id(p)] for p in parts if p) for layer, parts in placed.items()}
+    model = SimpleNamespace(host=SimpleNamespace(system=adapter.system, names=names, blocks={}))
+    manager = SimpleNamespace(
         modules=layers, blocks={}, model=torch.nn.Linear(1, 1), base_name="base",
         lora_index_to_id=[9, 7], list_adapters=lambda: {7: model},
-    ))  # fmt: skip
+    )  # fmt: skip
+    manager.rows = Rows(manager)
+    return Recorder(manager)
+
+
+def begin(recorder: Recorder, scheduled: Any, keys: list[str], counts: list[int]) -> None:
+    """A step as far as the forward pass; its rows in the order of `keys`."""
+    made = recorder._manager.rows
+    made.begin_step(scheduled)
+    made.take_order(keys, counts)
+    made.slots_are_set()
+
+
+def end(recorder: Recorder) -> None:
+    recorder._manager.rows.end_step()
 
 
 def step_of(new: dict[str, Any], running: dict[str, int], finished: Any = ()) -> Any:
@@ -101,17 +120,16 @@ def test_rows_of_traced_requests_only(seed: int) -> None:
     recorder = recorder_of({UP: layer(site, False)}, RoutedAdapter({UP: m}, "mola"), {UP: [m]})
     x_TK = torch.randn(8, K, generator=torch.Generator().manual_seed(seed))
 
-    recorder.begin_step(step_of({"untraced": 7, "r": 7, "base": None}, {}))
-    recorder.take_rows(["untraced", "r", "base"], [2, 3, 1])
+    first = step_of({"untraced": 7, "r": 7, "base": None}, {})
+    begin(recorder, first, ["untraced", "r", "base"], [2, 3, 1])
     step.update(np.array([1, 1, 1, 1, 1, -1]))
     gated_lora_(torch.zeros(8, N), x_TK, number)
-    recorder.end_step()
+    end(recorder)
     gated_lora_(torch.zeros(8, N), x_TK, number)  # a warm-up run: no request's rows
-    recorder.begin_step(step_of({}, {"r": 3, "untraced": 2}))
-    recorder.take_rows(["r", "untraced"], [1, 1])
+    begin(recorder, step_of({}, {"r": 3, "untraced": 2}), ["r", "untraced"], [1, 1])
     step.update(np.array([1, 1]))
     gated_lora_(torch.zeros(8, N), x_TK[6:], number)
-    recorder.end_step()
+    end(recorder)
 
     found = recorder.store.get("r")
     want_TG = slice_gates(m, x_TK[[2, 3, 4, 6]])
@@ -121,8 +139,6 @@ def test_rows_of_traced_requests_only(seed: int) -> None:
     with pytest.raises(AdapterError) as caught:
         recorder.store.get("untraced")
     assert caught.value.code == "not_traced"
-    recorder.begin_step(step_of({}, {}, ["r"]))
-    assert recorder._lora_of == {"base": 0}
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -140,8 +156,7 @@ def test_a_sharded_input(seed: int) -> None:
     site, number, _ = parts[0]
     recorder = recorder_of({UP: layer(site, True)}, RoutedAdapter({UP: m}, "mola"), {UP: [m]})
     x_TK = torch.randn(5, K, generator=torch.Generator().manual_seed(seed))
-    recorder.begin_step(step_of({"base": None, "r": 7}, {}))
-    recorder.take_rows(["base", "r"], [1, 4])
+    begin(recorder, step_of({"base": None, "r": 7}, {}), ["base", "r"], [1, 4])
     step.update(np.array([-1, 1, 1, 1, 1]))
     u_TR = sum(shrink(x_TK[:, cut].contiguous(), i, s.num_rows) for s, i, cut in parts)
     gate_expand_(torch.zeros(5, N), u_TR, number)
@@ -161,11 +176,10 @@ def test_slices_have_the_files_names() -> None:
     x_TK = torch.randn(2, K)
 
     def once() -> dict[str, torch.Tensor]:
-        recorder.begin_step(step_of({"r": 7}, {}))
-        recorder.take_rows(["r"], [2])
+        begin(recorder, step_of({"r": 7}, {}), ["r"], [2])
         step.update(np.array([1, 1]))
         gated_lora_(torch.zeros(2, 3 * N), x_TK, register_site(site))
-        recorder.end_step()
+        end(recorder)
         return recorder.store.get("r").weights
 
     found = once()
@@ -178,20 +192,26 @@ def test_slices_have_the_files_names() -> None:
     assert set(once()) == {"model.fused"}
 
 
+def config(spec: Any = None, tower: bool = False, dbo: bool = False) -> Any:
+    return SimpleNamespace(
+        speculative_config=spec, lora_config=SimpleNamespace(enable_tower_connector_lora=tower),
+        parallel_config=SimpleNamespace(use_ubatching=dbo),
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("graphs", "spec", "tower"),
-    [(True, None, False), (False, object(), False), (False, None, True)],
-)
-def test_engines_that_keep_no_traces(graphs: bool, spec: Any, tower: bool) -> None:
-    lora = SimpleNamespace(enable_tower_connector_lora=tower)
+    ("graphs", "engine"),
+    [(True, config()), (False, config(spec=object())), (False, config(tower=True)),
+     (False, config(dbo=True))],
+)  # fmt: skip
+def test_engines_that_keep_no_traces(graphs: bool, engine: Any) -> None:
     with pytest.raises(AdapterError) as caught:
-        check_settings(SimpleNamespace(speculative_config=spec, lora_config=lora), graphs)
+        check_trace(engine, graphs)
     assert caught.value.code == "bad_settings"
 
 
 def test_an_engine_that_keeps_traces() -> None:
-    lora = SimpleNamespace(enable_tower_connector_lora=False)
-    check_settings(SimpleNamespace(speculative_config=None, lora_config=lora), False)
+    check_trace(config(), False)
 
 
 def test_a_request_is_marked_or_refused_as_the_clients_fault() -> None:

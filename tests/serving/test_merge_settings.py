@@ -26,6 +26,21 @@ def test_the_engine_may_read_what_was_merged(tmp_path):
     assert LoraExtSettings().readable_roots() is None
 
 
+def test_paths_are_looked_for_in_the_front_end_only(tmp_path):
+    """Workers read the same settings, on machines that may have none of these folders."""
+    describe = {"library": f"{tmp_path}/library", "model": f"{tmp_path}/model"}
+    settings = _read(
+        adapters={"a": f"{tmp_path}/a"}, recipes={"r": f"{tmp_path}/r.yaml"}, describe=describe
+    )
+    assert settings.merge.adapters == {"a": tmp_path / "a"}
+    for made in ("a", "r.yaml", "library", "model"):
+        with pytest.raises(AdapterError, match=f"{tmp_path}/{made} does not exist"):
+            settings.check_front_end()
+        path = tmp_path / made
+        path.touch() if made == "r.yaml" else path.mkdir()
+    settings.check_front_end()
+
+
 @pytest.mark.parametrize(
     ("merge", "words"),
     [
@@ -41,7 +56,7 @@ def test_the_engine_may_read_what_was_merged(tmp_path):
 )
 def test_bad_settings(merge, words):
     with pytest.raises(AdapterError) as caught:
-        _read(**merge)
+        _read(**merge).check_front_end()
     assert caught.value.code == "bad_settings"
     for word in words:
         assert word in caught.value.text

@@ -5,7 +5,10 @@ Both run before a tensor reaches a slot: one NaN there would poison the KV cache
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import replace
+from difflib import get_close_matches
 
 import torch
 
@@ -21,6 +24,9 @@ BLOCK_PARTS = (
     frozenset({"gate_up_proj", "down_proj"}),
     frozenset({"fc1", "fc2"}),
 )
+# Layers that guess tokens ahead. Models that are served without them may have adapters on them.
+DRAFTERS = ("mtp.",)
+_NUMBER = re.compile(r"\.(\d+)(?=\.|$)")
 
 
 def check_adapter(adapter: RoutedAdapter) -> None:
@@ -68,18 +74,18 @@ def check_fits(
         AdapterError: `wrong_base`, `unknown_module`, `shape_mismatch`, `rank_too_large`,
             `router_too_large`, `overflow`.
     """
-    layers = _layers(adapter)
-    wrong = {name: error for name, m in layers.items() if (error := _fits(name, m, shapes))}
+    adapted = _layers(adapter)
+    wrong = [name for name, m in adapted.items() if shapes.get(name) != _sizes(m)]
     trained_on, served = _last_part(adapter.base_model), _last_part(base_name)
-    if trained_on and served and trained_on != served and 2 * len(wrong) > len(layers):
+    if trained_on and served and trained_on != served and 2 * len(wrong) > len(adapted):
         raise AdapterError(
             "wrong_base",
             f"the adapter was made for '{trained_on}', this server runs '{served}': {len(wrong)} of"
-            f" {len(layers)} adapted layers do not fit, for example {min(wrong)}",
+            f" {len(adapted)} adapted layers do not fit, for example {min(wrong)}",
             fix=f"serve it with '{trained_on}'",
         )
-    for error in wrong.values():
-        raise error
+    if wrong:
+        raise _misfit(wrong[0], _sizes(adapted[wrong[0]]), shapes)
     for name, block in adapter.blocks.items():
         _check_router_width(name, block, shapes)
     every: dict[str, RoutedModule | MixBlock] = {**adapter.modules, **adapter.blocks}
@@ -103,6 +109,36 @@ def check_overflow(adapter: RoutedAdapter, dtype: torch.dtype) -> None:
                     "overflow", f"{what} of {name} has values too large for {dtype}", seen=seen,
                     limit=largest, fix="choose bfloat16 or float32 (--dtype)",
                 )  # fmt: skip
+
+
+def without_drafter(
+    adapter: RoutedAdapter, has: Collection[str], skip_prefixes: Iterable[str] = ()
+) -> RoutedAdapter:
+    """The adapter without layers of a drafter that the served model leaves out.
+
+    Args:
+        has: names of the layers that the model has, as the adapter names them; they always stay.
+        skip_prefixes: vLLM's `lora_skip_prefixes` of the model, beside `DRAFTERS`.
+    Raises:
+        AdapterError: `empty_adapter`, nothing else is adapted.
+    """
+    prefixes = {*DRAFTERS, *skip_prefixes}
+
+    def stays(name: str, *layers: str) -> bool:
+        mine = not any(f"{name}.".startswith(p) or f".{p}" in f"{name}." for p in prefixes)
+        return mine or any(layer in has for layer in layers)
+
+    modules = {n: m for n, m in adapter.modules.items() if stays(n, n)}
+    parts = {n: [f"{n}.{part}" for part in block.parts] for n, block in adapter.blocks.items()}
+    blocks = {n: b for n, b in adapter.blocks.items() if stays(n, *parts[n])}
+    if len(modules) == len(adapter.modules) and len(blocks) == len(adapter.blocks):
+        return adapter
+    if not modules and not blocks:
+        raise AdapterError(
+            "empty_adapter", "the adapter only adapts a drafter, which this model leaves out",
+            seen=[*adapter.modules, *adapter.blocks][:4], fix="serve the adapter of the model",
+        )  # fmt: skip
+    return replace(adapter, modules=modules, blocks=blocks)
 
 
 def _check_matrices(name: str, module: RoutedModule) -> None:
@@ -235,24 +271,25 @@ def _block_parts(adapter: RoutedAdapter) -> dict[str, LowRank]:
     return {f"{n}.{p}": m for n, b in adapter.blocks.items() for p, m in b.parts.items()}
 
 
-def _fits(
-    name: str, module: RoutedModule | LowRank, shapes: Mapping[str, tuple[int, int]]
-) -> AdapterError | None:
+def _sizes(module: RoutedModule | LowRank) -> tuple[int, int]:
+    return module.a_RK.shape[1], module.b_NR.shape[0]
+
+
+def _misfit(
+    name: str, seen: tuple[int, int], shapes: Mapping[str, tuple[int, int]]
+) -> AdapterError:
     if name not in shapes:
         return AdapterError(
             "unknown_module", "the adapter adapts a layer that this model does not have, or that"
-            " cannot be adapted", seen=name, limit=f"{len(shapes)} layers, for example"
-            f" {min(shapes, default='none')}", fix="serve it with the model it was trained on",
-        )  # fmt: skip
-    seen = (module.a_RK.shape[1], module.b_NR.shape[0])
-    if seen != tuple(shapes[name]):
-        return AdapterError(
-            "shape_mismatch", f"{name} has other sizes in the adapter than in the model",
-            seen=f"in {seen[0]}, out {seen[1]}",
-            limit=f"in {shapes[name][0]}, out {shapes[name][1]}",
+            " cannot be adapted", seen=name, limit=_like(name, shapes),
             fix="serve it with the model it was trained on",
         )  # fmt: skip
-    return None
+    return AdapterError(
+        "shape_mismatch", f"{name} has other sizes in the adapter than in the model",
+        seen=f"in {seen[0]}, out {seen[1]}",
+        limit=f"in {shapes[name][0]}, out {shapes[name][1]}",
+        fix="serve it with the model it was trained on",
+    )  # fmt: skip
 
 
 def _check_limits(
@@ -274,6 +311,22 @@ def _check_limits(
             fix="start the server with --additional-config "
             f"'{{\"lora_ext\": {{\"max_router_rows\": {rows}}}}}'",
         )  # fmt: skip
+
+
+def _like(name: str, has: Collection[str]) -> str:
+    """The layers that a model has, by kind: those that look most like `name`."""
+    if not has:
+        return "the model has no layer that an adapter can be put on"
+    kinds: dict[str, list[int]] = {}
+    for layer in has:
+        numbers = kinds.setdefault(_NUMBER.sub(".*", layer), [])
+        numbers += [int(number) for number in _NUMBER.findall(layer)[:1]]
+    near = get_close_matches(_NUMBER.sub(".*", name), kinds, n=4, cutoff=0.0)
+    shown = [
+        f"{kind} ({min(kinds[kind])} to {max(kinds[kind])})" if kinds[kind] else kind
+        for kind in near
+    ]
+    return f"{len(has)} layers, among them {', '.join(shown)}"
 
 
 def _last_part(name: str) -> str:

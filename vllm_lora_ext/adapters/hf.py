@@ -64,6 +64,8 @@ def model_shapes(hf_model: nn.Module) -> dict[str, tuple[int, int]]:
     for name, layer in hf_model.named_modules():
         if isinstance(layer, nn.Linear):
             shapes[name] = (layer.in_features, layer.out_features)
+        elif type(layer).__name__ == "Conv1D":  # GPT-2's linear, its weight [in, out]
+            shapes[name] = (layer.weight.shape[0], layer.weight.shape[1])
         elif isinstance(layer, nn.Embedding):
             shapes[name] = (layer.num_embeddings, layer.embedding_dim)
     return shapes

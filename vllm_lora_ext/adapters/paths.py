@@ -36,28 +36,57 @@ def resolve_inside(path: str | os.PathLike[str], roots: Iterable[str | os.PathLi
     )
 
 
-def real_file(folder: Path, name: str) -> Path | None:
+def real_file(
+    folder: Path, name: str, roots: Iterable[str | os.PathLike[str]] | None = ()
+) -> Path | None:
     """The real path of the regular file `name` in `folder`, or None when there is none.
 
+    Args:
+        roots: where a link out of the folder may lead; None: anywhere.
     Raises:
-        AdapterError: `path_not_allowed`, the name or a symlink leads out of the folder;
-            `bad_file`, it is there but no regular file (opening a pipe would hang the server).
+        AdapterError: `path_not_allowed`, see `check_inside`; `bad_file`, it is there but no
+            regular file (opening a pipe would hang the server).
     """
-    real_folder = Path(os.path.realpath(folder))
-    if not name or "\0" in name or os.path.isabs(name):
-        raise outside(name)
-    real = Path(os.path.realpath(real_folder / name))
-    if not (real.is_relative_to(real_folder) or _is_hub_blob(real_folder, real)):
-        raise outside(name)
+    real = check_inside(folder, name, roots)
     try:
         mode = os.stat(real).st_mode
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        raise AdapterError("bad_file", f"'{name}' cannot be opened: {error.strerror}") from error
+        raise AdapterError(
+            "bad_file", f"'{name}' cannot be opened: {error.strerror}", fix="put a file there"
+        ) from error
     if not stat.S_ISREG(mode):
         raise AdapterError("bad_file", f"'{name}' is not a regular file", fix="put a file there")
     return real
+
+
+def check_inside(
+    folder: Path, name: str, roots: Iterable[str | os.PathLike[str]] | None = ()
+) -> Path:
+    """The real path of `name` in `folder`, there or not.
+
+    People link files from a store, as the Hugging Face cache does. Whoever may write a link into
+    the folder may send the server to it, so a link must stay inside `roots`, where there are any.
+
+    Raises:
+        AdapterError: `path_not_allowed`, the name leads out of the folder, or a link out of the
+            folder and the roots.
+    """
+    if not name or "\0" in name or os.path.isabs(name):
+        raise outside(name)
+    real_folder = Path(os.path.realpath(folder))
+    real = Path(os.path.realpath(real_folder / name))
+    if real.is_relative_to(real_folder) or _is_hub_blob(real_folder, real):
+        return real
+    by_link = ".." not in Path(name).parts
+    if not by_link or not (roots is None or any(map(real.is_relative_to, _real(roots)))):
+        raise outside(name)
+    return real
+
+
+def _real(folders: Iterable[str | os.PathLike[str]]) -> list[str]:
+    return [os.path.realpath(folder) for folder in folders]
 
 
 def _is_hub_blob(real_folder: Path, real: Path) -> bool:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from importlib.metadata import entry_points
-from typing import Any
+from typing import Any, Literal
 
 from vllm_lora_ext.adapters.checks import check_adapter
-from vllm_lora_ext.adapters.folder import CONFIG, AdapterFolder, Limits
+from vllm_lora_ext.adapters.folder import CONFIG, AdapterFolder, Limits, Roots
 from vllm_lora_ext.adapters.model import RoutedAdapter
 from vllm_lora_ext.adapters.readers import (
     adalora,
@@ -130,19 +130,29 @@ def load_adapter(
     path: str | os.PathLike[str],
     limits: Limits | None = None,
     settings: Mapping[str, Any] | None = None,
+    *,
+    roots: Roots | None = None,
+    pickle: Literal["weights_only"] | None = None,
+    accept_config_keys: Collection[str] = (),
 ) -> RoutedAdapter:
     """Read and check the adapter in a folder.
 
     Args:
-        path: the folder. Its files are never executed, and none outside it is opened.
+        path: the folder. Its files are never executed.
         limits: sizes that are still taken for an adapter.
         settings: what the files leave out, as the sidecar `routing.json` would say it.
+        roots: folders that links out of the adapter's folder may lead into; None: anywhere.
+        pickle: `weights_only` also reads `adapter_model.bin`, where there is no safetensors file.
+        accept_config_keys: keys of the config that no format knows and that are ignored.
     Returns:
         The adapter, with fp32 tensors in memory of their own, all finite, no tensor left over.
     Raises:
         AdapterError: the folder cannot be served; docs/errors.md lists the codes. Nothing else.
     """
-    folder = AdapterFolder(path, limits, settings)
+    folder = AdapterFolder(
+        path, limits, settings,
+        roots=roots, allow_pickle=pickle is not None, accepted=accept_config_keys,
+    )  # fmt: skip
     adapter = find_reader(folder).read(folder)
     digest = folder.finish()
     adapter = dataclasses.replace(adapter, source=os.fspath(path), digest=digest)

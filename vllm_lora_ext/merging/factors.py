@@ -75,12 +75,14 @@ class Factors:
 def load_factors(folder: str | os.PathLike[str], limits: Limits | None = None) -> Factors:
     """Read an ordinary LoRA folder, every scale folded into B.
 
+    A server merges too, and knows no roots here: links must stay in the folder or the hub's cache.
+
     Raises:
         AdapterError: those of `load_adapter`; `unsupported_feature` for an adapter with gates or
             on embeddings.
     """
-    adapter = load_adapter(folder, limits)
-    config = AdapterFolder(folder, limits).config
+    adapter = load_adapter(folder, limits, roots=())
+    config = AdapterFolder(folder, limits, roots=()).config
     return fold(adapter, config if adapter.system == "plain" else {})
 
 
@@ -115,7 +117,7 @@ def fold(adapter: RoutedAdapter, config: Mapping[str, Any]) -> Factors:
     scales = {name: lora.scale(name) for name in modules}
     return Factors(
         modules, adapter.base_model, adapter.source, scales, lora.rslora,
-        config_rank=max([lora.r, *(rank for _, rank in lora.ranks)]),
+        config_rank=max([lora.r, *lora.ranks.values()]),
         config_scale=lora.alpha / (math.sqrt(lora.r) if lora.rslora else lora.r),
     )  # fmt: skip
 

@@ -40,7 +40,7 @@ def load_soups(
 def _read_soup(
     path: str | os.PathLike[str], limits: Limits | None
 ) -> tuple[Factors, dict[str, float]]:
-    folder = AdapterFolder(path, limits)
+    folder = AdapterFolder(path, limits, roots=())
     adapter = plain.read(folder)
     scalars = {}
     for name in folder.names:

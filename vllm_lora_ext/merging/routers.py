@@ -167,7 +167,7 @@ def read_router(path: str | os.PathLike[str], gate: Mapping[str, Any] | None = N
             seen=given["blocks"], fix="leave 'blocks' out",
         )  # fmt: skip
     if os.path.isdir(path):
-        return _router_of_adapter(load_adapter(path), given)
+        return _router_of_adapter(load_adapter(path, roots=()), given)
     if not given:
         raise AdapterError(
             "missing_setting", "a file of routers does not say what becomes of their logits",

@@ -31,7 +31,9 @@ def detect(folder: AdapterFolder) -> bool:
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
     # rank_pattern says which ranks were kept: saving has already removed the others.
-    config = read_peft_config({**folder.config, "rank_pattern": {}}, also=_KEYS)
+    config = read_peft_config(
+        {**folder.config, "rank_pattern": {}}, also=_KEYS, accepted=folder.accepted
+    )
     init_r = whole(folder.config, "init_r")
     modules = {}
     for name, parts in group(folder.names, _PART).items():

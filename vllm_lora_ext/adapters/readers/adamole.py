@@ -98,7 +98,7 @@ def _read(
         )  # fmt: skip
     config = early_peft_config(
         {**folder.config, "r": folder.config["lora_rank"]}, title,
-        also=("lora_rank", "num_experts", *keys),
+        ("lora_rank", "num_experts", *keys), folder.accepted,
     )  # fmt: skip
     experts = expert_count(folder.config, "num_experts")
     fields = {

@@ -26,7 +26,7 @@ def detect(folder: AdapterFolder) -> bool:
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
-    base_model = read_tuner_config(folder.config, _KEYS)
+    base_model = read_tuner_config(folder, _KEYS)
     ranks = read_peft_config({
         "r": require(folder.config, "r"), "lora_alpha": 1,
         "rank_pattern": folder.config.get("rank_pattern") or {},

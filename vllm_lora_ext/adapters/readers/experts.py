@@ -19,13 +19,15 @@ from vllm_lora_ext.adapters.readers.peft_config import (
 from vllm_lora_ext.errors import AdapterError
 
 
-def early_peft_config(config: dict[str, Any], system: str, also: Collection[str] = ()) -> PeftLora:
+def early_peft_config(
+    config: dict[str, Any], system: str, also: Collection[str] = (), accepted: Collection[str] = ()
+) -> PeftLora:
     """The config of a fork of an early PEFT, which knew one rank and one scale.
 
     Raises:
         AdapterError: what `read_peft_config` raises; `unsupported_feature`.
     """
-    found = read_peft_config(config, also=also)
+    found = read_peft_config(config, also=also, accepted=accepted)
     if found.rslora or found.ranks or found.alphas:
         raise AdapterError(
             "unsupported_feature",

@@ -31,7 +31,7 @@ from vllm_lora_ext.adapters.readers.peft_config import (
 _PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_topk_bias|lora_[AB]\.weight)")
 _MARK = re.compile(r".+\.lora_topk_bias")
 # `bias_u` is the step by which training moves the bias.
-_KEYS = ("top_k", "bias_u")
+_KEYS = ("top_k", "bias_u", "init_lora_weights")  # of its own kind: sparse
 
 
 def detect(folder: AdapterFolder) -> bool:
@@ -41,7 +41,7 @@ def detect(folder: AdapterFolder) -> bool:
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
-    config = read_peft_config(folder.config, also=_KEYS)
+    config = read_peft_config(folder.config, also=_KEYS, accepted=folder.accepted)
     # The fork writes all of these; without one, its default would change the numbers.
     needed(folder.config, ("top_k", "use_rslora", "rank_pattern", "alpha_pattern"))
     k = whole_number(folder.config["top_k"], f"top_k in {CONFIG}", 1, MAX_RANK)

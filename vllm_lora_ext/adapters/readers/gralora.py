@@ -32,7 +32,7 @@ def detect(folder: AdapterFolder) -> bool:
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
-    base_model = read_tuner_config(folder.config, _KEYS)
+    base_model = read_tuner_config(folder, _KEYS)
     k, hybrid = whole(folder.config, "gralora_k"), whole(folder.config, "hybrid_r", 0)
     alpha = number(folder.config, "alpha")
     ranks = read_peft_config({

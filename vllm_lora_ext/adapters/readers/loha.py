@@ -31,7 +31,7 @@ def detect(folder: AdapterFolder) -> bool:
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
-    base_model = read_tuner_config(folder.config, _KEYS)
+    base_model = read_tuner_config(folder, _KEYS)
     scales = lycoris_scales(folder.config)
     modules = {}
     for name, parts in group(folder.names, _PART).items():

@@ -47,7 +47,7 @@ def read_config(folder: AdapterFolder, system: str) -> tuple[PeftLora, int]:
     Raises:
         AdapterError: what `early_peft_config` and `expert_count` raise; `unsupported_feature`.
     """
-    config = early_peft_config(folder.config, system, also=_KEYS)
+    config = early_peft_config(folder.config, system, _KEYS, folder.accepted)
     for feature in ("enable_lora", "merge_weights"):
         if folder.config.get(feature):
             raise AdapterError(

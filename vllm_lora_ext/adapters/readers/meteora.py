@@ -72,7 +72,10 @@ def _tasks(folder: AdapterFolder) -> list[PeftLora]:
                 "unknown_peft_type", f"an expert of MeteoRA must be an ordinary LoRA: {file}",
                 seen=config.get("peft_type"), limit="LORA", fix="use ordinary LoRA experts",
             )  # fmt: skip
-    return [read_peft_config(c, file) for c, file in zip(configs, files, strict=True)]
+    return [
+        read_peft_config(config, file, accepted=folder.accepted)
+        for file, config in zip(files, configs, strict=True)
+    ]
 
 
 def _stated_scales(folder: AdapterFolder, experts: int) -> list[float] | None:

@@ -36,7 +36,7 @@ def detect(folder: AdapterFolder) -> bool:
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
-    base_model = read_tuner_config(folder.config, _KEYS)
+    base_model = read_tuner_config(folder, _KEYS)
     rank, flavour = whole(folder.config, "r"), folder.config.get("init_weights")
     if flavour == "bat":
         raise AdapterError(

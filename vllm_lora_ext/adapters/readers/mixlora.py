@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from vllm_lora_ext.adapters.readers.peft_config import (
     MAX_RANK,
     bad_value,
     base_model_of,
+    check_keys,
     flag,
     whole_number,
 )
@@ -85,7 +86,7 @@ def detect(folder: AdapterFolder) -> bool:
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
-    _check_keys(folder.config)
+    _check_keys(folder.config, folder.accepted)
     names = _modern_names(folder)
     routers = group(names, _ROUTER)
     experts = group(names, _EXPERT)
@@ -114,7 +115,7 @@ def read(folder: AdapterFolder) -> RoutedAdapter:
     return RoutedAdapter(modules, "mixlora", config.base_model, blocks=blocks)
 
 
-def _check_keys(config: Mapping[str, Any]) -> None:
+def _check_keys(config: Mapping[str, Any], accepted: Collection[str]) -> None:
     for key in _NEEDED:
         _need(config, key)
     strategy = config["routing_strategy"]
@@ -127,21 +128,12 @@ def _check_keys(config: Mapping[str, Any]) -> None:
         )  # fmt: skip
     if strategy not in ("mixlora", "mixlora-dynamic", _LEGACY):
         raise bad_value(f"routing_strategy in {CONFIG}", strategy, "mixlora or mixlora-dynamic")
-    _known_keys(config, CONFIG)
+    check_keys(config, CONFIG, _KEYS, {}, accepted=accepted)
     if config.get("bias", "none") != "none":
         raise AdapterError(
             "unsupported_feature", f"'bias' in {CONFIG}: trained biases cannot be served",
             seen=config["bias"], limit="none", fix="train without it",
         )  # fmt: skip
-
-
-def _known_keys(config: Mapping[str, Any], where: str) -> None:
-    for key, value in config.items():
-        if key not in _KEYS:
-            raise AdapterError(
-                "unknown_key", f"{where} holds '{key}', which MixLoRA does not have", seen=value,
-                fix="if it matters for training only, remove it from the file",
-            )  # fmt: skip
 
 
 def _need(config: Mapping[str, Any], key: str) -> Any:
@@ -163,7 +155,8 @@ def _read_config(
     if inner is not None:
         if not isinstance(inner, dict):
             raise bad_value(f"expert_lora in {CONFIG}", inner, "an object")
-        _known_keys(inner, f"expert_lora of {CONFIG}")
+        where = f"expert_lora of {CONFIG}"
+        check_keys(inner, where, _KEYS, {}, accepted=folder.accepted)
         expert = _lora({**config, **inner}, f"expert_lora of {CONFIG}")
         if _ignores_expert_lora(folder, inner, own, expert, names, experts):
             expert = own

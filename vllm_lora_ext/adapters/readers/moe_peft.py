@@ -67,7 +67,7 @@ def _read(
     also: tuple[str, ...] = (),
     plain_attention: bool = False,
 ) -> RoutedAdapter:
-    config = read_peft_config(folder.config, also=(*_KEYS, *also))
+    config = read_peft_config(folder.config, also=(*_KEYS, *also), accepted=folder.accepted)
     if config.ranks or config.alphas:
         raise AdapterError(
             "unsupported_feature", f"MoE-PEFT knows no rank_pattern or alpha_pattern ({CONFIG})",

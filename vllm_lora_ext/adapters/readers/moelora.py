@@ -40,7 +40,7 @@ def detect(folder: AdapterFolder) -> bool:
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
-    config = read_peft_config(folder.config, also=_KEYS)
+    config = read_peft_config(folder.config, also=_KEYS, accepted=folder.accepted)
     if config.rslora or config.ranks or config.alphas:
         raise AdapterError(
             "unsupported_feature",

@@ -40,7 +40,7 @@ def read(folder: AdapterFolder) -> RoutedAdapter:
     needed(folder.config, ("r",))
     ranks = _list(folder.config["r"], f"r in {CONFIG}", MAX_RANK)
     # A rank of 1 stands in for the list, which PEFT does not have.
-    config = early_peft_config({**folder.config, "r": 1}, "MoLA")
+    config = early_peft_config({**folder.config, "r": 1}, "MoLA", accepted=folder.accepted)
     k = _by_layer(folder, "top_k", "how many experts a token uses, by layer", len(ranks))
     experts = None
     if folder.has_setting("number_experts"):

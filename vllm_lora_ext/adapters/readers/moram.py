@@ -40,7 +40,7 @@ def detect(folder: AdapterFolder) -> bool:
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
-    config = early_peft_config(folder.config, "MoRAM", also=_KEYS)
+    config = early_peft_config(folder.config, "MoRAM", _KEYS, folder.accepted)
     needed(folder.config, ("r_sum",))
     for key in ("use_moram", "use_mora", "save_loranew"):
         flag(folder.config.get(key), f"{key} in {CONFIG}")

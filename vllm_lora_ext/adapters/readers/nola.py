@@ -57,7 +57,7 @@ def read_pairs(
     Raises:
         AdapterError: as for an ordinary LoRA; `setting_mismatch`, this torch draws another basis.
     """
-    config = read_peft_config(folder.config, also=_KEYS)
+    config = read_peft_config(folder.config, also=_KEYS, accepted=folder.accepted)
     if folder.config.get("use_nola", True) is not True:
         raise bad_value(f"use_nola in {CONFIG}", folder.config["use_nola"], "true")
     count = whole(folder.config, "nola_num_basis")

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vllm_lora_ext.adapters.readers.patterns import Patterns
 from vllm_lora_ext.errors import AdapterError
 
 MAX_ALPHA = 65536.0
 MAX_RANK = 1 << 16
-MAX_PATTERNS = 4096
 
-# Written by PEFT for training only: they do not change what the saved tensors compute.
+# Written for training, for finding the layers, or for merging: they do not change what the saved
+# tensors compute. Every field of PEFT's LoraConfig is here, in REFUSED, or `bias`; docs/adapters.md
+# says why.
 HARMLESS = frozenset({
-    "auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "exclude_modules",
-    "inference_mode", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
-    "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "alpha_pattern",
-    "rank_pattern", "peft_type", "peft_version", "qalora_group_size", "r", "revision",
-    "runtime_config", "target_modules", "task_type", "use_rslora", "init_lora_weights",
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "corda_config",
+    "ensure_weight_tying", "eva_config", "exclude_modules", "fan_in_fan_out", "inference_mode",
+    "init_lora_weights", "layers_pattern", "layers_to_transform", "loftq_config", "lora_alpha",
+    "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core", "monteclora_config",
+    "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision",
+    "runtime_config", "target_modules", "task_type", "use_rslora", "velora_config",
 })  # fmt: skip
 # Each of these changes what the layer computes. Any value but null, false or empty is refused.
 REFUSED = {
@@ -35,13 +37,11 @@ REFUSED = {
     "trainable_token_indices": "trained token embeddings",
     "target_parameters": "LoRA on bare parameters",
     "kasa_config": "KaSA",
-    "velora_config": "VeLoRA",
-    "monteclora_config": "MonteCLoRA",
-    "fan_in_fan_out": "transposed weights (fan_in_fan_out)",
-    "ensure_weight_tying": "tied adapters (ensure_weight_tying)",
 }
-# These subtract something from the base weight, so the tensors alone do not make the adapter.
-CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+# Ways to begin that leave the base weights alone. PiSSA, OLoRA, CorDA and LoftQ subtract from them,
+# so the tensors alone do not make the adapter; LoRA-GA does so while it trains, and not when PEFT
+# reads what was saved.
+INITS = ("gaussian", "eva", "orthogonal", "mica", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -50,39 +50,48 @@ class PeftLora:
 
     Args:
         r, alpha: the defaults.
-        ranks, alphas: (pattern over module names, value), the first match counts.
+        ranks, alphas: pattern over module names → value.
         rslora: scale is alpha / sqrt(r) instead of alpha / r.
         where: the file, for messages.
     """
 
     r: int
     alpha: float
-    ranks: list[tuple[re.Pattern[str], int]]
-    alphas: list[tuple[re.Pattern[str], float]]
+    ranks: Patterns[int]
+    alphas: Patterns[float]
     rslora: bool
     base_model: str
     where: str
 
     def rank(self, module: str) -> int:
-        return int(_by_pattern(self.ranks, module, self.r))
+        """Raises AdapterError `bad_value`, the patterns take too long."""
+        found = self.ranks.find(module)
+        return self.r if found is None else found
 
     def scale(self, module: str) -> float:
-        rank = self.rank(module)
-        alpha = float(_by_pattern(self.alphas, module, self.alpha))
+        """Raises AdapterError `bad_value`, the patterns take too long."""
+        rank, alpha = self.rank(module), self.alphas.find(module)
+        alpha = self.alpha if alpha is None else alpha
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
 
 def read_peft_config(
-    config: dict[str, Any], where: str = "adapter_config.json", also: Collection[str] = ()
+    config: dict[str, Any],
+    where: str = "adapter_config.json",
+    also: Collection[str] = (),
+    accepted: Collection[str] = (),
 ) -> PeftLora:
     """Check a PEFT config and take out what serving needs.
 
     Args:
         also: keys beyond PEFT's own that the caller reads itself.
+        accepted: keys that nobody knows and that are let through.
     Raises:
         AdapterError: `missing_key`, `bad_value`, `unknown_key`, `unsupported_feature`.
     """
-    _refuse_features(config, where, also)
+    check_keys(config, where, HARMLESS, REFUSED, also, accepted)
+    if "init_lora_weights" not in also:
+        _check_init(config.get("init_lora_weights"), where)
     # PEFT writes every field; one gone from such a file was lost, and its default would be a guess.
     needed = ["r", "lora_alpha"]
     if config.get("peft_version"):
@@ -100,11 +109,14 @@ def read_peft_config(
         key: _alpha(value, f"alpha_pattern['{key}'] in {where}")
         for key, value in _table(config, "alpha_pattern", where).items()
     }
+    r = config["r"]
+    if isinstance(r, float) and r.is_integer():
+        r = int(r)
     return PeftLora(
-        r=whole_number(config["r"], f"r in {where}", 1, MAX_RANK),
+        r=whole_number(r, f"r in {where}", 1, MAX_RANK),
         alpha=_alpha(config["lora_alpha"], f"lora_alpha in {where}"),
-        ranks=_compile(ranks, f"rank_pattern in {where}"),
-        alphas=_compile(alphas, f"alpha_pattern in {where}"),
+        ranks=Patterns(ranks, f"rank_pattern in {where}"),
+        alphas=Patterns(alphas, f"alpha_pattern in {where}"),
         rslora=flag(config.get("use_rslora"), f"use_rslora in {where}"),
         base_model=base_model_of(config, where),
         where=where,
@@ -155,56 +167,47 @@ def _table(config: dict[str, Any], key: str, where: str) -> dict[str, Any]:
     return table
 
 
-def _refuse_features(config: dict[str, Any], where: str, also: Collection[str]) -> None:
+def check_keys(
+    config: Mapping[str, Any],
+    where: str,
+    harmless: Collection[str],
+    refused: Mapping[str, str],
+    also: Collection[str] = (),
+    accepted: Collection[str] = (),
+) -> None:
+    """Refuse what would change the numbers, and what nobody knows.
+
+    Args:
+        harmless, also: keys with any value.
+        refused: key → what it switches on.
+        accepted: keys that are let through where nobody knows them.
+    Raises:
+        AdapterError: `unsupported_feature`, `unknown_key`.
+    """
     for key, value in config.items():
-        if key in HARMLESS or key in also or value in (None, False, "", [], {}):
+        if key in harmless or key in also or value in (None, False, "", [], {}):
             continue
-        if key in REFUSED or (key == "bias" and value != "none"):
+        if key in refused or (key == "bias" and value != "none"):
             raise AdapterError(
                 "unsupported_feature",
-                f"'{key}' in {where}: {REFUSED.get(key, 'trained biases')} cannot be served",
+                f"'{key}' in {where}: {refused.get(key, 'trained biases')} cannot be served",
                 seen=value, limit="none" if key == "bias" else "null or false",
                 fix="train without it, or merge it into the base model",
             )  # fmt: skip
-        if key != "bias":
+        if key != "bias" and key not in accepted:
             raise AdapterError(
-                "unknown_key", f"{where} holds '{key}', which ordinary LoRA does not have",
-                seen=value, fix="if it matters for training only, remove it from the file",
+                "unknown_key", f"{where} holds '{key}', which this format does not have",
+                seen=value, fix="if it matters for training only, remove it from the file, or start"
+                f' the server with --additional-config \'{{"lora_ext": {{"accept_config_keys":'
+                f' ["{key}"]}}}}\'',
             )  # fmt: skip
-    init = config.get("init_lora_weights")
-    if isinstance(init, str) and init.lower().startswith(CHANGED_BASE):
+
+
+def _check_init(init: object, where: str) -> None:
+    if isinstance(init, str) and init.lower() not in INITS:
         raise AdapterError(
             "unsupported_feature",
             f"init_lora_weights in {where} changed the base weights when training began",
-            seen=init, limit=f"anything but {', '.join(CHANGED_BASE)}",
+            seen=init, limit=f"true, false or {', '.join(INITS)}",
             fix="save it with PEFT's path_initial_model_for_weight_conversion",
         )  # fmt: skip
-
-
-def _compile(table: dict[str, Any], field: str) -> list[tuple[re.Pattern[str], Any]]:
-    """PEFT's patterns: each must match the whole module name, or a tail of it after a dot.
-
-    They come from an untrusted file, and Python's regex engine can be made to run for years:
-    a few repetitions of single characters are allowed, repeated groups are not.
-    """
-    if len(table) > MAX_PATTERNS:
-        raise bad_value(field, f"{len(table)} patterns", f"up to {MAX_PATTERNS}")
-    found = []
-    for pattern, value in table.items():
-        repeats = _REPEAT.findall(pattern)
-        risky = len(repeats) > 2 or any(r.startswith(")") for r in repeats) or "\\\\" in pattern
-        if risky or len(pattern) > 300:
-            limit = "300 characters, two of * + ? {, none of them after a group, no \\\\"
-            raise bad_value(f"a pattern of {field}", pattern, limit)
-        try:
-            found.append((re.compile(rf"(.*\.)?({pattern})$"), value))
-        except (re.error, RecursionError, OverflowError) as error:
-            raise bad_value(f"a pattern of {field}", pattern, f"a regex ({error})") from error
-    return found
-
-
-def _by_pattern(patterns: list[tuple[re.Pattern[str], Any]], module: str, default: Any) -> Any:
-    return next((value for pattern, value in patterns if pattern.match(module)), default)
-
-
-_REPEAT = re.compile(r"(?<!\\)[^(\\]?[*+?{]|\\.[*+?{]")

@@ -8,13 +8,14 @@ import re
 from vllm_lora_ext.adapters.folder import AdapterFolder
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.readers.base import Reader
-from vllm_lora_ext.adapters.readers.names import PREFIX, group, part, rank_mismatch
+from vllm_lora_ext.adapters.readers.names import PREFIX, group, module_of, part, rank_mismatch
 from vllm_lora_ext.adapters.readers.peft_config import PeftLora, read_peft_config
 from vllm_lora_ext.errors import AdapterError
 
 # PEFT keeps the adapter's name in the middle when a state dict is saved by hand.
 _LINEAR = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])(\.\w+)?\.weight")
 _EMBEDDING = re.compile(r"(?P<module>.+)\.(?P<part>lora_embedding_[AB])(\.\w+)?(\.weight)?")
+_TRAINING = re.compile(r"(?P<module>.+)\.lora_(?P<of>velora|monteclora)_(embed|sampler)(\.\w+)*")
 # Tensor names that make a LORA folder something else.
 _OTHER = re.compile(
     r"lora_route|lora_[AB]_?\d|lora_topk_bias|loranew_|router\.router|moe_gate|lora_router"
@@ -56,7 +57,7 @@ def read_pairs(
     Raises:
         AdapterError: as `read`.
     """
-    config = read_peft_config(folder.config, where)
+    config = read_peft_config(folder.config, where, accepted=folder.accepted)
     _refuse_magnitudes(folder.names)
     linear, embedding = group(folder.names, _LINEAR), group(folder.names, _EMBEDDING)
     both = sorted(set(linear) & set(embedding))
@@ -71,6 +72,7 @@ def read_pairs(
     for name, parts in embedding.items():
         modules[name] = _read_pair(folder, config, name, parts, "lora_embedding_")
     _skip_base_embeddings(folder, modules)
+    _skip_training(folder, modules)
     return config, modules
 
 
@@ -111,6 +113,16 @@ def _skip_base_embeddings(folder: AdapterFolder, modules: dict[str, RoutedModule
                 folder.skip([name])
 
 
+def _skip_training(folder: AdapterFolder, modules: dict[str, RoutedModule]) -> None:
+    """What VeLoRA and MonteCLoRA need beside A and B, to train only."""
+    for name in folder.names:
+        found = _TRAINING.fullmatch(name)
+        if found is None or module_of(found["module"]) not in modules:
+            continue
+        if folder.config.get(f"{found['of']}_config"):
+            folder.skip([name])
+
+
 READER = Reader(
     name="plain",
     title="LoRA (PEFT)",
@@ -127,5 +139,6 @@ READER = Reader(
         "rank_pattern and alpha_pattern change r and alpha of single layers, and are honoured.",
         "DoRA, trained biases, modules_to_save and adapters that changed the base weights when "
         "training began (PiSSA, OLoRA, CorDA, LoftQ) are refused by name.",
+        "target_modules and its kin choose layers for training; the tensors say which they are.",
     ),
 )

@@ -33,7 +33,7 @@ def detect(folder: AdapterFolder) -> bool:
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
-    base_model = read_tuner_config(folder.config, _KEYS)
+    base_model = read_tuner_config(folder, _KEYS)
     kind = folder.config.get("poly_type")
     if kind != "poly":
         raise AdapterError(

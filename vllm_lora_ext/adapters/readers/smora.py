@@ -37,7 +37,7 @@ def detect(folder: AdapterFolder) -> bool:
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
-    config = read_peft_config(folder.config, also=_KEYS)
+    config = read_peft_config(folder.config, also=_KEYS, accepted=folder.accepted)
     needed(folder.config, ("activate_r", "rank_partition"))
     if config.ranks or config.alphas:
         raise AdapterError(

@@ -13,6 +13,7 @@ from vllm_lora_ext.adapters.readers.peft_config import (
     PeftLora,
     bad_value,
     base_model_of,
+    check_keys,
     read_peft_config,
     whole_number,
 )
@@ -22,20 +23,19 @@ CONFIG = "adapter_config.json"
 SIZES = "in and out of the adapted layers: {layer's name or its last word: [in, out]}"
 # Written for training, or for finding the layers: they do not change what the tensors compute.
 _HARMLESS = frozenset({
-    "auto_mapping", "base_model_name_or_path", "exclude_modules", "inference_mode", "init_weights",
-    "layers_pattern", "layers_to_transform", "module_dropout", "peft_type", "peft_version",
-    "rank_dropout", "rank_dropout_scale", "revision", "runtime_config", "target_modules",
-    "task_type", "use_effective_conv2d",
+    "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "init_weights", "layers_pattern", "layers_to_transform", "module_dropout",
+    "peft_type", "peft_version", "rank_dropout", "rank_dropout_scale", "revision",
+    "runtime_config", "target_modules", "task_type", "use_effective_conv2d",
 })  # fmt: skip
 _REFUSED = {
-    "fan_in_fan_out": "transposed weights",
     "modules_to_save": "fully trained modules",
     "trainable_token_indices": "trained token embeddings",
     "target_parameters": "adapters on bare parameters",
 }
 
 
-def read_tuner_config(config: dict[str, Any], own: Collection[str]) -> str:
+def read_tuner_config(folder: AdapterFolder, own: Collection[str]) -> str:
     """Refuse what a tuner's config holds beyond its own keys; then the base model's name.
 
     Args:
@@ -43,20 +43,8 @@ def read_tuner_config(config: dict[str, Any], own: Collection[str]) -> str:
     Raises:
         AdapterError: `unsupported_feature`, `unknown_key`, `bad_value`.
     """
-    for key, value in config.items():
-        if key in _HARMLESS or key in own or value in (None, False, "", "none", [], {}):
-            continue
-        if key in _REFUSED or key == "bias":
-            raise AdapterError(
-                "unsupported_feature",
-                f"'{key}' in {CONFIG}: {_REFUSED.get(key, 'trained biases')} cannot be served",
-                seen=value, limit="null, false or none", fix="train without it",
-            )  # fmt: skip
-        raise AdapterError(
-            "unknown_key", f"{CONFIG} holds '{key}', which this method does not have", seen=value,
-            fix="if it matters for training only, remove it from the file",
-        )  # fmt: skip
-    return base_model_of(config, CONFIG)
+    check_keys(folder.config, CONFIG, _HARMLESS, _REFUSED, own, folder.accepted)
+    return base_model_of(folder.config, CONFIG)
 
 
 def lycoris_scales(config: dict[str, Any]) -> PeftLora:

@@ -36,7 +36,7 @@ def detect(folder: AdapterFolder) -> bool:
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
-    base_model = read_tuner_config(folder.config, _KEYS)
+    base_model = read_tuner_config(folder, _KEYS)
     rank, k = whole(folder.config, "r"), whole(folder.config, "topk")
     bank_VL = take_shaped(folder, _BANK, None, None)
     if k > bank_VL.shape[0]:

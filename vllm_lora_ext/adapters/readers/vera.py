@@ -36,7 +36,7 @@ def detect(folder: AdapterFolder) -> bool:
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
-    base_model = read_tuner_config(folder.config, _KEYS)
+    base_model = read_tuner_config(folder, _KEYS)
     rank = whole(folder.config, "r")
     layers = group(folder.names, _PART)
     sizes = {name: layer_sizes(folder, name) for name in layers}

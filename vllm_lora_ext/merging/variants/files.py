@@ -34,7 +34,7 @@ INDEX = "model.safetensors.index.json"
 class Artefact(AdapterFolder):
     """An adapter folder whose numbers may be of any dtype, and which can hide tensors."""
 
-    dtypes = (*FLOATS, *WHOLE, "F64", "BOOL")
+    dtypes = (*FLOATS, *WHOLE, "BOOL")
     _hidden: frozenset[str] = frozenset()
 
     @property

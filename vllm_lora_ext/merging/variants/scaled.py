@@ -77,7 +77,7 @@ def ia3(source: Source) -> Factors:
     A layer with a bias scales the bias too, which only the output multiplier can do.
     """
     keys = ("feedforward_modules", "init_ia3_weights")
-    base_model = read_tuner_config(source.folder.config, keys)
+    base_model = read_tuner_config(source.folder, keys)
     modules = {}
     for name, parts in group(source.folder.names, _IA3).items():
         tensor = part(parts, "ia3_l", name)
@@ -105,7 +105,7 @@ def ia3(source: Source) -> Factors:
 
 def hira(source: Source) -> Factors:
     """HiRA (ICLR 2025): delta = W ⊙ (B A), of full rank."""
-    base_model = read_tuner_config(source.folder.config, ("hira_dropout", "r", "rank_pattern"))
+    base_model = read_tuner_config(source.folder, ("hira_dropout", "r", "rank_pattern"))
     modules = {}
     for name, parts in group(source.folder.names, _HIRA).items():
         weight_NK = source.weight(name)
@@ -122,7 +122,7 @@ def hra(source: Source) -> Factors:
     H_i = H_{i-1} (I - 2 u_i u_i^T), so H - I = sum_i c_i u_i^T with c_i = -2 H_{i-1} u_i, and the
     delta is (W c_i) u_i^T summed. With Gram-Schmidt, c_i = -2 u_i.
     """
-    base_model = read_tuner_config(source.folder.config, ("apply_GS", "r"))
+    base_model = read_tuner_config(source.folder, ("apply_GS", "r"))
     rank = whole(source.folder.config, "r")
     orthogonal = bool(source.folder.config.get("apply_GS"))
     modules = {}
@@ -158,7 +158,7 @@ def reflections(u_KR: torch.Tensor, orthogonal: bool) -> tuple[torch.Tensor, tor
 
 def bat(source: Source) -> Factors:
     """MiSS `bat`: per r × r block of W (block row i), delta = W_block M_i + M_i. Of full rank."""
-    base_model = read_tuner_config(source.folder.config, ("mini_r", "miss_dropout", "r"))
+    base_model = read_tuner_config(source.folder, ("mini_r", "miss_dropout", "r"))
     modules = {}
     for name, parts in group(source.folder.names, _BAT).items():
         tensor = part(parts, "miss_block", name)

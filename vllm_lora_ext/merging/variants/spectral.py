@@ -37,7 +37,7 @@ def fourierft(source: Source) -> Factors:
     """
     folder = source.folder
     keys = ("n_frequency", "n_frequency_pattern", "random_loc_seed", "scaling")
-    base_model = read_tuner_config(folder.config, keys)
+    base_model = read_tuner_config(folder, keys)
     scaling = number(folder.config, "scaling")
     seed = whole(folder.config, "random_loc_seed", 0, _SEEDS)
     modules = {}
@@ -84,7 +84,7 @@ def fourier_factors(
 def c3a(source: Source) -> Factors:
     """C3A (arXiv 2407.19342): blocks w of b values, block[j, l] = w[(l - j) mod b] / in."""
     folder = source.folder
-    base_model = read_tuner_config(folder.config, ("block_size", "block_size_pattern"))
+    base_model = read_tuner_config(folder, ("block_size", "block_size_pattern"))
     modules = {}
     for name, parts in group(folder.names, _C3A).items():
         tensor = part(parts, "c3a_kernel", name)
@@ -107,7 +107,7 @@ def randlora(source: Source) -> Factors:
         "projection_prng_key", "r", "randlora_alpha", "randlora_dropout", "save_projection",
         "sparse", "very_sparse",
     )  # fmt: skip
-    base_model = read_tuner_config(folder.config, keys)
+    base_model = read_tuner_config(folder, keys)
     rank = whole(folder.config, "r")
     scale = number(folder.config, "randlora_alpha") / rank
     shared = [f"base_model.randlora_{p}" for p in "AB"]
@@ -150,7 +150,7 @@ def pvera(source: Source) -> Factors:
     )  # fmt: skip
     if folder.config.get("sample_at_inference"):
         raise bad_value("sample_at_inference in adapter_config.json", True, "false")
-    base_model = read_tuner_config(folder.config, keys)
+    base_model = read_tuner_config(folder, keys)
     rank = whole(folder.config, "r")
     shared = [f"base_model.pvera_{p}" for p in "AB"]
     a_RK = take_shaped(folder, shared[0], 2 * rank, None)

@@ -3,8 +3,10 @@
 // A model calls them at every layer of every step, mostly to hear that no row has an adapter: a
 // call into Python would cost more than the answer. Each site has a door here. Python opens it
 // with what a call needs, and shuts it whenever the site changes; while it is shut the call goes to
-// Python, as `gated_lora_python_`. `mix_act_` is C++ only where no slot has experts. `cpu_op.py`
-// has the same structures.
+// Python, as `gated_lora_python_`. `mix_act_` is C++ only where no slot has experts. `op.py` has the
+// same structures.
+//
+// Sites and blocks come as handles: 0-d int64 tensors that hold their numbers.
 //
 // PyTorch is called through its stable C interface (torch/csrc/inductor/aoti_torch/c/shim.h), by
 // pointers from Python: no header and no ABI of PyTorch is needed.
@@ -62,6 +64,15 @@ struct Matrix {
   void release(uint64_t* place) { *place = (uint64_t)handle, handle = nullptr; }
 };
 
+// The number that a handle holds; -1: not to be read.
+int64_t number_of(uint64_t handle) {
+  void* data = nullptr;
+  return torch_api.get_data_ptr((void*)handle, &data) || !data ? -1 : *(const int64_t*)data;
+}
+
+// Ends a tensor that the call was given.
+void drop(uint64_t handle) { torch_api.delete_tensor_object((void*)handle); }
+
 void python(const char* op, uint64_t* stack) {
   if (torch_api.call_dispatcher(op, "", stack))
     throw std::runtime_error(std::string(op) + " failed; the reason stands in the log");
@@ -69,15 +80,15 @@ void python(const char* op, uint64_t* stack) {
 
 // Arguments y, x and site, as PyTorch's boxed kernels of the stable interface take them.
 void gated_lora_op(uint64_t* stack, uint64_t, uint64_t) {
-  const int64_t site = (int64_t)stack[2];
-  if (site < (int64_t)doors.size() && doors[site].active) {
+  const int64_t site = number_of(stack[2]);
+  if (site >= 0 && site < (int64_t)doors.size() && doors[site].active) {
     const Door door = doors[site];
     Matrix y((void*)stack[0]), x((void*)stack[1]);
-    if (!*door.active) return;
+    if (!*door.active) return drop(stack[2]);
     if (door.slots && y.read() && x.read()) {
       gated_lora(door.slots, door.num_slots, door.slots_T, std::min(x.rows, door.max_tokens),
                  x.data, x.stride, x.type, nullptr, 0, y.data, y.stride, y.type);
-      return;
+      return drop(stack[2]);
     }
     y.release(&stack[0]), x.release(&stack[1]);
   }
@@ -86,9 +97,9 @@ void gated_lora_op(uint64_t* stack, uint64_t, uint64_t) {
 
 // Arguments a, gate_up and block.
 void mix_act_op(uint64_t* stack, uint64_t, uint64_t) {
-  const int64_t block = (int64_t)stack[2];
-  if (block < (int64_t)blocks.size() && blocks[block] && !*blocks[block]) {
-    Matrix a((void*)stack[0]), gate_up((void*)stack[1]);
+  const int64_t block = number_of(stack[2]);
+  if (block >= 0 && block < (int64_t)blocks.size() && blocks[block] && !*blocks[block]) {
+    for (int i = 0; i < 3; i++) drop(stack[i]);
     return;
   }
   python("vllm_lora_ext::mix_act_python_", stack);

@@ -45,7 +45,12 @@ NUM_SPEC = tl.constexpr(len(tables.SPEC))
 NUM_VALUES = tl.constexpr(len(tables.VALUES))
 
 
-@triton.jit(do_not_specialize=["num_tokens", "stride_u_part"])
+@triton.jit(
+    do_not_specialize=[
+        "num_tokens", "max_rank", "stride_u_part", "stride_u", "stride_ints", "stride_floats",
+        "stride_tiles",
+    ]
+)  # fmt: skip
 def expand_kernel(
     y_ptr,
     u_ptr,
@@ -71,6 +76,7 @@ def expand_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
     WALK: tl.constexpr,
+    EVEN_N: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
     tile = tl.program_id(2)
@@ -81,7 +87,10 @@ def expand_kernel(
     spec_ptr = ints_ptr + slot * stride_ints + COUNTS + part * (NUM_SPEC + 3 * max_rank)
     values_ptr = floats_ptr + slot * stride_floats + part * (NUM_VALUES + max_rank)
     ranks = tl.load(spec_ptr)
+    column = tl.load(columns_ptr + 2 * part)
     size = tl.load(columns_ptr + 2 * part + 1)
+    if EVEN_N:  # then B and y are read and written 16 bytes at a time
+        column, size = tl.multiple_of(column, 16), tl.multiple_of(size, 16)
     begin = tl.program_id(0) * WALK
     if (ranks == 0) | (begin >= size):
         return
@@ -110,8 +119,8 @@ def expand_kernel(
         h_TR *= gate(logits_TR, head_T, bias_R, rank_R, first_R, ok_R, spec_ptr, values_ptr)
 
     b_R = b_ptr + slot * stride_b_slot + rank_R.to(tl.int64) * stride_b
-    b_R += tl.load(columns_ptr + 2 * part)
-    y_T = y_ptr + token_T * stride_y + y_start + tl.load(columns_ptr + 2 * part)
+    b_R += column
+    y_T = y_ptr + token_T * stride_y + y_start + column
     open_R = tl.max((h_TR != 0).to(tl.int32), axis=0) != 0
     h_TR = h_TR.to(b_ptr.dtype.element_ty).to(OPERAND)
     for n in range(begin, tl.minimum(begin + WALK, size), BLOCK_N):
@@ -273,6 +282,7 @@ def expand_(y_TN: torch.Tensor, u_PTR: torch.Tensor, site: Site) -> None:
         BLOCK_R=site.padded_rank,
         BLOCK_N=e.columns,
         WALK=e.walk,
+        EVEN_N=all(n % 16 == 0 for n in site.slice_sizes),
         OPERAND=operand(b_SRN),
         num_warps=e.warps,
         num_stages=e.stages,

@@ -43,8 +43,14 @@ OPERANDS = {
 }
 
 
-# Numbers that change from step to step must not be compiled for (1, multiples of 16).
-@triton.jit(do_not_specialize=["num_tokens", "stride_u_part"])
+# Numbers that change from step to step must not be compiled for (1, multiples of 16), nor those
+# that help no load of many bytes: each would make variants of the kernel (`warmup`).
+@triton.jit(
+    do_not_specialize=[
+        "num_tokens", "parts", "a_tiles", "stride_u_part", "stride_u", "stride_ints",
+        "stride_tiles",
+    ]
+)  # fmt: skip
 def shrink_kernel(
     u_ptr,
     x_ptr,
@@ -55,6 +61,7 @@ def shrink_kernel(
     tiles_ptr,
     num_tokens,
     num_k,
+    parts,
     a_tiles,
     stride_u_part,
     stride_u,
@@ -63,7 +70,6 @@ def shrink_kernel(
     stride_router_slot,
     stride_ints,
     stride_tiles,
-    PARTS: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -75,8 +81,8 @@ def shrink_kernel(
     slot = tl.load(tiles_ptr + tile).to(tl.int64)
     if slot < 0:
         return
-    part = tl.program_id(0) % PARTS
-    row_tile = tl.program_id(0) // PARTS
+    part = tl.program_id(0) % parts
+    row_tile = tl.program_id(0) // parts
     num_a = tl.load(ints_ptr + slot * stride_ints)
     num_routers = tl.load(ints_ptr + slot * stride_ints + 1)
     start = tl.load(tiles_ptr + stride_tiles + tile)
@@ -87,7 +93,7 @@ def shrink_kernel(
     ok_T = ok_T & (token_T < num_tokens)  # the step may hold more rows than x has
     x_T = x_ptr + token_T * stride_x
     u_T = u_ptr + part.to(tl.int64) * stride_u_part + token_T * stride_u
-    length = tl.cdiv(num_k, PARTS * BLOCK_K) * BLOCK_K
+    length = tl.cdiv(num_k, parts * BLOCK_K) * BLOCK_K
     begin = part * length
     end = tl.minimum(begin + length, num_k)
     if row_tile < a_tiles:
@@ -138,7 +144,7 @@ def _rows(
 
 
 def shrink_parts(
-    x_TK: torch.Tensor, site: Site, zeroed: bool = False, u_PTR: torch.Tensor | None = None
+    x_TK: torch.Tensor, site: Site, zeroed: bool = False, memory: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Parts of `[A; router] x` for each row's own slot.
 
@@ -146,32 +152,60 @@ def shrink_parts(
         x_TK: [T, K], any strides; fp32, fp16 or bf16, as the site's weights.
         zeroed: whether what no program writes (rows of the base model, columns past a slot's
             rows) is zero instead of undefined.
-        u_PTR: where to put them, in as many parts; by default new memory, in as many as pay.
+        memory: where to put them, as `parts_in` lays them out; what no program writes stays.
     Returns:
         [parts, T, site.num_rows] fp32, to be summed over the parts.
     """
-    assert site.tables is not None
     if x_TK.stride(1) != 1:
         x_TK = x_TK.contiguous()
-    num_tokens, num_k = x_TK.shape
-    device = device_of(x_TK.device.index)
-    as_stored = x_TK.dtype == site.a_SRK.dtype != torch.float32
-    s, _ = blocks(num_tokens, site.padded_rank, site.a_SRK.itemsize, device, as_stored)
-    a_tiles = triton.cdiv(len(site.slice_sizes) * site.max_rank, s.rows)
-    row_tiles = a_tiles + triton.cdiv(site.router_SGK.shape[1], SYNCHRONOUS_ROWS)
-    if u_PTR is None:
-        parts = splits(num_tokens, row_tiles, num_k, s, device)
+    num_tokens = len(x_TK)
+    if memory is not None:
+        u_PTR = parts_in(memory, x_TK, site)
+    else:
         new = x_TK.new_zeros if zeroed else x_TK.new_empty
+        parts = num_parts(num_tokens, x_TK.dtype, site)
         u_PTR = new(parts, num_tokens, site.num_rows, dtype=torch.float32)
     if num_tokens:
-        _launch(u_PTR, x_TK, site, s, a_tiles, row_tiles)
+        _launch(u_PTR, x_TK, site)
     return u_PTR
 
 
-def _launch(
-    u_PTR: torch.Tensor, x_TK: torch.Tensor, site: Site, s: Shrink, a_tiles: int, row_tiles: int
-) -> None:
+def parts_in(memory: torch.Tensor, x_TK: torch.Tensor, site: Site) -> torch.Tensor:
+    """The shrink's result for x in memory that was made before: [parts, T, site.num_rows].
+
+    Args:
+        memory: fp32, flat, of at least `parts_size` numbers.
+    """
+    shape = num_parts(len(x_TK), x_TK.dtype, site), len(x_TK), site.num_rows
+    return memory[: shape[0] * shape[1] * shape[2]].view(shape)
+
+
+def parts_size(max_tokens: int, dtype: torch.dtype, site: Site) -> int:
+    """Most numbers that the shrink of up to `max_tokens` rows of x in `dtype` has as its result."""
+    most = (num_parts(t, dtype, site) * t for t in (*range(16, max_tokens, 16), max_tokens))
+    return max(most) * site.num_rows
+
+
+def num_parts(num_tokens: int, dtype: torch.dtype, site: Site) -> int:
+    """Parts of K for a step of `num_tokens` rows of x in `dtype`."""
+    s, _, row_tiles = _tiles(num_tokens, dtype, site)
+    device = device_of(site.a_SRK.device.index)
+    return splits(num_tokens, row_tiles, site.a_SRK.shape[2], s, device)
+
+
+def _tiles(num_tokens: int, dtype: torch.dtype, site: Site) -> tuple[Shrink, int, int]:
+    """Block sizes, tiles of A's rows, and these with the tiles of the routers' rows."""
+    as_stored = dtype == site.a_SRK.dtype != torch.float32
+    device = device_of(site.a_SRK.device.index)
+    s, _ = blocks(num_tokens, site.padded_rank, site.a_SRK.itemsize, device, as_stored)
+    a_tiles = triton.cdiv(len(site.slice_sizes) * site.max_rank, s.rows)
+    return s, a_tiles, a_tiles + triton.cdiv(site.router_SGK.shape[1], SYNCHRONOUS_ROWS)
+
+
+def _launch(u_PTR: torch.Tensor, x_TK: torch.Tensor, site: Site) -> None:
+    assert site.tables is not None
     parts, num_tokens, _ = u_PTR.shape
+    s, a_tiles, row_tiles = _tiles(num_tokens, x_TK.dtype, site)
     num_slots, _, num_k = site.a_SRK.shape
     tiles = site.step.tiles(s.tile)
     shrink_kernel[(row_tiles * parts, max_tiles(num_tokens, num_slots, s.tile))](
@@ -179,25 +213,25 @@ def _launch(
         x_TK,
         site.a_SRK,
         site.router_SGK,
-        site.tables.ints_SI,  # type: ignore[union-attr]
+        site.tables.ints_SI,
         site.step.order_T,
         tiles,
         num_tokens,
         num_k,
+        parts,
         a_tiles,
         u_PTR.stride(0),
         u_PTR.stride(1),
         x_TK.stride(0),
         site.a_SRK.stride(0),
         site.router_SGK.stride(0),
-        site.tables.ints_SI.stride(0),  # type: ignore[union-attr]
+        site.tables.ints_SI.stride(0),
         tiles.stride(0),
-        PARTS=parts,
         BLOCK_T=s.tile,
         BLOCK_R=s.rows,
         BLOCK_G=SYNCHRONOUS_ROWS,
         BLOCK_K=s.k,
-        EVEN_K=num_k % (parts * s.k) == 0,
+        EVEN_K=num_k % s.k == 0,  # parts are of whole steps
         OPERAND=operand(x_TK),
         num_warps=s.warps,
         num_stages=s.stages,

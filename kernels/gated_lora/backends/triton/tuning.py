@@ -11,8 +11,8 @@ Reasons behind the numbers (`kernels/README.md` has the cost model):
 
 The expand holds h [tile, ranks] and B [ranks, columns] at once. `_columns` keeps both within the
 shared memory of a multiprocessor, whatever the rank. Its gates live in registers, [tile, ranks]
-too: `_warps` gives a thread about 8 of these numbers, and 16 at most, or falls back to tiles of 16
-rows; compiled for sm_90 that spills at most 0.5 KiB.
+too: `warps_of` gives a thread about 8 of these numbers, and 16 at most in tiles of 64 rows; ranks
+that need more fall back to tiles of 16 rows. `kernels/README.md` has registers and spills.
 
 Hopper's tensor cores take products of 64 rows and more asynchronously. Where the left operand of
 one stands in registers, ptxas before 13.3 reuses these too early in a pipelined loop
@@ -118,11 +118,16 @@ def blocks(
     tile = e.tile if fits else 16
     stages = 1 if tile > SYNCHRONOUS_ROWS else e.stages
     columns = min(e.columns, max(16, _columns(tile, ranks, itemsize, stages, device)))
-    return s, Expand(tile, columns, max(e.walk, columns), stages, _warps(tile, ranks))
+    return s, Expand(tile, columns, max(e.walk, columns), stages, warps_of(tile, ranks))
 
 
-def _warps(tile: int, ranks: int) -> int:
-    return min(16, max(4, tile * ranks // 256))
+def warps_of(tile: int, ranks: int) -> int:
+    """Warps for gates of [tile, ranks] in registers.
+
+    Triton 3.6 cannot compile the gates' search with 16 numbers a thread in tiles of 16 rows
+    ("operand #0 does not dominate this use").
+    """
+    return min(32 if tile == 16 else 16, max(4, tile * ranks // 256))
 
 
 def _columns(tile: int, ranks: int, itemsize: int, stages: int, device: Device) -> int:

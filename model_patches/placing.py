@@ -1,0 +1,241 @@
+"""Where the parts of an adapter go in one model, and their form there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from vllm.lora.layers import BaseLayerWithLoRA
+from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA
+from vllm.lora.utils import parse_fine_tuned_lora_name
+from vllm.model_executor.models.utils import PPMissingLayer
+
+from vllm_lora_ext.adapters.checks import BLOCK_PARTS, check_fits
+from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
+from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.kernels.gated_lora.site import Shape
+from vllm_lora_ext.model_patches.layers import RoutedLinear
+from vllm_lora_ext.model_patches.mlp import Block
+from vllm_lora_ext.model_patches.residency import HostAdapter, flat_views
+
+Fill = Callable[[list[torch.Tensor]], Any]
+Layout = dict[str, tuple[list[Shape], Fill]]
+
+
+class Placer:
+    """What the layers of one model take; computed once, layers do not change.
+
+    Args:
+        model: the model, its layers wrapped.
+        modules: name → LoRA layer; packed: name of a fused layer → names of its slices.
+        blocks: name → MLP block that can hold experts.
+        max_rank, router_rows: what a slot holds.
+        dtype: of the engine's LoRA weights; base_name: the served model.
+        pinned: whether host copies are page-locked.
+        graphs: whether the engine captures CUDA graphs.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        modules: Mapping[str, BaseLayerWithLoRA],
+        packed: Mapping[str, list[str]],
+        blocks: Mapping[str, Block],
+        max_rank: int,
+        router_rows: int,
+        dtype: torch.dtype,
+        base_name: str,
+        pinned: bool,
+        graphs: bool,
+    ) -> None:
+        self._model_name = type(model).__name__
+        self._modules, self._packed, self._blocks = modules, packed, blocks
+        self._max_rank, self._router_rows = max_rank, router_rows
+        self._dtype, self._base_name, self._pinned = dtype, base_name, pinned
+        self._graphs = graphs
+        mapper = getattr(model, "hf_to_vllm_mapper", None)
+        self._mapper = mapper and mapper.get_rename_mapper()
+        # Prefixes of the layers that live on another pipeline rank.
+        self._missing = tuple(
+            f"{name}." for name, m in model.named_modules() if isinstance(m, PPMissingLayer)
+        )
+        self._shapes = _shapes(modules, packed)
+        self._vllm_names: dict[str, str] = {}
+
+    def knows(self, vllm_name: str) -> bool:
+        """Whether a layer, or a slice of one, can be adapted in our form."""
+        return vllm_name in self._shapes
+
+    def wraps(self, vllm_name: str) -> bool:
+        """Whether a layer, or a part of one, has a LoRA layer of any kind around it."""
+        inside = (name for name in self._modules if vllm_name.startswith(f"{name}."))
+        return self.knows(vllm_name) or vllm_name in self._modules or any(inside)
+
+    def is_embedding(self, vllm_name: str) -> bool:
+        """Whether a layer's A is looked up and not multiplied."""
+        return isinstance(self._modules.get(vllm_name), VocabParallelEmbeddingWithLoRA)
+
+    def place(self, adapter: RoutedAdapter, renamed: bool = False) -> HostAdapter:
+        """The adapter in the form of this model's slots.
+
+        Args:
+            renamed: its layers already have vLLM's names.
+        Raises:
+            AdapterError: a layer is unknown, a shape differs, a rank or a router is too large, a
+                value is too large for the slots, the model's MLP blocks cannot hold experts, or
+                gates stand where none are computed.
+        """
+        every = (*adapter.modules, *_block_layers(adapter))
+        name_of = {n: n if renamed else self._vllm_name(n) for n in every}
+        away = {n for n, v in name_of.items() if v.startswith(self._missing)}
+        # The model's own names beside those of the adapter: for what an error says.
+        shapes = {v: shape for v, shape in self._shapes.items() if v not in name_of}
+        shapes |= {n: self._shapes[v] for n, v in name_of.items() if v in self._shapes}
+        check_fits(
+            adapter,
+            shapes | _own_shapes(adapter, away),
+            self._dtype,
+            self._max_rank,
+            self._router_rows,
+            self._base_name,
+        )
+        return self._pack(adapter, name_of, away)
+
+    def _pack(
+        self, adapter: RoutedAdapter, name_of: Mapping[str, str], away: set[str]
+    ) -> HostAdapter:
+        found = {name_of[n]: (n, m) for n, m in adapter.modules.items() if n not in away}
+        sites: Layout = {}
+        stock: Layout = {}
+        blocks: Layout = {}
+        names: dict[str, tuple[str, ...]] = {}
+        for layer_name, layer in self._modules.items():
+            parts = [found.get(n) for n in self._packed.get(layer_name, [layer_name])]
+            if not any(parts):
+                continue
+            names[layer_name] = tuple(p[0] for p in parts if p)
+            modules = [p and p[1] for p in parts]
+            if isinstance(layer, RoutedLinear):
+                sites[layer_name] = _site(layer, modules)
+            else:
+                stock[layer_name] = _stock(names[layer_name][0], layer, modules)
+        for name, block in adapter.blocks.items():
+            first = f"{name}.{min(block.parts)}"
+            if first not in away:
+                block_name = name_of[first].rpartition(".")[0]
+                names[block_name] = (name,)
+                blocks[block_name] = _block(self._block(name, block_name, block), block)
+        kinds = (sites, stock, blocks)
+        groups = [shapes for kind in kinds for shapes, _ in kind.values()]
+        nbytes, views = flat_views(groups, self._pinned)
+        left = iter(views)
+        packed = [{name: fill(next(left)) for name, (_, fill) in kind.items()} for kind in kinds]
+        return HostAdapter(
+            system=adapter.system, source=adapter.source, rank=adapter.rank,
+            version=adapter.digest, nbytes=nbytes, names=names,
+            sites=packed[0], stock=packed[1], blocks=packed[2],
+        )  # fmt: skip
+
+    def _block(self, name: str, vllm_name: str, experts: MixBlock) -> Block:
+        if vllm_name not in self._blocks:
+            raise AdapterError(
+                "unsupported_feature", f"the adapter's experts are whole MLP blocks, and {name} is"
+                " no block that can hold them", seen=self._model_name,
+                limit="blocks that do first linear, activation, second linear and nothing else",
+                fix="serve it with the model it was trained on",
+            )  # fmt: skip
+        block = self._blocks[vllm_name]
+        if self._graphs and not block.on_kernel(experts):
+            raise AdapterError(
+                "unsupported_feature", "the experts of this MLP block take the PyTorch path, which"
+                " CUDA graphs cannot hold", seen=name,
+                limit="activations that the kernel knows, and weights that sum to one where the"
+                " second linear has a bias", fix="start with --enforce-eager",
+            )  # fmt: skip
+        return block
+
+    def _vllm_name(self, module: str) -> str:
+        if module not in self._vllm_names:
+            full = f"base_model.model.{module}.lora_A.weight"
+            self._vllm_names[module] = parse_fine_tuned_lora_name(full, self._mapper)[0]
+        return self._vllm_names[module]
+
+
+def _site(layer: RoutedLinear, modules: Sequence[RoutedModule | None]) -> tuple[list[Shape], Fill]:
+    slices = layer.sharded(modules)
+    return layer.site.shapes(slices), lambda out: layer.site.pack(slices, out)
+
+
+def _stock(
+    name: str, layer: BaseLayerWithLoRA, modules: Sequence[RoutedModule | None]
+) -> tuple[list[Shape], Fill]:
+    """An embedding, whose A the slot holds transposed, or the output matrix."""
+    (part,) = modules
+    assert part is not None
+<<<<<<< HEAD
+    if part.gate.source != "none":
+        raise AdapterError(
+            "unsupported_feature", f"{name} is an embedding or output matrix with a gate",
+            seen=part.gate.source, limit="plain LoRA there", fix="leave it without a gate",
+=======
+    if part.gate.source != "none":  # its B A x would be added as it is
+        raise AdapterError(
+            "unsupported_feature", "the adapter has a gate at an embedding or output matrix, where"
+            " none is computed", seen=f"{name}: {part.gate.num_gates} gates",
+            limit="gates in linear layers and MLP blocks",
+            fix=f"train or export the adapter without {name}, or with a plain LoRA there",
+>>>>>>> main
+        )  # fmt: skip
+    dtype = layer.lora_a_stacked.dtype
+    embedding = isinstance(layer, VocabParallelEmbeddingWithLoRA)
+    a = part.a_RK.t() if embedding else part.a_RK
+
+    def fill(out: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+        a_out, b_out = out[0].copy_(a), out[1].copy_(part.b_NR)
+        return (a_out.t() if embedding else a_out), b_out
+
+    return [(tuple(a.shape), dtype), (tuple(part.b_NR.shape), dtype)], fill
+
+
+def _block(block: Block, experts: MixBlock) -> tuple[list[Shape], Fill]:
+    return block.shapes(experts), lambda out: block.pack(experts, out)
+
+
+def _shapes(
+    modules: Mapping[str, BaseLayerWithLoRA], packed: Mapping[str, list[str]]
+) -> dict[str, tuple[int, int]]:
+    """(in, out) of everything that an adapter can name, unsharded."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, layer in modules.items():
+        if isinstance(layer, RoutedLinear):
+            k, sizes = layer.full_sizes()
+            parts = packed.get(name)
+            if parts is None:
+                shapes[name] = (k, sum(sizes))
+            elif len(parts) == len(sizes):
+                shapes |= {part: (k, n) for part, n in zip(parts, sizes, strict=True)}
+        elif name.endswith("lm_head"):
+            shapes[name] = (layer.hidden_size, layer.vocab_size)
+        elif hasattr(layer.base_layer, "org_vocab_size"):
+            shapes[name] = (layer.base_layer.org_vocab_size, layer.base_layer.embedding_dim)
+    return shapes
+
+
+def _block_layers(adapter: RoutedAdapter) -> list[str]:
+    """Every layer that a block of the adapter may have, adapted or not."""
+    every = sorted(set().union(*BLOCK_PARTS))
+    return [f"{block}.{layer}" for block in adapter.blocks for layer in every]
+
+
+def _own_shapes(adapter: RoutedAdapter, names: set[str]) -> dict[str, tuple[int, int]]:
+    """(in, out) as the adapter has them, of layers that live elsewhere and are checked there."""
+    layers: dict[str, RoutedModule | LowRank] = dict(adapter.modules)
+    for block, experts in adapter.blocks.items():
+        layers |= {f"{block}.{part}": m for part, m in experts.parts.items()}
+    shapes = {n: (m.a_RK.shape[1], m.b_NR.shape[0]) for n, m in layers.items() if n in names}
+    for block, experts in adapter.blocks.items():
+        width = experts.router_GK.shape[1]
+        first = (f"{block}.{n}" for n in ("gate_proj", "up_proj", "gate_up_proj", "fc1"))
+        shapes |= {n: (width, 0) for n in first if n in names and n not in shapes}
+    return shapes

@@ -1,0 +1,195 @@
+"""Adapters between "checked" and "in a slot": host copies in the form in which a slot holds them.
+
+An adapter is read, checked, cut to this rank's shard and cast once, when it is loaded. From then
+on it stands in flat memory, page-locked where there is a GPU, and going into a slot is copies
+only: no step reads a disk, hashes or casts. What stays and what goes is a matter of bytes.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import OrderedDict
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.kernels.gated_lora.site import PackedSite, Shape
+from vllm_lora_ext.kernels.mix_mlp.block import PackedBlock
+
+_ALIGN = 256  # bytes: more than any dtype or vector load asks for
+_PIECE = 64 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class HostAdapter:
+    """One adapter for one model, ready for a slot.
+
+    Args:
+        system, source, rank: as the adapter has them.
+        version: content digest, the same on every rank.
+        nbytes: of host memory.
+        sites: vLLM's name of a linear layer → its part.
+        stock: name of an embedding or output matrix → A [R, in] and B [out, R].
+        blocks: name of an MLP block → its experts.
+        names: layer or block → what the adapter's files call its parts, in their order.
+    """
+
+    system: str
+    source: str
+    rank: int
+    version: str
+    nbytes: int
+    sites: dict[str, PackedSite] = field(repr=False)
+    stock: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(repr=False)
+    blocks: dict[str, PackedBlock] = field(repr=False)
+    names: dict[str, tuple[str, ...]] = field(repr=False)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What one rank answers to a load; plain values, so that every executor can carry them.
+
+    Args:
+        version: content digest, the same on every rank.
+        bytes: host memory that this rank holds for it.
+        evicted: ids whose host copies this rank has dropped to make room.
+    """
+
+    version: str
+    bytes: int
+    system: str
+    rank: int
+    evicted: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Resident:
+    """A vLLM LoRA model of any kind that stays in host memory, and what is said of it."""
+
+    model: Any
+    version: str
+    nbytes: int
+    system: str
+
+    def report(self, evicted: tuple[int, ...] = ()) -> LoadReport:
+        return LoadReport(self.version, self.nbytes, self.system, self.model.rank, evicted)
+
+
+class Residency:
+    """Host copies by id, up to `limit` bytes; the least recently used goes first.
+
+    Nothing leaves on its own: only `put` evicts, and never what its caller names.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit, self.nbytes = limit, 0
+        self._held: OrderedDict[int, Resident] = OrderedDict()
+
+    def __contains__(self, adapter_id: int) -> bool:
+        return adapter_id in self._held
+
+    def get(self, adapter_id: int) -> Resident | None:
+        """What is held under an id, which now is the last to go."""
+        if adapter_id in self._held:
+            self._held.move_to_end(adapter_id)
+        return self._held.get(adapter_id)
+
+    def all(self) -> dict[int, Resident]:
+        """Everything held, by id."""
+        return dict(self._held)
+
+    def put(self, adapter_id: int, new: Resident, in_use: Collection[int]) -> tuple[int, ...]:
+        """Holds an adapter, in place of what stood under its id.
+
+        Args:
+            in_use: ids that stay.
+        Returns:
+            Ids of the adapters that had to go.
+        Raises:
+            AdapterError: `host_cache_full`; everything is as it was.
+        """
+        old = self._held.get(adapter_id)
+        total = self.nbytes + new.nbytes - (old.nbytes if old else 0)
+        leaving = []
+        for other, held in self._held.items():
+            if total <= self.limit:
+                break
+            if other != adapter_id and other not in in_use:
+                leaving.append(other)
+                total -= held.nbytes
+        if total > self.limit:
+            raise AdapterError(
+                "host_cache_full", "the adapter does not fit into the host memory for adapters"
+                " beside those that are in use", seen=f"{_mib(new.nbytes)} MiB more, in all"
+                f" {_mib(total)} MiB", limit=f"host_cache_mb {self.limit >> 20}",
+                fix='start with a larger "host_cache_mb" in the settings of lora_ext, or unload'
+                " adapters",
+            )  # fmt: skip
+        for other in (*leaving, adapter_id):
+            self.drop(other)
+        self._held[adapter_id] = new
+        self.nbytes += new.nbytes
+        return tuple(leaving)
+
+    def drop(self, adapter_id: int) -> bool:
+        """Forgets an adapter. False when it was not held."""
+        held = self._held.pop(adapter_id, None)
+        self.nbytes -= held.nbytes if held else 0
+        return held is not None
+
+
+def flat_views(
+    groups: Sequence[Sequence[Shape]], pinned: bool, piece: int | None = None
+) -> tuple[int, list[list[torch.Tensor]]]:
+    """Tensors that stand one after the other in flat memory.
+
+    Page-locked memory comes in pieces: its allocator rounds a size up to a power of two, which one
+    buffer would pay with up to as much again, and keeps what is given back for the same size only.
+
+    Args:
+        groups: shapes and dtypes; the answer has the same form.
+        piece: bytes of a piece; None: as `pinned` needs it.
+    Returns:
+        Bytes in all, and the tensors.
+    """
+    if piece is None:
+        piece = _PIECE if pinned else sys.maxsize
+    sizes = [_padded(*shape) for shapes in groups for shape in shapes]
+    pieces = list(_pieces(sizes, piece))
+    views = iter(
+        part
+        for count in pieces
+        for part in torch.empty(sum(count), dtype=torch.uint8, pin_memory=pinned).split(count)
+    )
+    return sum(sizes), [[_view(next(views), *shape) for shape in shapes] for shapes in groups]
+
+
+def _pieces(sizes: Sequence[int], piece: int) -> Iterator[list[int]]:
+    """The sizes in runs of up to `piece` bytes; a larger one is a run of its own."""
+    run: list[int] = []
+    for size in sizes:
+        if run and sum(run) + size > piece:
+            yield run
+            run = []
+        run.append(size)
+    if run:
+        yield run
+
+
+def _padded(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return -(-_bytes(shape, dtype) // _ALIGN) * _ALIGN
+
+
+def _bytes(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    return torch.Size(shape).numel() * dtype.itemsize
+
+
+def _view(memory: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    return memory[: _bytes(shape, dtype)].view(dtype).view(shape)
+
+
+def _mib(nbytes: int) -> int:
+    return -(-nbytes // (1 << 20))
