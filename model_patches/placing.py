@@ -173,19 +173,12 @@ def _stock(
     """An embedding, whose A the slot holds transposed, or the output matrix."""
     (part,) = modules
     assert part is not None
-<<<<<<< HEAD
-    if part.gate.source != "none":
-        raise AdapterError(
-            "unsupported_feature", f"{name} is an embedding or output matrix with a gate",
-            seen=part.gate.source, limit="plain LoRA there", fix="leave it without a gate",
-=======
     if part.gate.source != "none":  # its B A x would be added as it is
         raise AdapterError(
             "unsupported_feature", "the adapter has a gate at an embedding or output matrix, where"
             " none is computed", seen=f"{name}: {part.gate.num_gates} gates",
             limit="gates in linear layers and MLP blocks",
             fix=f"train or export the adapter without {name}, or with a plain LoRA there",
->>>>>>> main
         )  # fmt: skip
     dtype = layer.lora_a_stacked.dtype
     embedding = isinstance(layer, VocabParallelEmbeddingWithLoRA)

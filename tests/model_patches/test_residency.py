@@ -330,16 +330,6 @@ def test_pieces_of_page_locked_memory_waste_little() -> None:
     assert taken < 1.1 * sum(sizes)
 
 
-def test_a_gated_output_matrix_is_refused_by_name(harness: Callable[..., Any]) -> None:
-    h = harness()
-    rng = np.random.default_rng(0)
-    adapter = random_adapter(h.config.model_config.hf_config, specs=GateSpec())
-    modules = {**adapter.modules, "lm_head": random_module(rng, 128, 512, router_spec())}
-    with pytest.raises(AdapterError) as error:
-        h.worker.load(h.save("a", RoutedAdapter(modules, "random")), None, ())
-    assert code_of(error) == "unsupported_feature" and "lm_head" in error.value.text
-
-
 def test_plain_lora_on_embedding_and_output_matrix(harness: Callable[..., Any]) -> None:
     h = harness(dtype="bfloat16")
     rng = np.random.default_rng(0)
