@@ -169,3 +169,51 @@ def test_a_request_that_the_core_refuses_ends_alone(llama, tmp_path):
     shutil.rmtree(tmp_path / "gone")
     shutil.copytree(PLAIN.folder, tmp_path / "gone")
     assert tokens(run(llama, [(PLAIN.prompts[0], gone)], greedy(12))[0]) == PLAIN.greedy[0]
+
+
+def room_for(worker: Any, number_of_bytes: int | None) -> int:
+    """In a worker: what adapters may take of the host from now on; what one of `PLAIN` takes."""
+    residency = worker.model_runner.lora_manager._residency
+    residency.limit = residency.limit if number_of_bytes is None else number_of_bytes
+    return int(max(held.nbytes for held in residency.all().values()))
+
+
+def test_a_small_host_evicts_what_no_request_names(llama, tmp_path):
+    """Two of four fit: they take turns, read between steps, and one that is gone is refused."""
+
+    def served(request: LoRARequest) -> bool:
+        (out,) = run(llama, [(PLAIN.prompts[0], request)], greedy(12))
+        return tokens(out) == PLAIN.greedy[0]
+
+    for held in llama.llm_engine.list_loras():
+        llama.llm_engine.remove_lora(held)
+    requests = []
+    for i in range(4):
+        shutil.copytree(PLAIN.folder, tmp_path / f"small-{i}")
+        requests.append(lora(tmp_path / f"small-{i}", f"small-{i}"))
+    run(llama, [([1, 2], requests[0])], greedy(1))
+    (size,) = llama.collective_rpc(room_for, args=(None,))
+    llama.collective_rpc(room_for, args=(2 * size,))
+    try:
+        for _ in range(2):
+            for request in requests:
+                assert served(request)
+                assert len(llama.llm_engine.list_loras()) <= 2
+        tensors = llama.llm_engine.add_adapter("kept", *content(PLAIN))
+        for request in requests:
+            run(llama, [([1, 2], request)], greedy(1))
+        assert tensors.lora_int_id in llama.llm_engine.list_loras()
+        other = llama.llm_engine.add_adapter("kept-too", *content(PLAIN))
+        assert code(run, llama, [([1, 2], requests[0])], greedy(1)) == "host_cache_full"
+        for request in (tensors, other):
+            assert (
+                tokens(run(llama, [(PLAIN.prompts[0], request)], greedy(12))[0]) == PLAIN.greedy[0]
+            )
+            llama.llm_engine.remove_lora(request.lora_int_id)
+        shutil.rmtree(tmp_path / "small-0")
+        assert code(run, llama, [([1, 2], requests[0])], greedy(1)) == "not_found"
+        assert (
+            tokens(run(llama, [(PLAIN.prompts[0], requests[1])], greedy(12))[0]) == PLAIN.greedy[0]
+        )
+    finally:
+        llama.collective_rpc(room_for, args=(2048 << 20,))
