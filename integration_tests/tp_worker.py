@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 import torch
+from safetensors.torch import load_file
 
 from integration_tests.engines import (
     ENVIRONMENT,
@@ -75,12 +76,30 @@ def ask(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
         "logprobs": prompt_logprobs(llm, requests, job["vocabulary"]),
         "tokens": [tokens(o) for o in run(llm, requests, greedy())],
     }
+    result["from_memory"] = from_memory(llm, job)
     llm.reset_prefix_cache()
     llm.collective_rpc(watch)
     run(llm, requests, greedy(3))
     result["ranks"] = llm.collective_rpc(seen)
     result["listening"] = listening()
     return result
+
+
+def from_memory(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """The same adapters handed over as tensors, where two files are all that they are."""
+    prompts = {name: (ids, Path(folder)) for ids, name, folder in job["requests"] if name}
+    requests = {}
+    for name, (ids, folder) in prompts.items():
+        if len(list(folder.rglob("*.*"))) == 2:
+            (weights,), config = folder.glob("*.safetensors"), folder / "adapter_config.json"
+            added = llm.llm_engine.add_adapter(
+                f"{name}-tensors", load_file(weights), json.loads(config.read_text())
+            )
+            requests[name] = (ids, added)
+    outputs = run(llm, list(requests.values()), greedy())
+    for _, added in requests.values():
+        assert llm.llm_engine.remove_lora(added.lora_int_id)
+    return {name: tokens(o) for name, o in zip(requests, outputs, strict=True)}
 
 
 def watch(worker: Any) -> None:
