@@ -110,6 +110,10 @@ class Ledger:
             )  # fmt: skip
         return self._load(adapter, source)
 
+    def reads(self, adapter: Adapter, source: Any) -> bool:
+        """Whether `add` would have the workers read an adapter."""
+        return source is not None or adapter.load_inplace or adapter.lora_int_id not in self._held
+
     def remove(self, lora_id: int) -> bool:
         """Drops an adapter; one that unfinished requests name, as soon as they are done."""
         if lora_id in self._held and lora_id in self._named():
