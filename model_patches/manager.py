@@ -20,6 +20,7 @@ from vllm_lora_ext.adapters.checks import BLOCK_PARTS, check_fits
 from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
+from vllm_lora_ext.kernels.mix_mlp.selfcheck import selfcheck as block_selfcheck
 from vllm_lora_ext.model_patches.backend import check_graphs, choose_kernels
 from vllm_lora_ext.model_patches.heap import keep_memory
 from vllm_lora_ext.model_patches.layers import RoutedLinear, building
@@ -68,9 +69,23 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
             super().__init__(*args, lora_config=lora_config, vllm_config=vllm_config, **kwargs)
         self.blocks = wrap_blocks(self.model, self.modules)
         share_scratch(self.blocks.values(), vllm_config.model_config.dtype)
+        if kernels:
+            self._warm(vllm_config)
         if settings.trace:
             check_settings(vllm_config, self.graphs)
             self.recorder = Recorder(self)
+
+    def _warm(self, vllm_config: Any) -> None:
+        """Compiles all that a step can need, while nobody waits and no row has an adapter."""
+        from vllm_lora_ext.kernels.gated_lora.backends.triton import warmup
+        from vllm_lora_ext.kernels.mix_mlp import warmup as block_warmup
+
+        options = (
+            vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.model_config.dtype,
+        )  # fmt: skip
+        sites = [m.site for m in self.modules.values() if isinstance(m, RoutedLinear)]
+        warmup.warm(sites, *options)
+        block_warmup.warm([block.site for block in self.blocks.values()], *options)
 
     def model_of(self, lora_model_id: int, adapter: RoutedAdapter) -> RoutedLoRAModel:
         """Fits an adapter to this model's layers.
@@ -245,4 +260,5 @@ def _refuse_unsupported(vllm_config: Any) -> None:
 def _selfcheck(device: torch.device, lora_config: Any, router_rows: int) -> str | None:
     if not HAS_TRITON:
         return "vLLM finds no working Triton"
-    return selfcheck(device, lora_config.lora_dtype, lora_config.max_lora_rank, router_rows)
+    case = device, lora_config.lora_dtype, lora_config.max_lora_rank, router_rows
+    return selfcheck(*case) or block_selfcheck(*case)

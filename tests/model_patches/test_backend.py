@@ -73,16 +73,18 @@ def test_graphs_need_kernels(graphs: str | None, device: str, kernels: bool) -> 
         assert check_graphs(graphs, device, kernels) is captures
 
 
-def test_engines_with_graphs_refuse_experts_that_are_mlp_blocks() -> None:
+def test_engines_with_graphs_refuse_blocks_that_only_pytorch_serves() -> None:
     from vllm_lora_ext.model_patches.manager import RoutedLoRAModelManager
 
-    manager = SimpleNamespace(graphs=True, blocks={"model.layers.0.mlp": None})
+    name = "model.layers.0.mlp"
+    on_kernel = SimpleNamespace(on_kernel=lambda block: block == "silu")
+    manager = SimpleNamespace(graphs=True, blocks={name: on_kernel})
+    assert RoutedLoRAModelManager._block(manager, "layers.0.mlp", name, "silu") == name
     with pytest.raises(AdapterError, match="--enforce-eager") as caught:
-        RoutedLoRAModelManager._block(manager, "layers.0.mlp", "model.layers.0.mlp")
-    assert caught.value.code == "unsupported_feature"
+        RoutedLoRAModelManager._block(manager, "layers.0.mlp", name, "xielu")
+    assert caught.value.code == "unsupported_feature" and "layers.0.mlp" in caught.value.text
     manager.graphs = False
-    name = RoutedLoRAModelManager._block(manager, "layers.0.mlp", "model.layers.0.mlp")
-    assert name == "model.layers.0.mlp"
+    assert RoutedLoRAModelManager._block(manager, "layers.0.mlp", name, "xielu") == name
 
 
 @pytest.mark.parametrize("shape", [(5, 16), (1, 5, 16)])
