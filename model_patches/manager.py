@@ -19,6 +19,7 @@ from vllm.utils.torch_utils import PIN_MEMORY
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora import Site
 from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
+from vllm_lora_ext.kernels.mix_mlp.selfcheck import selfcheck as block_selfcheck
 from vllm_lora_ext.model_patches.backend import check_graphs, choose_kernels
 from vllm_lora_ext.model_patches.config import check_config, check_trace
 from vllm_lora_ext.model_patches.heap import keep_memory
@@ -80,9 +81,23 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
             lora_config.max_lora_rank, router_rows, lora_config.lora_dtype, self.base_name,
             pinned=device_type == "cuda" and PIN_MEMORY, graphs=self.graphs,
         )  # fmt: skip
+        if kernels:
+            self._warm(vllm_config)
         if settings.trace:
             check_trace(vllm_config, self.graphs)
             self.recorder = Recorder(self)
+
+    def _warm(self, vllm_config: Any) -> None:
+        """Compiles all that a step can need, while nobody waits and no row has an adapter."""
+        from vllm_lora_ext.kernels.gated_lora.backends.triton import warmup
+        from vllm_lora_ext.kernels.mix_mlp import warmup as block_warmup
+
+        options = (
+            vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.model_config.dtype,
+        )  # fmt: skip
+        sites = [m.site for m in self.modules.values() if isinstance(m, RoutedLinear)]
+        warmup.warm(sites, *options)
+        block_warmup.warm([block.site for block in self.blocks.values()], *options)
 
     @property
     def slot_nbytes(self) -> int:
@@ -234,7 +249,8 @@ def slots_pinned(pinned: int, slots: int) -> AdapterError:
 def _selfcheck(device: torch.device, lora_config: Any, router_rows: int) -> str | None:
     if not HAS_TRITON:
         return "vLLM finds no working Triton"
-    return selfcheck(device, lora_config.lora_dtype, lora_config.max_lora_rank, router_rows)
+    case = device, lora_config.lora_dtype, lora_config.max_lora_rank, router_rows
+    return selfcheck(*case) or block_selfcheck(*case)
 
 
 def _reserve_routers(modules: Mapping[str, BaseLayerWithLoRA]) -> None:

@@ -48,9 +48,14 @@ def selfcheck(
             if wrong is not None:
                 return wrong
     except Exception as error:  # a compiler that fails, a launch that is refused: anything
-        lines = str(error).strip().splitlines()
-        return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+        return in_one_line(error)
     return None
+
+
+def in_one_line(error: Exception) -> str:
+    """Its type, and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 @dataclass(frozen=True)

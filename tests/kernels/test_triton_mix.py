@@ -16,7 +16,8 @@ from tests.kernels.test_triton import DEVICE, NAN, on_gpu, poisoned_empty, runs_
 from vllm_lora_ext.kernels.gated_lora.reference import TOLERANCE
 from vllm_lora_ext.kernels.gated_lora.step import StepMap
 from vllm_lora_ext.kernels.mix_mlp import block as blocks
-from vllm_lora_ext.kernels.mix_mlp import scratch_for
+from vllm_lora_ext.kernels.mix_mlp import scratch_for, triton_mix
+from vllm_lora_ext.kernels.mix_mlp.selfcheck import selfcheck
 from vllm_lora_ext.routing.mix import expert_weights, mix_reference
 
 pytestmark = runs_kernels
@@ -193,6 +194,30 @@ def test_two_blocks_one_after_the_other_share_the_scratch():
         y = mlp.run(x.to(DEVICE)).cpu()
         if DEVICE == "cpu":
             assert error(mlp, mlp.mine, x, slots, y) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rank", "routers"),
+    [(torch.float32, 1, 1), (torch.bfloat16, 64, 64), (torch.float16, 12, 3)],
+)
+def test_selfcheck_passes(dtype, rank, routers):
+    assert selfcheck(DEVICE, dtype, rank, routers) is None
+
+
+def test_selfcheck_says_what_is_wrong(monkeypatch):
+    right = triton_mix.mix_
+
+    def one_row_off(a_TI, *rest):
+        right(a_TI, *rest)
+        a_TI[2] *= 1.5  # row 2 has experts
+
+    def refused(*_):
+        raise RuntimeError("out of resource: shared memory\nmore")
+
+    monkeypatch.setattr(triton_mix, "mix_", one_row_off)
+    assert "an MLP block differ" in selfcheck(DEVICE, torch.float32, 8, 8)
+    monkeypatch.setattr(triton_mix, "mix_", refused)
+    assert selfcheck(DEVICE, torch.float32, 8, 8) == "RuntimeError: out of resource: shared memory"
 
 
 @on_gpu
