@@ -17,9 +17,9 @@ def warm(blocks: Iterable[BlockSite], max_tokens: int, dtype: torch.dtype) -> No
     """Launches every variant once; arguments as those of `gated_lora`'s."""
     for block, t in variants(blocks, max_tokens, dtype):
         first, last = block.first, block.last
-        new, options = first.a_SRK.new_empty, {"dtype": torch.float32}
-        u_PTR = new(num_parts(t, dtype, first), t, first.num_rows, **options)
-        z_PTR = new(num_parts(t, dtype, last), t, last.num_rows, **options)
+        new = first.a_SRK.new_empty
+        u_PTR = new(num_parts(t, dtype, first), t, first.num_rows, dtype=torch.float32)
+        z_PTR = new(num_parts(t, dtype, last), t, last.num_rows, dtype=torch.float32)
         base_TN = new(t, warmup.widths(first)[1], dtype=dtype)
         a_TI = new(t, warmup.widths(last)[0], dtype=dtype)
         assert block.tables is not None
