@@ -30,6 +30,7 @@ from vllm_lora_ext.model_patches.placing import Placer
 from vllm_lora_ext.model_patches.punica import skip_unread
 from vllm_lora_ext.model_patches.residency import HostAdapter
 from vllm_lora_ext.model_patches.rows import Rows
+from vllm_lora_ext.model_patches.scope import Scope
 from vllm_lora_ext.model_patches.trace import Recorder
 
 
@@ -78,8 +79,10 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         share_scratch(self.blocks.values(), vllm_config.model_config.dtype)
         self.placer = Placer(
             self.model, self.modules, self.packed_modules, self.blocks,
+            Scope(self.model, lora_config.target_modules, self.packed_modules_mapping),
             lora_config.max_lora_rank, router_rows, lora_config.lora_dtype, self.base_name,
             pinned=device_type == "cuda" and PIN_MEMORY, graphs=self.graphs,
+            pooling=self.is_pooling_model,
         )  # fmt: skip
         if kernels:
             self._warm(vllm_config)

@@ -18,6 +18,7 @@ from vllm_lora_ext.kernels.gated_lora.site import Shape
 from vllm_lora_ext.model_patches.layers import RoutedLinear
 from vllm_lora_ext.model_patches.mlp import Block
 from vllm_lora_ext.model_patches.residency import HostAdapter, flat_views
+from vllm_lora_ext.model_patches.scope import Scope
 
 Fill = Callable[[list[torch.Tensor]], Any]
 Layout = dict[str, tuple[list[Shape], Fill]]
@@ -30,10 +31,13 @@ class Placer:
         model: the model, its layers wrapped.
         modules: name → LoRA layer; packed: name of a fused layer → names of its slices.
         blocks: name → MLP block that can hold experts.
+        scope: what of an adapter is served.
         max_rank, router_rows: what a slot holds.
         dtype: of the engine's LoRA weights; base_name: the served model.
         pinned: whether host copies are page-locked.
         graphs: whether the engine captures CUDA graphs.
+        pooling: whether the model is served for pooling; adapters may then have been trained on
+            the bare model, whose layers' names lack `model.`.
     """
 
     def __init__(
@@ -42,18 +46,20 @@ class Placer:
         modules: Mapping[str, BaseLayerWithLoRA],
         packed: Mapping[str, list[str]],
         blocks: Mapping[str, Block],
+        scope: Scope,
         max_rank: int,
         router_rows: int,
         dtype: torch.dtype,
         base_name: str,
         pinned: bool,
         graphs: bool,
+        pooling: bool,
     ) -> None:
         self._model_name = type(model).__name__
         self._modules, self._packed, self._blocks = modules, packed, blocks
         self._max_rank, self._router_rows = max_rank, router_rows
         self._dtype, self._base_name, self._pinned = dtype, base_name, pinned
-        self._graphs = graphs
+        self._graphs, self._pooling, self._scope = graphs, pooling, scope
         mapper = getattr(model, "hf_to_vllm_mapper", None)
         self._mapper = mapper and mapper.get_rename_mapper()
         # Prefixes of the layers that live on another pipeline rank.
@@ -84,11 +90,14 @@ class Placer:
         Raises:
             AdapterError: a layer is unknown, a shape differs, a rank or a router is too large, a
                 value is too large for the slots, the model's MLP blocks cannot hold experts,
+                no layer of it is served here,
                 gates stand where none are computed, or the device has no room for routers.
         """
         every = (*adapter.modules, *_block_layers(adapter))
         name_of = {n: n if renamed else self._vllm_name(n) for n in every}
         away = {n for n, v in name_of.items() if v.startswith(self._missing)}
+        has = away.union(n for n, v in name_of.items() if v in self._shapes)
+        adapter = self._scope.narrowed(adapter, name_of, has)
         # The model's own names beside those of the adapter: for what an error says.
         shapes = {v: shape for v, shape in self._shapes.items() if v not in name_of}
         shapes |= {n: self._shapes[v] for n, v in name_of.items() if v in self._shapes}
@@ -175,7 +184,10 @@ class Placer:
     def _vllm_name(self, module: str) -> str:
         if module not in self._vllm_names:
             full = f"base_model.model.{module}.lora_A.weight"
-            self._vllm_names[module] = parse_fine_tuned_lora_name(full, self._mapper)[0]
+            name = parse_fine_tuned_lora_name(full, self._mapper)[0]
+            if self._pooling and name not in self._shapes and f"model.{name}" in self._shapes:
+                name = f"model.{name}"
+            self._vllm_names[module] = name
         return self._vllm_names[module]
 
 

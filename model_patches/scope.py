@@ -1,0 +1,84 @@
+"""What of an adapter an engine serves, where the operator or the model leaves layers out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from vllm.lora.utils import is_in_target_modules
+from vllm.model_executor.models import supports_multimodal
+
+from vllm_lora_ext.adapters.checks import without_drafter
+from vllm_lora_ext.adapters.model import RoutedAdapter
+from vllm_lora_ext.errors import AdapterError
+
+
+class Scope:
+    """The layers of one model that stand outside of what can be adapted, though they are there.
+
+    Args:
+        model: the model, its layers wrapped.
+        targets: `--lora-target-modules`; None: no limit.
+        packed: last part of a fused layer's name → last parts of its slices' names.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        targets: list[str] | None,
+        packed: Mapping[str, list[str]],
+    ) -> None:
+        self._targets = targets
+        self._skip = tuple(getattr(model, "lora_skip_prefixes", None) or ())
+        self._towers = _towers(model)
+        self._outside: set[str] = set()
+        for name, _ in model.named_modules():
+            if not is_in_target_modules(name, targets, dict(packed)):
+                before, _, last = name.rpartition(".")
+                self._outside |= {name, *(f"{before}.{part}" for part in packed.get(last, ()))}
+
+    def narrowed(
+        self, adapter: RoutedAdapter, name_of: Mapping[str, str], has: Collection[str]
+    ) -> RoutedAdapter:
+        """The adapter without what lies outside.
+
+        Args:
+            name_of: the adapter's name of a layer → vLLM's.
+            has: names of layers, as the adapter has them, that can be adapted or that live on
+                another rank.
+        Raises:
+            AdapterError: `unsupported_feature`, layers of a tower or connector whose flag is off;
+                `empty_adapter`, nothing is left.
+        """
+        adapter = without_drafter(adapter, has, self._skip)
+        for name in adapter.modules:
+            if name not in has and name_of[name].startswith(self._towers):
+                raise AdapterError(
+                    "unsupported_feature", "the adapter has layers of a tower or connector, and"
+                    " LoRA is on the language model only", seen=name,
+                    limit="layers of the language model",
+                    fix="start with --enable-tower-connector-lora",
+                )  # fmt: skip
+        if self._targets is None:
+            return adapter
+        modules = {
+            name: m for name, m in adapter.modules.items() if name_of[name] not in self._outside
+        }
+        if not modules and not adapter.blocks:
+            raise AdapterError(
+                "empty_adapter", "no layer of the adapter is among those that may be adapted here",
+                seen=", ".join(sorted({n.rpartition(".")[2] for n in adapter.modules})),
+                limit="--lora-target-modules " + " ".join(self._targets),
+                fix="start with these layers in --lora-target-modules, or without the flag",
+            )  # fmt: skip
+        return dataclasses.replace(adapter, modules=modules)
+
+
+def _towers(model: Any) -> tuple[str, ...]:
+    """Prefixes of the parts beside the language model."""
+    if not supports_multimodal(model) or not hasattr(model, "get_mm_mapping"):
+        return ()
+    mapping = model.get_mm_mapping()
+    return (*mapping.tower_model, *mapping.connector)
