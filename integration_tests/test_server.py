@@ -34,6 +34,8 @@ from vllm_lora_ext.adapters.registry import load_adapter
 pytestmark = pytest.mark.engine
 BOUND = 2e-3
 LOADING = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+# The route that calls the workers directly: a test takes an adapter away as an eviction would.
+CALLING = {"VLLM_SERVER_DEV_MODE": "1"}
 STATUS = {"not_found": 404, "path_not_allowed": 403}
 PLAIN, MOE = recorded("plain-a"), recorded("loramoe-a")
 
@@ -63,7 +65,7 @@ def server(places) -> Iterator[Server]:
         places.base, free_port(), {"adapter_roots": [str(places.adapters)], "max_router_rows": 8},
         "--lora-modules", f"plain={places.adapters}/plain", f"loramoe={places.adapters}/loramoe",
     )  # fmt: skip
-    with serving(argv, places.base.parent / "server.log", **LOADING) as running:
+    with serving(argv, places.base.parent / "server.log", **LOADING, **CALLING) as running:
         yield running
 
 
@@ -227,6 +229,29 @@ def test_a_failed_reload_leaves_the_adapter_that_was_there(server, client, place
     for prompt, greedy in zip(PLAIN.prompts, PLAIN.greedy, strict=True):
         assert ask(client, "kept", prompt).token_ids == greedy
     assert unload(server, "kept").status_code == 200
+
+
+def test_an_adapter_that_is_gone_when_it_is_asked_for(server, client, places):
+    """Taken from the workers, its folder away: 404 with the code, for that request alone."""
+    shutil.copytree(PLAIN.folder, places.adapters / "going")
+    assert load(server, "going", places.adapters / "going").status_code == 200
+    assert ask(client, "going", PLAIN.prompts[0]).token_ids == PLAIN.greedy[0]
+    shutil.rmtree(places.adapters / "going")
+    for number in range(1, 50):
+        body = {"method": "remove_lora", "args": [number]}
+        answer = httpx.post(f"{server.url}/collective_rpc", json=body, timeout=60, trust_env=False)
+        assert answer.status_code == 200, answer.text
+    with ThreadPoolExecutor(3) as pool:
+        going = pool.submit(ask, client, "going", PLAIN.prompts[0])
+        plain = pool.submit(ask, client, "plain", PLAIN.prompts[0])  # its folder is there
+        base = pool.submit(ask, client, "base", PLAIN.prompts[0], 1)
+        with pytest.raises(NotFoundError) as caught:
+            going.result()
+        assert "lora_ext:not_found" in str(caught.value)
+        assert plain.result().token_ids == PLAIN.greedy[0] and len(base.result().token_ids) == 1
+    shutil.copytree(MOE.folder, places.adapters / "going")
+    assert ask(client, "going", MOE.prompts[0]).token_ids == MOE.greedy[0]
+    assert unload(server, "going").status_code == 200
 
 
 def scaled(adapter: RoutedAdapter, factor: float) -> RoutedAdapter:

@@ -156,6 +156,13 @@ def test_log_probabilities_and_greedy_tokens_are_those_of_one_rank(tp2, requests
         assert tokens == r.greedy or not r.greedy, r.label
 
 
+def test_tensors_from_memory_reach_every_rank(tp2, requests):
+    wanted = {r.label: r.greedy for r in requests}  # of the last prompt of each
+    got = tp2.result["from_memory"]
+    assert {"plain-a", "any-gate", "self-gated"} <= set(got)
+    assert got == {label: wanted[label] for label in got}
+
+
 def test_every_rank_decides_the_same(tp2):
     """The sums that enter a gate and what leaves it, bit for bit, at every layer and step."""
     first, second = tp2.result["ranks"]

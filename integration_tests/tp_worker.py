@@ -21,6 +21,7 @@ from typing import Any
 
 import psutil
 import torch
+from safetensors.torch import load_file
 
 from integration_tests.engines import (
     ENVIRONMENT,
@@ -75,12 +76,30 @@ def ask(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
         "logprobs": prompt_logprobs(llm, requests, job["vocabulary"]),
         "tokens": [tokens(o) for o in run(llm, requests, greedy())],
     }
+    result["from_memory"] = from_memory(llm, job)
     llm.reset_prefix_cache()
     llm.collective_rpc(watch)
     run(llm, requests, greedy(3))
     result["ranks"] = llm.collective_rpc(seen)
     result["listening"] = listening()
     return result
+
+
+def from_memory(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
+    """The same adapters handed over as tensors, where two files are all that they are."""
+    prompts = {name: (ids, Path(folder)) for ids, name, folder in job["requests"] if name}
+    requests = {}
+    for name, (ids, folder) in prompts.items():
+        if len(list(folder.rglob("*.*"))) == 2:
+            (weights,), config = folder.glob("*.safetensors"), folder / "adapter_config.json"
+            added = llm.llm_engine.add_adapter(
+                f"{name}-tensors", load_file(weights), json.loads(config.read_text())
+            )
+            requests[name] = (ids, added)
+    outputs = run(llm, list(requests.values()), greedy())
+    for _, added in requests.values():
+        assert llm.llm_engine.remove_lora(added.lora_int_id)
+    return {name: tokens(o) for name, o in zip(requests, outputs, strict=True)}
 
 
 def watch(worker: Any) -> None:
@@ -104,11 +123,14 @@ def watch(worker: Any) -> None:
     }
     gate, shrink = eager._gate_, eager.shrink
 
-    def watched_gate(h_TR: torch.Tensor, plan: Any) -> None:
-        name = of_plan[id(plan)]
-        _seen.append((name, "sums", h_TR.clone()))
-        gate(h_TR, plan)
-        _seen.append((name, "plain" if plan.plain else "gated", h_TR[:, : plan.num_ranks].clone()))
+    def watched_gate(h_TR: torch.Tensor, plan: Any, v_TR: torch.Tensor) -> None:
+        name, inputs_TR, gates_TR = of_plan[id(plan)], v_TR.clone(), torch.ones_like(h_TR)
+        gate(gates_TR, plan, inputs_TR)
+        if not plan.plain:
+            sums_TG = torch.cat([inputs_TR[:, c] for c in plan.inputs], dim=1)
+            _seen.append((name, "sums", sums_TG))
+            _seen.append((name, "gated", gates_TR[:, : plan.num_ranks]))
+        gate(h_TR, plan, inputs_TR)
 
     def watched_shrink(x_TK: torch.Tensor, site: Any) -> torch.Tensor:
         u_TR = shrink(x_TK, site)

@@ -1,10 +1,11 @@
 """The engine core loads adapters before it schedules requests for them, and keeps the ledger.
 
 Targets: `EngineCore.{preprocess_add_request, add_request, step, step_with_batch_queue, add_lora,
-remove_lora, list_loras, pin_lora, collective_rpc}`, `Scheduler._handle_blocked_waiting_request`,
-and `_gen_lora_extra_hash_keys`, the adapter's part of a block's key in the prefix cache. Whatever
-front end asks (several API servers, a client that talks to the core directly), a step meets only
-adapters that every worker holds, and a request whose adapter cannot be had ends alone.
+remove_lora, list_loras, pin_lora, collective_rpc}`, `EngineCoreProc.has_work`,
+`Scheduler._handle_blocked_waiting_request`, and `_gen_lora_extra_hash_keys`, the adapter's part of
+a block's key in the prefix cache. Whatever front end asks (several API servers, a client that talks
+to the core directly), a step meets only adapters that every worker holds, and a request whose
+adapter cannot be had ends alone.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import vllm.v1.core.kv_cache_utils as kv_cache_utils
 from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
-from vllm.v1.engine.core import EngineCore
+from vllm.v1.engine.core import EngineCore, EngineCoreProc
 from vllm.v1.request import RequestStatus
 
 from vllm_lora_ext.adapters.memory import MemorySource
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.ledger import Ledger
+from vllm_lora_ext.model_patches.loading import Loading
 
 ADD = "lora_ext_add"
 """Method of the core: what `add_lora` does, and the answer says what was evicted."""
@@ -42,8 +44,14 @@ class Adapters:
         if core.request_block_hasher is not None:
             core.request_block_hasher = self._keyed(core.request_block_hasher)
         self._refused: list[EngineCoreOutput] = []
+
+        def rpc(method: str, *args: Any) -> list[Any]:
+            answers: list[Any] = core.model_executor.collective_rpc(method, args=args)
+            return answers
+
+        self.loading = Loading(rpc, self.add)
         self.ledger = Ledger(
-            lambda method, *args: core.model_executor.collective_rpc(method, args=args),
+            rpc,
             core.vllm_config.lora_config.max_loras,
             self._named, self._running, self._replaced, self._lost,
         )  # fmt: skip
@@ -58,6 +66,14 @@ class Adapters:
 
     def _running(self) -> set[int]:
         return {_id_of(r) for r in self._scheduler.running} - {0}
+
+    def add(self, lora: LoRARequest, source: Any) -> dict[str, Any]:
+        """Has an adapter loaded: `{"version": digest, "evicted": ids}`, or `{"error": text}`."""
+        try:
+            evicted = self.ledger.add(lora, source)
+        except AdapterError as error:
+            return {"error": str(error)}
+        return {"version": self.ledger.version(lora.lora_int_id), "evicted": evicted}
 
     def admit(self, request: Any) -> bool:
         """Has the adapter of a new request loaded; the request is refused when it cannot be."""
@@ -87,6 +103,7 @@ class Adapters:
 
     def step(self, step: Callable[[], Any]) -> Any:
         """A step of the core, with what is done before and after it."""
+        self.loading.poll(idle=not self._scheduler.has_requests())
         self.ledger.tidy()
         outputs, executed = step()
         if self._refused:
@@ -202,6 +219,14 @@ def _patch_core() -> None:
     EngineCore.list_loras, EngineCore.pin_lora = new_list_loras, new_pin_lora
     EngineCore.collective_rpc = new_collective_rpc
     setattr(EngineCore, ADD, _add)
+    has_work = EngineCoreProc.has_work
+
+    @functools.wraps(has_work)
+    def new_has_work(self: Any) -> bool:
+        adapters = self.__dict__.get("_lora_ext")
+        return has_work(self) or (adapters is not None and adapters.loading.pending)
+
+    EngineCoreProc.has_work = new_has_work
     for name in ("step", "step_with_batch_queue"):
         setattr(EngineCore, name, _stepping(getattr(EngineCore, name)))
 
@@ -215,8 +240,9 @@ def _stepping(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return new_step
 
 
-def _add(self: Any, request: Any, source: Any = None) -> dict[str, Any]:
-    """Loads an adapter: `{"version": digest, "evicted": ids}`, or `{"error": text}`.
+def _add(self: Any, request: Any, source: Any = None) -> Any:
+    """As `Adapters.add`; from a core in a process of its own, whose loop must not wait for a disk,
+    a future of it.
 
     Args:
         request: a `LoRARequest`, or what the wire made of it.
@@ -225,11 +251,10 @@ def _add(self: Any, request: Any, source: Any = None) -> dict[str, Any]:
     adapters = _adapters(self)
     assert adapters is not None, "the front end asks only where LoRA is on"
     lora = request if isinstance(request, LoRARequest) else msgspec.convert(request, LoRARequest)
-    try:
-        evicted = adapters.ledger.add(lora, source and MemorySource(*source))
-    except AdapterError as error:
-        return {"error": str(error)}
-    return {"version": adapters.ledger.version(lora.lora_int_id), "evicted": evicted}
+    given = source and MemorySource(*source)
+    if isinstance(self, EngineCoreProc) and adapters.ledger.reads(lora, given):
+        return adapters.loading.begin(lora, given)
+    return adapters.add(lora, given)
 
 
 def _patch_scheduler() -> None:

@@ -47,8 +47,8 @@ def plugin_identity() -> str:
 def tag_torch_caches() -> None:
     """From now on torch's own compile caches of this process have the plugin in their keys, too.
 
-    They hold the calls that `kernels.gated_lora.inductor` wrote, and are shared by all programs of
-    a user where vLLM gives them no folder of their own.
+    They hold the calls that the CPU backend's `inductor` wrote, and are shared by all programs of a
+    user where vLLM gives them no folder of their own.
     """
     tag = f"vllm-lora-ext:{plugin_identity()[:16]}"
     config: Any = torch.compiler.config

@@ -27,28 +27,27 @@ from vllm_lora_ext.kernels.gated_lora import (
     begin,
     embedding_lora_,
     finish_,
-    gate_expand_,
     gated_lora_,
     gated_lora_into_,
     register_site,
-    shrink,
-    shrink_into,
 )
 
 _router_rows: ContextVar[int] = ContextVar("router_rows")
 _triton: ContextVar[bool] = ContextVar("triton")
+_graphs: ContextVar[bool] = ContextVar("graphs")
 
 
 @contextmanager
-def building(router_rows: int, triton: bool) -> Iterator[None]:
-    """Layers created inside hold up to `router_rows` router rows per slice, and run on the Triton
-    kernels if `triton`."""
-    tokens = _router_rows.set(router_rows), _triton.set(triton)
+def building(router_rows: int, triton: bool, graphs: bool) -> Iterator[None]:
+    """Layers created inside hold up to `router_rows` router rows per slice, run on the Triton
+    kernels if `triton`, and in captured graphs if `graphs`."""
+    tokens = _router_rows.set(router_rows), _triton.set(triton), _graphs.set(graphs)
     try:
         yield
     finally:
         _router_rows.reset(tokens[0])
         _triton.reset(tokens[1])
+        _graphs.reset(tokens[2])
 
 
 class RoutedLinear(BaseLinearLayerWithLoRA):
@@ -62,18 +61,12 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
         if self.n_slices == 1:
             self.output_slices = (self.output_size,)
         rank = lora_config.max_lora_rank
-        # Under tensor parallelism a row-parallel input is a shard: A x and the logits are partial
-        # sums that must be reduced before the gate. Each rank then adds only its own columns, and
-        # the layer's own all-reduce puts them together.
+        # Under tensor parallelism a row-parallel input is a shard, and its output a partial sum.
         self.reduces = isinstance(self.base_layer, RowParallelLinear) and self.tp_size > 1
-        sizes, y_start = self.output_slices, 0
-        if self.reduces:
-            bounds = [self.output_size * i // self.tp_size for i in range(self.tp_size + 1)]
-            y_start = bounds[self.tp_rank]
-            sizes = (bounds[self.tp_rank + 1] - y_start,)
         self.site = Site(
-            max_loras, self.input_size, sizes, rank, _router_rows.get(),
-            lora_config.lora_dtype, self.device, y_start, _triton.get(),
+            max_loras, self.input_size, self.output_slices, rank, _router_rows.get(),
+            lora_config.lora_dtype, self.device, _triton.get(),
+            tensor_model_parallel_all_reduce if self.reduces else None, _graphs.get(),
         )  # fmt: skip
         self.handle = register_site(self.site)
         # Where the linear of an MLP block on the kernels leaves its shrunk rows (`mlp`).
@@ -153,12 +146,10 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
     def _shard(self, i: int, m: RoutedModule) -> RoutedModule:
         """This rank's part of slice `i`, by stock's own slicing."""
         if self.reduces:
-            start, size = self.site.y_start, self.site.slice_sizes[0]
             cut = self.slice_lora_a
             return replace(
                 m,
                 a_RK=cut(m.a_RK),
-                b_NR=m.b_NR[start : start + size],
                 router_GK=None if m.router_GK is None else cut(m.router_GK),
                 head_K=None if m.head_K is None else cut(m.head_K[None])[0],
             )
@@ -175,19 +166,11 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
 
     def _apply_lora_to_output(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         y_TN, x_TK = output.view(-1, output.shape[-1]), x.reshape(-1, x.shape[-1])
-        if self.reduces:
-            u_TR = tensor_model_parallel_all_reduce(self._shrink(x_TK))
-            gate_expand_(y_TN, u_TR, self.handle)
-        elif self.memory is not None:
-            gated_lora_into_(y_TN, self.memory, x_TK, self.handle)
-        else:
+        if self.memory is None:
             gated_lora_(y_TN, x_TK, self.handle)
+        else:
+            gated_lora_into_(y_TN, self.memory, x_TK, self.handle)
         return output
-
-    def _shrink(self, x_TK: torch.Tensor) -> torch.Tensor:
-        if self.memory is not None:
-            return shrink_into(self.memory, x_TK, self.handle, self.site.num_rows)
-        return shrink(x_TK, self.handle, self.site.num_rows)
 
     def _apply_async_impl(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """With VLLM_LORA_ENABLE_DUAL_STREAM: the shrink, which needs only x, runs on a second
@@ -198,23 +181,22 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
             return self._get_quant_method().apply(self.base_layer, x, bias)
 
         def first() -> torch.Tensor | None:
-            return self._shrink(x_TK) if self.reduces else begin(x_TK, self.site, self.memory)
+            return begin(x_TK, self.site, self.memory)
 
         output, u = maybe_execute_in_parallel(base, first, *self._events, self._lora_stream)
-        y_TN = output.view(-1, output.shape[-1])
-        if self.reduces:
-            gate_expand_(y_TN, tensor_model_parallel_all_reduce(u), self.handle)
-        else:
-            finish_(y_TN, x_TK, u, self.site)
+        finish_(output.view(-1, output.shape[-1]), x_TK, u, self.site)
         return output
 
 
-class CPUEmbedding(VocabParallelEmbeddingWithLoRA):
-    """Stock's embedding wrapper takes the last slot's rows for base tokens and freezes shapes
-    when traced; on CPU the delta is an opaque op that skips slots without an embedding LoRA."""
+class RoutedEmbedding(VocabParallelEmbeddingWithLoRA):
+    """Stock's embedding wrapper reads stock's metadata; on CPU it takes the last slot's rows for
+    base tokens and freezes shapes when traced. Here the delta is an opaque op."""
 
     def create_lora_weights(self, max_loras, lora_config, model_config=None) -> None:  # type: ignore[no-untyped-def]
         super().create_lora_weights(max_loras, lora_config, model_config)
+        out, rank = self.base_layer.embedding_dim, lora_config.max_lora_rank
+        b_NSR = self.lora_a_stacked.new_zeros(out, max_loras, rank)
+        self.lora_b_stacked = b_NSR.permute(1, 0, 2)[:, None]
         self.site = EmbeddingSite(self.lora_a_stacked, self.lora_b_stacked[:, 0], None)  # type: ignore[arg-type]
         self.handle = register_site(self.site)
 
@@ -243,10 +225,8 @@ def apply() -> None:
 
 
 def _ours(stock: type) -> type:
-    from vllm.platforms import current_platform
-
-    if stock is VocabParallelEmbeddingWithLoRA and current_platform.is_cpu():
-        return CPUEmbedding
+    if stock is VocabParallelEmbeddingWithLoRA:
+        return RoutedEmbedding
     # Fully sharded wrappers stay: the manager refuses that mode before one can be chosen.
     if not issubclass(stock, BaseLinearLayerWithLoRA) or "Sharded" in stock.__name__:
         return stock

@@ -39,7 +39,6 @@ class Held:
     version: str
     bytes: int
     pinned: bool = False
-    leaving: bool = False  # removed by its user while requests still name it
 
 
 class Ledger:
@@ -69,6 +68,7 @@ class Ledger:
         self._replaced, self._lost = replaced, lost
         self._held: dict[int, Held] = {}
         self._pinned: frozenset[int] = frozenset()
+        self._leaving: set[int] = set()  # removed by their users while requests still name them
         self._unsure = False
 
     def version(self, lora_id: int) -> str | None:
@@ -79,7 +79,7 @@ class Ledger:
     def ids(self) -> set[int]:
         """What is held, and was not removed."""
         self._refresh()
-        return {i for i, held in self._held.items() if not held.leaving}
+        return set(self._held) - self._leaving
 
     def add(self, adapter: Adapter, source: Any = None) -> list[int]:
         """Has an adapter loaded, if it is not held already or is to be replaced.
@@ -96,10 +96,10 @@ class Ledger:
         held = self._held.get(lora_id)
         if held is not None and not adapter.load_inplace and source is None:
             self._check_same(adapter, held)
-            held.leaving = False
+            self._leaving.discard(lora_id)
             self._check_slot(lora_id)
             return []
-        replaceable = source is None and held is not None and not held.leaving
+        replaceable = source is None and lora_id not in self._leaving
         if held is not None and held.name != adapter.lora_name and not replaceable:
             raise _id_in_use(adapter, held)
         self._check_slot(lora_id)
@@ -110,23 +110,23 @@ class Ledger:
             )  # fmt: skip
         return self._load(adapter, source)
 
+    def reads(self, adapter: Adapter, source: Any) -> bool:
+        """Whether `add` would have the workers read an adapter."""
+        return source is not None or adapter.load_inplace or adapter.lora_int_id not in self._held
+
     def remove(self, lora_id: int) -> bool:
         """Drops an adapter; one that unfinished requests name, as soon as they are done."""
-        held = self._held.get(lora_id)
-        if held is not None and lora_id in self._named():
-            held.leaving = True
+        if lora_id in self._held and lora_id in self._named():
+            self._leaving.add(lora_id)
             return True
         return self._drop(lora_id)
 
     def tidy(self) -> None:
         """Drops what was removed and is no longer named. To be called before every step."""
         self._refresh()
-        leaving = [i for i, held in self._held.items() if held.leaving]
-        if leaving:
-            named = self._named()
-            for lora_id in leaving:
-                if lora_id not in named:
-                    self._drop(lora_id)
+        if self._leaving:
+            for lora_id in self._leaving - self._named():
+                self._drop(lora_id)
 
     def pin(self, lora_id: int) -> bool:
         """Keeps an adapter in its slot for good.
@@ -217,6 +217,7 @@ class Ledger:
 
     def _note(self, adapter: Adapter, reports: list[Any]) -> None:
         lora_id, before = adapter.lora_int_id, self._held.get(adapter.lora_int_id)
+        self._leaving.discard(lora_id)
         version = reports[0].version
         self._held[lora_id] = Held(
             adapter.lora_name, adapter.lora_path, version, max(r.bytes for r in reports)
@@ -237,6 +238,7 @@ class Ledger:
 
     def _forget(self, lora_id: int) -> None:
         self._held.pop(lora_id, None)
+        self._leaving.discard(lora_id)
         self._pin()
 
     def _pin(self) -> None:

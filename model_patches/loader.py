@@ -6,6 +6,8 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+from vllm_lora_ext.model_patches.residency import Prepared
+
 
 class _Job(NamedTuple):
     request: Any
@@ -37,8 +39,16 @@ class Loader:
         return job is None or job.result.done()
 
     def take(self, request: Any, source: Any) -> Any:
-        """What `read` makes, or raises; read already if `begin` had the same arguments."""
+        """What `read` makes, or raises; read already if `begin` had the same arguments, or if the
+        source is `Prepared`."""
         job = self._jobs.pop(request.lora_int_id, None)
-        if job is not None and (job.request.lora_path, job.source) == (request.lora_path, source):
+        ahead = isinstance(source, Prepared)
+        same = job is not None and job.request.lora_path == request.lora_path
+        if job is not None and same and (ahead or job.source == source):
             return job.result.result()
+        assert not ahead, "nothing was prepared"
         return self._read(request, source)
+
+    def forget(self, adapter_id: int) -> None:
+        """What was begun is not wanted any more."""
+        self._jobs.pop(adapter_id, None)

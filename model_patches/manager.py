@@ -6,10 +6,11 @@ manager class.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
+from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.triton_utils import HAS_TRITON
@@ -18,6 +19,7 @@ from vllm.utils.torch_utils import PIN_MEMORY
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora import Site
 from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
+from vllm_lora_ext.kernels.mix_mlp.selfcheck import selfcheck as block_selfcheck
 from vllm_lora_ext.model_patches.backend import check_graphs, choose_kernels
 from vllm_lora_ext.model_patches.config import check_config, check_trace
 from vllm_lora_ext.model_patches.heap import keep_memory
@@ -25,6 +27,7 @@ from vllm_lora_ext.model_patches.layers import RoutedLinear, building
 from vllm_lora_ext.model_patches.logits import follow_rows
 from vllm_lora_ext.model_patches.mlp import share_scratch, wrap_blocks
 from vllm_lora_ext.model_patches.placing import Placer
+from vllm_lora_ext.model_patches.punica import skip_unread
 from vllm_lora_ext.model_patches.residency import HostAdapter
 from vllm_lora_ext.model_patches.rows import Rows
 from vllm_lora_ext.model_patches.trace import Recorder
@@ -64,10 +67,13 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         if device_type == "cpu":
             keep_memory()
         self.pinned: set[int] = set()
-        with building(router_rows, kernels):
+        with building(router_rows, kernels, self.graphs):
             super().__init__(*args, lora_config=lora_config, vllm_config=vllm_config, **kwargs)
+        if settings.max_router_rows is not None:  # asked for: before the KV cache takes the rest
+            _reserve_routers(self.modules)
         self.rows = Rows(self)
         follow_rows(self.rows, self.modules)
+        skip_unread(self.punica_wrapper_mapping.values(), self.modules.values())
         self.blocks = wrap_blocks(self.model, self.modules)
         share_scratch(self.blocks.values(), vllm_config.model_config.dtype)
         self.placer = Placer(
@@ -75,9 +81,23 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
             lora_config.max_lora_rank, router_rows, lora_config.lora_dtype, self.base_name,
             pinned=device_type == "cuda" and PIN_MEMORY, graphs=self.graphs,
         )  # fmt: skip
+        if kernels:
+            self._warm(vllm_config)
         if settings.trace:
             check_trace(vllm_config, self.graphs)
             self.recorder = Recorder(self)
+
+    def _warm(self, vllm_config: Any) -> None:
+        """Compiles all that a step can need, while nobody waits and no row has an adapter."""
+        from vllm_lora_ext.kernels.gated_lora.backends.triton import warmup
+        from vllm_lora_ext.kernels.mix_mlp import warmup as block_warmup
+
+        options = (
+            vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.model_config.dtype,
+        )  # fmt: skip
+        sites = [m.site for m in self.modules.values() if isinstance(m, RoutedLinear)]
+        warmup.warm(sites, *options)
+        block_warmup.warm([block.site for block in self.blocks.values()], *options)
 
     @property
     def slot_nbytes(self) -> int:
@@ -229,4 +249,11 @@ def slots_pinned(pinned: int, slots: int) -> AdapterError:
 def _selfcheck(device: torch.device, lora_config: Any, router_rows: int) -> str | None:
     if not HAS_TRITON:
         return "vLLM finds no working Triton"
-    return selfcheck(device, lora_config.lora_dtype, lora_config.max_lora_rank, router_rows)
+    case = device, lora_config.lora_dtype, lora_config.max_lora_rank, router_rows
+    return selfcheck(*case) or block_selfcheck(*case)
+
+
+def _reserve_routers(modules: Mapping[str, BaseLayerWithLoRA]) -> None:
+    for layer in modules.values():
+        if isinstance(layer, RoutedLinear):
+            layer.site.reserve_routers(layer.site.most_routers)

@@ -139,7 +139,7 @@ def wrap_blocks(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, 
         bias = last.base_layer.bias
         if bias is not None and last.tp_rank > 0:  # added once; every rank decides alike
             bias = torch.zeros_like(bias)
-        site = BlockSite(first.site, last.site, act, bias, _act_name(act), last.reduces)
+        site = BlockSite(first.site, last.site, act, bias, _act_name(act))
         mixed = MixedActivation(act, site)
         setattr(module, act_name, mixed)
         found[name] = Block(first, last, site, gated, mixed)

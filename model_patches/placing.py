@@ -83,8 +83,8 @@ class Placer:
             renamed: its layers already have vLLM's names.
         Raises:
             AdapterError: a layer is unknown, a shape differs, a rank or a router is too large, a
-                value is too large for the slots, the model's MLP blocks cannot hold experts, or
-                gates stand where none are computed.
+                value is too large for the slots, the model's MLP blocks cannot hold experts,
+                gates stand where none are computed, or the device has no room for routers.
         """
         every = (*adapter.modules, *_block_layers(adapter))
         name_of = {n: n if renamed else self._vllm_name(n) for n in every}
@@ -100,7 +100,24 @@ class Placer:
             self._router_rows,
             self._base_name,
         )
-        return self._pack(adapter, name_of, away)
+        host = self._pack(adapter, name_of, away)
+        self._reserve(host)
+        return host
+
+    def _reserve(self, host: HostAdapter) -> None:
+        """Slots have rows for routers from the first adapter on that needs them."""
+        sites = [(self._modules[name].site, packed) for name, packed in host.sites.items()]
+        sites += [(self._blocks[n].first.site, packed.first) for n, packed in host.blocks.items()]
+        try:
+            for site, packed in sites:
+                site.reserve_routers(len(packed.router_GK))
+        except MemoryError as error:
+            raise AdapterError(
+                "device_memory_full", "the slots have no room for the adapter's routers",
+                seen=str(error), limit="what the device has left",
+                fix="start with the setting max_router_rows, which reserves them before the KV"
+                " cache takes the rest, or with a smaller --max-loras",
+            ) from error  # fmt: skip
 
     def _pack(
         self, adapter: RoutedAdapter, name_of: Mapping[str, str], away: set[str]

@@ -1,18 +1,23 @@
 """vLLM's per-step LoRA metadata, extended by a `StepMap`.
 
 Target: the name `get_punica_wrapper` in `vllm.lora.model_manager`. The class that vLLM chooses for
-the platform is subclassed, so every platform's own metadata stays as it is.
+the platform is subclassed; its own metadata, which on a GPU takes several waits of the host, is
+computed only where a layer of stock's reads it (fused experts, classification heads).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
 import numpy as np
 import vllm.lora.model_manager as model_manager
+from vllm.lora.layers import BaseLayerWithLoRA
 
 from vllm_lora_ext.kernels.gated_lora import StepMap
+from vllm_lora_ext.model_patches.layers import RoutedEmbedding, RoutedLinear
+from vllm_lora_ext.model_patches.logits import RoutedLogits
 
 
 class StepMixin:
@@ -21,9 +26,11 @@ class StepMixin:
     def __init__(self, max_num_batched_tokens: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(max_num_batched_tokens, *args, **kwargs)  # type: ignore[call-arg]
         self.step_map = StepMap(max_num_batched_tokens, self.device)  # type: ignore[attr-defined]
+        self.stock_reads = True
 
     def update_metadata(self, mapping, lora_index_to_id, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
-        super().update_metadata(mapping, lora_index_to_id, *args, **kwargs)  # type: ignore[misc]
+        if self.stock_reads:
+            super().update_metadata(mapping, lora_index_to_id, *args, **kwargs)  # type: ignore[misc]
         slot_of = {id_: slot for slot, id_ in enumerate(lora_index_to_id) if id_ is not None}
         ids, inverse_T = np.unique(np.asarray(mapping.index_mapping), return_inverse=True)
         slots = np.array([slot_of[int(i)] if i > 0 else -1 for i in ids], dtype=np.int64)
@@ -33,6 +40,14 @@ class StepMixin:
 @cache
 def _with_step(stock: type) -> type:
     return type(stock.__name__, (StepMixin, stock), {"__module__": __name__})
+
+
+def skip_unread(wrappers: Iterable[Any], layers: Iterable[BaseLayerWithLoRA]) -> None:
+    """To be called when a manager has its layers: what none of stock's reads is not computed."""
+    ours = RoutedLinear, RoutedEmbedding, RoutedLogits
+    stock = [layer.punica_wrapper for layer in layers if not isinstance(layer, ours)]
+    for wrapper in wrappers:
+        wrapper.stock_reads = any(read is wrapper for read in stock)
 
 
 def apply() -> None:

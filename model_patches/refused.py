@@ -25,6 +25,7 @@ _STATUS = {
     "id_in_use": HTTPStatus.CONFLICT,
     "slots_pinned": HTTPStatus.CONFLICT,
     "host_cache_full": HTTPStatus.CONFLICT,
+    "device_memory_full": HTTPStatus.CONFLICT,
     "merge_busy": HTTPStatus.TOO_MANY_REQUESTS,
     "merge_failed": HTTPStatus.INTERNAL_SERVER_ERROR,
     "load_failed": HTTPStatus.INTERNAL_SERVER_ERROR,

@@ -49,7 +49,7 @@ PATCHES: tuple[Patch, ...] = (
         ),
         how=(
             "Subclasses of the stock linear wrappers, put in their place in "
-            "`_all_lora_classes`; on CPU also of the embedding wrapper."
+            "`_all_lora_classes`, and of the embedding wrapper."
         ),
         upstream=(
             "vllm-project/vllm#49705 (router-driven mixtures), #48421 and #49656 (index -1 on CPU)"
@@ -193,7 +193,7 @@ PATCHES: tuple[Patch, ...] = (
             "Stock's add_lora takes no tensors, says nothing of what it evicts, and an error of "
             "one worker leaves the answers of the others in the queue."
         ),
-        how=("Two more methods on the worker, whose errors are answers."),
+        how=("More methods on the worker, whose errors are answers."),
         upstream="none yet",
         remove_when="vLLM's add_lora reports what it did.",
         targets=(
@@ -226,6 +226,8 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.v1.engine.core", "EngineCore.collective_rpc"),
             Target("vllm.v1.engine.core", "EngineCore.step"),
             Target("vllm.v1.engine.core", "EngineCore.step_with_batch_queue"),
+            Target("vllm.v1.engine.core", "EngineCoreProc.has_work"),
+            Target("vllm.v1.engine.core", "EngineCoreProc._invoke_utility_method"),
             Target("vllm.v1.engine.core", "EngineCoreProc._convert_msgspec_args"),
             Target("vllm.v1.engine.core", "EngineCoreProc._handle_client_request"),
             Target("vllm.v1.core.sched.scheduler", "Scheduler._handle_blocked_waiting_request"),

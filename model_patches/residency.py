@@ -66,6 +66,11 @@ class LoadReport:
 
 
 @dataclass(frozen=True)
+class Prepared:
+    """In place of an adapter's source: what a worker was told to read ahead of time."""
+
+
+@dataclass(frozen=True)
 class Resident:
     """A vLLM LoRA model of any kind that stays in host memory, and what is said of it."""
 

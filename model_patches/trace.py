@@ -86,22 +86,15 @@ class Recorder:
 
     def _watch(self, site: Site, reduces: bool, keep: Callable[..., None]) -> None:
         """Calls `keep(traced, x, u)` after the site's op, after what is called there already."""
-        after_expand = site.after_expand
 
-        def then(_y: torch.Tensor, x: torch.Tensor, _u: torch.Tensor | None) -> None:
+        def then(_y: torch.Tensor, x: torch.Tensor, u: torch.Tensor | None) -> None:
             for traced in self._traced:
-                keep(traced, traced.of(x), None)
+                if not reduces:
+                    keep(traced, traced.of(x), None)
+                elif u is not None:  # x is a shard; what gates read is the same on every rank
+                    keep(traced, None, traced.of(u))
 
-        def then_expand(y: torch.Tensor, u: torch.Tensor) -> None:
-            if after_expand is not None:
-                after_expand(y, u)
-            for traced in self._traced:
-                keep(traced, None, traced.of(u))
-
-        if reduces:  # x is a shard; the reduced u is the same on every rank
-            site.after_expand = then_expand
-        else:
-            site.listen(then)
+        site.listen(then)
 
     def _keep_linear(
         self, layer: str, traced: Traced, x_TK: torch.Tensor | None, u_TR: torch.Tensor | None

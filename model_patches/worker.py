@@ -27,7 +27,13 @@ from vllm_lora_ext.model_patches.manager import (
     RoutedLoRAModelManager,
     slots_pinned,
 )
-from vllm_lora_ext.model_patches.residency import HostAdapter, LoadReport, Residency, Resident
+from vllm_lora_ext.model_patches.residency import (
+    HostAdapter,
+    LoadReport,
+    Prepared,
+    Residency,
+    Resident,
+)
 from vllm_lora_ext.settings import LoraExtSettings
 
 _LEAST = 2048 << 20  # bytes of host memory by default
@@ -58,7 +64,7 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         return wrapped
 
     def load(
-        self, request: LoRARequest, source: MemorySource | None, in_use: Collection[int]
+        self, request: LoRARequest, source: MemorySource | Prepared | None, in_use: Collection[int]
     ) -> LoadReport:
         """Loads an adapter into host memory, and into a slot when one is free.
 
@@ -66,7 +72,7 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         or brings a source.
 
         Args:
-            source: its tensors; None: they are in the request's folder.
+            source: its tensors; None: they are in the request's folder; or what `prepare` got.
             in_use: ids that must stay in host memory; pinned ones do anyway.
         Raises:
             AdapterError: the adapter cannot be served, or `host_cache_full`; what was held under
@@ -74,6 +80,7 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         """
         held = self._residency.get(request.lora_int_id)
         if held is not None and source is None and not request.load_inplace:
+            self.forget(request.lora_int_id)
             return held.report()
         with gpu_sync_allowed():
             new = self._loader.take(request, source)
@@ -87,10 +94,15 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         """Whether `load` would find `prepare` done, well or not."""
         return self._loader.done(adapter_id)
 
+    def forget(self, adapter_id: int) -> None:
+        """Gives up what `prepare` began."""
+        self._loader.forget(adapter_id)
+
     def _read(self, request: LoRARequest, source: MemorySource | None) -> Resident:
         placer = self._adapter_manager.placer
         if source is not None:
-            adapter = load_memory_adapter(source)
+            accepted = self.settings.accept_config_keys
+            adapter = load_memory_adapter(source, accept_config_keys=accepted)
         elif foreign.is_foreign(request):
             return self._foreign(self._load_adapter(request))
         else:

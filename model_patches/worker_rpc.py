@@ -1,7 +1,7 @@
 """What the engine core asks of every worker about adapters.
 
-Target: `WorkerBase`, which gets two methods; `collective_rpc` finds them by name on every executor.
-An error is an answer and never raised: with several workers, vLLM stops reading answers at the
+Target: `WorkerBase`, which gets methods; `collective_rpc` finds them by name on every executor. An
+error is an answer and never raised: with several workers, vLLM stops reading answers at the
 first that failed, and takes what is left of them for those of the next call.
 """
 
@@ -15,6 +15,7 @@ from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.ledger import LOAD, VERSIONS
+from vllm_lora_ext.model_patches.loading import FORGET, PREPARE, PREPARED
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -42,7 +43,25 @@ def _versions(self: Any) -> dict[int, Any]:
     return self.model_runner.lora_manager.versions()
 
 
+def _prepare(self: Any, request: LoRARequest, source: Any) -> None:
+    """Begins to read an adapter; what goes wrong there, `_load` answers."""
+    self.model_runner.lora_manager.prepare(request, source)
+
+
+def _prepared(self: Any, lora_id: int) -> bool:
+    """Whether `_load` would have nothing to wait for."""
+    return self.model_runner.lora_manager.prepared(lora_id)
+
+
+def _forget(self: Any, lora_id: int) -> None:
+    """Ends what `_prepare` began, and `_load` will not take."""
+    self.model_runner.lora_manager.forget(lora_id)
+
+
 def apply() -> None:
-    """Gives the worker both methods."""
-    setattr(WorkerBase, LOAD, _load)
-    setattr(WorkerBase, VERSIONS, _versions)
+    """Gives the worker its methods."""
+    for name, method in (
+        (LOAD, _load), (VERSIONS, _versions),
+        (PREPARE, _prepare), (PREPARED, _prepared), (FORGET, _forget),
+    ):  # fmt: skip
+        setattr(WorkerBase, name, method)

@@ -9,6 +9,8 @@ import pytest
 
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.ledger import LOAD, VERSIONS, Ledger
+from vllm_lora_ext.model_patches.loading import FORGET, PREPARE, PREPARED
+from vllm_lora_ext.model_patches.residency import Prepared
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,22 @@ class Rank:
     room: int = 99
     held: dict[int, str] = field(default_factory=dict)
     pinned: set[int] = field(default_factory=set)
+    reading: dict[int, Any] = field(default_factory=dict)
+    slow: set[int] = field(default_factory=set)  # still being read
 
     def call(self, method: str, *args: Any) -> Any:
         return {
             LOAD: self.load, VERSIONS: self.versions, "remove_lora": self.remove,
-            "pin_lora": self.pin,
+            "pin_lora": self.pin, PREPARE: self.prepare, PREPARED: self.prepared,
+            FORGET: self.forget,
         }[method](*args)  # fmt: skip
 
     def load(self, request: Request, source: Any, in_use: frozenset[int]) -> Any:
         if request.lora_int_id in self.held and not request.load_inplace and source is None:
             return Report(self.held[request.lora_int_id])
-        version = source or self.files.get(request.lora_path)
+        ahead = self.reading.pop(request.lora_int_id, None)
+        assert ahead or not isinstance(source, Prepared)
+        version = ahead or source or self.files.get(request.lora_path)
         if version is None:
             return str(AdapterError("not_found", "no such folder", seen=request.lora_path))
         others = [i for i in self.held if i not in in_use]
@@ -56,6 +63,17 @@ class Rank:
             del self.held[out[-1]]
         self.held[request.lora_int_id] = version
         return Report(version, evicted=tuple(out))
+
+    def prepare(self, request: Request, source: Any) -> None:
+        assert request.lora_int_id not in self.reading, "one after the other"
+        given = source and source.tensors.decode()
+        self.reading[request.lora_int_id] = given or self.files.get(request.lora_path)
+
+    def prepared(self, lora_id: int) -> bool:
+        return lora_id not in self.slow
+
+    def forget(self, lora_id: int) -> None:
+        self.reading.pop(lora_id, None)
 
     def versions(self) -> dict[int, Report]:
         return {i: Report(v) for i, v in self.held.items()}

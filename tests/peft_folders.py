@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,22 @@ IDS = torch.randint(4, 500, (1, 24), generator=torch.Generator().manual_seed(0))
 STRENGTH, CLOSE = 0.05, 1e-5
 
 
+_made: dict[int, tuple[tempfile.TemporaryDirectory[str], torch.Tensor]] = {}
+
+
 def make(folder: Path, base: torch.nn.Module, **lora: Any) -> torch.Tensor:
     """Saves a LoRA with random weights as PEFT saves it; PEFT's logits for `IDS`."""
+    if lora:
+        return _make(folder, base, lora)
+    if id(base) not in _made:  # the same adapter for all tests that change its files
+        place = tempfile.TemporaryDirectory()
+        _made[id(base)] = place, _make(Path(place.name), base, {})
+    place, want = _made[id(base)]
+    shutil.copytree(place.name, folder, dirs_exist_ok=True)
+    return want
+
+
+def _make(folder: Path, base: torch.nn.Module, lora: dict[str, Any]) -> torch.Tensor:
     options = {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "up_proj", "down_proj"]}
     config = LoraConfig(task_type="CAUSAL_LM", **options | lora)
     model = get_peft_model(copy.deepcopy(base), config).eval()

@@ -468,10 +468,11 @@ def test_memory_counts_blocks_and_a_shared_a_once() -> None:
     both = RoutedAdapter({"m.up": shared}, "x", blocks={"model.layers.0.mlp": block})
     assert adapter_bytes(one) == 2 * (2 * 10 + 7 * 6) + 4 * 3 * 10
     assert adapter_bytes(both) - adapter_bytes(one) == 4 * 3 * 10 + 2 * 2 * (6 * 10 + 6 * 14)
-    assert slot_bytes(one, 8, 4, on_cpu=True) == 4 * ((8 + 5) * 10 + 8 * 7)
+    assert slot_bytes(one, 8, on_cpu=True) == 4 * ((8 + 3) * 10 + 8 * 7)
     sites = [Site(1, k, (n,), 8, 4, torch.bfloat16, "cpu") for k, n in ((10, 14), (14, 10))]
+    sites[0].reserve_routers(3)
     more = sum(t.nbytes for s in sites for t in (s.a_SRK, s.router_SGK, *s.bt_SRN))
-    assert slot_bytes(both, 8, 4, True) - slot_bytes(one, 8, 4, True) == more
+    assert slot_bytes(both, 8, True) - slot_bytes(one, 8, True) == more
     found = summarise(both)
     assert (found["rank"], found["router_rows"]) == (6, 3)
     (group,) = found["blocks"]
@@ -495,6 +496,7 @@ def test_the_memory_of_a_slot_is_what_is_allocated(on_cpu: bool) -> None:
     found = summarise(RoutedAdapter(modules, "x"))
     assert "--max-lora-rank 32" in found["flags"]
     site = Site(1, 3000, (2000,), 32, 32, torch.bfloat16, "cpu", triton=not on_cpu)
+    site.reserve_routers(20)
     ours = [site.a_SRK, site.router_SGK, *site.bt_SRN]
     if site.tables is not None:
         ours += [site.tables.ints_SI, site.tables.floats_SF]

@@ -40,10 +40,7 @@ def summarise(adapter: RoutedAdapter, reader: Reader | None = None) -> dict[str,
         flags.append(f'--additional-config \'{{"lora_ext": {{"max_router_rows": {rows}}}}}\'')
     name = "adapter" if adapter.system == "plain" else "routed"
     flags.append(f"--lora-modules {name}={adapter.source}")
-    gpu, cpu = (
-        slot_bytes(adapter, max_rank or adapter.rank, max(rows, reserved), on_cpu)
-        for on_cpu in (False, True)
-    )
+    gpu, cpu = (slot_bytes(adapter, max_rank or adapter.rank, on_cpu) for on_cpu in (False, True))
     return {
         "system": adapter.system,
         "title": reader.title if reader else adapter.system,
@@ -81,16 +78,22 @@ def system_row(reader: Reader) -> dict[str, Any]:
     }
 
 
-def slot_bytes(adapter: RoutedAdapter, max_rank: int, router_rows: int, on_cpu: bool) -> int:
-    """Bytes that one slot reserves in the adapted layers, whatever the adapter fills of them."""
+def slot_bytes(adapter: RoutedAdapter, max_rank: int, on_cpu: bool) -> int:
+    """Bytes that one slot reserves in the adapted layers for adapters of up to `max_rank`, with
+    routers like this one's."""
     total = 0
     for name, layer in _low_ranks(adapter):
         width, out = layer.a_RK.shape[1], layer.b_NR.shape[0]
         if _is_stock(name, layer):
             total += _STORED.itemsize * max_rank * (width + out)
         else:
-            total += site_bytes(width, (out,), max_rank, router_rows, _STORED, on_cpu)
-    return total
+            total += site_bytes(width, (out,), max_rank, _router_rows(layer), _STORED, on_cpu)
+    return total + sum(ROUTER_BYTES * b.router_GK.numel() for b in adapter.blocks.values())
+
+
+def _router_rows(layer: RoutedModule | LowRank) -> int:
+    """Routers and heads of a linear's own; a block's are counted with the block."""
+    return 0 if isinstance(layer, LowRank) else layer.gate.router_rows + layer.gate.head_rows
 
 
 def adapter_bytes(adapter: RoutedAdapter) -> int:

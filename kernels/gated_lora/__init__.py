@@ -1,8 +1,9 @@
 """`y += B (g(x) ⊙ (A x))` for a batch whose rows use different adapters.
 
-Two launches, whatever the router: `shrink` computes `[A; router] x`, `gate_expand_` turns the
-router's rows into gates and adds the gated expansion to y. `gated_lora_` does both; `begin` and
-`finish_` are its two halves outside of torch's ops, for layers that overlap the first.
+Two launches, whatever the router: the first computes `[A; router] x`, the second turns the router's
+rows into gates and adds the gated expansion to y. `gated_lora_` does both, and what must be summed
+over ranks between them; `begin` and `finish_` are its two halves outside of torch's ops, for layers
+that overlap the first.
 """
 
 from vllm_lora_ext.kernels.gated_lora.op import (
@@ -10,12 +11,9 @@ from vllm_lora_ext.kernels.gated_lora.op import (
     begin,
     embedding_lora_,
     finish_,
-    gate_expand_,
     gated_lora_,
     gated_lora_into_,
     register_site,
-    shrink,
-    shrink_into,
 )
 from vllm_lora_ext.kernels.gated_lora.reference import gated_lora_reference
 from vllm_lora_ext.kernels.gated_lora.site import Site
@@ -28,11 +26,8 @@ __all__ = [
     "begin",
     "embedding_lora_",
     "finish_",
-    "gate_expand_",
     "gated_lora_",
     "gated_lora_into_",
     "gated_lora_reference",
     "register_site",
-    "shrink",
-    "shrink_into",
 ]

@@ -16,20 +16,21 @@ def slot_bytes(
     in_features: int,
     slice_sizes: Sequence[int],
     max_rank: int,
-    max_router_rows: int,
+    router_rows: int,
     dtype: torch.dtype,
     on_cpu: bool,
 ) -> int:
     """Bytes per slot of a `Site` with the same arguments.
 
     Args:
+        router_rows: what its `reserve_routers` was asked for, 0 without an adapter that routes.
         dtype: of A and B on a GPU; a CPU keeps fp32.
         on_cpu: without the Triton kernels and their tables.
     """
     weight = 4 if on_cpu else dtype.itemsize
     slices = len(slice_sizes)
     a_and_b = weight * max_rank * (slices * in_features + sum(slice_sizes))
-    routers = ROUTER_BYTES * slices * (max_router_rows + 1) * in_features
+    routers = ROUTER_BYTES * router_rows * in_features
     per_slice = len(SPEC) + 3 * max_rank + len(VALUES) + max_rank
     tables = 0 if on_cpu else _TABLE_BYTES * (COUNTS + slices * per_slice)
     return a_and_b + routers + tables

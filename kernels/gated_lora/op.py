@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from vllm_lora_ext.kernels.gated_lora import sharded
 from vllm_lora_ext.kernels.gated_lora.backends import eager
 from vllm_lora_ext.kernels.gated_lora.backends.native import inductor
 from vllm_lora_ext.kernels.gated_lora.backends.native import op as cpu_op
@@ -29,7 +30,8 @@ class EmbeddingSite:
     """LoRA of a token embedding: `y += B A[:, token]`.
 
     Args:
-        a_SVR: [slots, V, R]; b_SNR: [slots, N, R]; used: slots that hold an adapter here.
+        a_SVR: [slots, V, R]; b_SNR: [slots, N, R], on a device best a view of [N, slots, R];
+            used: slots that hold an adapter here.
     """
 
     a_SVR: torch.Tensor
@@ -49,7 +51,7 @@ def register_site(site: Site | EmbeddingSite) -> torch.Tensor:
     _sites[number] = site
     if isinstance(site, Site) and site.a_SRK.is_cpu and site.tables is None:
         cpu_op.install()
-    return torch.tensor(number)
+    return torch.tensor(number, dtype=torch.int64, device="cpu")
 
 
 @cache
@@ -80,13 +82,42 @@ def finish_(y: torch.Tensor, x: torch.Tensor, u_PTR: torch.Tensor | None, site: 
     # captures graphs keeps those of base batches apart, as it does for its own LoRA kernels.
     if not site.step.active:
         return
+    if site.reduce is None:
+        _add_(y, x, u_PTR, site)
+        u = u_PTR
+    else:
+        u = _add_shard_(y, x, u_PTR, site)
+    for after in site.after:
+        after(y, x, u)
+
+
+def _add_(y: torch.Tensor, x: torch.Tensor, u_PTR: torch.Tensor | None, site: Site) -> None:
     if u_PTR is None:
         eager.gated_lora_(y, x, site)
     else:
         _, expand_ = _triton()
         expand_(y, u_PTR, site)
-    for after in site.after:
-        after(y, x, u_PTR)
+
+
+def _add_shard_(
+    y: torch.Tensor, x: torch.Tensor, u_PTR: torch.Tensor | None, site: Site
+) -> torch.Tensor | None:
+    """`_add_` where x is a shard. Returns: what the gates have read; None, no gate was there."""
+    gated = [] if site.static else sharded.gated_rows(site)
+    if not gated and not (site.static and site.max_router_rows):
+        _add_(y, x, u_PTR, site)
+        return None
+    if u_PTR is None:
+        u_TR = eager.shrink(x, site)
+    else:
+        u_TR = u_PTR[0] if len(u_PTR) == 1 else u_PTR.sum(dim=0)
+    v_TR = sharded.gate_inputs(u_TR, gated, site)
+    if u_PTR is None:
+        eager.gate_expand_(y, u_TR, site, v_TR)
+    else:
+        _, expand_ = _triton()
+        expand_(y, u_TR[None], site, v_TR[None])
+    return v_TR
 
 
 def _gated_lora(y: torch.Tensor, x: torch.Tensor, site: torch.Tensor) -> None:
@@ -112,42 +143,6 @@ def _gated_lora_into(
         finish_(y, x, begin(x, found, memory), found)
 
 
-def _shrink(x: torch.Tensor, site: torch.Tensor, num_rows: int) -> torch.Tensor:
-    found = _sites[int(site)]
-    if found.tables is None:
-        u = eager.shrink(x, found)
-    else:
-        shrink_parts, _ = _triton()
-        parts = shrink_parts(x, found, zeroed=True)
-        u = parts[0] if len(parts) == 1 else parts.sum(dim=0)
-    if found.after_shrink is not None:
-        found.after_shrink(u)
-    return u
-
-
-def _shrink_into(
-    memory: torch.Tensor, x: torch.Tensor, site: torch.Tensor, num_rows: int
-) -> torch.Tensor:
-    """`shrink` with the rows that stand in `memory`, which is zero elsewhere."""
-    found = _sites[int(site)]
-    shrink_parts, _ = _triton()
-    u: torch.Tensor = shrink_parts(x, found, memory=memory).sum(dim=0)
-    if found.after_shrink is not None:
-        found.after_shrink(u)
-    return u
-
-
-def _gate_expand(y: torch.Tensor, u: torch.Tensor, site: torch.Tensor) -> None:
-    found = _sites[int(site)]
-    if found.tables is None:
-        eager.gate_expand_(y, u, found)
-    else:
-        _, expand_ = _triton()
-        expand_(y, u[None], found)
-    if found.after_expand is not None:
-        found.after_expand(y, u)
-
-
 def _embedding_lora(y: torch.Tensor, ids: torch.Tensor, site: torch.Tensor) -> None:
     found = _sites[int(site)]
     for slot, start, stop, index_T in found.step.groups:
@@ -157,41 +152,41 @@ def _embedding_lora(y: torch.Tensor, ids: torch.Tensor, site: torch.Tensor) -> N
             y.index_add_(0, rows_T, (a_TR @ found.b_SNR[slot].float().t()).to(y.dtype))
 
 
+def embedding_lora_static_(y: torch.Tensor, ids: torch.Tensor, found: EmbeddingSite) -> None:
+    """The same for a device: the same few launches whatever the step holds, so that a captured
+    graph serves every step; each row's product is with all slots' B, zeros but for its own."""
+    if not found.step.active:  # a graph of base steps is captured apart
+        return
+    slots, width, rank = found.a_SVR.shape
+    slots_T = found.step.token_slots_T[: len(ids)]
+    a_TR = found.a_SVR.view(slots * width, rank)[slots_T.clamp(min=0).long() * width + ids]
+    mine_TS1 = (slots_T[:, None] == torch.arange(slots, device=ids.device))[:, :, None]
+    h_TP = torch.where(mine_TS1, a_TR[:, None], 0).view(len(ids), slots * rank).to(y.dtype)
+    b_NP = found.b_SNR.permute(1, 0, 2).reshape(y.shape[1], slots * rank)
+    y.addmm_(h_TP, b_NP.t().to(y.dtype))
+
+
+def _embedding_lora_cuda(y: torch.Tensor, ids: torch.Tensor, site: torch.Tensor) -> None:
+    embedding_lora_static_(y, ids, _sites[int(site)])
+
+
 _lib = torch.library.Library("vllm_lora_ext", "DEF")
 for _name in ("gated_lora_", "gated_lora_python_"):
     _lib.define(f"{_name}(Tensor(a!) y, Tensor x, Tensor site) -> ()")
 _lib.define("gated_lora_into_(Tensor(a!) y, Tensor(b!) memory, Tensor x, Tensor site) -> ()")
-_lib.define("shrink_into(Tensor(a!) memory, Tensor x, Tensor site, int num_rows) -> Tensor")
-_lib.define("shrink(Tensor x, Tensor site, int num_rows) -> Tensor")
-_lib.define("gate_expand_(Tensor(a!) y, Tensor u, Tensor site) -> ()")
 _lib.define("embedding_lora_(Tensor(a!) y, Tensor ids, Tensor site) -> ()")
 cpu_op.python_op("gated_lora_", _gated_lora)
 _lib.impl("gated_lora_", _gated_lora, "CUDA")
 _lib.impl("gated_lora_python_", _gated_lora_python, "CPU")
 for _key in ("CPU", "CUDA"):
     _lib.impl("gated_lora_into_", _gated_lora_into, _key)
-    _lib.impl("shrink_into", _shrink_into, _key)
-    _lib.impl("shrink", _shrink, _key)
-    _lib.impl("gate_expand_", _gate_expand, _key)
-    _lib.impl("embedding_lora_", _embedding_lora, _key)
-for _name in ("gated_lora_", "gate_expand_", "embedding_lora_"):
+_lib.impl("embedding_lora_", _embedding_lora, "CPU")
+_lib.impl("embedding_lora_", _embedding_lora_cuda, "CUDA")
+for _name in ("gated_lora_", "embedding_lora_"):
     inductor.call_when_active(_name)
     torch.library.register_fake(f"vllm_lora_ext::{_name}", lambda *_: None, lib=_lib)
 torch.library.register_fake("vllm_lora_ext::gated_lora_into_", lambda *_: None, lib=_lib)
-torch.library.register_fake(
-    "vllm_lora_ext::shrink_into",
-    lambda _memory, x, _site, num_rows: x.new_empty(x.shape[0], num_rows, dtype=torch.float32),
-    lib=_lib,
-)
-torch.library.register_fake(
-    "vllm_lora_ext::shrink",
-    lambda x, site, num_rows: x.new_empty(x.shape[0], num_rows, dtype=torch.float32),
-    lib=_lib,
-)
 
 gated_lora_ = torch.ops.vllm_lora_ext.gated_lora_.default
 gated_lora_into_ = torch.ops.vllm_lora_ext.gated_lora_into_.default
-shrink = torch.ops.vllm_lora_ext.shrink.default
-shrink_into = torch.ops.vllm_lora_ext.shrink_into.default
-gate_expand_ = torch.ops.vllm_lora_ext.gate_expand_.default
 embedding_lora_ = torch.ops.vllm_lora_ext.embedding_lora_.default

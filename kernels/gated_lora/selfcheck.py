@@ -48,9 +48,14 @@ def selfcheck(
             if wrong is not None:
                 return wrong
     except Exception as error:  # a compiler that fails, a launch that is refused: anything
-        lines = str(error).strip().splitlines()
-        return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+        return in_one_line(error)
     return None
+
+
+def in_one_line(error: Exception) -> str:
+    """Its type, and the first line of what it says."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,7 @@ def _run(
     site = Site(
         len(case.slots), WIDTH, SLICES, max_rank, max_router_rows, dtype, device, triton=True
     )
+    site.reserve_routers(site.most_routers)
     for buffer in (site.a_SRK, site.b_SRN, site.router_SGK):
         buffer.fill_(float("nan"))  # what no adapter wrote must not matter
     for slot, parts in enumerate(case.slots):

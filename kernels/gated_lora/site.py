@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, cached_property
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,6 +14,7 @@ from vllm_lora_ext.kernels.gated_lora.backends.triton.tables import SlotTables
 from vllm_lora_ext.kernels.gated_lora.step import StepMap
 from vllm_lora_ext.routing import GatedSlice, GateSpec
 
+Reduce = Callable[[torch.Tensor], torch.Tensor]
 After = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
 Shape = tuple[tuple[int, ...], torch.dtype]
 
@@ -63,6 +64,17 @@ class SlotPlan:
     def num_rows(self) -> int:
         return self.num_ranks + self.router_GK.shape[0]
 
+    @cached_property
+    def inputs(self) -> tuple[slice, ...]:
+        """Columns of u that gates read: routers and heads, and A x where a gate scores it."""
+        own = [slice(p.a_start, p.a_stop) for p in self.slices if p.gate.source == "self"]
+        routers = [slice(self.num_ranks, self.num_rows)] if len(self.router_GK) else []
+        return (*own, *routers)
+
+    @property
+    def num_inputs(self) -> int:
+        return sum(c.stop - c.start for c in self.inputs)
+
     def shrink(self, x_TK: torch.Tensor) -> torch.Tensor:
         """`[A; router] x`, [T, num_rows] fp32, with PyTorch."""
         x_TK = x_TK.float()
@@ -94,21 +106,24 @@ class PackedSite:
 
 
 class Site:
-    """Weights of every slot at one layer, in buffers whose addresses never change.
+    """Weights of every slot at one layer, in buffers whose addresses never change. Only the
+    routers' is made when it is needed (`reserve_routers`), so that a server of plain adapters has
+    none.
 
     Args:
         num_slots: adapters that can be active at once.
         in_features: K, of this rank's shard.
-        slice_sizes: N of each slice of the layer's (local) output that this rank adds to.
+        slice_sizes: N of each slice of the layer's (local) output.
         max_rank: most ranks per slice.
         max_router_rows: most router rows per slice (a threshold head's row is extra).
         dtype, device: of A and B; routers and heads are fp32, so that a narrow type changes no
             choice. On a CPU all are kept in fp32 whatever the model's dtype: small fp32 products
             are two to five times faster there than bf16 ones, and exact.
-        y_start: first column of y that this rank adds to (row-parallel layers under TP).
         triton: whether the Triton kernels serve this site; by default on a GPU that has Triton.
             They read `tables`, and the slices of B side by side (`b_SRN`, of which `bt_SRN` are
             views).
+        reduce: where x is a shard: sums a tensor over the ranks (see `sharded`).
+        static: whether what runs must not depend on the step's slots (CUDA graphs).
     """
 
     def __init__(
@@ -120,8 +135,9 @@ class Site:
         max_router_rows: int,
         dtype: torch.dtype,
         device: torch.device | str,
-        y_start: int = 0,
         triton: bool | None = None,
+        reduce: Reduce | None = None,
+        static: bool = False,
     ) -> None:
         on_cpu = torch.device(device).type == "cpu"
         if triton is None:
@@ -129,11 +145,14 @@ class Site:
         if on_cpu and not triton:
             dtype = torch.float32
         self.slice_sizes = tuple(slice_sizes)
-        self.max_rank, self.max_router_rows, self.y_start = max_rank, max_router_rows, y_start
-        ranks, routers = (len(self.slice_sizes) * n for n in (max_rank, max_router_rows + 1))
-        self.num_rows = ranks + routers
+        self.max_rank, self.max_router_rows = max_rank, max_router_rows
+        self.reduce, self.static = reduce, static
+        ranks, self.most_routers = (
+            len(self.slice_sizes) * n for n in (max_rank, max_router_rows + 1)
+        )
+        self.num_rows = ranks + self.most_routers
         self.a_SRK = torch.zeros(num_slots, ranks, in_features, dtype=dtype, device=device)
-        self.router_SGK = torch.zeros(num_slots, routers, in_features, device=device)
+        self.router_SGK = torch.zeros(num_slots, 0, in_features, dtype=torch.float32, device=device)
         self.tables: SlotTables | None = None
         if triton:
             self.tables = SlotTables(num_slots, self.slice_sizes, max_rank, device)
@@ -141,6 +160,8 @@ class Site:
                 num_slots, max_rank, sum(self.slice_sizes), dtype=dtype, device=device
             )
             self.bt_SRN = list(self.b_SRN.split(self.slice_sizes, dim=2))
+            # Address and slot stride of the routers, as kernels read them: captured graphs too.
+            self.routers_2 = torch.zeros(2, dtype=torch.int64, device=device)
         else:
             self.bt_SRN = [
                 torch.zeros(num_slots, max_rank, n, dtype=dtype, device=device)
@@ -150,12 +171,7 @@ class Site:
         self.native: Any = None  # the plans as C++ reads them; None: to be made (again)
         self.shut: Callable[[], None] | None = None  # C++ must not use what it knows of the site
         self._step = StepMap(0)
-        # For who uses the slots in a way of its own, or looks on; run after the ops, with the same
-        # tensors: `after` (see `listen`), or, where x is a shard, `after_shrink` and
-        # `after_expand`.
-        self.after: list[After] = []
-        self.after_shrink: Callable[[torch.Tensor], None] | None = None
-        self.after_expand: Callable[[torch.Tensor, torch.Tensor], None] | None = None
+        self.after: list[After] = []  # who uses the slots in a way of its own, or looks on
 
     @property
     def padded_rank(self) -> int:
@@ -173,8 +189,14 @@ class Site:
         self.changed()
 
     def listen(self, after: After, first: bool = False) -> None:
-        """Calls `after` with y, x and u of the kernels when the op has run on a step that has an
-        adapter; `first`: before the others that listen."""
+        """Calls `after` with y, x and u when the op has run on a step that has an adapter.
+
+        u is what the kernels have shrunk, [parts, T, num_rows]; or, where x is a shard, what the
+        gates have read, [T, num_rows] summed over the ranks; None where there is neither.
+
+        Args:
+            first: before the others that listen.
+        """
         self.after.insert(0 if first else len(self.after), after)
         self.changed()
 
@@ -188,6 +210,33 @@ class Site:
         if self.shut is not None:
             self.shut()
         self.native = None
+
+    def reserve_routers(self, rows: int) -> None:
+        """Makes room for `rows` routers and heads in every slot; what slots hold stays.
+
+        Args:
+            rows: of all slices together; no more than `most_routers` are kept.
+        Raises:
+            MemoryError: the device has no room for them (nothing has changed).
+        """
+        slots, had, width = self.router_SGK.shape
+        rows = min(rows, self.most_routers)
+        if rows <= had:
+            return
+        try:
+            new_SGK = self.router_SGK.new_zeros(slots, rows, width)
+        except RuntimeError as error:  # PyTorch's, on every device
+            mib = slots * rows * width * self.router_SGK.itemsize >> 20
+            raise MemoryError(f"{mib} MiB for routers") from error
+        new_SGK[:, :had] = self.router_SGK
+        self.router_SGK = new_SGK
+        for slot, plan in enumerate(self.plans):
+            if plan is not None:
+                router_GK = new_SGK[slot, : len(plan.router_GK)]
+                self.plans[slot] = replace(plan, router_GK=router_GK)
+        if self.tables is not None:
+            self.routers_2.copy_(torch.tensor([new_SGK.data_ptr(), new_SGK.stride(0)]))
+        self.changed()
 
     def clear(self, slot: int) -> None:
         """The slot adds nothing any more. Its weights stay: nothing reads a slot without a plan."""
@@ -255,7 +304,7 @@ class Site:
             bt_RN = b_RN[number] if self.tables is None else self._columns(b_RN[0], i)
             rank = s.b_NR.shape[1]
             bt_RN[:rank], bt_RN[rank:] = s.b_NR.t(), 0
-            y_start = self.y_start + sum(self.slice_sizes[:i])
+            y_start = sum(self.slice_sizes[:i])
             bias_G = None if s.bias_G is None else s.bias_G.float().clone()
             plans.append(SlicePlan(
                 gate=s.gate, y_start=y_start, y_stop=y_start + self.slice_sizes[i],
@@ -293,6 +342,7 @@ class Site:
         for blocks of layers that use them in their own way."""
         if packed is None:
             return None
+        self.reserve_routers(len(packed.router_GK))  # if it was not done when it was packed
         if self.tables is None:
             for (i, _), b_RN in zip(packed.slices, packed.b_RN, strict=True):
                 self.bt_SRN[i][slot, : len(b_RN)].copy_(b_RN, non_blocking=True)
@@ -321,6 +371,8 @@ class Site:
                 f"slice {i}: rank {rank} of {self.max_rank}, router rows {router_rows} of "
                 f"{self.max_router_rows}"
             )
+        if self.static and self.reduce and not self.max_router_rows and s.gate.source != "none":
+            raise ValueError(f"slice {i}: its gate needs a sum over the ranks that no graph holds")
         want = (self.a_SRK.shape[2], self.slice_sizes[i])
         if (s.a_RK.shape[1], s.b_NR.shape[0]) != want:
             raise ValueError(

@@ -110,7 +110,6 @@ class BlockSite:
         act: the model's own activation: [T, gate | up] → [T, inner], or elementwise without a gate.
         last_bias_N: bias of the second linear as this rank adds it, None when there is none.
         act_name: what the model's activation computes, a name of `tables.ACTIVATIONS` or None.
-        sharded: whether the second linear's input is a shard.
     Attributes:
         plans: by slot, what the PyTorch path serves; on_kernels: the slots that the kernels serve.
     """
@@ -122,10 +121,9 @@ class BlockSite:
         act: Activation,
         last_bias_N: torch.Tensor | None = None,
         act_name: str | None = None,
-        sharded: bool = False,
     ) -> None:
         self.first, self.last, self.act, self.last_bias_N = first, last, act, last_bias_N
-        self.act_name, self.sharded = act_name, sharded
+        self.act_name = act_name
         self.plans: dict[int, BlockPlan] = {}
         self.on_kernels: set[int] = set()
         self.tables: BlockTables | None = None
@@ -135,7 +133,6 @@ class BlockSite:
         self._add: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         # Read by C++ at this address: `busy`.
         self.busy_1 = np.zeros(1, dtype=np.int64)
-        last.after_shrink, last.after_expand = self.fill, self.add_down
 
     @property
     def busy(self) -> bool:
@@ -154,7 +151,7 @@ class BlockSite:
         busy = bool(self.plans)
         if busy != self.busy:
             self.busy_1[0] = busy
-            for site, after in ((self.first, self.hold), (self.last, self._add_to)):
+            for site, after in ((self.first, self.hold), (self.last, self.add_down)):
                 site.listen(after, first=True) if busy else site.forget(after)
 
     def clear(self, slot: int) -> None:
@@ -282,33 +279,15 @@ class BlockSite:
             else:
                 a_TI[group.index_T] = mixed_TI.to(a_TI.dtype)
 
-    def fill(self, u_TR: torch.Tensor) -> None:
-        """Under tensor parallelism, after the second linear's shrink: this rank's share of the
-        weighted A_d a_e goes into the rows that are summed over the ranks."""
-        for group in self.last.step.groups if self.plans else ():
-            plan = self.plans.get(group.slot)
-            if plan is not None:
-                z_TR, _ = self._add[group.slot]
-                index_T = slice(group.start, group.stop) if group.index_T is None else group.index_T
-                u_TR[index_T, : z_TR.shape[1]] = z_TR
-
-    def _add_to(self, y_TN: torch.Tensor, _x: torch.Tensor, _u: torch.Tensor | None) -> None:
-        self.add_down(y_TN)
-
-    def add_down(self, y_TN: torch.Tensor, u_TR: torch.Tensor | None = None) -> None:
-        """After the second linear: adds the experts' down parts, already weighted.
-
-        Args:
-            u_TR: what `fill` wrote, summed over the ranks; None without tensor parallelism.
-        """
+    def add_down(self, y_TN: torch.Tensor, _x: torch.Tensor, _u: torch.Tensor | None) -> None:
+        """After the second linear: adds the experts' down parts, already weighted. A rank that has
+        a shard of a adds its part of the sum."""
         for group in self.last.step.groups if self.plans else ():
             plan = self.plans.get(group.slot)
             if plan is None:
                 continue
             z_TR, total_T = self._add.pop(group.slot)
             if plan.last is not None:
-                if u_TR is not None:
-                    z_TR = _rows(u_TR, group)[:, : z_TR.shape[1]]
                 p = plan.last.slices[0]
                 delta_TN = torch.mm(z_TR, p.bt_RN.float())
                 _add_rows_(y_TN[:, p.y_start : p.y_stop], group, delta_TN)

@@ -30,7 +30,7 @@ def register_block(block: BlockSite) -> torch.Tensor:
     _blocks[number] = block
     if block.first.a_SRK.is_cpu:
         cpu_op.watch_block(number, block, block.busy_1)
-    return torch.tensor(number)
+    return torch.tensor(number, dtype=torch.int64, device="cpu")
 
 
 def _mix_act(a: torch.Tensor, gate_up: torch.Tensor, block: torch.Tensor) -> None:
@@ -57,8 +57,6 @@ def _block_mix(
         return
     parts_in, mix_ = _triton()
     z_PTR, u_PTR = parts_in(z, a, found.last), parts_in(u, gate_up, found.first)
-    if found.sharded:
-        z_PTR.zero_()
     mix_(a, z_PTR, gate_up, u_PTR, found.first, found.last, found.tables)
     found.mix_act_(a, gate_up)
 

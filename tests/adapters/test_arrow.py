@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 
 import pytest
 import torch
@@ -323,6 +324,17 @@ def test_broken_folders_are_refused(name, good, tmp_path):
         load_adapter(tmp_path / "bad")
     assert caught.value.code == code, caught.value.text
     assert len(caught.value.text) < 1500
+
+
+def test_what_trainers_leave_beside_the_experts(good, tmp_path):
+    folder = shutil.copytree(good, tmp_path / "a")
+    want = load_adapter(folder).digest
+    for name in ("training_args.bin", "optimizer.pt", "value_head.safetensors"):
+        (folder / name).write_bytes(b"not for us")
+    assert load_adapter(folder).digest == want
+    (folder / "adapter_model.bin").write_bytes(b"for us")
+    with pytest.raises(AdapterError, match="pickle_refused"):
+        load_adapter(folder)
 
 
 def test_gks_named_and_switched_off(good, tmp_path):

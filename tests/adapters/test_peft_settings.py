@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 from vllm_lora_ext.adapters import load_adapter
+from vllm_lora_ext.adapters.memory import MemorySource, load_memory_adapter
 from vllm_lora_ext.adapters.readers import peft_config
 from vllm_lora_ext.errors import AdapterError
 
@@ -287,6 +288,16 @@ class TestKeysThatNobodyKnows:
     def test_what_is_known_is_not_theirs_to_accept(self, code, values, folder, base):
         make(folder, base)
         assert refusal(set_config(folder, **values), accept_config_keys=list(values)).code == code
+
+    def test_of_an_adapter_in_memory(self, folder, base):
+        make(folder, base)
+        tensors = load_file(folder / WEIGHTS)
+        config = json.loads((folder / "adapter_config.json").read_text()) | {"some_new_option": 3}
+        source = MemorySource.of(tensors, config)
+        with pytest.raises(AdapterError, match="accept_config_keys"):
+            load_memory_adapter(source)
+        got = load_memory_adapter(source, accept_config_keys=["some_new_option"])
+        assert got.modules.keys() == load_adapter(folder).modules.keys()
 
     def test_of_another_method(self, folder):
         sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32}

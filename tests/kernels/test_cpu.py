@@ -51,6 +51,7 @@ def threads():
 def build(rng, sizes, k, modules=None):
     """Slots 0, 1 and 3 with random adapters (some slices without), 2 empty; the rest is NaN."""
     site = Site(SLOTS, k, sizes, MAX_RANK, MAX_RANK, torch.float32, "cpu")
+    site.reserve_routers(site.most_routers)
     for buffer in (site.a_SRK, site.router_SGK, *site.bt_SRN):
         buffer.fill_(float("nan"))
     slots = [[None] * len(sizes) for _ in range(SLOTS)]
@@ -115,7 +116,7 @@ def test_two_launches(path, seed):
     assert torch.isfinite(u_TR).all()
     assert not u_TR[slots_T < 0].any()
     before, y_TN = u_TR.clone(), torch.zeros(23, 59)
-    eager.gate_expand_(y_TN, u_TR, site)
+    eager.gate_expand_(y_TN, u_TR, site, u_TR)
     want = gated_lora_reference(x_TK, torch.tensor(slots_T), slots, (50, 9))
     assert error(y_TN, want) < 2e-5
     assert torch.equal(u_TR, before)
@@ -140,7 +141,8 @@ def test_experts_that_share_one_a(path, select):
         want = gated_lora_reference(x_TK, torch.tensor(slots_T), slots, (33, 20))
         assert error(added(site, x_TK, 53), want) < 2e-5
         y_TN = torch.zeros(t, 53)
-        eager.gate_expand_(y_TN, eager.shrink(x_TK, site), site)
+        u_TR = eager.shrink(x_TK, site)
+        eager.gate_expand_(y_TN, u_TR, site, u_TR)
         assert error(y_TN, want) < 2e-5
 
 
@@ -169,7 +171,7 @@ def test_a_row_does_not_depend_on_its_batch_nor_on_threads(threads):
         results.append(added(site, x_TK, 200))
     assert all(torch.equal(results[0], other) for other in results[1:])
     u_TR, y_TN = eager.shrink(x_TK, site), torch.zeros(70, 200)
-    eager.gate_expand_(y_TN, u_TR, site)
+    eager.gate_expand_(y_TN, u_TR, site, u_TR)
     assert torch.equal(results[0], y_TN)
     for row in range(0, 70, 3):
         site.step.update(slots_T[row : row + 1])
@@ -262,3 +264,23 @@ def test_processes_that_start_together_build_once(tmp_path):
     assert all(worker.returncode == 0 for worker in workers)
     assert "".join(answers).count("built") == 1
     assert len(list((tmp_path / "vllm-lora-ext").glob("*.so"))) == 1
+
+
+def test_a_gate_that_the_kernels_do_not_know_runs_on_pytorch(monkeypatch, caplog):
+    """With one line in the log, and the right numbers; never an error in a forward."""
+    if cpu_build.library() is None:
+        pytest.skip("no compiler")
+    logging.getLogger("vllm").propagate = True  # vLLM turns it off once it is imported
+    monkeypatch.delitem(cpu_native._SCORES, "sigmoid")
+    cpu_native._say_unknown.cache_clear()
+    gate = GateSpec(source="router", blocks=(3, 5), score="sigmoid")
+    rng = np.random.default_rng(4)
+    with caplog.at_level(logging.WARNING, "vllm.lora_ext"):
+        for _ in range(2):
+            site, slots = build(rng, (33,), 40, lambda n: random_module(rng, 40, n, gate))
+            slots_T, x_TK = mixed(rng, 12), normal(rng, 12, 40)
+            site.step.update(slots_T)
+            want = gated_lora_reference(x_TK, torch.tensor(slots_T), slots, (33,))
+            assert error(added(site, x_TK, 33), want) < 2e-5
+    (record,) = set(caplog.records)
+    assert "sigmoid" in record.getMessage() and "PyTorch" in record.getMessage()

@@ -12,11 +12,9 @@ from vllm_lora_ext.kernels.gated_lora import (
     Site,
     StepMap,
     embedding_lora_,
-    gate_expand_,
     gated_lora_,
     gated_lora_reference,
     register_site,
-    shrink,
 )
 from vllm_lora_ext.routing import GateSpec
 
@@ -28,6 +26,7 @@ def build(rng, sizes=(13, 7, 7), k=24, specs=None, dtype=torch.float32, poison=T
     """A site with `SLOTS` slots, three of them filled with random adapters, one left empty."""
     site = Site(SLOTS, k, sizes, MAX_RANK, MAX_RANK, dtype, "cpu")
     if poison:
+        site.reserve_routers(site.most_routers)
         for buffer in (site.a_SRK, site.router_SGK, *site.bt_SRN):
             buffer.fill_(float("nan"))
     slots = [[None] * len(sizes) for _ in range(SLOTS)]
@@ -71,51 +70,6 @@ def test_equals_reference(seed, dtype, t, kind):
     else:
         assert relative_error(y_TN.float(), want) < TOLERANCE[dtype]
     assert not y_TN[slots_T < 0].any()
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_two_launches_equal_one(seed):
-    """shrink → (all-reduce) → gate_expand_ is what row-parallel layers run."""
-    rng = np.random.default_rng(seed)
-    torch.manual_seed(seed)
-    site, _ = build(rng, sizes=(16,))
-    number, x_TK, slots_T = register_site(site), torch.randn(21, 24), rows(rng, "mixed", 21)
-    site.step.update(slots_T)
-    once, twice = torch.zeros(21, 16), torch.zeros(21, 16)
-    gated_lora_(once, x_TK, number)
-    u_TR = shrink(x_TK, number, site.num_rows)
-    before = u_TR.clone()
-    gate_expand_(twice, u_TR, number)
-    torch.testing.assert_close(once, twice)
-    assert torch.equal(u_TR, before)
-
-
-@pytest.mark.parametrize("seed", range(6))
-def test_sharded_input_and_output_sum_to_the_whole(seed):
-    """Two ranks: A, router and x cut along K; the reduced shrink gated alike; B cut along N."""
-    rng = np.random.default_rng(seed)
-    torch.manual_seed(seed)
-    module = random_module(rng, 24, 16, random_spec(rng))
-    x_TK, slots_T = torch.randn(9, 24), np.array([0, -1, 0, 0, 0, -1, 0, 0, 0])
-    want = gated_lora_reference(x_TK, torch.tensor(slots_T), [[module]], (16,))
-    sites = []
-    for rank in range(2):
-        k, n = slice(12 * rank, 12 * rank + 12), slice(8 * rank, 8 * rank + 8)
-        part = type(module)(
-            module.a_RK[:, k], module.b_NR[n], module.gate,
-            None if module.router_GK is None else module.router_GK[:, k], module.bias_G,
-            None if module.head_K is None else module.head_K[k], module.head_bias,
-        )  # fmt: skip
-        site = Site(1, 12, (8,), MAX_RANK, MAX_RANK, torch.float32, "cpu", y_start=8 * rank)
-        site.write(0, [part])
-        site.step = StepMap(16)
-        site.step.update(slots_T)
-        sites.append((site, register_site(site), x_TK[:, k].contiguous()))
-    u_TR = sum(shrink(x, number, site.num_rows) for site, number, x in sites)
-    y_TN = torch.zeros(9, 16)
-    for _, number, _ in sites:
-        gate_expand_(y_TN, u_TR, number)
-    assert relative_error(y_TN, want) < 2e-5
 
 
 def test_narrow_weights_leave_the_logits_alone():
@@ -204,3 +158,40 @@ def test_step_map_groups_rows_and_marks_padding_as_base():
     assert found == {0: (3, 4, None), 2: (0, 5, [0, 1, 4])}
     step.update(np.array([], dtype=int))
     assert step.groups == []
+
+
+def test_routers_take_memory_from_the_first_adapter_on_that_has_some():
+    """Slots that are in use keep their routers when a larger one makes the buffer anew."""
+    rng = np.random.default_rng(3)
+    torch.manual_seed(3)
+    site = Site(3, 24, (16,), MAX_RANK, MAX_RANK, torch.float32, "cpu")
+    number, slots, x_TK = register_site(site), [[None]] * 3, torch.randn(6, 24)
+    site.step = StepMap(8)
+    site.step.update(np.array([0, 1, 2, 0, 1, 2]))
+    seen = []
+    for slot, gates in enumerate((0, 3, 9)):
+        spec = GateSpec(source="router", blocks=(2,) * gates) if gates else GateSpec()
+        slots[slot] = [random_module(rng, 24, 16, spec)]
+        site.write(slot, slots[slot])
+        y_TN = torch.zeros(6, 16)
+        for _ in range(2):  # through Python, then without it
+            y_TN.zero_()
+            gated_lora_(y_TN, x_TK, number)
+        want = gated_lora_reference(x_TK, torch.tensor([0, 1, 2] * 2), slots, (16,))
+        assert relative_error(y_TN, want) < 2e-5
+        seen.append(site.router_SGK.shape[1])
+    assert seen == [0, 3, 9]
+    site.reserve_routers(10**6)
+    assert site.router_SGK.shape[1] == site.most_routers == MAX_RANK + 1
+
+
+def test_no_room_for_routers_changes_nothing(monkeypatch):
+    site = Site(3, 24, (16,), MAX_RANK, MAX_RANK, torch.float32, "cpu")
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(torch.Tensor, "new_zeros", full)
+    with pytest.raises(MemoryError, match="MiB"):
+        site.reserve_routers(3)
+    assert site.router_SGK.shape[1] == 0

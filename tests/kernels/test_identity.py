@@ -124,3 +124,16 @@ def test_a_handle_on_the_cpu_does_not_move_the_op_there():
     y_TN = torch.zeros(2, N, device="meta")
     site = Site(1, K, (N,), 8, 8, torch.float32, "cpu")
     gated_lora_(y_TN, torch.zeros(2, K, device="meta"), register_site(site))
+
+
+def test_a_narrow_default_dtype_and_device_change_nothing():
+    """vLLM builds a model's layers under its own defaults."""
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            site = Site(2, K, (N,), 8, 8, torch.bfloat16, "cpu", triton=True)
+            handle = register_site(site)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert site.router_SGK.dtype is site.tables.floats_SF.dtype is torch.float32
+    assert (handle.dtype, handle.device.type) == (torch.int64, "cpu")

@@ -34,8 +34,8 @@ def allocated(site: Site) -> int:
 @pytest.mark.parametrize(("rank", "rows"), [(8, 1), (64, 64), (16, 100)])
 def test_equals_what_a_site_allocates(sizes, rank, rows, dtype, on_cpu):
     """With the kernels' tables, as on a GPU, and without, as on a CPU."""
-    few, more = (
-        allocated(Site(slots, 40, sizes, rank, rows, dtype, "cpu", triton=not on_cpu))
-        for slots in (2, 5)
-    )
-    assert more - few == 3 * slot_bytes(40, sizes, rank, rows, dtype, on_cpu)
+    few, more = (Site(n, 40, sizes, rank, rows, dtype, "cpu", triton=not on_cpu) for n in (2, 5))
+    for routers in (0, rows, len(sizes) * (rows + 1)):
+        few.reserve_routers(routers), more.reserve_routers(routers)
+        per_slot = (allocated(more) - allocated(few)) / 3
+        assert per_slot == slot_bytes(40, sizes, rank, routers, dtype, on_cpu)

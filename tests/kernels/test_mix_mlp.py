@@ -12,12 +12,9 @@ from torch.nn.functional import gelu, silu
 from vllm_lora_ext.kernels.gated_lora import (
     Site,
     StepMap,
-    gate_expand_,
     gated_lora_,
     gated_lora_into_,
     register_site,
-    shrink,
-    shrink_into,
 )
 from vllm_lora_ext.kernels.mix_mlp import (
     BlockSite,
@@ -72,9 +69,14 @@ class Mlp:
     """
 
     def __init__(
-        self, hidden: int, inner: int, gated: bool, g: torch.Generator, biased: bool = True,
-        sharded: bool = False, **new,
-    ) -> None:  # fmt: skip
+        self,
+        hidden: int,
+        inner: int,
+        gated: bool,
+        g: torch.Generator,
+        biased: bool = True,
+        **new,
+    ) -> None:
         new = {"dtype": torch.float32, "device": "cpu"} | new
 
         def w(*shape: int) -> torch.Tensor:
@@ -90,11 +92,12 @@ class Mlp:
             Site(SLOTS, inner, (hidden,), RANK, ROWS, **new),
         ]
         for site in self.sites:  # whatever no adapter wrote must not matter
+            site.reserve_routers(site.most_routers)
             for buffer in (site.a_SRK, site.router_SGK, *site.bt_SRN):
                 buffer.fill_(float("nan"))
         self.ids = [register_site(site) for site in self.sites]
         name = "silu" if gated else "gelu"
-        self.block = BlockSite(*self.sites, self.act, self.last_b, name, sharded)
+        self.block = BlockSite(*self.sites, self.act, self.last_b, name)
         self.block_id = register_block(self.block)
         self.scratch = scratch_for([self.block], MOST_ROWS, new["dtype"])
         for memory in self.scratch or ():  # what an earlier block left there must not matter
@@ -139,11 +142,11 @@ class Mlp:
         for site in self.sites:
             site.step = step
 
-    def forward(self, x: torch.Tensor, slots: list[int], sharded: bool = False) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, slots: list[int]) -> torch.Tensor:
         self.map(StepMap(len(x), x.device, tiled=True), slots)
-        return self.run(x, sharded)
+        return self.run(x)
 
-    def run(self, x: torch.Tensor, sharded: bool = False) -> torch.Tensor:
+    def run(self, x: torch.Tensor) -> torch.Tensor:
         """The three steps, as a server's layers call them: all that a captured graph holds."""
         scratch = self.scratch
         gate_up = x @ self.first_w.t() + self.first_b
@@ -159,14 +162,7 @@ class Mlp:
         y = a @ self.last_w.t()
         if self.last_b is not None:
             y += self.last_b
-        rows = self.sites[1].num_rows
-        if sharded:  # as a row-parallel layer of one rank
-            plain = scratch is None
-            u = shrink(a, self.ids[1], rows) if plain else shrink_into(
-                scratch.z, a, self.ids[1], rows
-            )  # fmt: skip
-            gate_expand_(y, u, self.ids[1])
-        elif scratch is None:
+        if scratch is None:
             gated_lora_(y, a, self.ids[1])
         else:
             gated_lora_into_(y, scratch.z, a, self.ids[1])
@@ -189,10 +185,9 @@ def experts(mlp: Mlp, ranks: list[int], gate: dict, g: torch.Generator, names=No
     return Experts(spec, router, {n: pair(*shapes[n]) for n in names or shapes})
 
 
-@pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("gate", GATES, ids=lambda g: g.get("select", "all") + str(g.get("k", "")))
-def test_a_mixed_batch_equals_the_definition(gate, gated, sharded):
+def test_a_mixed_batch_equals_the_definition(gate, gated):
     g = torch.Generator().manual_seed(7)
     mlp = Mlp(24, 40, gated, g)
     mine = {0: experts(mlp, [3, 3, 3], gate, g), 2: experts(mlp, [2, 5, 1, 4], gate, g)}
@@ -200,7 +195,7 @@ def test_a_mixed_batch_equals_the_definition(gate, gated, sharded):
         mlp.write(slot, e)
     slots = [-1, 0, 2, 2, 0, -1, 2, 0, 1]  # slot 1 holds nothing here
     x = torch.randn(len(slots), 24, generator=g)
-    y = mlp.forward(x, slots, sharded)
+    y = mlp.forward(x, slots)
     base = mlp.linears()["fc2" if not gated else "down_proj"]
     first = x @ mlp.first_w.t() + mlp.first_b
     wanted = base(mlp.act(first))

@@ -13,10 +13,8 @@ from vllm_lora_ext.kernels.gated_lora import (
     Site,
     StepMap,
     embedding_lora_,
-    gate_expand_,
     gated_lora_,
     register_site,
-    shrink,
 )
 from vllm_lora_ext.kernels.mix_mlp import BlockSite, mix_act_, register_block
 
@@ -41,12 +39,6 @@ def number(site):
 
 def test_gated_lora(site, number):
     opcheck(gated_lora_, (torch.randn(5, 12), torch.randn(5, 16), number))
-
-
-def test_shrink_and_gate_expand(site, number):
-    x_TK = torch.randn(5, 16)
-    opcheck(shrink, (x_TK, number, site.num_rows))
-    opcheck(gate_expand_, (torch.randn(5, 12), shrink(x_TK, number, site.num_rows), number))
 
 
 def test_embedding_lora(site):

@@ -17,16 +17,15 @@ import pytest
 import torch
 
 from tests.make_adapters import normal, random_module, random_spec
+from tests.ranks import Ranks
 from vllm_lora_ext.kernels.gated_lora import (
     Site,
     StepMap,
     begin,
     finish_,
-    gate_expand_,
     gated_lora_,
     gated_lora_reference,
     register_site,
-    shrink,
 )
 from vllm_lora_ext.kernels.gated_lora import selfcheck as checks
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import Device, blocks, splits
@@ -107,11 +106,14 @@ def poisoned(monkeypatch):
 class Batch:
     """A site whose unused memory is NaN, adapters in some slots, and a step's rows."""
 
-    def __init__(self, seed, t, sizes=(13, 7, 7), k=24, slots=4, max_rank=40, dtype=torch.float32):
+    def __init__(self, seed, t, sizes=(13, 7, 7), k=24, slots=4, max_rank=40, dtype=torch.float32,
+                 reserve=True):  # fmt: skip
         self.rng = np.random.default_rng(seed)
         torch.manual_seed(seed)
         self.sizes, self.k, self.dtype = sizes, k, dtype
         self.site = Site(slots, k, sizes, max_rank, max_rank, dtype, DEVICE, triton=True)
+        if reserve:
+            self.site.reserve_routers(self.site.most_routers)
         for buffer in (self.site.a_SRK, self.site.b_SRN, self.site.router_SGK):
             buffer.fill_(NAN)
         self.site.tables.floats_SF.fill_(NAN)
@@ -338,14 +340,13 @@ def test_equal_runs_give_equal_bits(t):
 
 @runs_kernels
 def test_only_the_rows_and_columns_of_the_slices_change():
-    """y is wider than the slices and starts at `y_start`; other columns and rows stay NaN."""
+    """y is wider than the slices; other columns and rows stay NaN."""
     batch = Batch(7, 9, sizes=(12,))
     batch.fill(0, [random_module(batch.rng, 24, 12, top_k(4, 3, 2))])
     batch.map([0, -1, 0, 1, 0, 0, -1, 0, 0])
-    batch.site.y_start = 5
     y_TN = torch.full((9, 30), float("nan"), device=DEVICE)
     y_TN[:, 5:17] = 1
-    gated_lora_(y_TN, batch.x_TK, batch.number)
+    gated_lora_(y_TN[:, 5:], batch.x_TK, batch.number)
     y_TN = y_TN.cpu()
     torch.testing.assert_close(y_TN[:, 5:17] - 1, batch.expected(), rtol=1e-4, atol=1e-5)
     assert y_TN[:, :5].isnan().all() and y_TN[:, 17:].isnan().all()
@@ -367,6 +368,18 @@ def test_base_batches_padding_rows_and_rows_of_an_older_step():
 
 
 @runs_kernels
+def test_routers_that_move_are_followed():
+    """A larger router makes the buffer anew; kernels find it by the address in a table."""
+    batch = Batch(10, 12, sizes=(16,), reserve=False)
+    assert batch.site.router_SGK.shape[1] == 0
+    batch.map([0, 1, 2] * 4)
+    for slot, experts in enumerate((2, 4, 8)):
+        batch.fill(slot, [random_module(batch.rng, 24, 16, top_k(experts, 2, 1))])
+        assert batch.site.router_SGK.shape[1] == experts
+        assert batch.error() < TOLERANCE[torch.float32]
+
+
+@runs_kernels
 def test_a_cleared_slot_adds_nothing_and_a_new_adapter_replaces_all_of_the_old():
     batch = Batch(9, 12).fill_at_random()
     batch.map([0] * 12)
@@ -378,31 +391,29 @@ def test_a_cleared_slot_adds_nothing_and_a_new_adapter_replaces_all_of_the_old()
 
 
 @runs_kernels
+@pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_sharded_input_is_summed_between_the_launches(seed):
-    whole = Batch(seed, 18, sizes=(16,), slots=2)
+def test_a_sharded_input_is_summed_between_the_launches(seed, static):
+    ranks, whole = Ranks(), Batch(seed, 18, sizes=(16,), slots=2)
     module = random_module(whole.rng, 24, 16, random_spec(whole.rng, sources=SOURCES[1:]))
     whole.fill(1, [module])
     shards = []
     for rank in range(2):
-        k, n = slice(12 * rank, 12 * rank + 12), slice(8 * rank, 8 * rank + 8)
+        k = slice(12 * rank, 12 * rank + 12)
         part = replace(
-            module, a_RK=module.a_RK[:, k], b_NR=module.b_NR[n],
+            module, a_RK=module.a_RK[:, k],
             router_GK=None if module.router_GK is None else module.router_GK[:, k],
             head_K=None if module.head_K is None else module.head_K[k],
         )  # fmt: skip
-        shard = Batch(seed, 18, sizes=(8,), k=12, slots=2)
+        shard = Batch(seed, 18, sizes=(16,), k=12, slots=2)
         shard.fill(1, [part])
-        shard.site.y_start = 8 * rank
+        shard.site.reduce, shard.site.static = ranks.sum_, static
         shard.x_TK = whole.x_TK[:, k]
         shards.append(shard)
-    u_TR = sum(shrink(s.x_TK, s.number, s.site.num_rows) for s in shards)
-    assert torch.isfinite(u_TR).all()
-    before, y_TN = u_TR.clone(), torch.zeros(18, 16, device=DEVICE)
-    for shard in shards:
-        gate_expand_(y_TN, u_TR, shard.number)
+    y_TN = sum(ranks.run(lambda rank: shards[rank].run()))
     torch.testing.assert_close(y_TN.cpu(), whole.expected(), rtol=1e-4, atol=1e-5)
-    assert torch.equal(u_TR, before)
+    width = shards[0].site.num_rows if static else shards[0].site.plans[1].num_inputs
+    assert ranks.summed == [(18, width)]
 
 
 @runs_kernels

@@ -16,7 +16,8 @@ from tests.kernels.test_triton import DEVICE, NAN, on_gpu, poisoned_empty, runs_
 from vllm_lora_ext.kernels.gated_lora.reference import TOLERANCE
 from vllm_lora_ext.kernels.gated_lora.step import StepMap
 from vllm_lora_ext.kernels.mix_mlp import block as blocks
-from vllm_lora_ext.kernels.mix_mlp import scratch_for
+from vllm_lora_ext.kernels.mix_mlp import scratch_for, triton_mix
+from vllm_lora_ext.kernels.mix_mlp.selfcheck import selfcheck
 from vllm_lora_ext.routing.mix import expert_weights, mix_reference
 
 pytestmark = runs_kernels
@@ -41,6 +42,7 @@ def kernels_only(monkeypatch):
 def mlp_of(hidden, inner, gated, g, **options):
     mlp = Mlp(hidden, inner, gated, g, **{"device": DEVICE, "triton": True} | options)
     for site in mlp.sites:
+        site.reserve_routers(site.most_routers)
         site.router_SGK.fill_(NAN)
     return mlp
 
@@ -70,19 +72,18 @@ def error(mlp, mine, x, slots, y):
     return ((y.float() - wanted)[sure].norm() / wanted[sure].norm()).item()
 
 
-@pytest.mark.parametrize("sharded", [False, True])
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("gate", GATES, ids=lambda g: g.get("select", "all") + str(g.get("k", "")))
-def test_a_mixed_batch_equals_the_definition(gate, gated, sharded):
+def test_a_mixed_batch_equals_the_definition(gate, gated):
     g = torch.Generator().manual_seed(7)
-    mlp = mlp_of(24, 40, gated, g, biased=False, sharded=sharded)
+    mlp = mlp_of(24, 40, gated, g, biased=False)
     mine = {0: experts(mlp, [3, 3, 3], gate, g), 2: experts(mlp, [2, 5, 1, 4], gate, g)}
     for slot, e in mine.items():
         mlp.write(slot, e)
     assert mlp.block.on_kernels == {0, 2}
     slots = [-1, 0, 2, 2, 0, -1, 2, 0, 1]  # slot 1 holds nothing here
     x = torch.randn(len(slots), 24, generator=g)
-    y = mlp.forward(x.to(DEVICE), slots, sharded).cpu()
+    y = mlp.forward(x.to(DEVICE), slots).cpu()
     assert error(to_cpu(mlp), mine, x, slots, y) < TOLERANCE[torch.float32]
 
 
@@ -144,14 +145,14 @@ def test_what_the_kernel_does_not_know_takes_the_pytorch_path():
     assert set(mlp.block.plans) == {0, 1} and not mlp.block.on_kernels
 
 
-def recorded(mlp, x, sharded):
+def recorded(mlp, x):
     """The ops of one run, to be run again: what a captured graph is."""
-    return make_fx(lambda x: mlp.run(x, sharded))(x)
+    return make_fx(mlp.run)(x)
 
 
-def compiled(mlp, x, sharded):
+def compiled(mlp, x):
     """The same through the compiler's functional form, where every change is an argument."""
-    run = torch.compile(lambda x: mlp.run(x, sharded), backend="aot_eager", fullgraph=True)
+    run = torch.compile(lambda x: mlp.run(x), backend="aot_eager", fullgraph=True)
     run(x)
     return run
 
@@ -163,12 +164,14 @@ def test_a_graph_follows_adapters_that_it_was_not_captured_with(capture, sharded
     """Captured with a plain adapter, replayed with experts in this slot and in that, then with
     none: all that differs is read from the device's tables."""
     g = torch.Generator().manual_seed(8)
-    mlp = mlp_of(24, 40, True, g, biased=False, sharded=sharded)
+    mlp = mlp_of(24, 40, True, g, biased=False)
+    if sharded:  # as a row-parallel layer of one rank
+        mlp.sites[1].reduce, mlp.sites[1].static = torch.clone, True
     step, x = StepMap(9, DEVICE, tiled=True), torch.randn(9, 24, generator=g)
     plain = Slice(torch.randn(4, 24, generator=g), torch.randn(40, 4, generator=g))
     mlp.sites[0].write(1, [plain, None])
     mlp.map(step, [1] * 9)
-    graph = capture(mlp, x.clone(), sharded)
+    graph = capture(mlp, x.clone())
     mlp.sites[0].clear(1)
     e, slots = experts(mlp, [3, 2, 3], TOP2, g), [-1, 0, 2, 2, 0, -1, 2, 0, 1]
     for mine in ({2: e}, {0: e, 2: experts(mlp, [4, 4], TOP2, g)}, {}):
@@ -191,6 +194,30 @@ def test_two_blocks_one_after_the_other_share_the_scratch():
         y = mlp.run(x.to(DEVICE)).cpu()
         if DEVICE == "cpu":
             assert error(mlp, mlp.mine, x, slots, y) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rank", "routers"),
+    [(torch.float32, 1, 1), (torch.bfloat16, 64, 64), (torch.float16, 12, 3)],
+)
+def test_selfcheck_passes(dtype, rank, routers):
+    assert selfcheck(DEVICE, dtype, rank, routers) is None
+
+
+def test_selfcheck_says_what_is_wrong(monkeypatch):
+    right = triton_mix.mix_
+
+    def one_row_off(a_TI, *rest):
+        right(a_TI, *rest)
+        a_TI[2] *= 1.5  # row 2 has experts
+
+    def refused(*_):
+        raise RuntimeError("out of resource: shared memory\nmore")
+
+    monkeypatch.setattr(triton_mix, "mix_", one_row_off)
+    assert "an MLP block differ" in selfcheck(DEVICE, torch.float32, 8, 8)
+    monkeypatch.setattr(triton_mix, "mix_", refused)
+    assert selfcheck(DEVICE, torch.float32, 8, 8) == "RuntimeError: out of resource: shared memory"
 
 
 @on_gpu

@@ -1,15 +1,20 @@
 """Compiles every block size of the tuning table for a GPU that need not be there.
 
-    python tests/kernels/triton_compile.py 90
+    python tests/kernels/triton_compile.py 90 [--table]
 
 Prints `kernel, shared bytes` for each; an error ends it. The interpreter takes much that the
-compiler refuses, so machines without a GPU run both.
+compiler refuses, so machines without a GPU run both. `--table` takes more ranks, and prints
+registers and spilled bytes as the table in `kernels/README.md` has them; a variant that does not
+compile is a row of it.
 """
 
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
+import tempfile
+from functools import partial
 
 import triton
 import triton.language as tl
@@ -30,12 +35,12 @@ from vllm_lora_ext.kernels.mix_mlp.triton_mix import COLUMNS, TILE, mix_kernel
 
 NAMES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 POINTERS = {
-    "u_ptr": "fp32", "router_ptr": "fp32", "floats_ptr": "fp32", "ints_ptr": "i32",
+    "u_ptr": "fp32", "v_ptr": "fp32", "routers_ptr": "i64", "floats_ptr": "fp32", "ints_ptr": "i32",
     "order_ptr": "i32", "tiles_ptr": "i32", "columns_ptr": "i32", "z_ptr": "fp32",
     "block_ptr": "i32",
 }  # fmt: skip
-ALIGNED = ("num_k", "stride_x", "stride_y", "y_start", "stride_b", "stride_b_slot", "stride_a_slot",
-           "stride_router_slot", "inner", "stride_a", "stride_base", "stride_down",
+ALIGNED = ("num_k", "stride_x", "stride_y", "stride_b", "stride_b_slot", "stride_a_slot",
+           "inner", "stride_a", "stride_base", "stride_down",
            "stride_down_slot")  # fmt: skip
 # wgmma's accumulators, then its left operand in registers where shared memory has a descriptor.
 ASYNC_FROM_REGISTERS = re.compile(r"wgmma\.mma_async\S*\s*\{[^}]*\},\s*\{")
@@ -44,6 +49,9 @@ CASES = (
     (8, 128, "bf16"), (300, 32, "bf16"), (8192, 64, "bf16"), (8192, 128, "bf16"),
     (8192, 16, "fp16"), (64, 16, "fp32"), (8192, 64, "fp32"),
 )  # fmt: skip
+
+
+LAST: dict = {}  # of the last kernel that was compiled
 
 
 def compile_for(target: GPUTarget, kernel, dtype: str, options, **constants) -> int:
@@ -60,6 +68,7 @@ def compile_for(target: GPUTarget, kernel, dtype: str, options, **constants) -> 
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned}
     source = ASTSource(kernel, signature, constants, attributes)
     compiled = triton.compile(source, target=target, options=options)
+    LAST["ptx"], LAST["capability"] = compiled.asm["ptx"], target.arch
     pipelined = re.search(r"cp\.async(?!\.wait)", compiled.asm["ptx"])
     assert not (pipelined and ASYNC_FROM_REGISTERS.search(compiled.asm["ptx"])), (
         "ptxas may reuse the registers of an asynchronous product too early", constants, options,
@@ -91,10 +100,57 @@ def mix(target: GPUTarget, ranks: int, dtype: str, parts: int, gated: bool) -> i
     )  # fmt: skip
 
 
+def usage() -> str:
+    """Registers and spilled bytes of the last kernel, by Triton's own ptxas."""
+    arch = LAST["capability"]
+    blackwell = arch >= 100 and hasattr(triton.knobs.nvidia, "ptxas_blackwell")
+    ptxas = triton.knobs.nvidia.ptxas_blackwell if blackwell else triton.knobs.nvidia.ptxas
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(LAST["ptx"])
+        file.flush()
+        name = f"sm_{arch}{'a' if arch >= 90 else ''}"
+        command = [ptxas.path, "-v", f"--gpu-name={name}", file.name, "-o", "/dev/null"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = re.search(r"Used (\d+) registers", said)
+    spilled = re.search(r"(\d+) bytes spill stores", said)
+    return f"{registers[1] if registers else '?'} | {spilled[1] if spilled else 0}"
+
+
+def table(capability: int, device: Device) -> None:
+    target = GPUTarget("cuda", capability, 32)
+
+    def row(name: str, warps: int, compile_it) -> None:
+        try:
+            shared = compile_it()
+            print(f"| {name} | {warps} | {usage()} | {shared} |", flush=True)
+        except Exception as error:
+            print(f"| {name} | {warps} | {type(error).__name__} | | |", flush=True)
+
+    print(f"Triton {triton.__version__}, sm_{capability}")
+    for dtype in ("bf16", "fp32"):
+        itemsize = NAMES[dtype].primitive_bitwidth // 8
+        for tokens, parts in ((8, 8), (64, 8), (300, 2), (8192, 1)):
+            s, _ = blocks(tokens, 64, itemsize, device, as_stored=dtype != "fp32")
+            if dtype == "bf16" or tokens in (8, 8192):
+                name = f"shrink {s.tile} x {s.rows} x {s.k} {dtype}"
+                row(name, s.warps, partial(shrink, target, s, dtype, even=True))
+            for ranks in (16, 64, 128, 256, 512):
+                _, e = blocks(tokens, ranks, itemsize, device)
+                if (dtype == "fp32" and ranks != 64) or tokens == 64:
+                    continue
+                name = f"expand {e.tile} x {ranks} x {e.columns} {dtype}, {parts} parts"
+                row(name, e.warps, partial(expand, target, e, ranks, dtype, parts))
+        for ranks in (16, 64, 128, 256, 512) if dtype == "bf16" else (64,):
+            name = f"mix {TILE} x {ranks} x {COLUMNS} {dtype}"
+            row(name, warps_of(TILE, ranks), partial(mix, target, ranks, dtype, 8, True))
+
+
 def main() -> None:
     capability = int(sys.argv[1])
-    shared = {80: 163, 89: 99, 90: 227}[capability] * 1024
+    shared = {80: 163, 89: 99, 90: 227, 100: 227}[capability] * 1024
     device = Device("no device", 100, shared)
+    if "--table" in sys.argv:
+        return table(capability, device)
     target = GPUTarget("cuda", capability, 32)
     for tokens, ranks, dtype in CASES:
         itemsize = NAMES[dtype].primitive_bitwidth // 8

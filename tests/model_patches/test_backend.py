@@ -89,14 +89,12 @@ def test_engines_with_graphs_refuse_experts_that_pytorch_would_serve() -> None:
 
 
 @pytest.mark.parametrize("shape", [(5, 16), (1, 5, 16)])
-@pytest.mark.parametrize("reduces", [False, True])
 def test_the_shrink_beside_the_base_product_adds_the_same(
-    reduces: bool, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+    shape: tuple[int, ...],
 ) -> None:
-    from vllm_lora_ext.kernels.gated_lora import Site, StepMap, gated_lora_reference, register_site
+    from vllm_lora_ext.kernels.gated_lora import Site, StepMap, gated_lora_reference
     from vllm_lora_ext.model_patches import layers
 
-    monkeypatch.setattr(layers, "tensor_model_parallel_all_reduce", lambda u: u)
     rng = np.random.default_rng(0)
     site = Site(2, 16, (12,), 8, 8, torch.float32, "cpu")
     module = random_module(rng, 16, 12, router_spec())
@@ -107,7 +105,7 @@ def test_the_shrink_beside_the_base_product_adds_the_same(
     weight_NK, x = torch.randn(12, 16), torch.randn(shape)
     base = SimpleNamespace(apply=lambda _layer, x, bias: x @ weight_NK.t())
     layer = SimpleNamespace(
-        reduces=reduces, site=site, handle=register_site(site), base_layer=None,
+        site=site, base_layer=None,
         _get_quant_method=lambda: base, _events=(None, None), _lora_stream=None,
     )  # fmt: skip
     got = layers.RoutedLinear._apply_async_impl(layer, x)

@@ -11,15 +11,14 @@ import pytest
 import torch
 from make_adapters import random_spec
 
+from tests.ranks import Ranks
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora import (
     Site,
     StepMap,
-    gate_expand_,
     gated_lora_,
     register_site,
-    shrink,
 )
 from vllm_lora_ext.model_patches import rows, trace
 from vllm_lora_ext.model_patches.config import check_trace
@@ -144,7 +143,7 @@ def test_rows_of_traced_requests_only(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(6))
 def test_a_sharded_input(seed: int) -> None:
     """Row-parallel: the logits of all shards are summed before the gate, and so recorded."""
-    m, step = module(seed), StepMap(8)
+    m, step, ranks = module(seed), StepMap(8), Ranks()
     half = K // 2
     parts = []
     for cut in (slice(0, half), slice(half, K)):
@@ -152,14 +151,19 @@ def test_a_sharded_input(seed: int) -> None:
         router_GK = None if m.router_GK is None else m.router_GK[:, cut]
         head_K = None if m.head_K is None else m.head_K[cut]
         site.write(1, [replace(m, a_RK=m.a_RK[:, cut], router_GK=router_GK, head_K=head_K)])
+        site.reduce = ranks.sum_
         parts.append((site, register_site(site), cut))
-    site, number, _ = parts[0]
-    recorder = recorder_of({UP: layer(site, True)}, RoutedAdapter({UP: m}, "mola"), {UP: [m]})
+    first = layer(parts[0][0], True)
+    recorder = recorder_of({UP: first}, RoutedAdapter({UP: m}, "mola"), {UP: [m]})
     x_TK = torch.randn(5, K, generator=torch.Generator().manual_seed(seed))
     begin(recorder, step_of({"base": None, "r": 7}, {}), ["base", "r"], [1, 4])
     step.update(np.array([-1, 1, 1, 1, 1]))
-    u_TR = sum(shrink(x_TK[:, cut].contiguous(), i, s.num_rows) for s, i, cut in parts)
-    gate_expand_(torch.zeros(5, N), u_TR, number)
+
+    def one(rank: int) -> None:
+        _, handle, cut = parts[rank]
+        gated_lora_(torch.zeros(5, N), x_TK[:, cut].contiguous(), handle)
+
+    ranks.run(one)
     found = recorder.store.get("r").weights[UP]
     assert torch.allclose(found, slice_gates(m, x_TK[1:]), atol=1e-5)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
@@ -80,12 +80,19 @@ def _plainly(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} is no JSON")
 
 
-def load_memory_adapter(source: MemorySource, limits: Limits | None = None) -> RoutedAdapter:
+def load_memory_adapter(
+    source: MemorySource,
+    limits: Limits | None = None,
+    *,
+    accept_config_keys: Collection[str] = (),
+) -> RoutedAdapter:
     """Read and check an adapter that came as tensors.
 
     It passes through a folder that lives as long as this call: the readers, the checks and the
     errors are those of every other adapter by construction.
 
+    Args:
+        accept_config_keys: as for `load_adapter`.
     Raises:
         AdapterError: as `load_adapter`.
     """
@@ -93,5 +100,7 @@ def load_memory_adapter(source: MemorySource, limits: Limits | None = None) -> R
         Path(folder, WEIGHTS[0]).write_bytes(source.tensors)
         if source.config is not None:
             Path(folder, CONFIG).write_text(json.dumps(source.config, sort_keys=True))
-        adapter = load_adapter(folder, limits, source.settings)
+        adapter = load_adapter(
+            folder, limits, source.settings, accept_config_keys=accept_config_keys
+        )
     return dataclasses.replace(adapter, source="")

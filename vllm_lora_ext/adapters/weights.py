@@ -147,12 +147,15 @@ def _without_safetensors(
             " the parts hold", seen=shards[:4], fix="save the adapter again, or in one file",
         )  # fmt: skip
     if pickles and not allow_pickle and not (found and not chosen):
-        raise AdapterError(
+        error = AdapterError(
             "pickle_refused", "the adapter's tensors are in a pickle, which can run code",
             seen=chosen or pickles[0], limit="*.safetensors",
             fix="convert it offline with `vllm-lora-ext convert --allow-pickle`, or start the"
             ' server with --additional-config \'{"lora_ext": {"pickle": "weights_only"}}\'',
         )  # fmt: skip
+        if chosen:
+            raise error
+        return Weights(error)  # what a trainer leaves, beside an adapter of subfolders
     if found:
         return Weights(_not_these(found))
     return Weights(AdapterError(

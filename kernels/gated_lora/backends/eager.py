@@ -27,8 +27,8 @@ def gated_lora_(y_TN: torch.Tensor, x_TK: torch.Tensor, site: Site) -> None:
             continue
         rows_TK = x_TK[start:stop] if index_T is None else x_TK.index_select(0, index_T)
         h_TR = plan.shrink(rows_TK)
-        _gate_(h_TR, plan)
-        _expand_(y_TN, h_TR, plan, start, stop, index_T)
+        _gate_(h_TR, plan, h_TR)
+        _expand_(y_TN, h_TR, plan, h_TR, start, stop, index_T)
 
 
 def shrink(x_TK: torch.Tensor, site: Site) -> torch.Tensor:
@@ -50,41 +50,41 @@ def shrink(x_TK: torch.Tensor, site: Site) -> torch.Tensor:
     return u_TR
 
 
-def gate_expand_(y_TN: torch.Tensor, u_TR: torch.Tensor, site: Site) -> None:
-    """Adds `B (g ⊙ Ax)` to y in place, from a (reduced) shrink."""
-    if (native := cpu_native.tables(site, y_TN, u_TR)) is not None:
-        return cpu_native.gate_expand_(y_TN, u_TR, site, native)
+def gate_expand_(y_TN: torch.Tensor, u_TR: torch.Tensor, site: Site, v_TR: torch.Tensor) -> None:
+    """Adds `B (g ⊙ Ax)` to y in place: A x from the shrink u, what gates read from v."""
+    if (native := cpu_native.tables(site, y_TN, u_TR, v_TR)) is not None:
+        return cpu_native.gate_expand_(y_TN, u_TR, v_TR, site, native)
     for slot, start, stop, index_T in site.step.groups:
         plan = site.plans[slot]
         if plan is None:
             continue
-        h_TR = u_TR[start:stop] if index_T is None else u_TR.index_select(0, index_T)
-        h_TR = h_TR[:, : plan.num_rows].clone()
-        _gate_(h_TR, plan)
-        _expand_(y_TN, h_TR, plan, start, stop, index_T)
+        rows = slice(start, stop) if index_T is None else index_T
+        h_TR = u_TR[rows, : plan.num_rows].clone()
+        inputs_TR = v_TR[rows, : plan.num_rows]
+        _gate_(h_TR, plan, inputs_TR)
+        _expand_(y_TN, h_TR, plan, inputs_TR, start, stop, index_T)
 
 
-def _gate_(h_TR: torch.Tensor, plan: SlotPlan) -> None:
-    """Multiplies the A x columns of h by their gates, in place."""
+def _gate_(h_TR: torch.Tensor, plan: SlotPlan, v_TR: torch.Tensor) -> None:
+    """Multiplies the A x columns of h by their gates, in place; gates read v."""
     if plan.plain:
         return
     if plan.shared is not None:
         gates, block = plan.shared.num_gates, plan.shared.blocks[0]
         n = len(plan.slices) * gates
-        u_TSG = h_TR[:, plan.num_ranks :].unflatten(1, (-1, gates))
+        u_TSG = v_TR[:, plan.num_ranks :].unflatten(1, (-1, gates))
         g_TSG = _vector_gate(plan.shared, u_TSG)
         h_TR[:, : plan.num_ranks].unflatten(1, (n, block)).mul_(g_TSG.reshape(-1, n, 1))
         return
     for p in plan.slices:
         if p.gate.source != "none" and not p.shares_a:
-            ax_TR = h_TR[:, p.a_start : p.a_stop]
-            ax_TR.mul_(_slice_gate(h_TR, ax_TR, p))
+            h_TR[:, p.a_start : p.a_stop].mul_(_slice_gate(v_TR, p))
 
 
-def _slice_gate(h_TR: torch.Tensor, ax_TR: torch.Tensor, p: SlicePlan) -> torch.Tensor:
-    own = p.gate.source != "self"
-    u_TG = h_TR[:, p.router_start : p.router_start + p.gate.num_gates] if own else ax_TR
-    head_T = h_TR[:, p.head_at] + p.head_bias if p.gate.threshold_head else None
+def _slice_gate(v_TR: torch.Tensor, p: SlicePlan) -> torch.Tensor:
+    at = p.a_start if p.gate.source == "self" else p.router_start
+    u_TG = v_TR[:, at : at + p.gate.num_gates]
+    head_T = v_TR[:, p.head_at] + p.head_bias if p.gate.threshold_head else None
     return gate_reference(p.gate, u_TG, p.bias_G, head_T)
 
 
@@ -121,6 +121,7 @@ def _expand_(
     y_TN: torch.Tensor,
     h_TR: torch.Tensor,
     plan: SlotPlan,
+    v_TR: torch.Tensor,
     start: int,
     stop: int,
     index_T: torch.Tensor | None,
@@ -128,7 +129,7 @@ def _expand_(
     for p in plan.slices:
         h = h_TR[:, p.a_start : p.a_stop]
         if p.shares_a:  # one Ax for all experts; each has its own gate and its own B
-            g_TR = _slice_gate(h_TR, h, p)
+            g_TR = _slice_gate(v_TR, p)
             h = g_TR * h.repeat(1, g_TR.shape[1] // h.shape[1])
         y = y_TN[:, p.y_start : p.y_stop]
         if index_T is not None:

@@ -102,7 +102,7 @@ struct Scratch {
 
 // Where the numbers of this call stand, one line per token.
 struct Lines {
-  const float* x;
+  const float *x, *v;
   float *u, *h;
   int32_t* ranks;  // per slice: how many ranks are in use, then which
   int64_t x_stride, u_stride, h_stride, ranks_stride;
@@ -193,8 +193,9 @@ void plan_columns(Scratch& m) {
     }
 }
 
-// h of one token and slice: gates times A x where A x is known, else the gates.
-void gate_slice(const Slice& s, const float* u, float* h, int32_t* ranks, bool whole) {
+// h of one token and slice: gates times A x where A x is known, else the gates. Gates read v.
+void gate_slice(const Slice& s, const float* u, const float* v, float* h, int32_t* ranks,
+                bool whole) {
   thread_local GateScratch m;
   const Gate& g = s.gate;
   h += s.h_start;
@@ -202,7 +203,7 @@ void gate_slice(const Slice& s, const float* u, float* h, int32_t* ranks, bool w
   if (!g.gated) {
     for (; used < s.ranks; used++) h[list[used] = used] = u[s.a_start + used];
   } else {
-    gate(g, u + (g.self ? s.a_start : s.router_start), g.threshold_head ? u[s.head_at] : 0, m);
+    gate(g, v + (g.self ? s.a_start : s.router_start), g.threshold_head ? v[s.head_at] : 0, m);
     const bool known = whole || !sparse(s);
     for (int64_t e = 0; e < g.num_gates; e++)
       for (int64_t r = g.block_start[e]; r < g.block_start[e + 1]; r++) {
@@ -252,10 +253,11 @@ extern "C" int64_t has_float16() {
 }
 
 // x and y: both launches. Without y: only the shrink, into u. Without x: only gate and expand,
-// from u. Types: 0 float32, 1 bfloat16, 2 float16.
+// from u, where gates read v (null: u), which has the same stride. Types: 0 float32, 1 bfloat16,
+// 2 float16.
 extern "C" void gated_lora(const Slot* const* slots, int64_t num_slots, const int32_t* slots_T,
                            int64_t T, const void* x, int64_t x_stride, int64_t x_type, float* u,
-                           int64_t u_stride, void* y, int64_t y_stride, int64_t y_type) {
+                           const float* v, int64_t u_stride, void* y, int64_t y_stride, int64_t y_type) {
   thread_local Scratch scratch;
   Scratch& m = scratch;
   const int64_t rows = group(m, slots, num_slots, slots_T, T);
@@ -270,7 +272,7 @@ extern "C" void gated_lora(const Slot* const* slots, int64_t num_slots, const in
   }
   const int64_t k = m.groups[0].slot->k;
   const bool whole = !x || !y;
-  Lines l = {(const float*)x, u, nullptr, nullptr, x_stride, u_stride, h_width,
+  Lines l = {(const float*)x, v, u, nullptr, nullptr, x_stride, u_stride, h_width,
              h_width + num_slices};
   if (x && x_type) m.x.resize(T * k), l.x = m.x.data(), l.x_stride = k;
   if (!u) m.u.resize(T * num_rows), l.u = m.u.data(), l.u_stride = num_rows;
@@ -279,6 +281,7 @@ extern "C" void gated_lora(const Slot* const* slots, int64_t num_slots, const in
     l.h = m.h.data(), l.ranks = m.ranks.data();
     plan_columns(m);
   }
+  if (!v) l.v = l.u;
   if (x) plan_first(m, l, whole);
 
   auto widen_row = [&](int64_t i) {
@@ -289,7 +292,7 @@ extern "C" void gated_lora(const Slot* const* slots, int64_t num_slots, const in
     const int64_t t = m.tokens[i];
     const Slot& slot = *slots[slots_T[t]];
     for (int64_t s = 0; s < slot.num_slices; s++)
-      gate_slice(slot.slices[s], l.u + t * l.u_stride, l.h + t * l.h_stride,
+      gate_slice(slot.slices[s], l.u + t * l.u_stride, l.v + t * l.u_stride, l.h + t * l.h_stride,
                  l.ranks + t * l.ranks_stride, whole);
   };
   const bool few = rows <= kFew;  // one thread is faster than all of them are in meeting

@@ -91,11 +91,11 @@ def open_door(number: int, site: Site) -> None:
     """From now on calls of the op at site `number` stay in C++, until the site changes.
 
     Those of steps with an adapter do so once one has been at work there (`site.native`), and
-    where nothing in Python wants to hear of them.
+    where nothing in Python wants to hear of them, or sums over ranks.
     """
     slots_T, door = site.step.token_slots_T, _Door(active=site.step.active_1.ctypes.data)
     tables: Tables | None = site.native or None
-    if tables is not None and not site.after:
+    if tables is not None and not site.after and site.reduce is None:
         door.slots, door.num_slots = ctypes.addressof(tables.slots), tables.num_slots
         door.slots_T, door.max_tokens = slots_T.data_ptr(), len(slots_T)
     library = install()

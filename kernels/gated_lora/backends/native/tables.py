@@ -7,7 +7,9 @@ of the site's buffers, which never move.
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
+import logging
 from ctypes import Structure, c_float, c_int64, c_void_p
 from typing import Any, NamedTuple
 
@@ -17,6 +19,9 @@ from vllm_lora_ext.kernels.gated_lora.backends.native import build as cpu_build
 from vllm_lora_ext.kernels.gated_lora.site import Site, SlicePlan, SlotPlan
 from vllm_lora_ext.routing import GateSpec
 
+logger = logging.getLogger("vllm.lora_ext")
+
+_SOURCES = {"none": (0, 0), "router": (1, 0), "prototype": (1, 0), "self": (1, 1)}  # gated, self
 _SCORES = {"identity": 0, "softmax": 1, "sigmoid": 2, "l2": 3, "abs": 4}
 _SELECTS = {"all": 0, "top_k": 1, "threshold": 2, "top_p": 3}
 _WEIGHTS = {"score": 0, "renormalise": 1, "softmax": 2, "one": 3}
@@ -84,7 +89,7 @@ def gated_lora_(y_TN: torch.Tensor, x_TK: torch.Tensor, site: Site, t: Tables) -
     slots_T = site.step.token_slots_T
     t.call(
         t.slots, t.num_slots, slots_T.data_ptr(), min(len(x_TK), len(slots_T)),
-        x_TK.data_ptr(), x_TK.stride(0), t.types[x_TK.dtype], None, 0,
+        x_TK.data_ptr(), x_TK.stride(0), t.types[x_TK.dtype], None, None, 0,
         y_TN.data_ptr(), y_TN.stride(0), t.types[y_TN.dtype],
     )  # fmt: skip
 
@@ -94,35 +99,51 @@ def shrink(u_TR: torch.Tensor, x_TK: torch.Tensor, site: Site, t: Tables) -> Non
     slots_T = site.step.token_slots_T
     t.call(
         t.slots, t.num_slots, slots_T.data_ptr(), min(len(x_TK), len(slots_T)),
-        x_TK.data_ptr(), x_TK.stride(0), t.types[x_TK.dtype], u_TR.data_ptr(), u_TR.stride(0),
-        None, 0, 0,
+        x_TK.data_ptr(), x_TK.stride(0), t.types[x_TK.dtype],
+        u_TR.data_ptr(), None, u_TR.stride(0), None, 0, 0,
     )  # fmt: skip
 
 
-def gate_expand_(y_TN: torch.Tensor, u_TR: torch.Tensor, site: Site, t: Tables) -> None:
+def gate_expand_(
+    y_TN: torch.Tensor, u_TR: torch.Tensor, v_TR: torch.Tensor, site: Site, t: Tables
+) -> None:
+    """From u; gates read v, which has its strides."""
     slots_T = site.step.token_slots_T
     t.call(
         t.slots, t.num_slots, slots_T.data_ptr(), min(len(u_TR), len(slots_T)),
-        None, 0, 0, u_TR.data_ptr(), u_TR.stride(0),
+        None, 0, 0, u_TR.data_ptr(), v_TR.data_ptr(), u_TR.stride(0),
         y_TN.data_ptr(), y_TN.stride(0), t.types[y_TN.dtype],
     )  # fmt: skip
 
 
 def _make(site: Site) -> Tables | tuple[()]:
-    """Empty where there are no compiled kernels, so that nobody asks again."""
+    """Empty where there are no compiled kernels, or a gate that they do not know, so that nobody
+    asks again."""
     library = cpu_build.library() if site.a_SRK.is_cpu else None
     if library is None:
         return ()
     call = library.gated_lora
     call.argtypes = (
-        c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p, c_int64,
-        c_void_p, c_int64, c_int64,
+        c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p,
+        c_void_p, c_int64, c_void_p, c_int64, c_int64,
     )  # fmt: skip
     call.restype = None
     types = {t: n for t, n in _TYPES.items() if t is not torch.float16 or library.has_float16()}
-    kept = [None if plan is None else _slot(plan) for plan in site.plans]
+    try:
+        kept = [None if plan is None else _slot(plan) for plan in site.plans]
+    except KeyError as unknown:
+        _say_unknown(str(unknown))
+        return ()
     pointers = [None if slot is None else ctypes.addressof(slot) for slot in kept]
     return Tables(call, types, (c_void_p * len(kept))(*pointers), len(kept), kept)
+
+
+@functools.cache
+def _say_unknown(name: str) -> None:
+    logger.warning(
+        "vllm-lora-ext: the C++ kernels do not know the gate %s; layers with it run on PyTorch",
+        name,
+    )
 
 
 def _slot(plan: SlotPlan) -> _Slot:
@@ -148,9 +169,10 @@ def _slice(index: int, p: SlicePlan, h_start: int) -> _Slice:
 
 def _gate(p: SlicePlan) -> _Gate:
     s: GateSpec = p.gate
+    gated, own = _SOURCES[s.source]
     starts = (c_int64 * (s.num_gates + 1))(*itertools.accumulate(s.blocks, initial=0))
     return _Gate(
-        gated=s.source != "none", self=s.source == "self", score=_SCORES[s.score],
+        gated=gated, self=own, score=_SCORES[s.score],
         bias=s.bias != "none", bias_value=s.bias == "value", select=_SELECTS[s.select],
         key_abs=s.key == "abs", k=s.k, threshold_head=s.threshold_head,
         subtract_threshold=s.subtract_threshold, weight=_WEIGHTS[s.weight],

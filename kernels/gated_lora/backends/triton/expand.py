@@ -54,6 +54,7 @@ NUM_VALUES = tl.constexpr(len(tables.VALUES))
 def expand_kernel(
     y_ptr,
     u_ptr,
+    v_ptr,
     b_ptr,
     ints_ptr,
     floats_ptr,
@@ -62,7 +63,6 @@ def expand_kernel(
     tiles_ptr,
     num_tokens,
     max_rank,
-    y_start,
     stride_y,
     stride_u_part,
     stride_u,
@@ -112,15 +112,16 @@ def expand_kernel(
         logit_R = tl.load(vectors_R, mask=ok_R, other=0)
         first_R = tl.load(vectors_R + max_rank, mask=ok_R, other=0)
         bias_R = tl.load(values_ptr + NUM_VALUES + rank_R, mask=ok_R, other=0.0)
-        logits_TR = sum_parts(u_T[:, None] + logit_R[None, :], ok_TR, stride_u_part, PARTS)
+        v_T = v_ptr + token_T * stride_u
+        logits_TR = sum_parts(v_T[:, None] + logit_R[None, :], ok_TR, stride_u_part, PARTS)
         head = tl.load(spec_ptr + 7)
         has_head_T = ok_T & (at_T < tl.where(head >= 0, stop, start))
-        head_T = sum_parts(u_T + head, has_head_T, stride_u_part, PARTS)
+        head_T = sum_parts(v_T + head, has_head_T, stride_u_part, PARTS)
         h_TR *= gate(logits_TR, head_T, bias_R, rank_R, first_R, ok_R, spec_ptr, values_ptr)
 
     b_R = b_ptr + slot * stride_b_slot + rank_R.to(tl.int64) * stride_b
     b_R += column
-    y_T = y_ptr + token_T * stride_y + y_start + column
+    y_T = y_ptr + token_T * stride_y + column
     open_R = tl.max((h_TR != 0).to(tl.int32), axis=0) != 0
     h_TR = h_TR.to(b_ptr.dtype.element_ty).to(OPERAND)
     for n in range(begin, tl.minimum(begin + WALK, size), BLOCK_N):
@@ -237,12 +238,15 @@ def _weigh(value_TR, kept_TR, once, kind, temperature):
     return g_TR
 
 
-def expand_(y_TN: torch.Tensor, u_PTR: torch.Tensor, site: Site) -> None:
+def expand_(
+    y_TN: torch.Tensor, u_PTR: torch.Tensor, site: Site, v_PTR: torch.Tensor | None = None
+) -> None:
     """Adds `B (g ⊙ A x)` to y in place.
 
     Args:
         y_TN: [T, N], columns adjacent; fp32, fp16 or bf16, as the site's weights.
         u_PTR: [parts, T, site.num_rows] fp32, from `shrink_parts`.
+        v_PTR: what the gates read, in the strides of u; by default u.
     """
     slot_tables, b_SRN = site.tables, site.b_SRN
     assert slot_tables is not None and y_TN.stride(1) == 1
@@ -260,6 +264,7 @@ def expand_(y_TN: torch.Tensor, u_PTR: torch.Tensor, site: Site) -> None:
     expand_kernel[grid](
         y_TN,
         u_PTR,
+        u_PTR if v_PTR is None else v_PTR,
         b_SRN,
         slot_tables.ints_SI,
         slot_tables.floats_SF,
@@ -268,7 +273,6 @@ def expand_(y_TN: torch.Tensor, u_PTR: torch.Tensor, site: Site) -> None:
         tiles,
         num_tokens,
         site.max_rank,
-        site.y_start,
         y_TN.stride(0),
         u_PTR.stride(0),
         u_PTR.stride(1),

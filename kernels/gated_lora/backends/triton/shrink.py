@@ -55,7 +55,7 @@ def shrink_kernel(
     u_ptr,
     x_ptr,
     a_ptr,
-    router_ptr,
+    routers_ptr,
     ints_ptr,
     order_ptr,
     tiles_ptr,
@@ -67,7 +67,6 @@ def shrink_kernel(
     stride_u,
     stride_x,
     stride_a_slot,
-    stride_router_slot,
     stride_ints,
     stride_tiles,
     BLOCK_T: tl.constexpr,
@@ -105,7 +104,9 @@ def shrink_kernel(
     else:
         first = (row_tile - a_tiles) * BLOCK_G
         if first < num_routers:
-            router_G = router_ptr + slot * stride_router_slot + first.to(tl.int64) * num_k
+            router_ptr = tl.load(routers_ptr).to(tl.pointer_type(tl.float32))
+            router_ptr = tl.multiple_of(router_ptr, 16)
+            router_G = router_ptr + slot * tl.load(routers_ptr + 1) + first.to(tl.int64) * num_k
             _rows(u_T + num_a + first, x_T, router_G, ok_T, num_routers - first, begin, end, num_k,
                   BLOCK_T, BLOCK_G, BLOCK_K, EVEN_K, tl.float32)  # fmt: skip
 
@@ -144,17 +145,16 @@ def _rows(
 
 
 def shrink_parts(
-    x_TK: torch.Tensor, site: Site, zeroed: bool = False, memory: torch.Tensor | None = None
+    x_TK: torch.Tensor, site: Site, memory: torch.Tensor | None = None
 ) -> torch.Tensor:
     """Parts of `[A; router] x` for each row's own slot.
 
     Args:
         x_TK: [T, K], any strides; fp32, fp16 or bf16, as the site's weights.
-        zeroed: whether what no program writes (rows of the base model, columns past a slot's
-            rows) is zero instead of undefined.
         memory: where to put them, as `parts_in` lays them out; what no program writes stays.
     Returns:
-        [parts, T, site.num_rows] fp32, to be summed over the parts.
+        [parts, T, site.num_rows] fp32, to be summed over the parts. What no program writes (rows
+        of the base model, columns past a slot's rows) is undefined.
     """
     if x_TK.stride(1) != 1:
         x_TK = x_TK.contiguous()
@@ -162,9 +162,8 @@ def shrink_parts(
     if memory is not None:
         u_PTR = parts_in(memory, x_TK, site)
     else:
-        new = x_TK.new_zeros if zeroed else x_TK.new_empty
         parts = num_parts(num_tokens, x_TK.dtype, site)
-        u_PTR = new(parts, num_tokens, site.num_rows, dtype=torch.float32)
+        u_PTR = x_TK.new_empty(parts, num_tokens, site.num_rows, dtype=torch.float32)
     if num_tokens:
         _launch(u_PTR, x_TK, site)
     return u_PTR
@@ -199,7 +198,7 @@ def _tiles(num_tokens: int, dtype: torch.dtype, site: Site) -> tuple[Shrink, int
     device = device_of(site.a_SRK.device.index)
     s, _ = blocks(num_tokens, site.padded_rank, site.a_SRK.itemsize, device, as_stored)
     a_tiles = triton.cdiv(len(site.slice_sizes) * site.max_rank, s.rows)
-    return s, a_tiles, a_tiles + triton.cdiv(site.router_SGK.shape[1], SYNCHRONOUS_ROWS)
+    return s, a_tiles, a_tiles + triton.cdiv(site.most_routers, SYNCHRONOUS_ROWS)
 
 
 def _launch(u_PTR: torch.Tensor, x_TK: torch.Tensor, site: Site) -> None:
@@ -212,7 +211,7 @@ def _launch(u_PTR: torch.Tensor, x_TK: torch.Tensor, site: Site) -> None:
         u_PTR,
         x_TK,
         site.a_SRK,
-        site.router_SGK,
+        site.routers_2,
         site.tables.ints_SI,
         site.step.order_T,
         tiles,
@@ -224,7 +223,6 @@ def _launch(u_PTR: torch.Tensor, x_TK: torch.Tensor, site: Site) -> None:
         u_PTR.stride(1),
         x_TK.stride(0),
         site.a_SRK.stride(0),
-        site.router_SGK.stride(0),
         site.tables.ints_SI.stride(0),
         tiles.stride(0),
         BLOCK_T=s.tile,

@@ -61,7 +61,9 @@ class SlotTables:
         self.slice_floats = len(VALUES) + max_rank
         ints = COUNTS + self.num_slices * self.slice_ints
         self.ints_SI = torch.zeros(num_slots, ints, dtype=torch.int32, device=device)
-        self.floats_SF = torch.zeros(num_slots, self.num_slices * self.slice_floats, device=device)
+        self.floats_SF = torch.zeros(
+            num_slots, self.num_slices * self.slice_floats, dtype=torch.float32, device=device
+        )
         starts = np.cumsum((0, *slice_sizes))[:-1]
         columns = np.stack([starts, np.asarray(slice_sizes)], axis=1).astype(np.int32)
         self.columns_S2 = torch.from_numpy(columns).to(device)

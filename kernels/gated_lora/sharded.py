@@ -1,0 +1,54 @@
+"""Layers whose x is a shard (row-parallel, under tensor parallelism): what their gates read.
+
+`A x` and the logits are then partial sums. B is linear, so each rank adds B (g ⊙ its own A x) to
+its own part of y, and the layer's sum over the ranks, which it has without LoRA too, completes
+both. Only what a *gate* reads must be whole before: the logits of a router, or the A x of gates
+that score it. So a step of the base model or of plain adapters communicates nothing, and a router
+its logits, [T, router rows] fp32. All ranks hold the same bits afterwards: the same experts.
+
+Where CUDA graphs are captured, what runs must not depend on the step's slots. There a step with any
+adapter sums all that a slot could need, [T, `Site.num_rows`]; nothing when the engine keeps no
+router rows at all, and then a slot takes no gate.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vllm_lora_ext.kernels.gated_lora.site import Site, SlotPlan
+
+Gated = list[tuple[Any, SlotPlan]]
+
+
+def gated_rows(site: Site) -> Gated:
+    """The rows of the step whose slot has a gate here, as an index, and the slot's plan."""
+    return [
+        (slice(start, stop) if index_T is None else index_T, plan)
+        for slot, start, stop, index_T in site.step.groups
+        if (plan := site.plans[slot]) is not None and not plan.plain
+    ]
+
+
+def gate_inputs(u_TR: torch.Tensor, gated: Gated, site: Site) -> torch.Tensor:
+    """u with the columns that gates read summed over the ranks; its others are this rank's.
+
+    Args:
+        u_TR: [T, `site.num_rows`] fp32, this rank's shrink.
+    """
+    assert site.reduce is not None
+    if site.static:
+        return site.reduce(u_TR)
+    width = max(plan.num_inputs for _, plan in gated)
+    sums_TG = u_TR.new_zeros(len(u_TR), width)
+    for rows, plan in gated:
+        sums_TG[rows, : plan.num_inputs] = torch.cat([u_TR[rows, c] for c in plan.inputs], dim=1)
+    sums_TG = site.reduce(sums_TG)
+    v_TR = u_TR.clone()
+    for rows, plan in gated:
+        at = 0
+        for c in plan.inputs:
+            v_TR[rows, c] = sums_TG[rows, at : at + c.stop - c.start]
+            at += c.stop - c.start
+    return v_TR

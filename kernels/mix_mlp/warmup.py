@@ -1,0 +1,39 @@
+"""Compiles each variant of the blocks' kernel, as `gated_lora.backends.triton.warmup` does those of
+the linears' kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from vllm_lora_ext.kernels.gated_lora.backends.triton import warmup
+from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import num_parts
+from vllm_lora_ext.kernels.mix_mlp.block import BlockSite
+from vllm_lora_ext.kernels.mix_mlp.triton_mix import mix_
+
+
+def warm(blocks: Iterable[BlockSite], max_tokens: int, dtype: torch.dtype) -> None:
+    """Launches every variant once; arguments as those of `gated_lora`'s."""
+    for block, t in variants(blocks, max_tokens, dtype):
+        first, last = block.first, block.last
+        new, options = first.a_SRK.new_empty, {"dtype": torch.float32}
+        u_PTR = new(num_parts(t, dtype, first), t, first.num_rows, **options)
+        z_PTR = new(num_parts(t, dtype, last), t, last.num_rows, **options)
+        base_TN = new(t, warmup.widths(first)[1], dtype=dtype)
+        a_TI = new(t, warmup.widths(last)[0], dtype=dtype)
+        assert block.tables is not None
+        mix_(a_TI, z_PTR, base_TN, u_PTR, first, last, block.tables)
+
+
+def variants(
+    blocks: Iterable[BlockSite], max_tokens: int, dtype: torch.dtype
+) -> list[tuple[BlockSite, int]]:
+    """A block and a number of rows for each number of parts of u, at each shape. The parts of z
+    are a number like others."""
+    found: dict[object, tuple[BlockSite, int]] = {}
+    for block in blocks:
+        shape = warmup.shape(block.first), warmup.shape(block.last)
+        for t in warmup.steps(max_tokens):
+            found.setdefault((shape, num_parts(t, dtype, block.first)), (block, t))
+    return list(found.values())

@@ -1,0 +1,141 @@
+"""x is a shard: what is summed over the ranks, and that all of them then add up to the whole."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.make_adapters import normal, random_module, random_spec
+from tests.ranks import Ranks
+from vllm_lora_ext.kernels.gated_lora import (
+    Site,
+    StepMap,
+    gated_lora_,
+    gated_lora_reference,
+    register_site,
+)
+from vllm_lora_ext.kernels.gated_lora.backends.native import tables as cpu_native
+from vllm_lora_ext.routing import GateSpec
+
+K, N, RANK, ROWS, T = 24, 14, 40, 40, 9
+PLAIN = GateSpec()
+ROUTER = GateSpec(
+    source="router", blocks=(3, 4, 5), score="softmax", select="top_k", k=2, weight="renormalise"
+)
+HEAD = GateSpec(
+    source="router", blocks=(3, 4), score="sigmoid", select="threshold", threshold=0.5,
+    threshold_head=True,
+)  # fmt: skip
+SELF = GateSpec(source="self", blocks=(1,) * 6, select="top_k", key="abs", k=2, weight="one")
+
+
+class Sharded:
+    """One row-parallel layer on two ranks."""
+
+    def __init__(self, seed: int, static: bool = False, rows: int = ROWS) -> None:
+        self.rng, self.ranks, self.step = np.random.default_rng(seed), Ranks(), StepMap(16)
+        self.slots: list[list] = [[None]] * 4
+        self.sites = [
+            Site(
+                4, K // 2, (N,), RANK, rows, torch.float32, "cpu",
+                reduce=self.ranks.sum_, static=static,
+            )
+            for _ in range(2)
+        ]  # fmt: skip
+        for site in self.sites:
+            site.step = self.step
+        self.handles = [register_site(site) for site in self.sites]
+        self.read: list[list] = [[], []]
+        for rank, site in enumerate(self.sites):
+            site.listen(lambda _y, _x, u, rank=rank: self.read[rank].append(u))
+
+    def write(self, slot: int, spec: GateSpec) -> None:
+        m = random_module(self.rng, K, N, spec)
+        self.slots[slot] = [m]
+        for rank, site in enumerate(self.sites):
+            k = slice(rank * K // 2, (rank + 1) * K // 2)
+            part = replace(
+                m, a_RK=m.a_RK[:, k], router_GK=None if m.router_GK is None else m.router_GK[:, k],
+                head_K=None if m.head_K is None else m.head_K[k],
+            )  # fmt: skip
+            site.write(slot, [part])
+
+    def check(self, slots: list[int]) -> list[tuple[int, ...]]:
+        """The ranks' sum against the reference; returns what was summed on the way."""
+        slots_T, x_TK = np.array(slots), normal(self.rng, len(slots), K)
+        self.step.update(slots_T)
+        before = len(self.ranks.summed)
+        shards = [x.contiguous() for x in x_TK.chunk(2, dim=1)]
+
+        def one(rank: int) -> torch.Tensor:
+            y_TN = torch.zeros(len(slots), N)
+            gated_lora_(y_TN, shards[rank], self.handles[rank])
+            return y_TN
+
+        got = sum(self.ranks.run(one))
+        want = gated_lora_reference(x_TK, torch.tensor(slots_T), self.slots, (N,))
+        assert (got - want).norm() <= 2e-5 * want.norm()
+        self._check_equal(slots_T, *(read.pop() for read in self.read if read))
+        return self.ranks.summed[before:]
+
+    def _check_equal(self, slots_T: np.ndarray, *read: torch.Tensor | None) -> None:
+        """Bit for bit what the gates of either rank have read."""
+        plans = self.sites[0].plans
+        assert len({u is None for u in read}) <= 1
+        if any(u is None for u in read):
+            assert all(s < 0 or plans[s] is None or plans[s].plain for s in slots_T)
+        for slot, plan in enumerate(plans if read and read[0] is not None else ()):
+            for columns in plan.inputs if plan is not None else ():
+                mine, other = (u[slots_T == slot][:, columns] for u in read)
+                assert torch.equal(mine, other)
+
+
+@pytest.fixture(params=["compiled", "pytorch"])
+def path(request, monkeypatch):
+    if request.param == "pytorch":
+        monkeypatch.setattr(cpu_native, "tables", lambda *_: None)
+
+
+@pytest.mark.usefixtures("path")
+def test_only_what_gates_read_is_summed():
+    layer = Sharded(0)
+    for slot, spec in enumerate((PLAIN, ROUTER, HEAD, SELF)):
+        layer.write(slot, spec)
+    assert layer.check([-1] * T) == []
+    assert layer.check([0, -1, 0]) == []
+    assert layer.check([1, 0, -1, 1]) == [(4, 3)]
+    assert layer.check([2]) == [(1, 3)]  # two gates and the head
+    assert layer.check([3, 3]) == [(2, 6)]
+    assert layer.check([3, 1, 2, 0, -1]) == [(5, 6)]
+    assert layer.check([-1] * T) == []
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("seed", range(12))
+def test_the_ranks_add_up_and_read_the_same_bits(seed):
+    layer = Sharded(seed)
+    for slot in range(3):
+        layer.write(slot, random_spec(layer.rng))
+    for _ in range(3):
+        layer.check(list(layer.rng.integers(-1, 4, T)))
+
+
+def test_in_captured_graphs_it_does_not_depend_on_the_slots():
+    layer = Sharded(1, static=True)
+    for slot, spec in enumerate((PLAIN, ROUTER, HEAD, SELF)):
+        layer.write(slot, spec)
+    rows = layer.sites[0].num_rows
+    assert layer.check([-1] * T) == []
+    for slots in ([0, -1, 0], [1, 0, 2], [3, 3, -1]):
+        assert layer.check(slots) == [(3, rows)]
+
+
+def test_an_engine_with_graphs_and_without_router_rows_sums_nothing_and_takes_no_gate():
+    layer = Sharded(1, static=True, rows=0)
+    layer.write(0, PLAIN)
+    assert layer.check([0, -1, 0]) == []
+    with pytest.raises(ValueError, match="gate"):
+        layer.write(1, SELF)

@@ -1,0 +1,202 @@
+"""The load route, mixes and refusals in vLLM's own server objects, with no engine behind them."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.entrypoints.openai.models.protocol import BaseModelPath
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
+from vllm.exceptions import VLLMError
+
+from vllm_lora_ext import plugin
+from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches.admission import Admitted
+from vllm_lora_ext.model_patches.refused import RefusedRequest, status_of
+from vllm_lora_ext.serving import from_lorax, parse
+
+plugin.register()
+
+
+class Engine:
+    """An `EngineClient` that loads nothing."""
+
+    def __init__(self, settings: dict[str, Any] | None = None, servers: int = 1) -> None:
+        self.vllm_config = SimpleNamespace(
+            additional_config={"lora_ext": settings} if settings else {},
+            lora_config=SimpleNamespace(max_lora_rank=16, lora_dtype="torch.float32"),
+            parallel_config=SimpleNamespace(_api_process_count=servers),
+        )
+        self.model_config = SimpleNamespace(model="base", max_model_len=64)
+        self.renderer = self.input_processor = None
+        self.loaded: list[Any] = []
+        self.error: Exception | None = None
+
+    async def add_lora(self, request: Any) -> bool:
+        if self.error is not None:
+            raise self.error
+        self.loaded.append(request)
+        Admitted.of(self).loaded(request, {"version": f"v{len(self.loaded)}", "evicted": []})
+        return True
+
+
+def models_of(engine: Engine) -> Any:
+    return OpenAIServingModels(engine, [BaseModelPath("base", "/base")])
+
+
+def load(models: Any, name: str, path: str, inplace: bool = False) -> Any:
+    request = LoadLoRAAdapterRequest(lora_name=name, lora_path=path, load_inplace=inplace)
+    return asyncio.run(models.load_lora_adapter(request))
+
+
+def unload(models: Any, name: str) -> Any:
+    return asyncio.run(models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name)))
+
+
+def roots(models: Any) -> list[str]:
+    cards = asyncio.run(models.show_available_models()).data
+    return [card.root for card in cards if card.parent is not None]
+
+
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [("not_finite", 400), ("not_found", 404), ("path_not_allowed", 403), ("slots_pinned", 409),
+     ("host_cache_full", 409), ("load_failed", 500)],
+)  # fmt: skip
+def test_a_refused_load_keeps_code_and_status(code, status):
+    engine = Engine()
+    engine.error = AdapterError(code, "no", seen="x")
+    answer = load(models_of(engine), "a", "/a")
+    assert isinstance(answer, ErrorResponse)
+    assert (answer.error.type, answer.error.code, answer.error.param) == (code, status, "lora_path")
+
+
+def test_other_errors_are_stocks():
+    engine = Engine()
+    engine.error = RuntimeError("something else")
+    assert load(models_of(engine), "a", "/a").error.type == "InternalServerError"
+
+
+def test_the_path_is_shown_as_it_was_given_and_replaced_once():
+    engine = Engine()
+    models = models_of(engine)
+    for spelling in ("/a", "/a/", "/a/.", "a"):
+        assert isinstance(load(models, "a", spelling, inplace=True), str)
+        assert roots(models) == [spelling]
+        assert engine.loaded[-1].load_inplace and not models.lora_requests["a"].load_inplace
+    assert len({request.lora_int_id for request in engine.loaded}) == 1
+
+
+def test_a_mix_knows_the_content_that_it_is_made_of():
+    engine = Engine({"merge": {}})
+    models = models_of(engine)
+    load(models, "a", "/a")
+    before = models._lora_ext_front.adapters()
+    load(models, "a", "/a", inplace=True)
+    after = models._lora_ext_front.adapters()
+    assert (before, after) == ({"a": ("/a", "v1")}, {"a": ("/a", "v2")})
+    unload(models, "a")
+    assert models._lora_ext_front.adapters() == {}
+
+
+def test_mixes_by_name_need_one_front_end():
+    with pytest.raises(AdapterError) as caught:
+        models_of(Engine({"merge": {}}, servers=2))
+    assert caught.value.code == "bad_settings"
+    models_of(Engine(None, servers=2))
+
+
+def test_a_missing_recipe_is_refused_before_the_engine(tmp_path):
+    engine = Engine({"merge": {"store": str(tmp_path)}})
+    answer = load(models_of(engine), "a", str(tmp_path / "none.yaml"))
+    assert (answer.error.type, answer.error.code) == ("not_found", 404)
+    assert engine.loaded == []
+
+
+def test_a_folder_with_a_recipes_name_is_a_folder(tmp_path):
+    engine, folder = Engine(), tmp_path / "folder.yaml"
+    folder.mkdir()
+    assert isinstance(load(models_of(engine), "a", str(folder)), str)
+    assert engine.loaded[0].lora_path == str(folder)
+
+
+class Request:
+    """What a route hands on."""
+
+    def __init__(self, model: str, **extra: Any) -> None:
+        self.model, self.model_extra = model, extra
+
+
+class MixesOnPaper:
+    """In place of `serving.Mixes`: says yes, and shows what was served."""
+
+    def __init__(self, front: Any) -> None:
+        self.front, self.error, self.held = front, None, []
+
+    def names(self) -> set[str]:
+        return set()
+
+    async def serve(self, mix: Any, holder: object) -> str:
+        if self.error is not None:
+            raise self.error
+        loaded = await self.front.load(str(mix), Path("/mix"))
+        self.front.show(str(mix), loaded)
+        return str(mix)
+
+    def hold(self, model: str, holder: object) -> None:
+        self.held.append(model)
+
+
+def serving(settings: dict[str, Any] | None) -> tuple[Engine, Any, Any]:
+    engine = Engine(settings)
+    models = models_of(engine)
+    models._lora_ext_front.__dict__["mixes"] = MixesOnPaper(models._lora_ext_front)
+    return engine, models, BaseServing(models, engine.model_config)
+
+
+def test_a_mix_in_a_request_is_made_and_the_request_keeps_it():
+    engine, models, server = serving({"merge": {}})
+    request = Request("cat:b*0.4+a*0.6")
+    assert asyncio.run(server._check_model(request)) is None
+    name = str(parse("cat:b*0.4+a*0.6"))
+    assert request.model == name and engine.loaded[0].lora_name == name
+    given = models.lora_requests.pop(name)  # another takes its place while the prompt is read
+    assert server._maybe_get_adapters(request) is given
+
+
+def test_loraxs_spelling_is_a_mix_of_the_base_only():
+    merged = {"ids": ["a", "b"], "weights": [0.5, 0.5], "merge_strategy": "linear"}
+    _, _, server = serving({"merge": {}})
+    request = Request("base", merged_adapters=merged)
+    assert asyncio.run(server._check_model(request)) is None
+    assert request.model == str(from_lorax(merged))
+    answer = asyncio.run(server._check_model(Request("a", merged_adapters=merged)))
+    assert (answer.error.type, answer.error.code) == ("bad_value", 400)
+
+
+def test_a_mix_that_cannot_be_had_is_the_requests_error():
+    _, models, server = serving({"merge": {}})
+    models._lora_ext_front.mixes.error = AdapterError("merge_busy", "all in use")
+    answer = asyncio.run(server._check_model(Request("cat:a+b")))
+    assert (answer.error.type, answer.error.code) == ("merge_busy", 429)
+
+
+def test_without_the_setting_a_mix_is_an_unknown_model():
+    engine, _, server = serving(None)
+    answer = asyncio.run(server._check_model(Request("cat:a+b")))
+    assert (answer.error.code, engine.loaded) == (404, [])
+
+
+def test_a_refused_request_has_its_status_and_code_in_stocks_own_handler():
+    for code in ("not_found", "slots_pinned", "not_finite", "load_failed"):
+        error = RefusedRequest(AdapterError(code, "no"))
+        assert isinstance(error, VLLMError)  # what the server has a handler for
+        answer = create_error_response(error)
+        assert answer.error.code == status_of(code).value and f"lora_ext:{code}" in str(answer)

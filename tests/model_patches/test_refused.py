@@ -1,0 +1,101 @@
+"""How a request that the core refused ends in vLLM's own output processor."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from vllm import PoolingParams, SamplingParams
+from vllm.lora.request import LoRARequest
+from vllm.sampling_params import RequestOutputKind
+from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
+from vllm.v1.engine.output_processor import OutputProcessor, RequestOutputCollector
+from vllm.v1.engine.parallel_sampling import ParentRequest
+
+from vllm_lora_ext import plugin
+from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches.refused import RefusedRequest
+
+plugin.register()
+ERROR = AdapterError("slots_pinned", "all pinned")
+
+
+def request(key: str, pooling: bool, n: int = 1) -> EngineCoreRequest:
+    params = SamplingParams(max_tokens=3, n=n, detokenize=False)
+    return EngineCoreRequest(
+        key, [1, 2, 3], None, None if pooling else params,
+        PoolingParams(task="embed") if pooling else None, 0.0, LoRARequest("a", 1, "/a"), None,
+        None, external_req_id=key,
+    )  # fmt: skip
+
+
+def refused(key: str) -> EngineCoreOutput:
+    return EngineCoreOutput(key, [], finish_reason=FinishReason.ERROR, stop_reason=str(ERROR))
+
+
+@pytest.fixture(params=[False, True], ids=["generate", "pooling"])
+def pooling(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+def test_a_waiting_caller_gets_the_typed_error(pooling):
+    processor = OutputProcessor(None, log_stats=False)
+    queue = RequestOutputCollector(RequestOutputKind.FINAL_ONLY, "r")
+    processor.add_request(request("r", pooling), None, queue=queue)
+    done = processor.process_outputs([refused("r")])
+    assert done.request_outputs == [] and done.reqs_to_abort == []
+    with pytest.raises(RefusedRequest) as caught:
+        asyncio.run(queue.get())
+    assert (caught.value.code, caught.value.http_status) == ("slots_pinned", 409)
+    assert not processor.has_unfinished_requests()
+
+
+def test_an_offline_caller_gets_an_output_that_says_why(pooling):
+    processor = OutputProcessor(None, log_stats=False)
+    processor.add_request(request("r", pooling), None)
+    (output,) = processor.process_outputs([refused("r")]).request_outputs
+    assert output.finished and output.request_id == "r"
+    if pooling:
+        assert output.error.code == "slots_pinned"
+    else:
+        assert output.outputs[0].finish_reason == "error"
+        assert AdapterError.parse(output.outputs[0].stop_reason).code == "slots_pinned"
+    assert not processor.has_unfinished_requests()
+
+
+def test_its_neighbours_go_on():
+    processor = OutputProcessor(None, log_stats=False)
+    for key in ("a", "b", "c"):
+        processor.add_request(request(key, False), None)
+    outputs = [EngineCoreOutput("a", [5]), refused("b"), EngineCoreOutput("c", [6])]
+    done: Any = processor.process_outputs(outputs)
+    assert [o.request_id for o in done.request_outputs] == ["a", "c", "b"]
+    assert set(processor.request_states) == {"a", "c"}
+    assert processor.process_outputs([refused("b")]).request_outputs == []  # aborted meanwhile
+
+
+def test_stocks_own_errors_are_stocks():
+    processor = OutputProcessor(None, log_stats=False)
+    processor.add_request(request("r", False), None)
+    output = EngineCoreOutput("r", [], finish_reason=FinishReason.ERROR)
+    (output,) = processor.process_outputs([output]).request_outputs
+    assert output.outputs[0].stop_reason is None
+
+
+def test_all_choices_of_a_request_end():
+    processor = OutputProcessor(None, log_stats=False)
+    parent = ParentRequest(request("r", False, n=2))
+    queue = RequestOutputCollector(RequestOutputKind.FINAL_ONLY, "r")
+    keys = []
+    for index in range(2):
+        key, params = parent.get_child_info(index)
+        child = request(key, False)
+        child.sampling_params, child.external_req_id = params, "r"
+        processor.add_request(child, None, parent, index, queue)
+        keys.append(key)
+    processor.process_outputs([refused(keys[0])])
+    with pytest.raises(RefusedRequest):
+        asyncio.run(queue.get())
+    processor.process_outputs([refused(keys[1])])
+    assert not processor.has_unfinished_requests() and not processor.parent_requests
