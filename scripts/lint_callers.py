@@ -30,7 +30,6 @@ PACKAGE = "vllm_lora_ext"
 ALLOWED = {
     "model_patches.*.apply": "the register names the module, `Patch.apply` calls it",
     "model_patches.mixes.Front.*": "serving calls its host through a protocol of its own",
-    "model_patches.punica.StepMixin.update_metadata": "vLLM's, overridden",
 }
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -121,7 +120,9 @@ class Uses(ast.NodeVisitor):
             for argument in args:
                 if isinstance(argument, ast.Constant) and isinstance(argument.value, str):
                     self._mention(argument.value)
-        self._note(self._name(function), args, node.keywords)
+        # `self.site.pack()` inside of `pack` hands on, `self.pack()` and `pack()` come back.
+        hands_on = isinstance(function, ast.Attribute) and not isinstance(function.value, ast.Name)
+        self._note(self._name(function), args, node.keywords, [] if hands_on else self._inside)
         if isinstance(function, ast.Attribute):
             self.visit(function.value)
         elif not isinstance(function, ast.Name):
@@ -146,8 +147,11 @@ class Uses(ast.NodeVisitor):
             return None if outside else node.attr
         return None
 
-    def _note(self, name: str | None, args: list[ast.expr], keywords: list[ast.keyword]) -> None:
-        if name is None or name in self._inside:
+    def _note(
+        self, name: str | None, args: list[ast.expr], keywords: list[ast.keyword],
+        inside: list[str],
+    ) -> None:  # fmt: skip
+        if name is None or name in inside:
             return
         calls = self.calls[name]
         calls.seen += 1

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = "vllm_lora_ext"
 MAPPED = ("routing", "kernels", "model_patches")
 ALONE = ("settings", "errors")  # modules that are rooms of their own; the others are `tools`
+BOTTOM = (PACKAGE, "__init__")  # offers the error type and the version to everybody
 
 # Other packages, and the rooms that may know them.
 OUTSIDE = {
@@ -48,6 +49,7 @@ class Import:
     module: str
     target: str
     line: int
+    at_once: bool  # when the module is imported, not when a function is called
 
 
 def _name(path: Path) -> str:
@@ -85,16 +87,19 @@ def imports() -> tuple[list[Import], list[Import]]:
     for module, path in modules().items():
         for node in _nodes(ast.parse(path.read_text())):
             assert not getattr(node, "level", 0), f"{path}: a relative import"
+            at = getattr(node, "lineno", 0), getattr(node, "col_offset", 0) == 0
             for target in _imported(node):
                 if target.split(".")[0] == PACKAGE:
-                    ours.append(Import(module, target.removeprefix(f"{PACKAGE}."), node.lineno))
+                    ours.append(Import(module, target.removeprefix(f"{PACKAGE}."), *at))
                 elif target.split(".")[0] not in sys.stdlib_module_names:
-                    others.append(Import(module, target, node.lineno))
+                    others.append(Import(module, target, *at))
     return ours, others
 
 
 def room(module: str) -> str:
     first = module.split(".")[0]
+    if module in BOTTOM:
+        return "errors"
     folder = first != "__init__" and modules().get(first, Path()).name == "__init__.py"
     return first if folder or first in ALONE else "tools"
 
@@ -172,5 +177,6 @@ def test_what_decides_whether_to_patch_imports_no_vllm(module: str) -> None:
         at = left.pop()
         if at not in seen:
             seen.add(at)
-            left += [i.target for i in imports()[0] if i.module == at]
-    assert [i for i in imports()[1] if i.module in seen and i.target.startswith("vllm")] == []
+            left += [i.target for i in imports()[0] if i.module == at and i.at_once]
+    others = [i for i in imports()[1] if i.module in seen and i.at_once]
+    assert [i for i in others if i.target.split(".")[0] == "vllm"] == []
