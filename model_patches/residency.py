@@ -20,7 +20,7 @@ from vllm_lora_ext.kernels.gated_lora.site import PackedSite, Shape
 from vllm_lora_ext.kernels.mix_mlp.block import PackedBlock
 
 _ALIGN = 256  # bytes: more than any dtype or vector load asks for
-_PIECE = 64 << 20  # bytes
+_PIECE = {True: 64 << 20, False: sys.maxsize}  # bytes, of page-locked memory and of other
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ class Residency:
 
 
 def flat_views(
-    groups: Sequence[Sequence[Shape]], pinned: bool, piece: int | None = None
+    groups: Sequence[Sequence[Shape]], pinned: bool
 ) -> tuple[int, list[list[torch.Tensor]]]:
     """Tensors that stand one after the other in flat memory.
 
@@ -156,14 +156,11 @@ def flat_views(
 
     Args:
         groups: shapes and dtypes; the answer has the same form.
-        piece: bytes of a piece; None: as `pinned` needs it.
     Returns:
         Bytes in all, and the tensors.
     """
-    if piece is None:
-        piece = _PIECE if pinned else sys.maxsize
     sizes = [_padded(*shape) for shapes in groups for shape in shapes]
-    pieces = list(_pieces(sizes, piece))
+    pieces = list(_pieces(sizes, _PIECE[pinned]))
     views = iter(
         part
         for count in pieces

@@ -29,6 +29,7 @@ PACKAGE = "vllm_lora_ext"
 # Pattern of what `findings` names → why it has its callers all the same.
 ALLOWED = {
     "model_patches.*.apply": "the register names the module, `Patch.apply` calls it",
+    "kernels.mix_mlp.block.BlockSite.write(*": "takes what `pack` takes",
     "model_patches.mixes.Front.*": "serving calls its host through a protocol of its own",
 }
 

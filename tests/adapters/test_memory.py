@@ -61,7 +61,8 @@ def code_of(load: Any, *args: Any) -> str:
 
 def test_a_bad_one_is_refused_with_the_folders_code(tmp_path):
     """Wherever tensors and configuration are all that the folder says."""
-    written, seen = ("path_not_allowed", "bad_json", "unexpected_file"), []
+    written = ("path_not_allowed", "bad_json", "unexpected_file", "missing_file")
+    seen = []
     for name, bad in BAD.items():
         # MeteoRA's adapters are folders in a folder; a long text is not handed over as text.
         if bad.stage == "load" and bad.good != "meteora-a" and name != "config_5_mib":

@@ -105,7 +105,7 @@ def test_the_shrink_beside_the_base_product_adds_the_same(
     weight_NK, x = torch.randn(12, 16), torch.randn(shape)
     base = SimpleNamespace(apply=lambda _layer, x, bias: x @ weight_NK.t())
     layer = SimpleNamespace(
-        site=site, base_layer=None,
+        site=site, memory=None, base_layer=None,
         _get_quant_method=lambda: base, _events=(None, None), _lora_stream=None,
     )  # fmt: skip
     got = layers.RoutedLinear._apply_async_impl(layer, x)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from tests.make_adapters import linear_shapes, normal, random_adapter, random_mo
 from vllm_lora_ext.adapters.model import RoutedAdapter
 from vllm_lora_ext.adapters.registry import load_adapter
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches import residency
 from vllm_lora_ext.model_patches.residency import Residency, Resident, _pieces, flat_views
 from vllm_lora_ext.routing import GateSpec, delta_reference
 
@@ -90,7 +92,9 @@ def test_a_step_copies_few_times_and_does_nothing_else(
     harness: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, triton: bool
 ) -> None:
     if triton:  # the GPU's layout of slots, on a CPU
-        monkeypatch.setattr("vllm_lora_ext.model_patches.manager.choose_kernels", lambda *_: True)
+        manager = "vllm_lora_ext.model_patches.manager"
+        monkeypatch.setattr(f"{manager}.choose_kernels", lambda *_: True)
+        monkeypatch.setattr(f"{manager}.RoutedLoRAModelManager._warm", lambda *_: None)
     h = harness()
     spec = [GateSpec(), router_spec()]
     requests = [h.random(f"a{i}", specs=spec) for i in range(4)]
@@ -307,14 +311,15 @@ def test_residency_replaces_without_counting_twice() -> None:
     assert kept.put(3, resident(6), {1}) == (2,) if kept.nbytes > 9 else True
 
 
-@pytest.mark.parametrize("piece", [None, 1, 600, 1 << 20])
-def test_flat_views_do_not_overlap(piece: int | None) -> None:
+@pytest.mark.parametrize("piece", [1, 600, 1 << 20, sys.maxsize])
+def test_flat_views_do_not_overlap(piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(residency._PIECE, False, piece)
     groups = [
         [((3, 5), torch.bfloat16), ((0, 7), torch.float32), ((40, 9), torch.float32)],
         [((9,), torch.int32)],
         [],
     ]
-    nbytes, groups_of_views = flat_views(groups, False, piece)
+    nbytes, groups_of_views = flat_views(groups, False)
     views = [view for group in groups_of_views for view in group]
     for i, view in enumerate(views):
         view.fill_(i + 1)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import save
 
-from vllm_lora_ext.adapters.folder import CONFIG, WEIGHTS, Limits
+from vllm_lora_ext.adapters.folder import CONFIG, WEIGHTS
 from vllm_lora_ext.adapters.model import RoutedAdapter
 from vllm_lora_ext.adapters.registry import load_adapter
 from vllm_lora_ext.errors import AdapterError
@@ -81,10 +81,7 @@ def _plainly(value: Any) -> Any:
 
 
 def load_memory_adapter(
-    source: MemorySource,
-    limits: Limits | None = None,
-    *,
-    accept_config_keys: Collection[str] = (),
+    source: MemorySource, *, accept_config_keys: Collection[str] = ()
 ) -> RoutedAdapter:
     """Read and check an adapter that came as tensors.
 
@@ -100,7 +97,5 @@ def load_memory_adapter(
         Path(folder, WEIGHTS[0]).write_bytes(source.tensors)
         if source.config is not None:
             Path(folder, CONFIG).write_text(json.dumps(source.config, sort_keys=True))
-        adapter = load_adapter(
-            folder, limits, source.settings, accept_config_keys=accept_config_keys
-        )
+        adapter = load_adapter(folder, None, source.settings, accept_config_keys=accept_config_keys)
     return dataclasses.replace(adapter, source="")

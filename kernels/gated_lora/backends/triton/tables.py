@@ -116,7 +116,7 @@ class SlotTables:
             "masked": gate.mask_below is not None,
         }
         vectors = np.zeros((3, self.max_rank), dtype=np.int32)
-        if gate.source != "none":
+        if gate.source != "none" and ranks:  # a block's router stands at a slice without experts
             gate_of_R = _gate_of(gate.blocks)
             own = gate.source != "self"
             vectors[0, :ranks] = (p.router_start if own else p.a_start) + gate_of_R
