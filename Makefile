@@ -16,7 +16,7 @@ UNIT    := OMP_NUM_THREADS=1 $(PYTEST) tests --numprocesses auto --maxprocesses 
 ENGINE  := $(PYTEST) integration_tests --numprocesses auto --maxprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast lint types format docs check-vllm bench bench-base bench-kernels bench-merging dist clean
+.PHONY: help venv demo test test-fast test-upstream lint types format docs check-vllm bench bench-base bench-kernels bench-merging dist clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -35,6 +35,9 @@ test: lint types ## everything CI runs: lint, types, unit and engine tests
 
 test-fast: $(READY) ## unit tests only, no engine
 	$(UNIT)
+
+test-upstream: $(READY) ## vLLM's own LoRA tests with the plugin's classes in place of stock's
+	$(BIN)/python scripts/test_upstream.py
 
 lint: $(READY) ## ruff: rules and format; nothing that only tests call
 	$(BIN)/ruff check .

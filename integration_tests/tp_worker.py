@@ -115,16 +115,15 @@ def watch(worker: Any) -> None:
     for layer in modules.values():
         if isinstance(getattr(layer, "site", None), Site):
             layer.site.changed()
-    of_plan = {
-        id(plan): name
-        for name, layer in modules.items()
-        for plan in getattr(getattr(layer, "site", None), "plans", ())
-        if plan is not None
-    }
+
+    def layer_of(plan: Any) -> str:  # looked up anew: an adapter that comes back has new plans
+        sites = ((name, getattr(layer, "site", None)) for name, layer in modules.items())
+        return next(n for n, site in sites if any(p is plan for p in getattr(site, "plans", ())))
+
     gate, shrink = eager._gate_, eager.shrink
 
     def watched_gate(h_TR: torch.Tensor, plan: Any, v_TR: torch.Tensor) -> None:
-        name, inputs_TR, gates_TR = of_plan[id(plan)], v_TR.clone(), torch.ones_like(h_TR)
+        name, inputs_TR, gates_TR = layer_of(plan), v_TR.clone(), torch.ones_like(h_TR)
         gate(gates_TR, plan, inputs_TR)
         if not plan.plain:
             sums_TG = torch.cat([inputs_TR[:, c] for c in plan.inputs], dim=1)

@@ -17,14 +17,14 @@ from vllm_lora_ext.model_patches.rows import unknown_rows
 from vllm_lora_ext.settings import LoraExtSettings
 
 
-def check_config(vllm_config: Any) -> LoraExtSettings:
+def check_config(vllm_config: Any, lora_config: Any) -> LoraExtSettings:
     """The settings of an engine with LoRA.
 
     Raises:
         AdapterError: `bad_settings`, a setting is wrong, or does not go with the engine's options.
     """
     settings = LoraExtSettings.from_additional_config(vllm_config.additional_config)
-    if vllm_config.lora_config.fully_sharded_loras:
+    if lora_config.fully_sharded_loras:
         raise AdapterError(
             "bad_settings", "fully_sharded_loras is not supported with routed adapters",
             seen=True, limit=False,
@@ -73,7 +73,7 @@ def apply() -> None:
             settings.check_front_end()
         config = create(self, usage_context, headless)
         if config.lora_config is not None:
-            check_config(config)
+            check_config(config, config.lora_config)
         return config
 
     EngineArgs.create_engine_config = create_engine_config

@@ -54,14 +54,23 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         rows: which rows of a step belong to which request.
     """
 
-    def __init__(self, *args: Any, lora_config: Any, vllm_config: Any, **kwargs: Any) -> None:
-        settings = check_config(vllm_config)
+    def __init__(
+        self,
+        model: Any,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        vocab_size: int,
+        lora_config: Any,
+        device: torch.device,
+        vllm_config: Any,
+    ) -> None:
+        settings = check_config(vllm_config, lora_config)
         router_rows = settings.router_rows(lora_config.max_lora_rank)
         self.base_name = vllm_config.model_config.model
         device_type = vllm_config.device_config.device_type
         kernels = choose_kernels(
             settings.triton, device_type,
-            lambda: _selfcheck(kwargs["device"], lora_config, router_rows),
+            lambda: _selfcheck(device, lora_config, router_rows),
         )  # fmt: skip
         graphs = vllm_config.compilation_config.cudagraph_mode
         self.graphs = check_graphs(graphs and graphs.name, device_type, kernels)
@@ -69,7 +78,10 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
             keep_memory()
         self.pinned: set[int] = set()
         with building(router_rows, kernels, self.graphs):
-            super().__init__(*args, lora_config=lora_config, vllm_config=vllm_config, **kwargs)
+            super().__init__(
+                model, max_num_seqs, max_num_batched_tokens, vocab_size, lora_config, device,
+                vllm_config,
+            )  # fmt: skip
         if settings.max_router_rows is not None:  # asked for: before the KV cache takes the rest
             _reserve_routers(self.modules)
         self.rows = Rows(self)

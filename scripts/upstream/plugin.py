@@ -18,7 +18,16 @@ def pytest_configure(config: Any) -> None:
     from vllm_lora_ext.plugin import register
 
     register()
+    import vllm.lora.punica_wrapper as wrappers
     import vllm.lora.utils as utils
+    from vllm.lora import model_manager
+
+    from vllm_lora_ext.model_patches.layers import building
+
+    # These tests build layers by themselves, where an engine's manager would.
+    wrappers.get_punica_wrapper = model_manager.get_punica_wrapper
+    config.lora_ext = building(router_rows=16, triton=False, graphs=False)
+    config.lora_ext.__enter__()  # to the end: a context that nobody holds ends at once
 
     stock = {_stock_of(cls): cls for cls in utils._all_lora_classes}
     stock |= _managers()

@@ -54,8 +54,10 @@ def test_an_unknown_setting_ends_the_start_before_the_model_is_looked_at(
 
 def test_good_settings_give_the_configuration(checked: Start) -> None:
     made = checked({"max_router_rows": 4, "trace": True})
-    assert config.check_config(made).max_router_rows == 4
-    assert config.check_config(made) is config.check_config(made)  # parsed once
+    assert config.check_config(made, made.lora_config).max_router_rows == 4
+    assert config.check_config(made, made.lora_config) is config.check_config(
+        made, made.lora_config
+    )  # parsed once
 
 
 @pytest.mark.parametrize(
