@@ -91,18 +91,6 @@ def test_benchmark_needs_only_torch_triton_and_numpy():
     assert run.stdout == "checked 8 cases, measured nothing\n", run.stderr[-3000:]
 
 
-def poisoned_empty(self, *size, **options):
-    """`new_empty`, with NaN in it."""
-    empty = self.new_zeros(*size, **options)
-    return empty.fill_(NAN) if empty.is_floating_point() else empty
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """What is allocated and not written is NaN: whoever reads it shows."""
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned_empty)
-
-
 class Batch:
     """A site whose unused memory is NaN, adapters in some slots, and a step's rows."""
 

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import gelu, silu
 
 from tests.kernels.test_mix_mlp import GATES, TOP2, Mlp, Slice, experts
-from tests.kernels.test_triton import DEVICE, NAN, on_gpu, poisoned_empty, runs_kernels
+from tests.kernels.test_triton import DEVICE, NAN, on_gpu, runs_kernels
 from vllm_lora_ext.kernels.gated_lora.reference import TOLERANCE
 from vllm_lora_ext.kernels.gated_lora.step import StepMap
 from vllm_lora_ext.kernels.mix_mlp import block as blocks
@@ -21,12 +21,6 @@ from vllm_lora_ext.kernels.mix_mlp.selfcheck import selfcheck
 from vllm_lora_ext.routing.mix import expert_weights, mix_reference
 
 pytestmark = runs_kernels
-
-
-@pytest.fixture(autouse=True)
-def poisoned(monkeypatch):
-    """What is allocated and not written is NaN: whoever reads it shows."""
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned_empty)
 
 
 @pytest.fixture(autouse=True)
