@@ -107,7 +107,7 @@ def serving(argv: list[str], log: Path, **environ: str) -> Iterator[Server]:
 
 
 def ended(
-    argv: list[str], log: Path, timeout: float = 180, **environ: str
+    argv: list[str], log: Path, timeout: float = 400, **environ: str
 ) -> tuple[int, str, float]:
     """Exit status, log and seconds of a server that should not come up."""
     begin = time.monotonic()
