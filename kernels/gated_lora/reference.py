@@ -34,7 +34,7 @@ def gated_lora_reference(
         [T, sum(N)] fp32.
     """
     x_TK = x_TK.float()
-    delta_TN = torch.zeros(len(x_TK), sum(slice_sizes), device=x_TK.device)
+    delta_TN = x_TK.new_zeros(len(x_TK), sum(slice_sizes))
     for slot, slices in enumerate(slots):
         rows_T = torch.nonzero(slots_T == slot).flatten()
         at = 0

@@ -70,7 +70,7 @@ class BlockTables:
         for start, stop in pairwise(accumulate(gate.blocks, initial=0)):
             next_R[start] = stop
         ints.copy_(torch.tensor(header + next_R, dtype=torch.int32))
-        ranks = torch.empty(sum(gate.blocks), 0)
+        ranks = torch.empty(sum(gate.blocks), 0, dtype=torch.float32, device="cpu")
         self.gate.describe(0, 0, [(0, replace(first[0], bt_RN=ranks))], gate_ints, gate_floats)
 
     def load(

@@ -19,6 +19,7 @@ from functools import partial
 import triton
 import triton.language as tl
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from vllm_lora_ext.kernels.gated_lora.backends.triton.expand import expand_kernel
@@ -103,13 +104,11 @@ def mix(target: GPUTarget, ranks: int, dtype: str, parts: int, gated: bool) -> i
 def usage() -> str:
     """Registers and spilled bytes of the last kernel, by Triton's own ptxas."""
     arch = LAST["capability"]
-    blackwell = arch >= 100 and hasattr(triton.knobs.nvidia, "ptxas_blackwell")
-    ptxas = triton.knobs.nvidia.ptxas_blackwell if blackwell else triton.knobs.nvidia.ptxas
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(LAST["ptx"])
         file.flush()
         name = f"sm_{arch}{'a' if arch >= 90 else ''}"
-        command = [ptxas.path, "-v", f"--gpu-name={name}", file.name, "-o", "/dev/null"]
+        command = [get_ptxas(arch).path, "-v", f"--gpu-name={name}", file.name, "-o", "/dev/null"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = re.search(r"Used (\d+) registers", said)
     spilled = re.search(r"(\d+) bytes spill stores", said)
