@@ -3,106 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tables import SlotTables
-from vllm_lora_ext.kernels.gated_lora.step import StepMap
-from vllm_lora_ext.routing import GatedSlice, GateSpec
+from vllm_lora_ext.kernels.gated_lora.compose import Part, compose, composed_shapes
+from vllm_lora_ext.kernels.gated_lora.plan import (
+    STATS,
+    PackedSite,
+    Shape,
+    SlicePlan,
+    SlotPlan,
+    is_plain,
+    shared_gate,
+)
+from vllm_lora_ext.kernels.gated_lora.step import MAX_COLUMNS, StepMap
+from vllm_lora_ext.routing import GatedSlice
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 After = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
-Shape = tuple[tuple[int, ...], torch.dtype]
-
-
-@dataclass(frozen=True)
-class SlicePlan:
-    """Where one slice's numbers stand: columns of u, columns of y, its gate and its B.
-
-    `bt_RN` has more rows than A when its experts share one A.
-    """
-
-    gate: GateSpec
-    y_start: int
-    y_stop: int
-    a_start: int
-    a_stop: int
-    router_start: int
-    head_at: int
-    bt_RN: torch.Tensor
-    bias_G: torch.Tensor | None
-    head_bias: float
-
-    @property
-    def shares_a(self) -> bool:
-        return self.bt_RN.shape[0] != self.a_stop - self.a_start
-
-
-@dataclass(frozen=True)
-class SlotPlan:
-    """One adapter at one site: A of every slice, and its routers and heads (fp32).
-
-    `shared` is the one gate of all slices when they agree and stand side by side in u, so that
-    all slices are gated at once; else None.
-    """
-
-    a_RK: torch.Tensor
-    router_GK: torch.Tensor
-    slices: tuple[SlicePlan, ...]
-    shared: GateSpec | None
-    plain: bool
-
-    @property
-    def num_ranks(self) -> int:
-        return self.a_RK.shape[0]
-
-    @property
-    def num_rows(self) -> int:
-        return self.num_ranks + self.router_GK.shape[0]
-
-    @cached_property
-    def inputs(self) -> tuple[slice, ...]:
-        """Columns of u that gates read: routers and heads, and A x where a gate scores it."""
-        own = [slice(p.a_start, p.a_stop) for p in self.slices if p.gate.source == "self"]
-        routers = [slice(self.num_ranks, self.num_rows)] if len(self.router_GK) else []
-        return (*own, *routers)
-
-    @property
-    def num_inputs(self) -> int:
-        return sum(c.stop - c.start for c in self.inputs)
-
-    def shrink(self, x_TK: torch.Tensor) -> torch.Tensor:
-        """`[A; router] x`, [T, num_rows] fp32, with PyTorch."""
-        x_TK = x_TK.float()
-        ax_TR = torch.mm(x_TK, self.a_RK.t().float())
-        if not len(self.router_GK):
-            return ax_TR
-        return torch.cat([ax_TR, torch.mm(x_TK, self.router_GK.t())], dim=1)
-
-
-@dataclass(frozen=True)
-class PackedSite:
-    """One adapter's part at one site in host memory, as its slot will hold it.
-
-    Args:
-        a_RK, router_GK: A of every slice, and routers and heads (fp32).
-        b_RN: B of the slices; where the Triton kernels read it, all of them side by side in one.
-        tables: the slot's rows of `SlotTables`, ints and floats; empty without them.
-        slices: number and plan of each; `bt_RN` of a plan is a part of `b_RN`.
-        shared, plain: as in `SlotPlan`.
-    """
-
-    a_RK: torch.Tensor
-    router_GK: torch.Tensor
-    b_RN: tuple[torch.Tensor, ...]
-    tables: tuple[torch.Tensor, ...]
-    slices: tuple[tuple[int, SlicePlan], ...]
-    shared: GateSpec | None
-    plain: bool
 
 
 class Site:
@@ -150,7 +73,7 @@ class Site:
         ranks, self.most_routers = (
             len(self.slice_sizes) * n for n in (max_rank, max_router_rows + 1)
         )
-        self.num_rows = ranks + self.most_routers
+        self.num_rows = ranks + self.most_routers + (STATS if max_router_rows else 0)
         self.a_SRK = torch.zeros(num_slots, ranks, in_features, dtype=dtype, device=device)
         self.router_SGK = torch.zeros(num_slots, 0, in_features, dtype=torch.float32, device=device)
         self.tables: SlotTables | None = None
@@ -273,11 +196,7 @@ class Site:
         if self.tables is None:
             return shapes + [((s.b_NR.shape[1], self.slice_sizes[i]), dtype) for i, s in parts]
         rank = max(s.b_NR.shape[1] for _, s in parts)
-        ints, floats = self.tables.ints_SI.shape[1], self.tables.floats_SF.shape[1]
-        return [
-            *shapes, ((rank, sum(self.slice_sizes)), dtype),
-            ((ints,), torch.int32), ((floats,), torch.float32),
-        ]  # fmt: skip
+        return [*shapes, ((rank, sum(self.slice_sizes)), dtype), *self.tables.shapes()]
 
     def pack(
         self, slices: Sequence[GatedSlice | None], out: Sequence[torch.Tensor] | None = None
@@ -301,31 +220,54 @@ class Site:
             a_stop, g_stop = a_start + len(s.a_RK), g_start + _num_router_rows(s)
             a_RK[a_start:a_stop] = s.a_RK
             _copy_routers(router_GK[g_start:g_stop], s)
-            bt_RN = b_RN[number] if self.tables is None else self._columns(b_RN[0], i)
+            bt_RN = b_RN[number] if self.tables is None else self.columns_of(b_RN[0], i)
             rank = s.b_NR.shape[1]
             bt_RN[:rank], bt_RN[rank:] = s.b_NR.t(), 0
             y_start = sum(self.slice_sizes[:i])
-            bias_G = None if s.bias_G is None else s.bias_G.float().clone()
             plans.append(SlicePlan(
                 gate=s.gate, y_start=y_start, y_stop=y_start + self.slice_sizes[i],
                 a_start=a_start, a_stop=a_stop, router_start=num_ranks + g_start,
                 head_at=num_ranks + g_start + s.gate.router_rows, bt_RN=bt_RN[:rank],
-                bias_G=bias_G, head_bias=s.head_bias,
+                bias_G=_own(s.bias_G), head_bias=s.head_bias, logit_bias_G=_own(s.logit_bias_G),
+                norm=s.norm and s.norm.map(_own),
             ))  # fmt: skip
             a_start, g_start = a_stop, g_stop
         if self.tables is not None:
             for i in set(range(len(self.slice_sizes))) - {i for i, _ in parts}:
-                self._columns(b_RN[0], i).zero_()
+                self.columns_of(b_RN[0], i).zero_()
         packed = PackedSite(
             a_RK=a_RK, router_GK=router_GK, b_RN=tuple(b_RN), tables=tuple(tables),
             slices=tuple((i, plan) for (i, _), plan in zip(parts, plans, strict=True)),
-            shared=_shared_gate(plans), plain=all(p.gate.source == "none" for p in plans),
+            shared=shared_gate(plans), plain=is_plain(plans),
         )  # fmt: skip
         if self.tables is not None:
             self.tables.describe(len(a_RK), len(router_GK), packed.slices, *tables)
         return packed
 
-    def _columns(self, b_RN: torch.Tensor, i: int) -> torch.Tensor:
+    def composed_shapes(self, parts: Sequence[Part]) -> list[Shape]:
+        """Shapes and dtypes of the tensors of what `compose` makes, in its order.
+
+        Raises:
+            ValueError: the parts do not fit into one slot together.
+        """
+        return composed_shapes(self, parts)
+
+    def compose(
+        self, parts: Sequence[Part], out: Sequence[torch.Tensor] | None = None
+    ) -> PackedSite | None:
+        """Several adapters in one slot: what they add, times factors, adds up.
+
+        Args:
+            parts: of each adapter, what `pack` made (None: nothing here), a factor for all rows,
+                the column of `StepMap.rows_TC` that has a factor for each row (-1: none), and
+                the first column of those that its own gates read.
+            out: the tensors to fill, as `composed_shapes` says; None: new ones.
+        Raises:
+            ValueError: they do not fit into one slot together.
+        """
+        return compose(self, parts, out)
+
+    def columns_of(self, b_RN: torch.Tensor, i: int) -> torch.Tensor:
         """Slice `i` of a B that holds all slices side by side."""
         start = sum(self.slice_sizes[:i])
         return b_RN[:, start : start + self.slice_sizes[i]]
@@ -344,8 +286,9 @@ class Site:
             return None
         self.reserve_routers(len(packed.router_GK))  # if it was not done when it was packed
         if self.tables is None:
-            for (i, _), b_RN in zip(packed.slices, packed.b_RN, strict=True):
-                self.bt_SRN[i][slot, : len(b_RN)].copy_(b_RN, non_blocking=True)
+            for (i, p), b_RN in zip(packed.slices, packed.b_RN, strict=True):
+                bt_RN = self.bt_SRN[i][slot, p.b_start : p.b_start + len(b_RN)]
+                bt_RN.copy_(b_RN, non_blocking=True)
         else:
             (b_RN,) = packed.b_RN
             self.b_SRN[slot, : len(b_RN)].copy_(b_RN, non_blocking=True)
@@ -358,11 +301,17 @@ class Site:
         )
 
     def _in_slot(self, slot: int, i: int, plan: SlicePlan) -> SlicePlan:
-        bt_RN = self.bt_SRN[i][slot, : len(plan.bt_RN)]
-        bias_G = plan.bias_G
-        if bias_G is not None and not bt_RN.is_cpu:
-            bias_G = bias_G.to(bt_RN.device, non_blocking=True)
-        return replace(plan, bt_RN=bt_RN, bias_G=bias_G)
+        bt_RN = self.bt_SRN[i][slot, plan.b_start : plan.b_start + len(plan.bt_RN)]
+        if bt_RN.is_cpu:
+            return replace(plan, bt_RN=bt_RN)
+
+        def there(t: torch.Tensor | None) -> torch.Tensor | None:
+            return None if t is None else t.to(bt_RN.device, non_blocking=True)
+
+        return replace(
+            plan, bt_RN=bt_RN, bias_G=there(plan.bias_G), logit_bias_G=there(plan.logit_bias_G),
+            norm=plan.norm and plan.norm.map(there),
+        )  # fmt: skip
 
     def _check(self, i: int, s: GatedSlice) -> None:
         rank, router_rows = s.b_NR.shape[1], s.gate.router_rows
@@ -371,7 +320,10 @@ class Site:
                 f"slice {i}: rank {rank} of {self.max_rank}, router rows {router_rows} of "
                 f"{self.max_router_rows}"
             )
-        if self.static and self.reduce and not self.max_router_rows and s.gate.source != "none":
+        if s.gate.columns > MAX_COLUMNS:
+            raise ValueError(f"slice {i}: {s.gate.columns} gates that come with a row, of {MAX_COLUMNS}")
+        reads_x = s.gate.source != "none" and not s.gate.columns
+        if self.static and self.reduce and not self.max_router_rows and reads_x:
             raise ValueError(f"slice {i}: its gate needs a sum over the ranks that no graph holds")
         want = (self.a_SRK.shape[2], self.slice_sizes[i])
         if (s.a_RK.shape[1], s.b_NR.shape[0]) != want:
@@ -402,13 +354,8 @@ def _copy_routers(out_GK: torch.Tensor, s: GatedSlice) -> None:
         out_GK[-1] = s.head_K
 
 
-def _shared_gate(plans: Sequence[SlicePlan]) -> GateSpec | None:
-    """The slices' gate when one view of u holds all their logits and all blocks are equal."""
-    gate = plans[0].gate
-    same = all(p.gate == gate and p.bias_G is None and not p.shares_a for p in plans)
-    if same and gate.router_rows > gate.head_rows == 0 and len(set(gate.blocks)) == 1:
-        return gate
-    return None
+def _own(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.float().clone()
 
 
 @cache

@@ -23,7 +23,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from vllm_lora_ext.kernels.gated_lora.site import PackedSite, Shape, Site, SlicePlan, SlotPlan
+from vllm_lora_ext.kernels.gated_lora.plan import PackedSite, Shape, SlicePlan, SlotPlan
+from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.kernels.gated_lora.step import Group
 from vllm_lora_ext.kernels.mix_mlp.tables import ACTIVATIONS, BlockTables
 from vllm_lora_ext.routing import GateSpec

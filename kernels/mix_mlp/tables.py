@@ -16,7 +16,7 @@ from itertools import accumulate, pairwise
 import torch
 
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tables import SlotTables
-from vllm_lora_ext.kernels.gated_lora.site import Shape, SlicePlan
+from vllm_lora_ext.kernels.gated_lora.plan import Shape, SlicePlan
 
 HEADER = ("first_at", "up_at", "down", "activation")
 # Elementwise, by transformers' names.
@@ -42,9 +42,7 @@ class BlockTables:
 
     def shapes(self) -> list[Shape]:
         """Of one slot's rows, as `describe` fills them."""
-        gate = self.gate
-        rows = (self.ints_SI, gate.ints_SI, gate.floats_SF)
-        return [((row.shape[1],), row.dtype) for row in rows]
+        return [((self.ints_SI.shape[1],), self.ints_SI.dtype), *self.gate.shapes()]
 
     def describe(
         self,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Collection
 
 from vllm_lora_ext.adapters.folder import AdapterFolder
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
@@ -28,7 +29,15 @@ _OTHER_KEYS = (
 )  # fmt: skip
 
 
+NOTHING = (None, False, "", [], {})  # a key with one of these is not set
+
+
 def detect(folder: AdapterFolder) -> bool:
+    return is_pairs(folder) and folder.config.get("alora_invocation_tokens") in NOTHING
+
+
+def is_pairs(folder: AdapterFolder) -> bool:
+    """Whether the tensors are those of an ordinary LoRA, wherever it acts."""
     return (
         folder.config.get("peft_type") == "LORA"
         and not any(key in folder.config for key in _OTHER_KEYS)
@@ -38,8 +47,9 @@ def detect(folder: AdapterFolder) -> bool:
     )
 
 
-def read(folder: AdapterFolder) -> RoutedAdapter:
-    config, pairs = read_pairs(folder)
+def read(folder: AdapterFolder, also: Collection[str] = ()) -> RoutedAdapter:
+    """The adapter; `also`: keys of the config that the caller reads itself."""
+    config, pairs = read_pairs(folder, also=also)
     modules = {
         name: dataclasses.replace(pair, b_NR=pair.b_NR * config.scale(name))
         for name, pair in pairs.items()
@@ -48,16 +58,17 @@ def read(folder: AdapterFolder) -> RoutedAdapter:
 
 
 def read_pairs(
-    folder: AdapterFolder, where: str = "adapter_config.json"
+    folder: AdapterFolder, where: str = "adapter_config.json", also: Collection[str] = ()
 ) -> tuple[PeftLora, dict[str, RoutedModule]]:
     """An ordinary LoRA before its scales are folded in: B as it is stored.
 
     Args:
         where: the config file, for messages.
+        also: keys of the config that the caller reads itself.
     Raises:
         AdapterError: as `read`.
     """
-    config = read_peft_config(folder.config, where, accepted=folder.accepted)
+    config = read_peft_config(folder.config, where, also, accepted=folder.accepted)
     _refuse_magnitudes(folder.names)
     linear, embedding = group(folder.names, _LINEAR), group(folder.names, _EMBEDDING)
     both = sorted(set(linear) & set(embedding))

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple
 import torch
 
 from vllm_lora_ext.kernels.gated_lora.backends.native import build as cpu_build
-from vllm_lora_ext.kernels.gated_lora.site import Site, SlicePlan, SlotPlan
+from vllm_lora_ext.kernels.gated_lora.plan import SlicePlan, SlotPlan
+from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.routing import GateSpec
 
 logger = logging.getLogger("vllm.lora_ext")
