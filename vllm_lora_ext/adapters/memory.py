@@ -97,5 +97,7 @@ def load_memory_adapter(
         Path(folder, WEIGHTS[0]).write_bytes(source.tensors)
         if source.config is not None:
             Path(folder, CONFIG).write_text(json.dumps(source.config, sort_keys=True))
-        adapter = load_adapter(folder, None, source.settings, accept_config_keys=accept_config_keys)
+        adapter = load_adapter(
+            folder, None, source.settings, accept_config_keys=accept_config_keys, parts=True
+        )
     return dataclasses.replace(adapter, source="")

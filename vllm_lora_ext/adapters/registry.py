@@ -12,6 +12,7 @@ from typing import Any, Literal
 from vllm_lora_ext.adapters.checks import check_adapter
 from vllm_lora_ext.adapters.folder import CONFIG, AdapterFolder, Limits, Roots
 from vllm_lora_ext.adapters.model import RoutedAdapter
+from vllm_lora_ext.adapters.parts import refuse_parts
 from vllm_lora_ext.adapters.readers import (
     adalora,
     adamole,
@@ -134,6 +135,7 @@ def load_adapter(
     roots: Roots | None = None,
     pickle: Literal["weights_only"] | None = None,
     accept_config_keys: Collection[str] = (),
+    parts: bool = False,
 ) -> RoutedAdapter:
     """Read and check the adapter in a folder.
 
@@ -144,6 +146,7 @@ def load_adapter(
         roots: folders that links out of the adapter's folder may lead into; None: anywhere.
         pickle: `weights_only` also reads `adapter_model.bin`, where there is no safetensors file.
         accept_config_keys: keys of the config that no format knows and that are ignored.
+        parts: whether the caller knows heads and fused experts, which most tools would drop.
     Returns:
         The adapter, with fp32 tensors in memory of their own, all finite, no tensor left over.
     Raises:
@@ -157,6 +160,8 @@ def load_adapter(
     digest = folder.finish()
     adapter = dataclasses.replace(adapter, source=os.fspath(path), digest=digest)
     check_adapter(adapter)
+    if not parts:
+        refuse_parts(adapter)
     return adapter
 
 
