@@ -32,7 +32,9 @@ def classifier(harness: Callable[..., Any], tmp_path: Path) -> Callable[..., Any
         ).save_pretrained(tmp_path / "base")  # fmt: skip
         given = {"max_loras": 2, "max_cpu_loras": 2} | options
         h = harness(model=str(tmp_path / "base"), runner="pooling", **given)
-        torch.nn.init.normal_(h.manager.modules["score"].base_layer.weight)
+        score = h.manager.modules["score"].base_layer
+        torch.nn.init.normal_(score.weight)
+        score.cpu_linear = torch.nn.functional.linear  # as when weights were loaded
         return h
 
     return make
