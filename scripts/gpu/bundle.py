@@ -41,7 +41,7 @@ sys.path.append(str(HERE))
 
 from fatbin import prune  # noqa: E402
 
-PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in (34, 31, 28, 27, 26, 24, 17, 5)]
+PLATFORMS = [f"manylinux_2_{n}_x86_64" for n in range(39, 4, -1)]  # pip matches n exactly
 PLATFORMS += ["manylinux2014_x86_64", "manylinux1_x86_64"]
 TESTING = ("pytest", "pytest-xdist", "numpy", "triton")
 # What the stages read of the checkout.

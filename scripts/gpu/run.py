@@ -43,7 +43,7 @@ from bounded import OK, Ended, run  # noqa: E402
 
 RESULTS = REPO / "benchmarks" / "results" / "gpu"
 NO_GPU = 3  # the exit code of the probe, and of this program
-LEAST = 5.0  # seconds under which nothing is begun
+LEAST = 5.0  # seconds under which no further step is begun
 Command = list[str | Path]
 
 
@@ -169,9 +169,9 @@ def run_stage(stage: Stage, limit: float, work: Path) -> tuple[Ended, Any]:
     print(f"\n===== {stage.name} (at most {limit:.0f} s)", flush=True)
     start, ended = time.monotonic(), Ended(None, 0.0)
     with (work / f"{stage.name}.log").open("wb") as log:
-        for step in stage.steps:
+        for number, step in enumerate(stage.steps):
             left = limit - (time.monotonic() - start)
-            if left < min(LEAST, limit):
+            if number and left < LEAST:
                 ended = Ended(None, 0.0)
                 break
             ended = run(step(work, left), left, {**environment(work), **dict(stage.env)}, log, work)
