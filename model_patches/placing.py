@@ -225,7 +225,7 @@ class Placer:
 def _is_linear(adapter: RoutedAdapter) -> bool:
     """Whether the adapter's columns multiply all that it adds, and nothing else is done to them."""
     gates = [module.gate for module in adapter.modules.values()]
-    one = GateSpec("request", (1,))
+    one = GateSpec("request", blocks=(1,))
     return not adapter.columns or not adapter.blocks and all(
         gate.columns and replace(gate, source="request", blocks=(1,), constant=1.0) == one
         for gate in gates
