@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from make_adapters import FIXTURES
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.adapters.conftest import load_base
 
 from vllm_lora_ext.adapters import load_adapter, write_native
+from vllm_lora_ext.adapters.folder import WEIGHTS
 from vllm_lora_ext.adapters.hf import apply_adapter
+from vllm_lora_ext.convert import convert, differing
+from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.merging.factors import load_factors
+from vllm_lora_ext.merging.routed import concat_routed
 from vllm_lora_ext.routing import gate_reference, logits_reference
 
 ROOT = FIXTURES / "conditioned"
@@ -169,3 +175,78 @@ def _full_name(short):
     kinds = {"q": "self_attn.q_proj", "v": "self_attn.v_proj"}
     kind, layer = short.split(".")
     return f"model.layers.{layer}.{kinds[kind]}"
+
+
+TEMPLATES = [*USERS, "wavllm-a"]
+
+
+def pickled(folder, name):
+    """The folder as the authors' program writes it, and the arguments for `convert`."""
+    good = ROOT / name / "adapter"
+    folder.mkdir()
+    tensors = load_file(next(good.glob("*.safetensors")))
+    if name == "wavllm-a":
+        torch.save({"cfg": {"task": {"lora_r": 8}}, "model": tensors}, folder / "final.pt")
+    else:
+        torch.save(tensors, folder / "pytorch_model.bin")
+    return json.loads((good / "routing.json").read_text())
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_convert_reads_the_authors_pickle(name, tmp_path):
+    settings = pickled(tmp_path / "theirs", name)
+    with pytest.raises(AdapterError) as caught:
+        load_adapter(tmp_path / "theirs", settings=settings)
+    assert caught.value.code == "pickle_refused"
+    done = convert(tmp_path / "theirs", tmp_path / "ours", settings, allow_pickle=True)
+    want = adapter_of(name)
+    assert (done.system, done.layers, done.rank) == (want.system, len(want.template.sizes), want.rank)
+    got = load_adapter(tmp_path / "ours", head_size=HEAD)
+    assert set(derived(got).modules) == set(derived(want).modules)
+    assert not differing(derived(got), derived(want))
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_convert_keeps_no_tensor_of_the_base(name, tmp_path):
+    good, folder = ROOT / name / "adapter", tmp_path / "whole"
+    shutil.copytree(good, folder)
+    file = next(folder.glob("*.safetensors"))
+    if name == "wavllm-a":
+        llama = "gpt_model.model_llama."
+        base = (f"{llama}norm.weight", f"{llama}layers.0.attention.wq.weight", "audio_proj.bias")
+        save_file(load_file(file) | {n: torch.zeros(3) for n in base}, file)
+    convert(folder, tmp_path / "ours")
+    assert load_file(tmp_path / "ours" / WEIGHTS[0]).keys() == load_file(
+        next(good.glob("*.safetensors"))
+    ).keys()
+    convert(folder, tmp_path / "ours")  # an earlier conversion is replaced
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_templates_are_not_taken_for_ready_adapters(name, tmp_path):
+    good = ROOT / name / "adapter"
+    for refused in (
+        lambda: load_factors(good),
+        lambda: write_native(load_adapter(good), tmp_path / "native"),
+        lambda: concat_routed([load_adapter(good)] * 2),
+        lambda: convert(good, tmp_path / "half", dtype="bfloat16"),
+    ):
+        with pytest.raises(AdapterError) as caught:
+            refused()
+        assert caught.value.code == "unsupported_feature"
+
+
+@pytest.mark.parametrize("name", ["alora-a", "mmlora-a"])
+def test_an_adapter_of_some_tokens_is_not_merged(name):
+    with pytest.raises(AdapterError) as caught:
+        load_factors(ROOT / name / "adapter")
+    assert caught.value.code == "unsupported_feature"
+
+
+def derived(adapter):
+    template, generator = adapter.template, torch.Generator().manual_seed(1)
+    if template.instruction:
+        pooling = template.pooling()
+        pooling.add(torch.randn(9, 64, generator=generator))
+        return template.derive(None, pooling.gate())
+    return template.derive(torch.randn(template.user, generator=generator), None)
