@@ -21,15 +21,18 @@ from vllm_lora_ext.kernels.gated_lora import Site
 from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
 from vllm_lora_ext.kernels.mix_mlp.selfcheck import selfcheck as block_selfcheck
 from vllm_lora_ext.model_patches.backend import check_graphs, choose_kernels
+from vllm_lora_ext.model_patches.columns import RowColumns
+from vllm_lora_ext.model_patches.composing import Composer
 from vllm_lora_ext.model_patches.config import check_config, check_trace
 from vllm_lora_ext.model_patches.heap import keep_memory
 from vllm_lora_ext.model_patches.layers import RoutedLinear, building
 from vllm_lora_ext.model_patches.logits import follow_rows
 from vllm_lora_ext.model_patches.mlp import share_scratch, wrap_blocks
 from vllm_lora_ext.model_patches.placing import Placer
+from vllm_lora_ext.model_patches.positions import Positions
 from vllm_lora_ext.model_patches.punica import skip_unread
 from vllm_lora_ext.model_patches.residency import HostAdapter
-from vllm_lora_ext.model_patches.rows import Rows
+from vllm_lora_ext.model_patches.rows import Rows, unknown_rows
 from vllm_lora_ext.model_patches.scope import Scope
 from vllm_lora_ext.model_patches.trace import Recorder
 
@@ -50,7 +53,7 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
 
     Attributes:
         pinned: ids that keep their slot, also over `remove_all_adapters`.
-        placer: makes the host form of an adapter for this model.
+        placer: makes the host form of an adapter for this model; composer: of several, one.
         rows: which rows of a step belong to which request.
     """
 
@@ -85,16 +88,25 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         if settings.max_router_rows is not None:  # asked for: before the KV cache takes the rest
             _reserve_routers(self.modules)
         self.rows = Rows(self)
+        self._columns: RowColumns | None = None
+        self._max_model_len = vllm_config.model_config.max_model_len
         follow_rows(self.rows, self.modules)
         skip_unread(self.punica_wrapper_mapping.values(), self.modules.values())
         self.blocks = wrap_blocks(self.model, self.modules)
         share_scratch(self.blocks.values(), vllm_config.model_config.dtype)
+        pinned = device_type == "cuda" and PIN_MEMORY
+        text = next(iter(self.punica_wrapper_mapping.values()))  # the language model's is first
+        positions = Positions(text, unknown_rows(vllm_config))
         self.placer = Placer(
             self.model, self.modules, self.packed_modules, self.blocks,
             Scope(self.model, lora_config.target_modules, self.packed_modules_mapping),
             lora_config.max_lora_rank, router_rows, lora_config.lora_dtype, self.base_name,
-            pinned=device_type == "cuda" and PIN_MEMORY, graphs=self.graphs,
-            pooling=self.is_pooling_model,
+            pinned=pinned, graphs=self.graphs,
+            pooling=self.is_pooling_model, positions=positions,
+        )  # fmt: skip
+        self.composer = Composer(
+            self.modules, self.blocks, lora_config.max_lora_rank, router_rows, positions, pinned,
+            self.graphs,
         )  # fmt: skip
         if kernels:
             self._warm(vllm_config)
@@ -174,6 +186,12 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         """Whether the adapter is in a slot."""
         return lora_id in self._active_adapters
 
+    def expect_columns(self) -> None:
+        """From now on steps fill the table of the numbers that come with each row."""
+        if self._columns is None:
+            step = next(iter(self.punica_wrapper_mapping.values())).step_map
+            self._columns = RowColumns(self.rows, step, self._max_model_len)
+
     def _add_adapter(self, lora: LoRAModel) -> None:
         if isinstance(lora, RoutedLoRAModel) or getattr(lora, "_lora_ext_merged", False):
             self._registered_adapters[lora.id] = lora
@@ -209,6 +227,8 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
                 layer.site.load(slot, host.sites.get(name))
             elif name in host.stock:
                 layer.set_lora(slot, *host.stock[name])
+                if name in host.factors:
+                    layer.factors.set(slot, host.factors[name])
             else:
                 layer.reset_lora(slot)
         for name, block in host.blocks.items():
