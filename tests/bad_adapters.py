@@ -1,7 +1,6 @@
 """Adapter folders that must be refused, as a table: engine and HTTP tests use the same ones.
 
-    build, code, good, stage = BAD["truncated"]
-    build(destination, GOOD[good])
+    entry = build_bad("truncated", destination)
 
 `stage` is "load" when `load_adapter` refuses the folder, "fit" when `check_fits` does, against
 the tiny base model that the good folder was made for and the limits in `FIT`.
@@ -22,7 +21,8 @@ from safetensors.torch import load_file, save_file
 FIXTURES = Path(__file__).parent / "fixtures"
 ROUTED = FIXTURES / "routed"
 GOOD = {name: ROUTED / name / "adapter" for name in ("plain-a", "loramoe-a", "meteora-a")}
-GOOD |= {
+# Made for a request, or acting on some tokens.
+CONDITIONED = {
     name: FIXTURES / "conditioned" / name / "adapter"
     for name in ("reclora-a", "wavllm-a", "mmlora-a")
 }
@@ -322,6 +322,7 @@ BAD: dict[str, Bad] = {
     "alora_flags": Bad(
         with_json(lambda c: c.update(alora_invocation_tokens=[True])), "bad_value"
     ),
+    "alora_empty": Bad(with_json(lambda c: c.update(alora_invocation_tokens=[])), "bad_value"),
     "bias_all": Bad(with_json(lambda c: c.update(bias="all")), "unsupported_feature"),
     "pissa": Bad(
         with_json(lambda c: c.update(init_lora_weights="pissa_niter_4")), "unsupported_feature"
@@ -494,5 +495,5 @@ def build_bad(name: str, dst: Path) -> Bad:
     """Make the bad folder `name` at `dst`; the entry says which code it must give."""
     entry = BAD[name]
     dst.mkdir(parents=True, exist_ok=True)
-    entry.build(dst, GOOD[entry.good])
+    entry.build(dst, (GOOD | CONDITIONED)[entry.good])
     return entry

@@ -202,6 +202,12 @@ class Files:
                 found.add(m[1])
         return found
 
+    def pair(self, layer: str, letter: str) -> torch.Tensor:
+        """PEFT's A or B, under any of its names."""
+        form = rf"(base_model\.model\.)?{re.escape(layer)}\.lora_{letter}(\.default)?\.weight"
+        (found,) = (name for name in self.tensors if re.fullmatch(form, name))
+        return self.tensors[found]
+
     def linear(self, stem: str, x: torch.Tensor) -> torch.Tensor:
         bias = self.tensors.get(f"{stem}.bias")
         y = x @ self.tensors[f"{stem}.weight"].T
@@ -228,10 +234,10 @@ def delta(folder: Path, layer: str, x_TK: torch.Tensor, given: Given) -> torch.T
         return y_TN
     rows = given.rows_TC.double()
     if f.config:
-        stem, c = f"base_model.model.{layer}.lora_", f.config
-        a, b = f.tensors[f"{stem}A.weight"], f.tensors[f"{stem}B.weight"]
+        c, a, b = f.config, f.pair(layer, "A"), f.pair(layer, "B")
         scale = c["lora_alpha"] / (math.sqrt(c["r"]) if c["use_rslora"] else c["r"])
-        return rows[:, :1] * (x_TK @ a.T @ b.T) * scale
+        acts = rows[:, :1] if c.get("alora_invocation_tokens") else 1
+        return acts * (x_TK @ a.T @ b.T) * scale
     total = torch.zeros(())
     for i, (letter, key) in enumerate((("V", "scaling_visual"), ("L", "scaling_language"))):
         a, b = (f.tensors[f"{layer}.{letter}_Slora_{c}.weight"] for c in "AB")

@@ -18,7 +18,7 @@ _LARGEST_ID = 1 << 31
 
 
 def detect(folder: AdapterFolder) -> bool:
-    return plain.is_pairs(folder) and folder.config.get(KEY) not in plain.NOTHING
+    return plain.is_pairs(folder) and plain.is_activated(folder)
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
