@@ -112,9 +112,7 @@ def _wavllm(rng: Rng, depth: int) -> tuple[Tensors, dict[str, Any]]:
     return tensors, {"rope_layout": pick(rng, ("interleaved", "halves")), "system": "wavllm"}
 
 
-def _reclora(
-    rng: Rng, mode: str, kinds: list[str], depth: int
-) -> tuple[Tensors, dict[str, Any]]:
+def _reclora(rng: Rng, mode: str, kinds: list[str], depth: int) -> tuple[Tensors, dict[str, Any]]:
     user, experts, r = pick(rng, (3, 8)), pick(rng, (2, 5)), pick(rng, (1, 3))
     settings = {
         "mode": "finetune" if mode == "finetune" else "ctr", "layers": kinds, "lora_r": r,

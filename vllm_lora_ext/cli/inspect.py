@@ -27,7 +27,8 @@ def inspect(
     """Read and check an adapter as the server would, and say which flags the server needs.
 
     Prints its system, experts, ranks and gates and where they stand, the memory of a slot, which
-    fields of a request it understands, and what `routing.json` must hold. Exit code 0: it can be served, 1: it cannot, and why.
+    fields of a request it understands, and what `routing.json` must hold. Exit code 0: it can be
+    served, 1: it cannot, and why.
 
     Examples: `vllm-lora-ext inspect adapters/routed`
 
