@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from vllm.lora.layers import BaseLayerWithLoRA
+from vllm.lora.layers import BaseLayerWithLoRA, ClassificationHeadWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.triton_utils import HAS_TRITON
@@ -31,9 +31,10 @@ from vllm_lora_ext.model_patches.mlp import share_scratch, wrap_blocks
 from vllm_lora_ext.model_patches.placing import Placer
 from vllm_lora_ext.model_patches.positions import Positions
 from vllm_lora_ext.model_patches.punica import skip_unread
-from vllm_lora_ext.model_patches.residency import HostAdapter
+from vllm_lora_ext.model_patches.residency import HeadWeights, HostAdapter
 from vllm_lora_ext.model_patches.rows import Rows, unknown_rows
 from vllm_lora_ext.model_patches.scope import Scope
+from vllm_lora_ext.model_patches.stock_lane import StockLane
 from vllm_lora_ext.model_patches.trace import Recorder
 
 
@@ -100,6 +101,7 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         self.placer = Placer(
             self.model, self.modules, self.packed_modules, self.blocks,
             Scope(self.model, lora_config.target_modules, self.packed_modules_mapping),
+            StockLane(self),
             lora_config.max_lora_rank, router_rows, lora_config.lora_dtype, self.base_name,
             pinned=pinned, graphs=self.graphs,
             pooling=self.is_pooling_model, positions=positions,
@@ -231,6 +233,8 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
                     layer.factors.set(slot, host.factors[name])
             else:
                 layer.reset_lora(slot)
+            if isinstance(layer, ClassificationHeadWithLoRA):
+                _set_head(layer, slot, host.heads.get(name))
         for name, block in host.blocks.items():
             self.blocks[name].site.load(slot, block)
 
@@ -268,8 +272,17 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
     def _reset_slot(self, slot: int) -> None:
         for layer in self.modules.values():
             layer.reset_lora(slot)
+            if isinstance(layer, ClassificationHeadWithLoRA):
+                layer.reset_module_to_save(slot)
         for block in self.blocks.values():
             block.site.clear(slot)
+
+
+def _set_head(layer: ClassificationHeadWithLoRA, slot: int, weights: HeadWeights | None) -> None:
+    if weights is None:
+        layer.reset_module_to_save(slot)
+    else:
+        layer.set_module_to_save(slot, *weights)
 
 
 def slots_pinned(pinned: int, slots: int) -> AdapterError:
