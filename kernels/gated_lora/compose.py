@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_lora_ext.kernels.gated_lora.plan import (
+    MAX_GATES,
     PackedSite,
     Shape,
     SlicePlan,
@@ -53,6 +54,10 @@ class _Piece:
         return self.packed.router_GK[start : start + gate.router_rows + gate.head_rows]
 
     @property
+    def gated(self) -> bool:
+        return self.plan.gate.source != "none"
+
+    @property
     def rank(self) -> int:
         return len(self.plan.bt_RN)
 
@@ -72,8 +77,7 @@ def _groups(parts: Sequence[Part]) -> list[_Group]:
 
     def key(item: tuple[int, _Piece]) -> tuple[int, bool, int]:
         number, piece = item
-        gated = piece.plan.gate.source != "none"
-        return piece.i, gated, number if gated else piece.factor_at
+        return piece.i, piece.gated, number if piece.gated else piece.factor_at
 
     groups = groupby(sorted(enumerate(pieces), key=key), key)
     return [[piece for _, piece in group] for _, group in groups]
@@ -85,6 +89,9 @@ def _check(site: Site, groups: Sequence[_Group]) -> None:
         if sum(ranks) > site.max_rank:
             added = " + ".join(map(str, ranks))
             raise ValueError(f"slice {i}: ranks {added} = {sum(ranks)} of {site.max_rank}")
+        gated = sum(group[0].gated for group in groups if group[0].i == i)
+        if gated > MAX_GATES:
+            raise ValueError(f"slice {i}: adapters with a gate {gated} of {MAX_GATES}")
     rows = sum(len(piece.router_GK) for group in groups for piece in group)
     if rows > site.most_routers:
         raise ValueError(f"router rows {rows} of {site.most_routers}")

@@ -13,6 +13,7 @@ from vllm_lora_ext.routing.spec import GIVEN
 
 Shape = tuple[tuple[int, ...], torch.dtype]
 
+MAX_GATES = 8  # adapters with a gate that may stand at one slice
 STATS = 2  # columns of u with the sum of x and of its squares, after a slot's routers
 
 

@@ -102,6 +102,13 @@ class Site:
         return max(16, 1 << (self.max_rank - 1).bit_length())
 
     @property
+    def rows_TC(self) -> torch.Tensor | None:
+        """The numbers that come with the step's rows; None where nothing reads them. Captured
+        graphs, which may be older than the adapter that does, always have them."""
+        reads = self.static or any(plan is not None and plan.columns for plan in self.plans)
+        return self.step.rows_TC if reads else None
+
+    @property
     def step(self) -> StepMap:
         """The rows of the step at hand."""
         return self._step
@@ -321,7 +328,9 @@ class Site:
                 f"{self.max_router_rows}"
             )
         if s.gate.columns > MAX_COLUMNS:
-            raise ValueError(f"slice {i}: {s.gate.columns} gates that come with a row, of {MAX_COLUMNS}")
+            raise ValueError(
+                f"slice {i}: {s.gate.columns} gates that come with a row, of {MAX_COLUMNS}"
+            )
         reads_x = s.gate.source != "none" and not s.gate.columns
         if self.static and self.reduce and not self.max_router_rows and reads_x:
             raise ValueError(f"slice {i}: its gate needs a sum over the ranks that no graph holds")

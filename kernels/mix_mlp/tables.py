@@ -32,7 +32,7 @@ class BlockTables:
     """
 
     def __init__(self, num_slots: int, max_rank: int, device: torch.device | str) -> None:
-        self.gate = SlotTables(num_slots, (1,), max_rank, device)
+        self.gate = SlotTables(num_slots, (1,), max_rank, device, gates=1)
         size = len(HEADER) + max_rank
         self.ints_SI = torch.zeros(num_slots, size, dtype=torch.int32, device=device)
 

@@ -30,8 +30,9 @@ import triton.language as tl
 
 from vllm_lora_ext.kernels.gated_lora.backends.triton.expand import (
     COUNTS,
-    NUM_SPEC,
-    NUM_VALUES,
+    NUM_SLICE,
+    RANK_FLOATS,
+    RANK_INTS,
     sum_parts,
 )
 from vllm_lora_ext.kernels.gated_lora.backends.triton.expand import gate as gate_of
@@ -96,9 +97,9 @@ def mix_kernel(
     slot = tl.load(tiles_ptr + tile).to(tl.int64)
     if slot < 0:
         return
-    spec_ptr = ints_ptr + slot * stride_ints + COUNTS
-    values_ptr = floats_ptr + slot * stride_floats
-    ranks = tl.load(spec_ptr)
+    slice_ptr = ints_ptr + slot * stride_ints + COUNTS
+    floats_ptr += slot * stride_floats
+    ranks = tl.load(slice_ptr)
     if ranks == 0:
         return
     tile_start = tl.load(tiles_ptr + stride_tiles + tile)
@@ -112,10 +113,12 @@ def mix_kernel(
     ok_TR = ok_T[:, None] & ok_R[None, :]
     u_T = u_ptr + token_T * stride_u
 
-    vectors_R = spec_ptr + NUM_SPEC + rank_R
+    spec_ptr = slice_ptr + NUM_SLICE + RANK_INTS * max_rank
+    values_ptr = floats_ptr + RANK_FLOATS * max_rank
+    vectors_R = slice_ptr + NUM_SLICE + rank_R
     logit_R = tl.load(vectors_R, mask=ok_R, other=0)
     first_R = tl.load(vectors_R + max_rank, mask=ok_R, other=0)
-    bias_R = tl.load(values_ptr + NUM_VALUES + rank_R, mask=ok_R, other=0.0)
+    bias_R = tl.load(floats_ptr + rank_R, mask=ok_R, other=0.0)
     logits_TR = sum_parts(u_T[:, None] + logit_R[None, :], ok_TR, stride_u_part, PARTS)
     head = tl.load(spec_ptr + 7)
     has_head_T = ok_T & (at_T < tl.where(head >= 0, tile_stop, tile_start))

@@ -40,6 +40,7 @@ class _Door(Structure):
     _fields_ = (
         ("active", c_void_p), ("slots", c_void_p), ("num_slots", c_int64),
         ("slots_T", c_void_p), ("max_tokens", c_int64),
+        ("given", c_void_p), ("given_stride", c_int64),
     )  # fmt: skip
 
 
@@ -98,6 +99,7 @@ def open_door(number: int, site: Site) -> None:
     if tables is not None and not site.after and site.reduce is None:
         door.slots, door.num_slots = ctypes.addressof(tables.slots), tables.num_slots
         door.slots_T, door.max_tokens = slots_T.data_ptr(), len(slots_T)
+        door.given, door.given_stride = tables.given(site)
     library = install()
     library.set_door(c_int64(number), ctypes.byref(door))
     if site.shut is None:

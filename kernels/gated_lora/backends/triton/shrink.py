@@ -3,7 +3,7 @@
     u[t, r] = sum_k rows[slot(t), r, k] * x[t, k]
 
 Column r of u is row r of the slot's stack: A of every slice of the layer, then their routers and
-threshold heads. A has the model's dtype; routers are fp32, and their products are made of three
+threshold heads; after these, where a router reads a normalised x, the sum of x and of its squares. A has the model's dtype; routers are fp32, and their products are made of three
 TF32 ones each, so that logits are those of fp32 weights: rounding a router to bf16 changes the
 chosen experts of about one token in a hundred.
 
@@ -109,6 +109,10 @@ def shrink_kernel(
             router_G = router_ptr + slot * tl.load(routers_ptr + 1) + first.to(tl.int64) * num_k
             _rows(u_T + num_a + first, x_T, router_G, ok_T, num_routers - first, begin, end, num_k,
                   BLOCK_T, BLOCK_G, BLOCK_K, EVEN_K, tl.float32)  # fmt: skip
+        if first == 0:
+            if tl.load(ints_ptr + slot * stride_ints + 2) != 0:
+                _stats(u_T + num_a + num_routers, x_T, ok_T, begin, end, num_k,
+                       BLOCK_T, BLOCK_K, EVEN_K)  # fmt: skip
 
 
 @triton.jit
@@ -142,6 +146,35 @@ def _rows(
         w_RK = tl.load(w_R[:, None] + k_K[None, :], mask=ok_RK, other=0.0).to(OPERAND)
         u_RT = tl.dot(w_RK, tl.trans(x_TK), u_RT, input_precision="tf32x3")
     tl.store(u_T[None, :] + row_R[:, None], u_RT, mask=ok_T[None, :] & ok_R[:, None])
+
+
+@triton.jit
+def _stats(
+    u_T,
+    x_T,
+    ok_T,
+    begin,
+    end,
+    num_k,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """The sum of x over k in [begin, end), and of its squares, side by side."""
+    sum_T = tl.zeros((BLOCK_T,), tl.float32)
+    squares_T = tl.zeros((BLOCK_T,), tl.float32)
+    k = begin
+    while k < end:
+        k_K = k + tl.arange(0, BLOCK_K)
+        ok_TK = ok_T[:, None]
+        if not EVEN_K:
+            ok_TK = ok_TK & (k_K < num_k)[None, :]
+        x_TK = tl.load(x_T[:, None] + k_K[None, :], mask=ok_TK, other=0.0).to(tl.float32)
+        sum_T += tl.sum(x_TK, axis=1)
+        squares_T += tl.sum(x_TK * x_TK, axis=1)
+        k += BLOCK_K
+    tl.store(u_T, sum_T, mask=ok_T)
+    tl.store(u_T + 1, squares_T, mask=ok_T)
 
 
 def shrink_parts(
