@@ -30,9 +30,8 @@ from vllm_lora_ext.kernels.gated_lora import (
 )
 from vllm_lora_ext.kernels.gated_lora import selfcheck as checks
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import Device, blocks, splits
-from vllm_lora_ext.kernels.gated_lora.reference import TOLERANCE
+from vllm_lora_ext.kernels.gated_lora.reference import TOLERANCE, SlotPart
 from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
-from vllm_lora_ext.kernels.gated_lora.reference import SlotPart
 from vllm_lora_ext.kernels.gated_lora.step import MAX_COLUMNS, TILE_ROWS, max_tiles
 from vllm_lora_ext.routing import GateSpec
 

@@ -3,9 +3,10 @@
     u[t, r] = sum_k rows[slot(t), r, k] * x[t, k]
 
 Column r of u is row r of the slot's stack: A of every slice of the layer, then their routers and
-threshold heads; after these, where a router reads a normalised x, the sum of x and of its squares. A has the model's dtype; routers are fp32, and their products are made of three
-TF32 ones each, so that logits are those of fp32 weights: rounding a router to bf16 changes the
-chosen experts of about one token in a hundred.
+threshold heads; after these, where a router reads a normalised x, the sum of x and of its squares.
+A has the model's dtype; routers are fp32, and their products are made of three TF32 ones each, so
+that logits are those of fp32 weights: rounding a router to bf16 changes the chosen experts of about
+one token in a hundred.
 
 One program multiplies one tile of rows of one slot (`StepMap`) with `BLOCK_R` rows of A or
 `BLOCK_G` of the routers, over one part of K. The parts land side by side in `u[part]` and are
@@ -109,7 +110,7 @@ def shrink_kernel(
             router_G = router_ptr + slot * tl.load(routers_ptr + 1) + first.to(tl.int64) * num_k
             _rows(u_T + num_a + first, x_T, router_G, ok_T, num_routers - first, begin, end, num_k,
                   BLOCK_T, BLOCK_G, BLOCK_K, EVEN_K, tl.float32)  # fmt: skip
-        if first == 0:
+        if first == 0:  # noqa: SIM102 - nobody else needs to load that
             if tl.load(ints_ptr + slot * stride_ints + 2) != 0:
                 _stats(u_T + num_a + num_routers, x_T, ok_T, begin, end, num_k,
                        BLOCK_T, BLOCK_K, EVEN_K)  # fmt: skip
