@@ -22,6 +22,7 @@ from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.llm_engine import LLMEngine
 
 from vllm_lora_ext.adapters.memory import MemorySource
+from vllm_lora_ext.conditions.recipe import DERIVED_IDS
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.core import ADD
 from vllm_lora_ext.model_patches.ledger import MEMORY_IDS
@@ -109,7 +110,7 @@ def _check_on(engine: Any) -> None:
 def _requests(name: str) -> list[LoRARequest]:
     """The same name is the same id, on every front end; a few more for names that meet in one."""
     start = int.from_bytes(sha256(name.encode()).digest()[:4], "little")
-    ids = [MEMORY_IDS + (start + i) % (MEMORY_IDS - 1) for i in range(_TRIES)]
+    ids = [MEMORY_IDS + (start + i) % (DERIVED_IDS - MEMORY_IDS) for i in range(_TRIES)]
     return [LoRARequest(name, number, f"memory:{name}", load_inplace=True) for number in ids]
 
 

@@ -23,7 +23,9 @@ from vllm.utils.multi_stream_utils import maybe_execute_in_parallel
 from vllm_lora_ext.adapters.model import RoutedModule
 from vllm_lora_ext.kernels.gated_lora import (
     EmbeddingSite,
+    Factors,
     Site,
+    StepMap,
     begin,
     embedding_lora_,
     finish_,
@@ -195,9 +197,11 @@ class RoutedEmbedding(VocabParallelEmbeddingWithLoRA):
     def create_lora_weights(self, max_loras, lora_config, model_config=None) -> None:  # type: ignore[no-untyped-def]
         super().create_lora_weights(max_loras, lora_config, model_config)
         out, rank = self.base_layer.embedding_dim, lora_config.max_lora_rank
-        b_NSR = self.lora_a_stacked.new_zeros(out, max_loras, rank)
-        self.lora_b_stacked = b_NSR.permute(1, 0, 2)[:, None]
-        self.site = EmbeddingSite(self.lora_a_stacked, self.lora_b_stacked[:, 0], None)  # type: ignore[arg-type]
+        b_SNR = self.lora_a_stacked.new_zeros(out, max_loras, rank).permute(1, 0, 2)
+        self.lora_b_stacked = b_SNR[:, None]
+        self.factors = Factors(max_loras, rank, b_SNR.device)
+        step: StepMap = None  # type: ignore[assignment]  # set by `set_mapping`
+        self.site = EmbeddingSite(self.lora_a_stacked, b_SNR, step, factors=self.factors)
         self.handle = register_site(self.site)
 
     def set_mapping(self, punica_wrapper) -> None:  # type: ignore[no-untyped-def]
@@ -207,11 +211,13 @@ class RoutedEmbedding(VocabParallelEmbeddingWithLoRA):
     def reset_lora(self, index: int) -> None:
         if index in self.site.used:
             self.site.used.discard(index)
+            self.factors.clear(index)
             super().reset_lora(index)
 
     def set_lora(self, index, lora_a, lora_b) -> None:  # type: ignore[no-untyped-def]
         super().set_lora(index, lora_a, lora_b)
         self.site.used.add(index)
+        self.factors.clear(index)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         output = self.base_layer.forward(x)

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from vllm.lora.layers import BaseLayerWithLoRA
+from vllm.lora.layers import BaseLayerWithLoRA, ClassificationHeadWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.triton_utils import HAS_TRITON
@@ -21,16 +21,20 @@ from vllm_lora_ext.kernels.gated_lora import Site
 from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
 from vllm_lora_ext.kernels.mix_mlp.selfcheck import selfcheck as block_selfcheck
 from vllm_lora_ext.model_patches.backend import check_graphs, choose_kernels
+from vllm_lora_ext.model_patches.columns import RowColumns
+from vllm_lora_ext.model_patches.composing import Composer
 from vllm_lora_ext.model_patches.config import check_config, check_trace
 from vllm_lora_ext.model_patches.heap import keep_memory
 from vllm_lora_ext.model_patches.layers import RoutedLinear, building
 from vllm_lora_ext.model_patches.logits import follow_rows
 from vllm_lora_ext.model_patches.mlp import share_scratch, wrap_blocks
 from vllm_lora_ext.model_patches.placing import Placer
+from vllm_lora_ext.model_patches.positions import Positions
 from vllm_lora_ext.model_patches.punica import skip_unread
-from vllm_lora_ext.model_patches.residency import HostAdapter
-from vllm_lora_ext.model_patches.rows import Rows
+from vllm_lora_ext.model_patches.residency import HeadWeights, HostAdapter
+from vllm_lora_ext.model_patches.rows import Rows, unknown_rows
 from vllm_lora_ext.model_patches.scope import Scope
+from vllm_lora_ext.model_patches.stock_lane import StockLane
 from vllm_lora_ext.model_patches.trace import Recorder
 
 
@@ -50,7 +54,7 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
 
     Attributes:
         pinned: ids that keep their slot, also over `remove_all_adapters`.
-        placer: makes the host form of an adapter for this model.
+        placer: makes the host form of an adapter for this model; composer: of several, one.
         rows: which rows of a step belong to which request.
     """
 
@@ -85,16 +89,26 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         if settings.max_router_rows is not None:  # asked for: before the KV cache takes the rest
             _reserve_routers(self.modules)
         self.rows = Rows(self)
+        self._columns: RowColumns | None = None
+        self._max_model_len = vllm_config.model_config.max_model_len
         follow_rows(self.rows, self.modules)
         skip_unread(self.punica_wrapper_mapping.values(), self.modules.values())
         self.blocks = wrap_blocks(self.model, self.modules)
         share_scratch(self.blocks.values(), vllm_config.model_config.dtype)
+        pinned = device_type == "cuda" and PIN_MEMORY
+        text = next(iter(self.punica_wrapper_mapping.values()))  # the language model's is first
+        positions = Positions(text, unknown_rows(vllm_config))
         self.placer = Placer(
             self.model, self.modules, self.packed_modules, self.blocks,
             Scope(self.model, lora_config.target_modules, self.packed_modules_mapping),
+            StockLane(self),
             lora_config.max_lora_rank, router_rows, lora_config.lora_dtype, self.base_name,
-            pinned=device_type == "cuda" and PIN_MEMORY, graphs=self.graphs,
-            pooling=self.is_pooling_model,
+            pinned=pinned, graphs=self.graphs,
+            pooling=self.is_pooling_model, positions=positions,
+        )  # fmt: skip
+        self.composer = Composer(
+            self.modules, self.blocks, lora_config.max_lora_rank, router_rows, positions, pinned,
+            self.graphs,
         )  # fmt: skip
         if kernels:
             self._warm(vllm_config)
@@ -174,6 +188,12 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         """Whether the adapter is in a slot."""
         return lora_id in self._active_adapters
 
+    def expect_columns(self) -> None:
+        """From now on steps fill the table of the numbers that come with each row."""
+        if self._columns is None:
+            step = next(iter(self.punica_wrapper_mapping.values())).step_map
+            self._columns = RowColumns(self.rows, step, self._max_model_len)
+
     def _add_adapter(self, lora: LoRAModel) -> None:
         if isinstance(lora, RoutedLoRAModel) or getattr(lora, "_lora_ext_merged", False):
             self._registered_adapters[lora.id] = lora
@@ -209,8 +229,12 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
                 layer.site.load(slot, host.sites.get(name))
             elif name in host.stock:
                 layer.set_lora(slot, *host.stock[name])
+                if name in host.factors:
+                    layer.factors.set(slot, host.factors[name])
             else:
                 layer.reset_lora(slot)
+            if isinstance(layer, ClassificationHeadWithLoRA):
+                _set_head(layer, slot, host.heads.get(name))
         for name, block in host.blocks.items():
             self.blocks[name].site.load(slot, block)
 
@@ -248,8 +272,17 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
     def _reset_slot(self, slot: int) -> None:
         for layer in self.modules.values():
             layer.reset_lora(slot)
+            if isinstance(layer, ClassificationHeadWithLoRA):
+                layer.reset_module_to_save(slot)
         for block in self.blocks.values():
             block.site.clear(slot)
+
+
+def _set_head(layer: ClassificationHeadWithLoRA, slot: int, weights: HeadWeights | None) -> None:
+    if weights is None:
+        layer.reset_module_to_save(slot)
+    else:
+        layer.set_module_to_save(slot, *weights)
 
 
 def slots_pinned(pinned: int, slots: int) -> AdapterError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,8 +18,11 @@ from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora.plan import Shape
 from vllm_lora_ext.model_patches.layers import RoutedLinear
 from vllm_lora_ext.model_patches.mlp import Block
-from vllm_lora_ext.model_patches.residency import HostAdapter, flat_views
+from vllm_lora_ext.model_patches.positions import Positions
+from vllm_lora_ext.model_patches.residency import HostAdapter, SlotPart, bytes_of, flat_views
 from vllm_lora_ext.model_patches.scope import Scope
+from vllm_lora_ext.model_patches.stock_lane import StockLane, refuse_gate
+from vllm_lora_ext.routing import GateSpec
 
 Fill = Callable[[list[torch.Tensor]], Any]
 Layout = dict[str, tuple[list[Shape], Fill]]
@@ -32,10 +36,12 @@ class Placer:
         modules: name → LoRA layer; packed: name of a fused layer → names of its slices.
         blocks: name → MLP block that can hold experts.
         scope: what of an adapter is served.
+        lane: what goes into layers of vLLM's own.
         max_rank, router_rows: what a slot holds.
         dtype: of the engine's LoRA weights; base_name: the served model.
         pinned: whether host copies are page-locked.
         graphs: whether the engine captures CUDA graphs.
+        positions: where something may differ by token.
         pooling: whether the model is served for pooling; adapters may then have been trained on
             the bare model, whose layers' names lack `model.`.
     """
@@ -47,6 +53,7 @@ class Placer:
         packed: Mapping[str, list[str]],
         blocks: Mapping[str, Block],
         scope: Scope,
+        lane: StockLane,
         max_rank: int,
         router_rows: int,
         dtype: torch.dtype,
@@ -54,19 +61,21 @@ class Placer:
         pinned: bool,
         graphs: bool,
         pooling: bool,
+        positions: Positions,
     ) -> None:
         self._model_name = type(model).__name__
         self._modules, self._packed, self._blocks = modules, packed, blocks
         self._max_rank, self._router_rows = max_rank, router_rows
         self._dtype, self._base_name, self._pinned = dtype, base_name, pinned
-        self._graphs, self._pooling, self._scope = graphs, pooling, scope
+        self._graphs, self._pooling, self._scope, self._lane = graphs, pooling, scope, lane
+        self._positions = positions
         mapper = getattr(model, "hf_to_vllm_mapper", None)
         self._mapper = mapper and mapper.get_rename_mapper()
         # Prefixes of the layers that live on another pipeline rank.
         self._missing = tuple(
             f"{name}." for name, m in model.named_modules() if isinstance(m, PPMissingLayer)
         )
-        self._shapes = _shapes(modules, packed)
+        self._shapes = _shapes(modules, packed) | lane.shapes
         self._vllm_names: dict[str, str] = {}
 
     def knows(self, vllm_name: str) -> bool:
@@ -93,11 +102,18 @@ class Placer:
                 no layer of it is served here,
                 gates stand where none are computed, or the device has no room for routers.
         """
-        every = (*adapter.modules, *_block_layers(adapter))
+        template = adapter.template
+        every = (
+            *adapter.modules, *_block_layers(adapter), *adapter.experts,
+            *(template.sizes if template else ()),
+        )  # fmt: skip
         name_of = {n: n if renamed else self._vllm_name(n) for n in every}
         away = {n for n, v in name_of.items() if v.startswith(self._missing)}
-        has = away.union(n for n, v in name_of.items() if v in self._shapes)
-        adapter = self._scope.narrowed(adapter, name_of, has)
+        known = self._shapes.keys() | self._lane.experts.keys()
+        has = away.union(n for n, v in name_of.items() if v in known)
+        if template is None:
+            adapter = self._scope.narrowed(adapter, name_of, has)
+        self._lane.check(adapter, name_of, away)
         # The model's own names beside those of the adapter: for what an error says.
         shapes = {v: shape for v, shape in self._shapes.items() if v not in name_of}
         shapes |= {n: self._shapes[v] for n, v in name_of.items() if v in self._shapes}
@@ -109,11 +125,30 @@ class Placer:
             self._router_rows,
             self._base_name,
         )
+        if template is not None:
+            return HostAdapter(
+                system=adapter.system, source=adapter.source, rank=adapter.rank,
+                version=adapter.digest, nbytes=template.nbytes, sites={}, stock={}, blocks={},
+                names={}, template=template,
+            )  # fmt: skip
+        self._check_columns(adapter, name_of, away)
         host = self._pack(adapter, name_of, away)
-        self._reserve(host)
+        self.reserve(host)
         return host
 
-    def _reserve(self, host: HostAdapter) -> None:
+    def _check_columns(
+        self, adapter: RoutedAdapter, name_of: Mapping[str, str], away: set[str]
+    ) -> None:
+        """What differs by token must meet rows that are positions of a request, and are known."""
+        if not adapter.columns:
+            return
+        layer_of = {part: name for name, parts in self._packed.items() for part in parts}
+        for name, module in adapter.modules.items():
+            layer = layer_of.get(name_of[name], name_of[name])
+            if module.gate.columns and name not in away:
+                self._positions.check(name, self._modules[layer])
+
+    def reserve(self, host: HostAdapter) -> None:
         """Slots have rows for routers from the first adapter on that needs them."""
         sites = [(self._modules[name].site, packed) for name, packed in host.sites.items()]
         sites += [(self._blocks[n].first.site, packed.first) for n, packed in host.blocks.items()]
@@ -144,8 +179,8 @@ class Placer:
             modules = [p and p[1] for p in parts]
             if isinstance(layer, RoutedLinear):
                 sites[layer_name] = _site(layer, modules)
-            else:
-                stock[layer_name] = _stock(names[layer_name][0], layer, modules)
+            elif not self._lane.packs(layer_name):
+                stock[layer_name] = _stock(names[layer_name][0], layer, modules, self._dtype)
         for name, block in adapter.blocks.items():
             first = f"{name}.{min(block.parts)}"
             if first not in away:
@@ -157,10 +192,16 @@ class Placer:
         nbytes, views = flat_views(groups, self._pinned)
         left = iter(views)
         packed = [{name: fill(next(left)) for name, (_, fill) in kind.items()} for kind in kinds]
+        experts, heads = self._lane.pack(adapter, name_of, away)
         return HostAdapter(
             system=adapter.system, source=adapter.source, rank=adapter.rank,
-            version=adapter.digest, nbytes=nbytes, names=names,
-            sites=packed[0], stock=packed[1], blocks=packed[2],
+            version=adapter.digest,
+            nbytes=nbytes + bytes_of(experts.values()) + bytes_of(heads.values()), names=names,
+            sites=packed[0], stock=packed[1] | experts, blocks=packed[2], heads=heads,
+            parts=(SlotPart(
+                adapter.digest, columns=adapter.columns, linear=_is_linear(adapter),
+                blocks=bool(blocks),
+            ),),
         )  # fmt: skip
 
     def _block(self, name: str, vllm_name: str, experts: MixBlock) -> Block:
@@ -191,25 +232,32 @@ class Placer:
         return self._vllm_names[module]
 
 
+def _is_linear(adapter: RoutedAdapter) -> bool:
+    """Whether the adapter's columns multiply all that it adds, and nothing else is done to them."""
+    gates = [module.gate for module in adapter.modules.values()]
+    one = GateSpec("request", blocks=(1,))
+    return not adapter.columns or not adapter.blocks and all(
+        gate.columns and replace(gate, source="request", blocks=(1,), constant=1.0) == one
+        for gate in gates
+    )  # fmt: skip
+
+
 def _site(layer: RoutedLinear, modules: Sequence[RoutedModule | None]) -> tuple[list[Shape], Fill]:
     slices = layer.sharded(modules)
     return layer.site.shapes(slices), lambda out: layer.site.pack(slices, out)
 
 
 def _stock(
-    name: str, layer: BaseLayerWithLoRA, modules: Sequence[RoutedModule | None]
+    name: str,
+    layer: BaseLayerWithLoRA,
+    modules: Sequence[RoutedModule | None],
+    dtype: torch.dtype,
 ) -> tuple[list[Shape], Fill]:
-    """An embedding, whose A the slot holds transposed, or the output matrix."""
+    """An embedding, whose A the slot holds transposed, the output matrix, or the linear layer of
+    a classification head."""
     (part,) = modules
     assert part is not None
-    if part.gate.source != "none":  # its B A x would be added as it is
-        raise AdapterError(
-            "unsupported_feature", "the adapter has a gate at an embedding or output matrix, where"
-            " none is computed", seen=f"{name}: {part.gate.num_gates} gates",
-            limit="gates in linear layers and MLP blocks",
-            fix=f"train or export the adapter without {name}, or with a plain LoRA there",
-        )  # fmt: skip
-    dtype = layer.lora_a_stacked.dtype
+    refuse_gate(name, part)
     embedding = isinstance(layer, VocabParallelEmbeddingWithLoRA)
     a = part.a_RK.t() if embedding else part.a_RK
 

@@ -9,18 +9,50 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from vllm_lora_ext.adapters.template import Template
+from vllm_lora_ext.conditions.column import Column
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora.plan import PackedSite, Shape
 from vllm_lora_ext.kernels.mix_mlp.block import PackedBlock
 
+# Arguments of vLLM's `set_lora` (of fused experts lists), and of `set_module_to_save`.
+Weights = tuple[torch.Tensor | list[torch.Tensor], torch.Tensor | list[torch.Tensor]]
+HeadWeights = tuple[torch.Tensor, torch.Tensor | None]
+
 _ALIGN = 256  # bytes: more than any dtype or vector load asks for
 _PIECE = {True: 64 << 20, False: sys.maxsize}  # bytes, of page-locked memory and of other
+
+
+@dataclass(frozen=True)
+class SlotPart:
+    """What the keys of the prefix cache must know of one adapter in a slot; plain values.
+
+    Args:
+        version: of all that does not differ by token.
+        scale: folded into it beside that.
+        by_row: a column of its own multiplies it: the first of its columns in the slot.
+        columns: the adapter's own, which follow.
+        linear: its own columns multiply it: where all are 0, it adds nothing.
+        blocks: it has experts that are whole MLP blocks, which nothing can multiply.
+    """
+
+    version: str
+    scale: float = 1.0
+    by_row: bool = False
+    columns: tuple[Column, ...] = ()
+    linear: bool = True
+    blocks: bool = False
+
+    @property
+    def width(self) -> int:
+        """Its columns in the slot."""
+        return int(self.by_row) + len(self.columns)
 
 
 @dataclass(frozen=True)
@@ -32,9 +64,15 @@ class HostAdapter:
         version: content digest, the same on every rank.
         nbytes: of host memory.
         sites: vLLM's name of a linear layer → its part.
-        stock: name of an embedding or output matrix → A [R, in] and B [out, R].
+        stock: name of an embedding, output matrix, classification head or layer of fused experts,
+            whose slots are vLLM's own → what its `set_lora` takes.
+        heads: name of the classification head → weight [labels, in] and bias [labels] or None.
         blocks: name of an MLP block → its experts.
         names: layer or block → what the adapter's files call its parts, in their order.
+        parts: the adapters that it is made of; one that is loaded has one, a template none.
+        factors: name of an embedding or output matrix → int64 [R], the column that multiplies each
+            rank, -1: none; where a column does.
+        template: it goes into no slot before it is derived, and has nothing of the above.
     """
 
     system: str
@@ -43,9 +81,28 @@ class HostAdapter:
     version: str
     nbytes: int
     sites: dict[str, PackedSite] = field(repr=False)
-    stock: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(repr=False)
+    stock: dict[str, Weights] = field(repr=False)
+    heads: dict[str, HeadWeights] = field(repr=False)
     blocks: dict[str, PackedBlock] = field(repr=False)
     names: dict[str, tuple[str, ...]] = field(repr=False)
+    parts: tuple[SlotPart, ...] = ()
+    factors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    template: Template | None = field(default=None, repr=False)
+
+    @property
+    def columns(self) -> int:
+        """Columns of its slot."""
+        return sum(part.width for part in self.parts)
+
+    @property
+    def understands(self) -> dict[str, Any]:
+        """What a request may say to it, as plain values."""
+        own = self.parts[0].columns if len(self.parts) == 1 else ()
+        return {
+            "columns": [column.to_dict() for column in own],
+            "user": self.template.user if self.template else None,
+            "instruction": bool(self.template and self.template.instruction),
+        }
 
 
 @dataclass(frozen=True)
@@ -56,6 +113,8 @@ class LoadReport:
         version: content digest, the same on every rank.
         bytes: host memory that this rank holds for it.
         evicted: ids whose host copies this rank has dropped to make room.
+        parts: of what stands in the slot; none: requests do not name it as it is.
+        understands: what a request may say to it (`HostAdapter.understands`).
     """
 
     version: str
@@ -63,6 +122,8 @@ class LoadReport:
     system: str
     rank: int
     evicted: tuple[int, ...] = ()
+    parts: tuple[SlotPart, ...] = ()
+    understands: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -79,8 +140,18 @@ class Resident:
     nbytes: int
     system: str
 
+    @property
+    def host(self) -> HostAdapter | None:
+        """Its host form; None for what stands in layers of stock's."""
+        return getattr(self.model, "host", None)
+
     def report(self, evicted: tuple[int, ...] = ()) -> LoadReport:
-        return LoadReport(self.version, self.nbytes, self.system, self.model.rank, evicted)
+        parts, understands = (SlotPart(self.version),), {}
+        if self.host is not None:
+            parts, understands = self.host.parts, self.host.understands
+        return LoadReport(
+            self.version, self.nbytes, self.system, self.model.rank, evicted, parts, understands
+        )
 
 
 class Residency:
@@ -179,6 +250,13 @@ def _pieces(sizes: Sequence[int], piece: int) -> Iterator[list[int]]:
         run.append(size)
     if run:
         yield run
+
+
+def bytes_of(weights: Iterable[Weights | HeadWeights]) -> int:
+    """Bytes of tensors that stand by themselves."""
+    parts = [part for pair in weights for part in pair if part is not None]
+    tensors = [t for part in parts for t in (part if isinstance(part, list) else [part])]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def _padded(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -208,7 +208,7 @@ class LoraExtSettings(BaseModel):
         """Arguments of `load_adapter` for an adapter that the engine reads."""
         return {
             "roots": self.readable_roots(), "pickle": self.pickle,
-            "accept_config_keys": self.accept_config_keys,
+            "accept_config_keys": self.accept_config_keys, "parts": True,
         }  # fmt: skip
 
     def router_rows(self, max_lora_rank: int) -> int:

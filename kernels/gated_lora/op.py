@@ -21,6 +21,7 @@ from vllm_lora_ext.kernels.gated_lora import sharded
 from vllm_lora_ext.kernels.gated_lora.backends import eager
 from vllm_lora_ext.kernels.gated_lora.backends.native import inductor
 from vllm_lora_ext.kernels.gated_lora.backends.native import op as cpu_op
+from vllm_lora_ext.kernels.gated_lora.factors import Factors
 from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.kernels.gated_lora.step import StepMap
 
@@ -32,12 +33,14 @@ class EmbeddingSite:
     Args:
         a_SVR: [slots, V, R]; b_SNR: [slots, N, R], on a device best a view of [N, slots, R];
             used: slots that hold an adapter here.
+        factors: what multiplies a slot's ranks, row by row; a captured graph knows of none.
     """
 
     a_SVR: torch.Tensor
     b_SNR: torch.Tensor
     step: StepMap
     used: set[int] = field(default_factory=set)
+    factors: Factors | None = None
 
 
 _sites: WeakValueDictionary[int, Any] = WeakValueDictionary()
@@ -149,6 +152,8 @@ def _embedding_lora(y: torch.Tensor, ids: torch.Tensor, site: torch.Tensor) -> N
         if slot in found.used:
             rows_T = torch.arange(start, stop, device=y.device) if index_T is None else index_T
             a_TR = found.a_SVR[slot][ids[rows_T]].float()
+            if found.factors is not None and slot in found.factors.slots:
+                a_TR *= found.factors.of(slot, found.step.rows_TC[rows_T])
             y.index_add_(0, rows_T, (a_TR @ found.b_SNR[slot].float().t()).to(y.dtype))
 
 
@@ -160,6 +165,8 @@ def embedding_lora_static_(y: torch.Tensor, ids: torch.Tensor, found: EmbeddingS
     slots, width, rank = found.a_SVR.shape
     slots_T = found.step.token_slots_T[: len(ids)]
     a_TR = found.a_SVR.view(slots * width, rank)[slots_T.clamp(min=0).long() * width + ids]
+    if found.factors is not None and found.factors.slots & found.step.slots:
+        a_TR = a_TR * found.factors.of_rows(slots_T, found.step.rows_TC[: len(ids)])
     mine_TS1 = (slots_T[:, None] == torch.arange(slots, device=ids.device))[:, :, None]
     h_TP = torch.where(mine_TS1, a_TR[:, None], 0).view(len(ids), slots * rank).to(y.dtype)
     b_NP = found.b_SNR.permute(1, 0, 2).reshape(y.shape[1], slots * rank)

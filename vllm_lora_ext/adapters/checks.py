@@ -6,7 +6,7 @@ Both run before a tensor reaches a slot: one NaN there would poison the KV cache
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 
@@ -16,7 +16,11 @@ from vllm_lora_ext.adapters.blocks import activation
 from vllm_lora_ext.adapters.finite import is_finite, not_finite
 from vllm_lora_ext.adapters.limits import RANKS, slot_rank
 from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
+from vllm_lora_ext.adapters.parts import check_parts
+from vllm_lora_ext.conditions.column import Column
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.routing import GateSpec
+from vllm_lora_ext.routing.spec import GIVEN
 
 # Linears of an MLP block on which experts may stand, by how the model spells its block.
 BLOCK_PARTS = (
@@ -36,16 +40,19 @@ def check_adapter(adapter: RoutedAdapter) -> None:
         AdapterError: `empty_adapter`, `bad_shape`, `rank_mismatch`, `missing_tensor`,
             `unexpected_tensor`, `not_finite`, `unsupported_feature`, `bad_value`.
     """
-    if not adapter.modules and not adapter.blocks:
+    made = adapter.template.sizes if adapter.template is not None else {}
+    if not (adapter.modules or adapter.blocks or adapter.heads or adapter.experts or made):
         raise AdapterError(
             "empty_adapter", "the adapter adapts no layer at all", fix="save the adapter again"
         )
     for name, module in adapter.modules.items():
         _check_matrices(name, module)
         _check_gate_tensors(name, module)
+        _check_columns(name, module.gate, adapter.columns)
         _check_finite(name, module)
     for name, block in adapter.blocks.items():
         _check_block(name, block)
+    check_parts(adapter)
     twice = sorted(set(adapter.modules) & set(_block_parts(adapter)))
     if twice:
         raise AdapterError(
@@ -74,8 +81,10 @@ def check_fits(
         AdapterError: `wrong_base`, `unknown_module`, `shape_mismatch`, `rank_too_large`,
             `router_too_large`, `overflow`.
     """
-    adapted = _layers(adapter)
-    wrong = [name for name, m in adapted.items() if shapes.get(name) != _sizes(m)]
+    adapted = {name: _sizes(layer) for name, layer in _layers(adapter).items()}
+    if adapter.template is not None:
+        adapted |= adapter.template.sizes
+    wrong = [name for name, sizes in adapted.items() if shapes.get(name) != sizes]
     trained_on, served = _last_part(adapter.base_model), _last_part(base_name)
     if trained_on and served and trained_on != served and 2 * len(wrong) > len(adapted):
         raise AdapterError(
@@ -85,12 +94,16 @@ def check_fits(
             fix=f"serve it with '{trained_on}'",
         )
     if wrong:
-        raise _misfit(wrong[0], _sizes(adapted[wrong[0]]), shapes)
+        raise _misfit(wrong[0], adapted[wrong[0]], shapes)
     for name, block in adapter.blocks.items():
         _check_router_width(name, block, shapes)
     every: dict[str, RoutedModule | MixBlock] = {**adapter.modules, **adapter.blocks}
-    for name, gated in every.items():
-        _check_limits(name, gated, max_rank, max_router_rows)
+    needs = {name: (gated.rank, gated.gate.router_rows) for name, gated in every.items()}
+    if adapter.template is not None:
+        made = adapter.template.rank, adapter.template.router_rows
+        needs |= dict.fromkeys(adapter.template.sizes, made)
+    for name, (rank, rows) in needs.items():
+        _check_limits(name, rank, rows, max_rank, max_router_rows)
     check_overflow(adapter, dtype)
 
 
@@ -131,14 +144,16 @@ def without_drafter(
     modules = {n: m for n, m in adapter.modules.items() if stays(n, n)}
     parts = {n: [f"{n}.{part}" for part in block.parts] for n, block in adapter.blocks.items()}
     blocks = {n: b for n, b in adapter.blocks.items() if stays(n, *parts[n])}
-    if len(modules) == len(adapter.modules) and len(blocks) == len(adapter.blocks):
+    experts = {n: e for n, e in adapter.experts.items() if stays(n, n)}
+    kept = len(modules) + len(blocks) + len(experts)
+    if kept == len(adapter.modules) + len(adapter.blocks) + len(adapter.experts):
         return adapter
-    if not modules and not blocks:
+    if not kept and not adapter.heads:
         raise AdapterError(
             "empty_adapter", "the adapter only adapts a drafter, which this model leaves out",
             seen=[*adapter.modules, *adapter.blocks][:4], fix="serve the adapter of the model",
         )  # fmt: skip
-    return replace(adapter, modules=modules, blocks=blocks)
+    return replace(adapter, modules=modules, blocks=blocks, experts=experts)
 
 
 def _check_matrices(name: str, module: RoutedModule) -> None:
@@ -196,6 +211,16 @@ def _check_gate_tensors(name: str, module: RoutedModule) -> None:
                 "bad_shape", f"the {what} of {name} has the wrong shape", seen=list(tensor.shape),
                 limit=shape, fix="save the adapter again",
             )  # fmt: skip
+
+
+def _check_columns(name: str, gate: GateSpec, columns: Sequence[Column]) -> None:
+    """Gates that come with each row: which one reads what is the adapter's to say."""
+    if gate.source in GIVEN and gate.num_gates != len(columns):
+        raise AdapterError(
+            "bad_gate", f"the gates of {name} come with each row, and the adapter's columns are not"
+            " as many", seen=f"{gate.num_gates} gates, {len(columns)} columns",
+            limit="one column per gate", fix="mend the adapter's columns, or the gate's blocks",
+        )  # fmt: skip
 
 
 def _check_finite(name: str, module: RoutedModule) -> None:
@@ -293,17 +318,16 @@ def _misfit(
 
 
 def _check_limits(
-    name: str, module: RoutedModule | MixBlock, max_rank: int | None, max_router_rows: int | None
+    name: str, rank: int, rows: int, max_rank: int | None, max_router_rows: int | None
 ) -> None:
-    if max_rank is not None and module.rank > max_rank:
-        enough = slot_rank(module.rank)
+    if max_rank is not None and rank > max_rank:
+        enough = slot_rank(rank)
         raise AdapterError(
             "rank_too_large", f"the experts of {name} together have too large a rank",
-            seen=module.rank, limit=f"--max-lora-rank {max_rank}",
+            seen=rank, limit=f"--max-lora-rank {max_rank}",
             fix=f"start the server with --max-lora-rank {enough}" if enough
             else f"serve fewer experts: vLLM stops at rank {RANKS[-1]}",
         )  # fmt: skip
-    rows = module.gate.router_rows
     if max_router_rows is not None and rows > max_router_rows:
         raise AdapterError(
             "router_too_large", f"the router of {name} has too many rows", seen=rows,

@@ -60,6 +60,7 @@ class AdapterFolder:
         roots: folders that links out of the adapter's folder may lead into; None: anywhere.
         allow_pickle: whether `adapter_model.bin` may take the place of safetensors.
         accepted: config keys that nobody knows and that are let through.
+        head_size: rows per attention head of the model that is to serve it; None: not known.
     Attributes:
         names: names of all tensors in the weights; empty when there are none.
         config: `adapter_config.json`, empty when there is none.
@@ -82,9 +83,11 @@ class AdapterFolder:
         roots: Roots | None = None,
         allow_pickle: bool = False,
         accepted: Collection[str] = (),
+        head_size: int | None = None,
     ) -> None:
         self._root, self.limits, self._budget = Path(path), limits or Limits(), _Budget()
         self._roots, self._allow_pickle, self.accepted = roots, allow_pickle, frozenset(accepted)
+        self.head_size = head_size
         self._open("", settings or {})
 
     def _open(self, below: str, settings: Mapping[str, Any]) -> None:

@@ -12,9 +12,11 @@ from typing import Any, Literal
 from vllm_lora_ext.adapters.checks import check_adapter
 from vllm_lora_ext.adapters.folder import CONFIG, AdapterFolder, Limits, Roots
 from vllm_lora_ext.adapters.model import RoutedAdapter
+from vllm_lora_ext.adapters.parts import refuse_parts
 from vllm_lora_ext.adapters.readers import (
     adalora,
     adamole,
+    alora,
     arrow,
     delora,
     flylora,
@@ -28,6 +30,7 @@ from vllm_lora_ext.adapters.readers import (
     meteora,
     miss,
     mixlora,
+    mmlora,
     moe_peft,
     moelora,
     mola,
@@ -36,10 +39,12 @@ from vllm_lora_ext.adapters.readers import (
     nola,
     plain,
     poly,
+    reclora,
     smora,
     unilora,
     vblora,
     vera,
+    wavllm,
     xlora,
 )
 from vllm_lora_ext.adapters.readers.base import Reader
@@ -52,6 +57,7 @@ ENTRY_POINTS = "vllm_lora_ext.readers"
 
 READERS: tuple[Reader, ...] = (
     plain.READER,
+    alora.READER,
     loramoe.READER,
     meteora.READER,
     smora.READER,
@@ -68,6 +74,9 @@ READERS: tuple[Reader, ...] = (
     moelora.READER,
     poly.READER,
     arrow.READER,
+    mmlora.READER,
+    reclora.READER,
+    wavllm.READER,
     xlora.READER,
     lily.READER,
     native.READER,
@@ -134,6 +143,8 @@ def load_adapter(
     roots: Roots | None = None,
     pickle: Literal["weights_only"] | None = None,
     accept_config_keys: Collection[str] = (),
+    head_size: int | None = None,
+    parts: bool = False,
 ) -> RoutedAdapter:
     """Read and check the adapter in a folder.
 
@@ -144,6 +155,8 @@ def load_adapter(
         roots: folders that links out of the adapter's folder may lead into; None: anywhere.
         pickle: `weights_only` also reads `adapter_model.bin`, where there is no safetensors file.
         accept_config_keys: keys of the config that no format knows and that are ignored.
+        head_size: rows per attention head of the model that is to serve it, where one is.
+        parts: whether the caller knows heads and fused experts, which most tools would drop.
     Returns:
         The adapter, with fp32 tensors in memory of their own, all finite, no tensor left over.
     Raises:
@@ -152,11 +165,14 @@ def load_adapter(
     folder = AdapterFolder(
         path, limits, settings,
         roots=roots, allow_pickle=pickle is not None, accepted=accept_config_keys,
+        head_size=head_size,
     )  # fmt: skip
     adapter = find_reader(folder).read(folder)
     digest = folder.finish()
     adapter = dataclasses.replace(adapter, source=os.fspath(path), digest=digest)
     check_adapter(adapter)
+    if not parts:
+        refuse_parts(adapter)
     return adapter
 
 

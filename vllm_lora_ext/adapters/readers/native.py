@@ -18,15 +18,16 @@ from vllm_lora_ext.adapters.output import fill, new_folder
 from vllm_lora_ext.adapters.readers.base import Reader
 from vllm_lora_ext.adapters.readers.names import group, part
 from vllm_lora_ext.adapters.readers.peft_config import bad_value, base_model_of
+from vllm_lora_ext.conditions.column import Column
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.routing import GateSpec
 
 PEFT_TYPE, FORMAT_VERSION = "ROUTED_LORA", 1
 _KEYS = frozenset({
     "peft_type", "format_version", "base_model_name_or_path", "system", "target_modules", "routing",
-    "blocks",
+    "blocks", "columns",
 })  # fmt: skip
-_NEEDED = _KEYS - {"base_model_name_or_path", "blocks"}
+_NEEDED = _KEYS - {"base_model_name_or_path", "blocks", "columns"}
 _PART = re.compile(
     r"(?P<module>.+?)\.(?P<part>(lora_A|lora_B|lora_embedding_A|lora_embedding_B)\.weight"
     r"|(router|threshold)\.(weight|bias))"
@@ -49,7 +50,10 @@ def read(folder: AdapterFolder) -> RoutedAdapter:
     gates = _gates(config["routing"], list(groups))
     modules = {name: _read_module(folder, name, p, gates[name]) for name, p in groups.items()}
     base_model = base_model_of(config, CONFIG)
-    return RoutedAdapter(modules, system=config["system"], base_model=base_model, blocks=blocks)
+    return RoutedAdapter(
+        modules, system=config["system"], base_model=base_model, blocks=blocks,
+        columns=_columns(config.get("columns", [])),
+    )  # fmt: skip
 
 
 def write_native(
@@ -92,6 +96,8 @@ def fill_native(folder: Path, adapter: RoutedAdapter, dtype: torch.dtype | None 
             name: {"gate": block.gate.to_dict(), "act": block.act}
             for name, block in sorted(adapter.blocks.items())
         }
+    if adapter.columns:
+        config["columns"] = [column.to_dict() for column in adapter.columns]
     fill(folder, tensors, {CONFIG: json.dumps(config, indent=2) + "\n"})
 
 
@@ -182,6 +188,12 @@ def _gate(fields: Any, where: str) -> GateSpec:
     if not isinstance(fields, dict):
         raise bad_value(f"{where} in {CONFIG}", fields, "an object with the fields of a gate")
     return make_gate(fields, where)
+
+
+def _columns(entries: Any) -> tuple[Column, ...]:
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise bad_value(f"columns in {CONFIG}", entries, "a list of objects")
+    return tuple(Column.from_dict(entry) for entry in entries)
 
 
 def _block_table(config: dict[str, Any]) -> dict[str, dict[str, Any]]:
