@@ -14,7 +14,7 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from vllm_lora_ext.adapters.checks import BLOCK_PARTS, check_fits
 from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.kernels.gated_lora.site import Shape
+from vllm_lora_ext.kernels.gated_lora.plan import Shape
 from vllm_lora_ext.model_patches.layers import RoutedLinear
 from vllm_lora_ext.model_patches.mlp import Block
 from vllm_lora_ext.model_patches.residency import HostAdapter, flat_views

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.kernels.gated_lora.site import PackedSite, Shape
+from vllm_lora_ext.kernels.gated_lora.plan import PackedSite, Shape
 from vllm_lora_ext.kernels.mix_mlp.block import PackedBlock
 
 _ALIGN = 256  # bytes: more than any dtype or vector load asks for

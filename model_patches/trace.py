@@ -18,7 +18,7 @@ from vllm.v1.core.sched.output import NewRequestData
 
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora import Site
-from vllm_lora_ext.kernels.gated_lora.site import SlicePlan
+from vllm_lora_ext.kernels.gated_lora.plan import SlicePlan
 from vllm_lora_ext.model_patches.layers import RoutedLinear
 from vllm_lora_ext.model_patches.residency import HostAdapter
 from vllm_lora_ext.model_patches.rows import Span

@@ -22,11 +22,13 @@ def pytest_configure(config: Any) -> None:
     import vllm.lora.utils as utils
     from vllm.lora import model_manager
 
-    from vllm_lora_ext.model_patches.layers import building
+    from vllm_lora_ext.kernels.gated_lora.backends import choice
+    from vllm_lora_ext.model_patches.backend import Building, build_with
 
     # These tests build layers by themselves, where an engine's manager would.
     wrappers.get_punica_wrapper = model_manager.get_punica_wrapper
-    config.lora_ext = building(router_rows=16, triton=False, graphs=False)
+    backend = choice.without_triton("cpu")
+    config.lora_ext = build_with(Building(router_rows=16, backend=backend, graphs=False))
     config.lora_ext.__enter__()  # to the end: a context that nobody holds ends at once
 
     stock = {_stock_of(cls): cls for cls in utils._all_lora_classes}

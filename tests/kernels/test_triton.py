@@ -28,6 +28,7 @@ from vllm_lora_ext.kernels.gated_lora import (
     register_site,
 )
 from vllm_lora_ext.kernels.gated_lora import selfcheck as checks
+from vllm_lora_ext.kernels.gated_lora.backends import choice
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import Device, blocks, splits
 from vllm_lora_ext.kernels.gated_lora.reference import TOLERANCE
 from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
@@ -99,12 +100,12 @@ class Batch:
         self.rng = np.random.default_rng(seed)
         torch.manual_seed(seed)
         self.sizes, self.k, self.dtype = sizes, k, dtype
-        self.site = Site(slots, k, sizes, max_rank, max_rank, dtype, DEVICE, triton=True)
+        self.site = Site(slots, k, sizes, max_rank, max_rank, dtype, DEVICE, choice.triton())
         if reserve:
             self.site.reserve_routers(self.site.most_routers)
-        for buffer in (self.site.a_SRK, self.site.b_SRN, self.site.router_SGK):
+        for buffer in (self.site.a_SRK, self.site.store.b_SRN, self.site.router_SGK):
             buffer.fill_(NAN)
-        self.site.tables.floats_SF.fill_(NAN)
+        self.site.store.tables.floats_SF.fill_(NAN)
         self.slots = [[None] * len(sizes) for _ in range(slots)]
         self.site.step = StepMap(max(t, 1) + 5, DEVICE, tiled=True)
         self.number = register_site(self.site)

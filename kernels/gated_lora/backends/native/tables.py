@@ -11,13 +11,17 @@ import functools
 import itertools
 import logging
 from ctypes import Structure, c_float, c_int64, c_void_p
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
 from vllm_lora_ext.kernels.gated_lora.backends.native import build as cpu_build
-from vllm_lora_ext.kernels.gated_lora.site import Site, SlicePlan, SlotPlan
+from vllm_lora_ext.kernels.gated_lora.plan import SlicePlan, SlotPlan
 from vllm_lora_ext.routing import GateSpec
+
+if TYPE_CHECKING:
+    from vllm_lora_ext.kernels.gated_lora.backends.native.backend import NativeStore
+    from vllm_lora_ext.kernels.gated_lora.site import Site
 
 logger = logging.getLogger("vllm.lora_ext")
 
@@ -75,9 +79,10 @@ class Tables(NamedTuple):
 
 def tables(site: Site, *tensors: torch.Tensor) -> Tables | None:
     """The site's tables when the kernels can work on these tensors, else None."""
-    if site.native is None:
-        site.native = _make(site)
-    found: Tables | None = site.native or None
+    store = cast("NativeStore", site.store)
+    if store.tables is None:
+        store.tables = _make(site)
+    found: Tables | None = store.tables or None
     if found is not None:
         for tensor in tensors:
             if tensor.dtype not in found.types or tensor.stride(-1) != 1:
@@ -117,11 +122,9 @@ def gate_expand_(
 
 
 def _make(site: Site) -> Tables | tuple[()]:
-    """Empty where there are no compiled kernels, or a gate that they do not know, so that nobody
-    asks again."""
-    library = cpu_build.library() if site.a_SRK.is_cpu else None
-    if library is None:
-        return ()
+    """Empty where there is a gate that the kernels do not know, so that nobody asks again."""
+    library = cpu_build.library()
+    assert library is not None, "else this backend is not chosen"
     call = library.gated_lora
     call.argtypes = (
         c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p,

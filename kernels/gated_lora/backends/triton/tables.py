@@ -24,7 +24,7 @@ import torch
 from vllm_lora_ext.routing.spec import Bias, Score, Select, Weight
 
 if TYPE_CHECKING:
-    from vllm_lora_ext.kernels.gated_lora.site import SlicePlan
+    from vllm_lora_ext.kernels.gated_lora.plan import Shape, SlicePlan
 
 SPEC = (
     "ranks", "gated", "score", "bias", "select", "by_magnitude", "picks", "head", "subtract",
@@ -71,6 +71,10 @@ class SlotTables:
     def clear(self, slot: int) -> None:
         """The slot adds nothing any more."""
         self.ints_SI[slot].zero_()
+
+    def shapes(self) -> list[Shape]:
+        """Of one slot's rows, as `describe` fills them."""
+        return [((row.shape[1],), row.dtype) for row in (self.ints_SI, self.floats_SF)]
 
     def describe(
         self,
