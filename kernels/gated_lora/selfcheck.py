@@ -16,7 +16,7 @@ from vllm_lora_ext.kernels.gated_lora.backends import choice
 from vllm_lora_ext.kernels.gated_lora.reference import TOLERANCE, gated_lora_reference
 from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.kernels.gated_lora.step import StepMap
-from vllm_lora_ext.routing import GateSpec
+from vllm_lora_ext.routing import GateSpec, InputNorm
 
 TOKENS = (1, 33, 200, 600)  # one step for every row of the tuning table
 SLICES, WIDTH = (192, 48), 512
@@ -33,6 +33,8 @@ class Part:
     bias_G: torch.Tensor | None = None
     head_K: torch.Tensor | None = None
     head_bias: float = 0.0
+    logit_bias_G: torch.Tensor | None = None
+    norm: InputNorm | None = None
 
 
 def selfcheck(

@@ -4,7 +4,8 @@
 its own part of y, and the layer's sum over the ranks, which it has without LoRA too, completes
 both. Only what a *gate* reads must be whole before: the logits of a router, or the A x of gates
 that score it. So a step of the base model or of plain adapters communicates nothing, and a router
-its logits, [T, router rows] fp32. All ranks hold the same bits afterwards: the same experts.
+its logits, [T, router rows] fp32, and two numbers more if it reads a normalised x. Numbers that
+come with the rows are every rank's own. All ranks hold the same bits afterwards: the same experts.
 
 Where CUDA graphs are captured, what runs must not depend on the step's slots. There a step with any
 adapter sums all that a slot could need, [T, `Site.num_rows`]; nothing when the engine keeps no
@@ -45,11 +46,12 @@ def gated_lora_(
 
 
 def gated_rows(site: Site) -> Gated:
-    """The rows of the step whose slot has a gate here, as an index, and the slot's plan."""
+    """The rows of the step whose slot has a gate here that reads x, as an index, and the slot's
+    plan."""
     return [
         (slice(start, stop) if index_T is None else index_T, plan)
         for slot, start, stop, index_T in site.step.groups
-        if (plan := site.plans[slot]) is not None and not plan.plain
+        if (plan := site.plans[slot]) is not None and plan.num_inputs
     ]
 
 

@@ -9,14 +9,17 @@ import torch
 
 from vllm_lora_ext.kernels.gated_lora.backends.base import Backend
 from vllm_lora_ext.kernels.gated_lora.backends.choice import best
+from vllm_lora_ext.kernels.gated_lora.compose import Part, compose, composed_shapes
 from vllm_lora_ext.kernels.gated_lora.plan import (
+    STATS,
     PackedSite,
     Shape,
     SlicePlan,
     SlotPlan,
+    is_plain,
     shared_gate,
 )
-from vllm_lora_ext.kernels.gated_lora.step import StepMap
+from vllm_lora_ext.kernels.gated_lora.step import MAX_COLUMNS, StepMap
 from vllm_lora_ext.routing import GatedSlice
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
@@ -63,7 +66,7 @@ class Site:
         ranks, self.most_routers = (
             len(self.slice_sizes) * n for n in (max_rank, max_router_rows + 1)
         )
-        self.num_rows = ranks + self.most_routers
+        self.num_rows = ranks + self.most_routers + (STATS if max_router_rows else 0)
         self.a_SRK = torch.zeros(
             num_slots, ranks, in_features, dtype=self.store.dtype, device=device
         )
@@ -191,21 +194,44 @@ class Site:
             _copy_routers(router_GK[g_start:g_stop], s)
             bt_RN.copy_(s.b_NR.t())
             y_start = sum(self.slice_sizes[:i])
-            bias_G = None if s.bias_G is None else s.bias_G.float().clone()
             plans.append(SlicePlan(
                 gate=s.gate, y_start=y_start, y_stop=y_start + self.slice_sizes[i],
                 a_start=a_start, a_stop=a_stop, router_start=num_ranks + g_start,
-                head_at=num_ranks + g_start + s.gate.router_rows, bt_RN=bt_RN, bias_G=bias_G,
-                head_bias=s.head_bias,
+                head_at=num_ranks + g_start + s.gate.router_rows, bt_RN=bt_RN,
+                bias_G=_own(s.bias_G), head_bias=s.head_bias, logit_bias_G=_own(s.logit_bias_G),
+                norm=s.norm and s.norm.map(_own),
             ))  # fmt: skip
             a_start, g_start = a_stop, g_stop
         packed = PackedSite(
             a_RK=a_RK, router_GK=router_GK, stored=tuple(stored),
             slices=tuple((i, plan) for (i, _), plan in zip(parts, plans, strict=True)),
-            shared=shared_gate(plans), plain=all(p.gate.source == "none" for p in plans),
+            shared=shared_gate(plans), plain=is_plain(plans),
         )  # fmt: skip
         self.store.describe(stored, len(a_RK), len(router_GK), packed.slices)
         return packed
+
+    def composed_shapes(self, parts: Sequence[Part]) -> list[Shape]:
+        """Shapes and dtypes of the tensors of what `compose` makes, in its order.
+
+        Raises:
+            ValueError: the parts do not fit into one slot together.
+        """
+        return composed_shapes(self, parts)
+
+    def compose(
+        self, parts: Sequence[Part], out: Sequence[torch.Tensor] | None = None
+    ) -> PackedSite | None:
+        """Several adapters in one slot: what they add, times factors, adds up.
+
+        Args:
+            parts: of each adapter, what `pack` made (None: nothing here), a factor for all rows,
+                the column of `StepMap.rows_TC` that has a factor for each row (-1: none), and
+                the first column of those that its own gates read.
+            out: the tensors to fill, as `composed_shapes` says; None: new ones.
+        Raises:
+            ValueError: they do not fit into one slot together.
+        """
+        return compose(self, parts, out)
 
     def load(self, slot: int, packed: PackedSite | None) -> None:
         """Puts what `pack` made into a slot: copies only, and no wait for any of them."""
@@ -228,11 +254,17 @@ class Site:
         )
 
     def _in_slot(self, slot: int, i: int, plan: SlicePlan) -> SlicePlan:
-        bt_RN = self.bt_SRN[i][slot, : len(plan.bt_RN)]
-        bias_G = plan.bias_G
-        if bias_G is not None and not bt_RN.is_cpu:
-            bias_G = bias_G.to(bt_RN.device, non_blocking=True)
-        return replace(plan, bt_RN=bt_RN, bias_G=bias_G)
+        bt_RN = self.bt_SRN[i][slot, plan.b_start : plan.b_start + len(plan.bt_RN)]
+        if bt_RN.is_cpu:
+            return replace(plan, bt_RN=bt_RN)
+
+        def there(t: torch.Tensor | None) -> torch.Tensor | None:
+            return None if t is None else t.to(bt_RN.device, non_blocking=True)
+
+        return replace(
+            plan, bt_RN=bt_RN, bias_G=there(plan.bias_G), logit_bias_G=there(plan.logit_bias_G),
+            norm=plan.norm and plan.norm.map(there),
+        )  # fmt: skip
 
     def _check(self, i: int, s: GatedSlice) -> None:
         rank, router_rows = s.b_NR.shape[1], s.gate.router_rows
@@ -241,7 +273,12 @@ class Site:
                 f"slice {i}: rank {rank} of {self.max_rank}, router rows {router_rows} of "
                 f"{self.max_router_rows}"
             )
-        if self.static and self.reduce and not self.max_router_rows and s.gate.source != "none":
+        if s.gate.columns > MAX_COLUMNS:
+            raise ValueError(
+                f"slice {i}: {s.gate.columns} gates that come with a row, of {MAX_COLUMNS}"
+            )
+        reads_x = s.gate.source != "none" and not s.gate.columns
+        if self.static and self.reduce and not self.max_router_rows and reads_x:
             raise ValueError(f"slice {i}: its gate needs a sum over the ranks that no graph holds")
         want = (self.a_SRK.shape[2], self.slice_sizes[i])
         if (s.a_RK.shape[1], s.b_NR.shape[0]) != want:
@@ -274,3 +311,7 @@ def _copy_routers(out_GK: torch.Tensor, s: GatedSlice) -> None:
         out_GK[: len(s.router_GK)] = s.router_GK
     if s.head_K is not None:
         out_GK[-1] = s.head_K
+
+
+def _own(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.float().clone()

@@ -7,7 +7,7 @@ from typing import Literal
 
 import torch
 
-from vllm_lora_ext.routing import GateSpec
+from vllm_lora_ext.routing import GateSpec, InputNorm
 
 Kind = Literal["linear", "embedding"]
 NO_GATE = GateSpec()  # a plain LoRA
@@ -25,6 +25,8 @@ class RoutedModule:
         router_GK: [G, in], for sources `router` and `prototype`.
         bias_G: [G], when gate.bias is not `none`.
         head_K: [in], weight of a learned threshold head; head_bias is its bias.
+        logit_bias_G: [G], added to the router's logits before they are scored.
+        norm: when gate.normalise is not `none`.
     """
 
     a_RK: torch.Tensor
@@ -35,6 +37,8 @@ class RoutedModule:
     head_K: torch.Tensor | None = None
     head_bias: float = 0.0
     kind: Kind = "linear"
+    logit_bias_G: torch.Tensor | None = None
+    norm: InputNorm | None = None
 
     @property
     def rank(self) -> int:

@@ -20,7 +20,7 @@ from vllm_lora_ext.kernels.gated_lora.plan import PackedSite, Shape, SlicePlan
 if TYPE_CHECKING:
     from vllm_lora_ext.kernels.gated_lora.site import Site
 
-Part = tuple[int, int]  # a slice's number, and how many ranks something has there
+Part = tuple[int, int]  # a slice's number, and how many ranks one plan has there
 
 
 class Store:
@@ -36,7 +36,7 @@ class Store:
         self.dtype, self.bt_SRN = dtype, tuple(bt_SRN)
 
     def shapes(self, parts: Sequence[Part]) -> list[Shape]:
-        """Shapes and dtypes of what it keeps of an adapter with these parts."""
+        """Shapes and dtypes of what it keeps of plans with these parts, a slice's together."""
         raise NotImplementedError
 
     def places(self, stored: Sequence[torch.Tensor], parts: Sequence[Part]) -> list[torch.Tensor]:

@@ -39,12 +39,18 @@ class TableStore(Store):
         self.routers_2 = torch.zeros(2, dtype=torch.int64, device=device)
 
     def shapes(self, parts: Sequence[Part]) -> list[Shape]:
-        rank = max(rank for _, rank in parts)
-        return [((rank, sum(self._sizes)), self.dtype), *self.tables.shapes()]
+        ranks = [0] * len(self._sizes)  # of each slice
+        for i, rank in parts:
+            ranks[i] += rank
+        return [((max(ranks), sum(self._sizes)), self.dtype), *self.tables.shapes()]
 
     def places(self, stored: Sequence[torch.Tensor], parts: Sequence[Part]) -> list[torch.Tensor]:
-        columns = stored[0].zero_().split(self._sizes, dim=1)
-        return [columns[i][:rank] for i, rank in parts]
+        left = list(stored[0].zero_().split(self._sizes, dim=1))  # of each slice
+        found = []
+        for i, rank in parts:
+            place, left[i] = left[i][:rank], left[i][rank:]
+            found.append(place)
+        return found
 
     def copy(self, slot: int, packed: PackedSite) -> None:
         b_RN = packed.stored[0]
