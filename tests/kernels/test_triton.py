@@ -471,9 +471,8 @@ def test_nothing_in_the_selfcheck_hangs_on_rounding(rank, dtype):
 
 @runs_kernels
 def test_selfcheck_says_what_is_wrong(monkeypatch):
-    from vllm_lora_ext.kernels.gated_lora.backends.triton import expand as triton_expand
-
-    right = triton_expand.expand_
+    backend = choice.triton()
+    right = backend.expand_
 
     def one_column_off(y_TN, u_PTR, site):
         right(y_TN, u_PTR, site)
@@ -482,9 +481,9 @@ def test_selfcheck_says_what_is_wrong(monkeypatch):
     def refused(*_):
         raise RuntimeError("out of resource: shared memory\nmore")
 
-    monkeypatch.setattr(triton_expand, "expand_", one_column_off)
+    monkeypatch.setattr(backend, "expand_", one_column_off)
     assert "results differ" in selfcheck(DEVICE, torch.float32, 8, 8)
-    monkeypatch.setattr(triton_expand, "expand_", refused)
+    monkeypatch.setattr(backend, "expand_", refused)
     assert selfcheck(DEVICE, torch.float32, 8, 8) == "RuntimeError: out of resource: shared memory"
 
 
