@@ -37,10 +37,11 @@ from vllm_lora_ext.kernels.gated_lora.backends.triton.expand import (
 )
 from vllm_lora_ext.kernels.gated_lora.backends.triton.expand import gate as gate_of
 from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import operand
+from vllm_lora_ext.kernels.gated_lora.backends.triton.store import store_of
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import warps_of
-from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.kernels.gated_lora.step import max_tiles
 from vllm_lora_ext.kernels.mix_mlp import tables
+from vllm_lora_ext.kernels.mix_mlp.block import BlockSite
 from vllm_lora_ext.kernels.mix_mlp.tables import BlockTables
 
 TILE, COLUMNS = 16, 64
@@ -209,33 +210,33 @@ def mix_(
     z_PTR: torch.Tensor,
     base_TN: torch.Tensor,
     u_PTR: torch.Tensor,
-    first: Site,
-    last: Site,
-    block: BlockTables,
+    block: BlockSite,
 ) -> None:
     """Puts the mixed activations into the rows of a that have experts here, and what the second
     linear's shrink would make of them into those rows of z.
 
     Args:
         a_TI: [T, inner], base_TN: [T, gate | up] or [T, inner]; columns adjacent.
-        z_PTR: [parts, T, last.num_rows] fp32, for the second linear's shrink to fill further.
-        u_PTR: [parts, T, first.num_rows] fp32, the first linear's shrink.
+        z_PTR: [parts, T, block.last.num_rows] fp32, for the second linear's shrink to fill further.
+        u_PTR: [parts, T, block.first.num_rows] fp32, the first linear's shrink.
     """
     assert a_TI.stride(1) == base_TN.stride(1) == 1
     num_tokens, inner = a_TI.shape
     if not num_tokens:
         return
-    gate, tiles = block.gate, first.step.tiles(TILE)
-    mix_kernel[(len(z_PTR), max_tiles(num_tokens, len(first.b_SRN), TILE))](
+    first, own = block.first, block.tables
+    assert isinstance(own, BlockTables)
+    gate, tiles, b_SRN = own.gate, first.step.tiles(TILE), store_of(first).b_SRN
+    mix_kernel[(len(z_PTR), max_tiles(num_tokens, len(b_SRN), TILE))](
         a_TI,
         base_TN,
         u_PTR,
         z_PTR,
-        first.b_SRN,
-        last.a_SRK,
+        b_SRN,
+        block.last.a_SRK,
         gate.ints_SI,
         gate.floats_SF,
-        block.ints_SI,
+        own.ints_SI,
         first.step.order_T,
         tiles,
         num_tokens,
@@ -247,20 +248,20 @@ def mix_(
         u_PTR.stride(1),
         z_PTR.stride(0),
         z_PTR.stride(1),
-        first.b_SRN.stride(0),
-        first.b_SRN.stride(1),
-        last.a_SRK.stride(0),
-        last.a_SRK.stride(1),
+        b_SRN.stride(0),
+        b_SRN.stride(1),
+        block.last.a_SRK.stride(0),
+        block.last.a_SRK.stride(1),
         gate.ints_SI.stride(0),
         gate.floats_SF.stride(0),
-        block.ints_SI.stride(0),
+        own.ints_SI.stride(0),
         tiles.stride(0),
         PARTS=len(u_PTR),
         GATED=base_TN.shape[1] == 2 * inner,
         BLOCK_T=TILE,
         BLOCK_R=first.padded_rank,
         BLOCK_N=COLUMNS,
-        OPERAND=operand(first.b_SRN),
+        OPERAND=operand(b_SRN),
         num_warps=warps_of(TILE, first.padded_rank),
         num_stages=1,
     )

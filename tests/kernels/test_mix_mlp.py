@@ -67,7 +67,7 @@ class Mlp:
 
     Args:
         biased: whether the second linear has a bias; it is scaled by the sum of the weights.
-        new: dtype, device and triton of the sites.
+        new: dtype, device and backend of the sites.
     """
 
     def __init__(

@@ -29,6 +29,7 @@ from vllm_lora_ext.kernels.gated_lora import (
     register_site,
 )
 from vllm_lora_ext.kernels.gated_lora import selfcheck as checks
+from vllm_lora_ext.kernels.gated_lora.backends import choice
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import Device, blocks, splits
 from vllm_lora_ext.kernels.gated_lora.reference import TOLERANCE, SlotPart
 from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
@@ -100,12 +101,12 @@ class Batch:
         self.rng = np.random.default_rng(seed)
         torch.manual_seed(seed)
         self.sizes, self.k, self.dtype = sizes, k, dtype
-        self.site = Site(slots, k, sizes, max_rank, max_rank, dtype, DEVICE, triton=True)
+        self.site = Site(slots, k, sizes, max_rank, max_rank, dtype, DEVICE, choice.triton())
         if reserve:
             self.site.reserve_routers(self.site.most_routers)
-        for buffer in (self.site.a_SRK, self.site.b_SRN, self.site.router_SGK):
+        for buffer in (self.site.a_SRK, self.site.store.b_SRN, self.site.router_SGK):
             buffer.fill_(NAN)
-        self.site.tables.floats_SF.fill_(NAN)
+        self.site.store.tables.floats_SF.fill_(NAN)
         self.slots = [[None] * len(sizes) for _ in range(slots)]
         self.site.step = StepMap(max(t, 1) + 5, DEVICE, tiled=True)
         self.number = register_site(self.site)
@@ -532,9 +533,8 @@ def test_nothing_in_the_selfcheck_hangs_on_rounding(rank, dtype):
 
 @runs_kernels
 def test_selfcheck_says_what_is_wrong(monkeypatch):
-    from vllm_lora_ext.kernels.gated_lora.backends.triton import expand as triton_expand
-
-    right = triton_expand.expand_
+    backend = choice.triton()
+    right = backend.expand_
 
     def one_column_off(y_TN, u_PTR, site):
         right(y_TN, u_PTR, site)
@@ -543,9 +543,9 @@ def test_selfcheck_says_what_is_wrong(monkeypatch):
     def refused(*_):
         raise RuntimeError("out of resource: shared memory\nmore")
 
-    monkeypatch.setattr(triton_expand, "expand_", one_column_off)
+    monkeypatch.setattr(backend, "expand_", one_column_off)
     assert "results differ" in selfcheck(DEVICE, torch.float32, 8, 8)
-    monkeypatch.setattr(triton_expand, "expand_", refused)
+    monkeypatch.setattr(backend, "expand_", refused)
     assert selfcheck(DEVICE, torch.float32, 8, 8) == "RuntimeError: out of resource: shared memory"
 
 

@@ -11,14 +11,17 @@ import functools
 import itertools
 import logging
 from ctypes import Structure, c_float, c_int64, c_void_p
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
 from vllm_lora_ext.kernels.gated_lora.backends.native import build as cpu_build
 from vllm_lora_ext.kernels.gated_lora.plan import SlicePlan, SlotPlan
-from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.routing import GateSpec, InputNorm
+
+if TYPE_CHECKING:
+    from vllm_lora_ext.kernels.gated_lora.backends.native.backend import NativeStore
+    from vllm_lora_ext.kernels.gated_lora.site import Site
 
 logger = logging.getLogger("vllm.lora_ext")
 
@@ -77,21 +80,19 @@ class Tables(NamedTuple):
     slots: Any
     num_slots: int
     kept: list[_Slot | None]
-    reads_rows: bool
 
     def given(self, site: Site) -> tuple[int | None, int]:
         """Address and stride of the numbers that come with each row, where a slot reads them."""
-        if not self.reads_rows:
-            return None, 0
-        rows_TC = site.step.rows_TC
-        return rows_TC.data_ptr(), rows_TC.stride(0)
+        rows_TC = site.rows_TC
+        return (None, 0) if rows_TC is None else (rows_TC.data_ptr(), rows_TC.stride(0))
 
 
 def tables(site: Site, *tensors: torch.Tensor) -> Tables | None:
     """The site's tables when the kernels can work on these tensors, else None."""
-    if site.native is None:
-        site.native = _make(site)
-    found: Tables | None = site.native or None
+    store = cast("NativeStore", site.store)
+    if store.tables is None:
+        store.tables = _make(site)
+    found: Tables | None = store.tables or None
     if found is not None:
         for tensor in tensors:
             if tensor.dtype not in found.types or tensor.stride(-1) != 1:
@@ -131,11 +132,9 @@ def gate_expand_(
 
 
 def _make(site: Site) -> Tables | tuple[()]:
-    """Empty where there are no compiled kernels, or a gate that they do not know, so that nobody
-    asks again."""
-    library = cpu_build.library() if site.a_SRK.is_cpu else None
-    if library is None:
-        return ()
+    """Empty where there is a gate that the kernels do not know, so that nobody asks again."""
+    library = cpu_build.library()
+    assert library is not None, "else this backend is not chosen"
     call = library.gated_lora
     call.argtypes = (
         c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p,
@@ -149,8 +148,7 @@ def _make(site: Site) -> Tables | tuple[()]:
         _say_unknown(str(unknown))
         return ()
     pointers = [None if slot is None else ctypes.addressof(slot) for slot in kept]
-    reads_rows = any(plan is not None and plan.columns for plan in site.plans)
-    return Tables(call, types, (c_void_p * len(kept))(*pointers), len(kept), kept, reads_rows)
+    return Tables(call, types, (c_void_p * len(kept))(*pointers), len(kept), kept)
 
 
 @functools.cache

@@ -19,6 +19,8 @@ loads only those rows of B whose gate is open for some row of its tile: at decod
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -26,9 +28,12 @@ import triton.language as tl
 from vllm_lora_ext.kernels.gated_lora import plan
 from vllm_lora_ext.kernels.gated_lora.backends.triton import tables
 from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import operand
+from vllm_lora_ext.kernels.gated_lora.backends.triton.store import store_of
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import blocks, device_of
-from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.kernels.gated_lora.step import max_tiles
+
+if TYPE_CHECKING:
+    from vllm_lora_ext.kernels.gated_lora.site import Site
 
 SOFTMAX_SCORE = tl.constexpr(tables.SCORES.index("softmax"))
 SIGMOID_SCORE = tl.constexpr(tables.SCORES.index("sigmoid"))
@@ -320,11 +325,11 @@ def expand_(
 
     Args:
         y_TN: [T, N], columns adjacent; fp32, fp16 or bf16, as the site's weights.
-        u_PTR: [parts, T, site.num_rows] fp32, from `shrink_parts`.
+        u_PTR: [parts, T, site.num_rows] fp32, from `shrink`.
         v_PTR: what the gates read, in the strides of u; by default u.
     """
-    slot_tables, b_SRN = site.tables, site.b_SRN
-    assert slot_tables is not None and y_TN.stride(1) == 1
+    slot_tables, b_SRN = store_of(site).tables, store_of(site).b_SRN
+    assert y_TN.stride(1) == 1
     num_tokens = y_TN.shape[0]
     if not num_tokens:
         return

@@ -23,10 +23,13 @@ way, the routers' among them, therefore have fewer rows (`tuning.SYNCHRONOUS_ROW
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 
+from vllm_lora_ext.kernels.gated_lora.backends.triton.store import store_of
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import (
     SYNCHRONOUS_ROWS,
     Shrink,
@@ -34,8 +37,10 @@ from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import (
     device_of,
     splits,
 )
-from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.kernels.gated_lora.step import max_tiles
+
+if TYPE_CHECKING:
+    from vllm_lora_ext.kernels.gated_lora.site import Site
 
 OPERANDS = {
     torch.float32: tl.float32,
@@ -178,9 +183,7 @@ def _stats(
     tl.store(u_T + 1, squares_T, mask=ok_T)
 
 
-def shrink_parts(
-    x_TK: torch.Tensor, site: Site, memory: torch.Tensor | None = None
-) -> torch.Tensor:
+def shrink(x_TK: torch.Tensor, site: Site, memory: torch.Tensor | None = None) -> torch.Tensor:
     """Parts of `[A; router] x` for each row's own slot.
 
     Args:
@@ -236,7 +239,7 @@ def _tiles(num_tokens: int, dtype: torch.dtype, site: Site) -> tuple[Shrink, int
 
 
 def _launch(u_PTR: torch.Tensor, x_TK: torch.Tensor, site: Site) -> None:
-    assert site.tables is not None
+    store = store_of(site)
     parts, num_tokens, _ = u_PTR.shape
     s, a_tiles, row_tiles = _tiles(num_tokens, x_TK.dtype, site)
     num_slots, _, num_k = site.a_SRK.shape
@@ -245,8 +248,8 @@ def _launch(u_PTR: torch.Tensor, x_TK: torch.Tensor, site: Site) -> None:
         u_PTR,
         x_TK,
         site.a_SRK,
-        site.routers_2,
-        site.tables.ints_SI,
+        store.routers_2,
+        store.tables.ints_SI,
         site.step.order_T,
         tiles,
         num_tokens,
@@ -257,7 +260,7 @@ def _launch(u_PTR: torch.Tensor, x_TK: torch.Tensor, site: Site) -> None:
         u_PTR.stride(1),
         x_TK.stride(0),
         site.a_SRK.stride(0),
-        site.tables.ints_SI.stride(0),
+        store.tables.ints_SI.stride(0),
         tiles.stride(0),
         BLOCK_T=s.tile,
         BLOCK_R=s.rows,
