@@ -74,7 +74,10 @@ def plan_of(request: Any) -> Plan | None:
 def attach(request: Any, columns: Sequence[Column]) -> None:
     """Has a request carry columns, beside what else it says; its parameters may be others'."""
     said = (_params(request) or {}).get(KEY)
-    said = {**(said if isinstance(said, Mapping) else {}), "columns": [c.to_dict() for c in columns]}
+    said = {
+        **(said if isinstance(said, Mapping) else {}),
+        "columns": [c.to_dict() for c in columns],
+    }
     for name, args in _PLACES:
         params = getattr(request, name)
         if params is not None:
