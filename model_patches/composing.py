@@ -19,6 +19,7 @@ from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora.plan import PackedSite, Shape
 from vllm_lora_ext.kernels.gated_lora.step import MAX_COLUMNS
 from vllm_lora_ext.model_patches.layers import RoutedEmbedding, RoutedLinear
+from vllm_lora_ext.model_patches.logits import RoutedLogits
 from vllm_lora_ext.model_patches.mlp import Block
 from vllm_lora_ext.model_patches.positions import Positions
 from vllm_lora_ext.model_patches.residency import HostAdapter, SlotPart, flat_views
@@ -107,6 +108,8 @@ class Composer:
         starts = list(accumulate((part.width for part in parts), initial=0))
         _check_columns(starts[-1])
         self._check_blocks(ingredients)
+        for ingredient in ingredients:
+            self._check_own(ingredient)
         places = [
             _Place(i, start if i.by_row else -1, start + i.by_row)
             for i, start in zip(ingredients, starts, strict=False)
@@ -133,7 +136,7 @@ class Composer:
             nbytes=nbytes + sum(map(_block_bytes, blocks.values())),
             sites={n: packed for n, packed in sites.items() if packed is not None},
             stock={n: m.into(*next(left)) for n, m in matrices.items()},
-            blocks=blocks, names=_names(linears, places), parts=parts,
+            blocks=blocks, heads={}, names=_names(linears, places), parts=parts,
             factors={n: torch.tensor(m.factors) for n, m in matrices.items() if starts[-1]},
         )  # fmt: skip
 
@@ -149,7 +152,7 @@ class Composer:
 
     def _matrix(self, name: str, places: Sequence[_Place]) -> _Matrix:
         here = [p for p in places if name in p.ingredient.host.stock]
-        pairs = [p.ingredient.host.stock[name] for p in here]
+        pairs: list[Any] = [p.ingredient.host.stock[name] for p in here]
         embedding = isinstance(self._modules[name], RoutedEmbedding)
         a = torch.cat([a for a, _ in pairs])
         scales = [p.ingredient.scale for p in here]
@@ -194,6 +197,21 @@ class Composer:
                 fix=f"start the server with --max-lora-rank {enough}" if enough
                 else f"name fewer adapters: vLLM stops at rank {RANKS[-1]}",
             )  # fmt: skip
+
+    def _check_own(self, ingredient: Ingredient) -> None:
+        """Only into layers of our own can several adapters go."""
+        layers = [n for n in ingredient.host.stock if not self._is_matrix(n)]
+        layers += ingredient.host.heads
+        if layers:
+            raise AdapterError(
+                "unsupported_feature", "a classification head or fused experts cannot be scaled,"
+                f" nor stand beside another adapter: {ingredient.name}", seen=layers[0],
+                limit="linear layers, embedding and output matrix",
+                fix="name the adapter alone, as the request's model",
+            )  # fmt: skip
+
+    def _is_matrix(self, layer: str) -> bool:
+        return isinstance(self._modules[layer], RoutedEmbedding | RoutedLogits)
 
     def _check_blocks(self, ingredients: Sequence[Ingredient]) -> None:
         """A block's linears hold its experts, and nothing beside them."""
