@@ -19,7 +19,7 @@ from vllm.lora.request import LoRARequest
 
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.adapter_paths import find_folder
-from vllm_lora_ext.model_patches.admission import Admitted
+from vllm_lora_ext.model_patches.admitted import Admitted
 from vllm_lora_ext.model_patches.refused import RefusedRequest, to_response
 from vllm_lora_ext.serving import Mix, Mixes, from_lorax, is_mix_name, parse
 from vllm_lora_ext.settings import LoraExtSettings
