@@ -162,14 +162,18 @@ def load_adapter(
     Raises:
         AdapterError: the folder cannot be served; docs/errors.md lists the codes. Nothing else.
     """
-    folder = AdapterFolder(
+    return read_adapter(AdapterFolder(
         path, limits, settings,
         roots=roots, allow_pickle=pickle is not None, accepted=accept_config_keys,
         head_size=head_size,
-    )  # fmt: skip
+    ))  # fmt: skip
+
+
+def read_adapter(folder: AdapterFolder) -> RoutedAdapter:
+    """As `load_adapter`, of a folder that is open already, and not read."""
     adapter = find_reader(folder).read(folder)
     digest = folder.finish()
-    adapter = dataclasses.replace(adapter, source=os.fspath(path), digest=digest)
+    adapter = dataclasses.replace(adapter, source=os.fspath(folder.path), digest=digest)
     check_adapter(adapter)
     if not parts:
         refuse_parts(adapter)
