@@ -400,6 +400,33 @@ def extras_of(params: Any) -> Mapping[str, Any]:
     return getattr(params, "extra_kwargs", None) or {}
 
 
+def check_prompt(request: Any) -> None:
+    """Holds what a request says against its prompt.
+
+    Args:
+        request: vLLM's `EngineCoreRequest`, which carries a plan.
+    Raises:
+        AdapterError: `bad_value`.
+    """
+    plan = extras_of(request.params).get(FIELD) or {}
+    ids, embeds = request.prompt_token_ids, request.prompt_embeds
+    length = len(embeds) if ids is None else len(ids)
+    given = {feature.modality for feature in request.mm_features or ()}
+    for name, spans in plan.get("modality_spans", {}).items():
+        last = max((stop for _, stop in spans), default=0)
+        if last > length:
+            raise AdapterError(
+                "bad_value", f"{FIELD}.modality_spans.{name} is outside of the prompt", seen=last,
+                limit=f"{length}, where the prompt ends", fix="count tokens of the whole prompt",
+            )  # fmt: skip
+        if name in given:
+            raise AdapterError(
+                "bad_value", f"{FIELD}.modality_spans.{name} stands beside inputs of that kind,"
+                " whose positions are known", seen=[list(span) for span in spans],
+                fix="leave it out",
+            )  # fmt: skip
+
+
 def carrying(params: Any, target: Target) -> Any:
     """Parameters that carry a target's plan in place of what the request said; a copy where they
     differ, for the caller may use its own again.
