@@ -166,10 +166,10 @@ def load_adapter(
         path, limits, settings,
         roots=roots, allow_pickle=pickle is not None, accepted=accept_config_keys,
         head_size=head_size,
-    ))  # fmt: skip
+    ), parts)  # fmt: skip
 
 
-def read_adapter(folder: AdapterFolder) -> RoutedAdapter:
+def read_adapter(folder: AdapterFolder, parts: bool = False) -> RoutedAdapter:
     """As `load_adapter`, of a folder that is open already, and not read."""
     adapter = find_reader(folder).read(folder)
     digest = folder.finish()
