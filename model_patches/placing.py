@@ -131,7 +131,7 @@ class Placer:
             return HostAdapter(
                 system=adapter.system, source=adapter.source, rank=adapter.rank,
                 version=adapter.digest, nbytes=template.nbytes, sites={}, stock={}, blocks={},
-                names={}, template=template,
+                heads={}, names={}, template=template,
             )  # fmt: skip
         self._check_columns(adapter, name_of, away)
         host = self._pack(adapter, name_of, away)
@@ -244,10 +244,12 @@ def _is_linear(adapter: RoutedAdapter) -> bool:
     """Whether the adapter's columns multiply all that it adds, and nothing else is done to them."""
     gates = [module.gate for module in adapter.modules.values()]
     one = GateSpec("request", blocks=(1,))
-    return not adapter.columns or not adapter.blocks and all(
+    multiplied = all(
         gate.columns and replace(gate, source="request", blocks=(1,), constant=1.0) == one
         for gate in gates
-    )  # fmt: skip
+    )
+    own = adapter.blocks or adapter.experts or adapter.heads
+    return not adapter.columns or (multiplied and not own)
 
 
 def _site(layer: RoutedLinear, modules: Sequence[RoutedModule | None]) -> tuple[list[Shape], Fill]:

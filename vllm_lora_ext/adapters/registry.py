@@ -162,7 +162,7 @@ def load_adapter(
     Raises:
         AdapterError: the folder cannot be served; docs/errors.md lists the codes. Nothing else.
     """
-    return read_adapter(AdapterFolder(
+    adapter = read_adapter(AdapterFolder(
         path, limits, settings,
         roots=roots, allow_pickle=pickle is not None, accepted=accept_config_keys,
         head_size=head_size,
@@ -175,8 +175,6 @@ def read_adapter(folder: AdapterFolder, parts: bool = False) -> RoutedAdapter:
     digest = folder.finish()
     adapter = dataclasses.replace(adapter, source=os.fspath(folder.path), digest=digest)
     check_adapter(adapter)
-    if not parts:
-        refuse_parts(adapter)
     return adapter
 
 
