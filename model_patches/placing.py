@@ -76,6 +76,8 @@ class Placer:
             f"{name}." for name, m in model.named_modules() if isinstance(m, PPMissingLayer)
         )
         self._shapes = _shapes(modules, packed) | lane.shapes
+        # Layers that an adapter can name, those with adapted parameters among them.
+        self._known = self._shapes.keys() | {name.rpartition(".")[0] for name in lane.experts}
         self._vllm_names: dict[str, str] = {}
 
     def knows(self, vllm_name: str) -> bool:
@@ -104,10 +106,10 @@ class Placer:
         """
         template = adapter.template
         every = (
-            *adapter.modules, *_block_layers(adapter), *adapter.experts,
-            *(template.sizes if template else ()),
+            *adapter.modules, *_block_layers(adapter), *(template.sizes if template else ()),
         )  # fmt: skip
         name_of = {n: n if renamed else self._vllm_name(n) for n in every}
+        name_of |= {n: self._vllm_parameter(n) for n in adapter.experts}
         away = {n for n, v in name_of.items() if v.startswith(self._missing)}
         known = self._shapes.keys() | self._lane.experts.keys()
         has = away.union(n for n, v in name_of.items() if v in known)
@@ -222,13 +224,19 @@ class Placer:
             )  # fmt: skip
         return block
 
+    def _vllm_parameter(self, name: str) -> str:
+        module, _, parameter = name.rpartition(".")
+        return f"{self._vllm_name(module)}.{parameter}"
+
     def _vllm_name(self, module: str) -> str:
+        """Besides vLLM's own renaming: transformers 5 spells Mixtral's blocks `mlp`."""
         if module not in self._vllm_names:
             full = f"base_model.model.{module}.lora_A.weight"
             name = parse_fine_tuned_lora_name(full, self._mapper)[0]
-            if self._pooling and name not in self._shapes and f"model.{name}" in self._shapes:
-                name = f"model.{name}"
-            self._vllm_names[module] = name
+            spellings = [name, name.replace(".mlp.", ".block_sparse_moe.")]
+            if self._pooling:
+                spellings += [f"model.{spelling}" for spelling in spellings]
+            self._vllm_names[module] = next((s for s in spellings if s in self._known), name)
         return self._vllm_names[module]
 
 

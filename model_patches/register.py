@@ -221,7 +221,8 @@ PATCHES: tuple[Patch, ...] = (
         ),
         how=(
             "The core keeps a ledger of what its workers hold, has a request's adapter loaded "
-            "before it is scheduled, and keys blocks by the digest of the adapter's content."
+            "before it is scheduled, and keys blocks by the digest of the adapter's content and"
+            " by what of it acts in the block."
         ),
         upstream="none yet",
         remove_when="vLLM loads adapters before it schedules requests, and hashes their content.",
@@ -245,6 +246,7 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.v1.core.sched.scheduler", "Scheduler.schedule"),
             Target("vllm.v1.core.sched.scheduler", "Scheduler.finish_requests"),
             Target("vllm.v1.core.kv_cache_utils", "_gen_lora_extra_hash_keys"),
+            Target("vllm.v1.core.kv_cache_utils", "_gen_mm_extra_hash_keys"),
             Target("vllm.v1.core.kv_cache_utils", "generate_block_hash_extra_keys"),
             Target("vllm.v1.core.kv_cache_utils", "get_request_block_hasher"),
             Target("vllm.v1.request", "Request.__init__"),
