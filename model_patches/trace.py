@@ -106,7 +106,8 @@ class Recorder:
         if u_TR is None:
             assert x_TK is not None
             u_TR = plan.shrink(x_TK)
-        for name, part in zip(traced.host.names[layer], plan.slices, strict=False):
+        parts = dict(zip(traced.host.names[layer], plan.slices, strict=False))
+        for name, part in parts.items():  # slices of one name have one gate
             if part.gate.source != "none":
                 self._put(traced, name, _gates(u_TR, part))
 
