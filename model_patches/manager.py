@@ -10,14 +10,13 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
-from vllm.lora.layers import BaseLayerWithLoRA
+from vllm.lora.layers import BaseLayerWithLoRA, ClassificationHeadWithLoRA, FusedMoEWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.triton_utils import HAS_TRITON
 from vllm.utils.torch_utils import PIN_MEMORY
 
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.kernels.gated_lora import Site
 from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
 from vllm_lora_ext.kernels.mix_mlp.selfcheck import selfcheck as block_selfcheck
 from vllm_lora_ext.model_patches.backend import check_graphs, choose_kernels
@@ -31,9 +30,10 @@ from vllm_lora_ext.model_patches.mlp import share_scratch, wrap_blocks
 from vllm_lora_ext.model_patches.placing import Placer
 from vllm_lora_ext.model_patches.positions import Positions
 from vllm_lora_ext.model_patches.punica import skip_unread
-from vllm_lora_ext.model_patches.residency import HostAdapter
+from vllm_lora_ext.model_patches.residency import HeadWeights, HostAdapter
 from vllm_lora_ext.model_patches.rows import Rows, unknown_rows
 from vllm_lora_ext.model_patches.scope import Scope
+from vllm_lora_ext.model_patches.stock_lane import StockLane
 from vllm_lora_ext.model_patches.trace import Recorder
 
 
@@ -100,6 +100,7 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         self.placer = Placer(
             self.model, self.modules, self.packed_modules, self.blocks,
             Scope(self.model, lora_config.target_modules, self.packed_modules_mapping),
+            StockLane(self),
             lora_config.max_lora_rank, router_rows, lora_config.lora_dtype, self.base_name,
             pinned=pinned, graphs=self.graphs,
             pooling=self.is_pooling_model, positions=positions,
@@ -129,13 +130,8 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
     @property
     def slot_nbytes(self) -> int:
         """Bytes of A and B that an adapter of the largest rank on all layers has."""
-        total = 0
-        for layer in self.modules.values():
-            site = getattr(layer, "site", None)
-            own = (layer.lora_a_stacked, layer.lora_b_stacked)
-            weights = (site.a_SRK, *site.bt_SRN) if isinstance(site, Site) else own
-            total += sum(w[0].nbytes for w in weights if isinstance(w, torch.Tensor))
-        return total
+        tables = [table for layer in self.modules.values() for table in _tables(layer)]
+        return sum(table[0].nbytes for table in tables)
 
     def has_slots(self, needed: Collection[int]) -> bool:
         """Whether these adapters can be in slots at once, beside the pinned ones."""
@@ -231,6 +227,8 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
                     layer.factors.set(slot, host.factors[name])
             else:
                 layer.reset_lora(slot)
+            if isinstance(layer, ClassificationHeadWithLoRA):
+                _set_head(layer, slot, host.heads.get(name))
         for name, block in host.blocks.items():
             self.blocks[name].site.load(slot, block)
 
@@ -268,8 +266,29 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
     def _reset_slot(self, slot: int) -> None:
         for layer in self.modules.values():
             layer.reset_lora(slot)
+            if isinstance(layer, ClassificationHeadWithLoRA):
+                layer.reset_module_to_save(slot)
         for block in self.blocks.values():
             block.site.clear(slot)
+
+
+def _tables(layer: Any) -> list[torch.Tensor]:
+    """A and B of all slots, slots first."""
+    if isinstance(layer, RoutedLinear):
+        return [layer.site.a_SRK, *layer.site.bt_SRN]
+    if isinstance(layer, FusedMoEWithLoRA):
+        pairs = layer.w13_lora_a_stacked, layer.w13_lora_b_stacked
+        return [*pairs[0], *pairs[1], *layer.w2_lora_a_stacked, *layer.w2_lora_b_stacked]
+    own = layer.lora_a_stacked, layer.lora_b_stacked
+    found = [table for part in own for table in (part if isinstance(part, tuple) else (part,))]
+    return [*found, *([layer.full_weight_stacked] if hasattr(layer, "full_weight_stacked") else [])]
+
+
+def _set_head(layer: ClassificationHeadWithLoRA, slot: int, weights: HeadWeights | None) -> None:
+    if weights is None:
+        layer.reset_module_to_save(slot)
+    else:
+        layer.set_module_to_save(slot, *weights)
 
 
 def slots_pinned(pinned: int, slots: int) -> AdapterError:

@@ -19,8 +19,9 @@ from vllm_lora_ext.kernels.gated_lora.plan import Shape
 from vllm_lora_ext.model_patches.layers import RoutedLinear
 from vllm_lora_ext.model_patches.mlp import Block
 from vllm_lora_ext.model_patches.positions import Positions
-from vllm_lora_ext.model_patches.residency import HostAdapter, SlotPart, flat_views
+from vllm_lora_ext.model_patches.residency import HostAdapter, SlotPart, bytes_of, flat_views
 from vllm_lora_ext.model_patches.scope import Scope
+from vllm_lora_ext.model_patches.stock_lane import StockLane, refuse_gate
 from vllm_lora_ext.routing import GateSpec
 
 Fill = Callable[[list[torch.Tensor]], Any]
@@ -35,6 +36,7 @@ class Placer:
         modules: name → LoRA layer; packed: name of a fused layer → names of its slices.
         blocks: name → MLP block that can hold experts.
         scope: what of an adapter is served.
+        lane: what goes into layers of vLLM's own.
         max_rank, router_rows: what a slot holds.
         dtype: of the engine's LoRA weights; base_name: the served model.
         pinned: whether host copies are page-locked.
@@ -51,6 +53,7 @@ class Placer:
         packed: Mapping[str, list[str]],
         blocks: Mapping[str, Block],
         scope: Scope,
+        lane: StockLane,
         max_rank: int,
         router_rows: int,
         dtype: torch.dtype,
@@ -64,7 +67,7 @@ class Placer:
         self._modules, self._packed, self._blocks = modules, packed, blocks
         self._max_rank, self._router_rows = max_rank, router_rows
         self._dtype, self._base_name, self._pinned = dtype, base_name, pinned
-        self._graphs, self._pooling, self._scope = graphs, pooling, scope
+        self._graphs, self._pooling, self._scope, self._lane = graphs, pooling, scope, lane
         self._positions = positions
         mapper = getattr(model, "hf_to_vllm_mapper", None)
         self._mapper = mapper and mapper.get_rename_mapper()
@@ -72,7 +75,9 @@ class Placer:
         self._missing = tuple(
             f"{name}." for name, m in model.named_modules() if isinstance(m, PPMissingLayer)
         )
-        self._shapes = _shapes(modules, packed)
+        self._shapes = _shapes(modules, packed) | lane.shapes
+        # Layers that an adapter can name, those with adapted parameters among them.
+        self._known = self._shapes.keys() | {name.rpartition(".")[0] for name in lane.experts}
         self._vllm_names: dict[str, str] = {}
 
     def knows(self, vllm_name: str) -> bool:
@@ -100,12 +105,17 @@ class Placer:
                 gates stand where none are computed, or the device has no room for routers.
         """
         template = adapter.template
-        every = (*adapter.modules, *_block_layers(adapter), *(template.sizes if template else ()))
+        every = (
+            *adapter.modules, *_block_layers(adapter), *(template.sizes if template else ()),
+        )  # fmt: skip
         name_of = {n: n if renamed else self._vllm_name(n) for n in every}
+        name_of |= {n: self._vllm_parameter(n) for n in adapter.experts}
         away = {n for n, v in name_of.items() if v.startswith(self._missing)}
-        has = away.union(n for n, v in name_of.items() if v in self._shapes)
+        known = self._shapes.keys() | self._lane.experts.keys()
+        has = away.union(n for n, v in name_of.items() if v in known)
         if template is None:
             adapter = self._scope.narrowed(adapter, name_of, has)
+        self._lane.check(adapter, name_of, away)
         # The model's own names beside those of the adapter: for what an error says.
         shapes = {v: shape for v, shape in self._shapes.items() if v not in name_of}
         shapes |= {n: self._shapes[v] for n, v in name_of.items() if v in self._shapes}
@@ -171,8 +181,8 @@ class Placer:
             modules = [p and p[1] for p in parts]
             if isinstance(layer, RoutedLinear):
                 sites[layer_name] = _site(layer, modules)
-            else:
-                stock[layer_name] = _stock(names[layer_name][0], layer, modules)
+            elif not self._lane.packs(layer_name):
+                stock[layer_name] = _stock(names[layer_name][0], layer, modules, self._dtype)
         for name, block in adapter.blocks.items():
             first = f"{name}.{min(block.parts)}"
             if first not in away:
@@ -184,10 +194,12 @@ class Placer:
         nbytes, views = flat_views(groups, self._pinned)
         left = iter(views)
         packed = [{name: fill(next(left)) for name, (_, fill) in kind.items()} for kind in kinds]
+        experts, heads = self._lane.pack(adapter, name_of, away)
         return HostAdapter(
             system=adapter.system, source=adapter.source, rank=adapter.rank,
-            version=adapter.digest, nbytes=nbytes, names=names,
-            sites=packed[0], stock=packed[1], blocks=packed[2],
+            version=adapter.digest,
+            nbytes=nbytes + bytes_of(experts.values()) + bytes_of(heads.values()), names=names,
+            sites=packed[0], stock=packed[1] | experts, blocks=packed[2], heads=heads,
             parts=(SlotPart(
                 adapter.digest, columns=adapter.columns, linear=_is_linear(adapter),
                 blocks=bool(blocks),
@@ -212,20 +224,26 @@ class Placer:
             )  # fmt: skip
         return block
 
+    def _vllm_parameter(self, name: str) -> str:
+        module, _, parameter = name.rpartition(".")
+        return f"{self._vllm_name(module)}.{parameter}"
+
     def _vllm_name(self, module: str) -> str:
+        """Besides vLLM's own renaming: transformers 5 spells Mixtral's blocks `mlp`."""
         if module not in self._vllm_names:
             full = f"base_model.model.{module}.lora_A.weight"
             name = parse_fine_tuned_lora_name(full, self._mapper)[0]
-            if self._pooling and name not in self._shapes and f"model.{name}" in self._shapes:
-                name = f"model.{name}"
-            self._vllm_names[module] = name
+            spellings = [name, name.replace(".mlp.", ".block_sparse_moe.")]
+            if self._pooling:
+                spellings += [f"model.{spelling}" for spelling in spellings]
+            self._vllm_names[module] = next((s for s in spellings if s in self._known), name)
         return self._vllm_names[module]
 
 
 def _is_linear(adapter: RoutedAdapter) -> bool:
     """Whether the adapter's columns multiply all that it adds, and nothing else is done to them."""
     gates = [module.gate for module in adapter.modules.values()]
-    one = GateSpec("request", (1,))
+    one = GateSpec("request", blocks=(1,))
     return not adapter.columns or not adapter.blocks and all(
         gate.columns and replace(gate, source="request", blocks=(1,), constant=1.0) == one
         for gate in gates
@@ -238,19 +256,16 @@ def _site(layer: RoutedLinear, modules: Sequence[RoutedModule | None]) -> tuple[
 
 
 def _stock(
-    name: str, layer: BaseLayerWithLoRA, modules: Sequence[RoutedModule | None]
+    name: str,
+    layer: BaseLayerWithLoRA,
+    modules: Sequence[RoutedModule | None],
+    dtype: torch.dtype,
 ) -> tuple[list[Shape], Fill]:
-    """An embedding, whose A the slot holds transposed, or the output matrix."""
+    """An embedding, whose A the slot holds transposed, the output matrix, or the linear layer of
+    a classification head."""
     (part,) = modules
     assert part is not None
-    if part.gate.source != "none":  # its B A x would be added as it is
-        raise AdapterError(
-            "unsupported_feature", "the adapter has a gate at an embedding or output matrix, where"
-            " none is computed", seen=f"{name}: {part.gate.num_gates} gates",
-            limit="gates in linear layers and MLP blocks",
-            fix=f"train or export the adapter without {name}, or with a plain LoRA there",
-        )  # fmt: skip
-    dtype = layer.lora_a_stacked.dtype
+    refuse_gate(name, part)
     embedding = isinstance(layer, VocabParallelEmbeddingWithLoRA)
     a = part.a_RK.t() if embedding else part.a_RK
 

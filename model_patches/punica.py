@@ -12,8 +12,10 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import torch
 import vllm.lora.model_manager as model_manager
 from vllm.lora.layers import BaseLayerWithLoRA
+from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from vllm_lora_ext.kernels.gated_lora import StepMap
 from vllm_lora_ext.model_patches.layers import RoutedEmbedding, RoutedLinear
@@ -37,9 +39,20 @@ class StepMixin:
         self.step_map.update(slots[inverse_T] if len(ids) else slots)
 
 
+class CpuHeadMixin:
+    """LoRA on a classification head, where the index of rows without an adapter, -1, is the last
+    slot's in stock's op."""
+
+    def add_lora_logits(self, y, x, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]
+        delta = torch.zeros_like(y)
+        super().add_lora_logits(delta, x, *args, **kwargs)  # type: ignore[misc]
+        y += torch.where(self.sampler_indices[:, None] >= 0, delta, 0)  # type: ignore[attr-defined]
+
+
 @cache
 def _with_step(stock: type) -> type:
-    return type(stock.__name__, (StepMixin, stock), {"__module__": __name__})
+    own = (StepMixin, CpuHeadMixin) if issubclass(stock, PunicaWrapperCPU) else (StepMixin,)
+    return type(stock.__name__, (*own, stock), {"__module__": __name__})
 
 
 def skip_unread(wrappers: Iterable[Any], layers: Iterable[BaseLayerWithLoRA]) -> None:

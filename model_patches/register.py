@@ -104,6 +104,7 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.__init__"),
             Target("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.update_metadata"),
             Target("vllm.lora.punica_wrapper.punica_cpu", "PunicaWrapperCPU.__init__"),
+            Target("vllm.lora.punica_wrapper.punica_cpu", "PunicaWrapperCPU.add_lora_logits"),
             Target("vllm.lora.layers.utils", "LoRAMapping"),
         ),
     ),
@@ -138,6 +139,15 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.lora.utils", "parse_fine_tuned_lora_name"),
             Target("vllm.lora.utils", "get_adapter_absolute_path"),
             Target("vllm.lora.request", "LoRARequest"),
+            Target("vllm.lora.model_manager", "LoRAModelManager._create_merged_loras_inplace"),
+            Target("vllm.lora.model_manager", "LoRAModelManager._stack_moe_lora_weights"),
+            Target("vllm.lora.model_manager", "LoRAModelManager._convert_3d_to_2d_moe_lora"),
+            Target("vllm.lora.model_manager", "LoRAModelManager._validate_moe_lora_format"),
+            Target("vllm.lora.lora_weights", "LoRALayerWeights"),
+            Target("vllm.lora.lora_weights", "PackedLoRALayerWeights"),
+            Target("vllm.lora.layers.classifier", "ClassificationHeadWithLoRA"),
+            Target("vllm.lora.layers.fused_moe", "FusedMoEWithLoRA"),
+            Target("vllm.lora.layers.fused_moe", "FusedMoE3DWithLoRA"),
         ),
     ),
     Patch(
@@ -211,7 +221,8 @@ PATCHES: tuple[Patch, ...] = (
         ),
         how=(
             "The core keeps a ledger of what its workers hold, has a request's adapter loaded "
-            "before it is scheduled, and keys blocks by the digest of the adapter's content."
+            "before it is scheduled, and keys blocks by the digest of the adapter's content and"
+            " by what of it acts in the block."
         ),
         upstream="none yet",
         remove_when="vLLM loads adapters before it schedules requests, and hashes their content.",
@@ -235,6 +246,7 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.v1.core.sched.scheduler", "Scheduler.schedule"),
             Target("vllm.v1.core.sched.scheduler", "Scheduler.finish_requests"),
             Target("vllm.v1.core.kv_cache_utils", "_gen_lora_extra_hash_keys"),
+            Target("vllm.v1.core.kv_cache_utils", "_gen_mm_extra_hash_keys"),
             Target("vllm.v1.core.kv_cache_utils", "generate_block_hash_extra_keys"),
             Target("vllm.v1.core.kv_cache_utils", "get_request_block_hasher"),
             Target("vllm.v1.request", "Request.__init__"),

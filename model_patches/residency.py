@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,10 @@ from vllm_lora_ext.conditions.column import Column
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora.plan import PackedSite, Shape
 from vllm_lora_ext.kernels.mix_mlp.block import PackedBlock
+
+# Arguments of vLLM's `set_lora` (of fused experts lists), and of `set_module_to_save`.
+Weights = tuple[torch.Tensor | list[torch.Tensor], torch.Tensor | list[torch.Tensor]]
+HeadWeights = tuple[torch.Tensor, torch.Tensor | None]
 
 _ALIGN = 256  # bytes: more than any dtype or vector load asks for
 _PIECE = {True: 64 << 20, False: sys.maxsize}  # bytes, of page-locked memory and of other
@@ -60,7 +64,9 @@ class HostAdapter:
         version: content digest, the same on every rank.
         nbytes: of host memory.
         sites: vLLM's name of a linear layer → its part.
-        stock: name of an embedding or output matrix → A [R, in] and B [out, R].
+        stock: name of an embedding, output matrix, classification head or layer of fused experts,
+            whose slots are vLLM's own → what its `set_lora` takes.
+        heads: name of the classification head → weight [labels, in] and bias [labels] or None.
         blocks: name of an MLP block → its experts.
         names: layer or block → what the adapter's files call its parts, in their order.
         parts: the adapters that it is made of; one that is loaded has one, a template none.
@@ -75,7 +81,8 @@ class HostAdapter:
     version: str
     nbytes: int
     sites: dict[str, PackedSite] = field(repr=False)
-    stock: dict[str, tuple[torch.Tensor, torch.Tensor]] = field(repr=False)
+    stock: dict[str, Weights] = field(repr=False)
+    heads: dict[str, HeadWeights] = field(repr=False)
     blocks: dict[str, PackedBlock] = field(repr=False)
     names: dict[str, tuple[str, ...]] = field(repr=False)
     parts: tuple[SlotPart, ...] = ()
@@ -243,6 +250,13 @@ def _pieces(sizes: Sequence[int], piece: int) -> Iterator[list[int]]:
         run.append(size)
     if run:
         yield run
+
+
+def bytes_of(weights: Iterable[Weights | HeadWeights]) -> int:
+    """Bytes of tensors that stand by themselves."""
+    parts = [part for pair in weights for part in pair if part is not None]
+    tensors = [t for part in parts for t in (part if isinstance(part, list) else [part])]
+    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
 
 
 def _padded(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -45,7 +45,7 @@ class Scope:
         """The adapter without what lies outside.
 
         Args:
-            name_of: the adapter's name of a layer → vLLM's.
+            name_of: the adapter's name of a layer or of a parameter of experts → vLLM's.
             has: names of layers, as the adapter has them, that can be adapted or that live on
                 another rank.
         Raises:
@@ -66,14 +66,19 @@ class Scope:
         modules = {
             name: m for name, m in adapter.modules.items() if name_of[name] not in self._outside
         }
-        if not modules and not adapter.blocks:
+        experts = {
+            name: e
+            for name, e in adapter.experts.items()
+            if name_of[name].rpartition(".")[0] not in self._outside
+        }
+        if not (modules or adapter.blocks or experts or adapter.heads):
             raise AdapterError(
                 "empty_adapter", "no layer of the adapter is among those that may be adapted here",
                 seen=", ".join(sorted({n.rpartition(".")[2] for n in adapter.modules})),
                 limit="--lora-target-modules " + " ".join(self._targets),
                 fix="start with these layers in --lora-target-modules, or without the flag",
             )  # fmt: skip
-        return dataclasses.replace(adapter, modules=modules)
+        return dataclasses.replace(adapter, modules=modules, experts=experts)
 
 
 def _towers(model: Any) -> tuple[str, ...]:

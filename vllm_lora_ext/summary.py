@@ -11,6 +11,7 @@ import torch
 from vllm_lora_ext.adapters.limits import slot_rank
 from vllm_lora_ext.adapters.model import LowRank, RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.readers.base import Reader
+from vllm_lora_ext.adapters.template import Template
 from vllm_lora_ext.kernels.gated_lora.memory import ROUTER_BYTES
 from vllm_lora_ext.kernels.gated_lora.memory import slot_bytes as site_bytes
 from vllm_lora_ext.routing import GateSpec
@@ -55,10 +56,30 @@ def summarise(adapter: RoutedAdapter, reader: Reader | None = None) -> dict[str,
         "digest": adapter.digest,
         "modules": _groups(adapter),
         "blocks": _block_groups(adapter),
+        "fields": request_fields(adapter),
         "settings": dict(reader.settings) if reader else {},
         "flags": flags,
         "serve": " ".join(["vllm serve", adapter.base_model or "BASE", *flags]),
     }
+
+
+def request_fields(adapter: RoutedAdapter) -> dict[str, str]:
+    """Which keys of a request's `lora_ext` mean something to an adapter → what they must hold."""
+    fields = {"adapters": "its name; scale, spans, modality"}
+    template = adapter.template
+    if template is not None and template.user is not None:
+        fields["user"] = f"{template.user} numbers, needed"
+    if template is not None and template.instruction:
+        fields["instruction"] = "a text, or ids; the last user message without it"
+    experts = [column.expert for column in adapter.columns if column.expert]
+    if experts:
+        fields["gates"] = "weights of " + ", ".join(experts)
+    modalities = {m for column in adapter.columns for m in column.modalities} - {"text"}
+    if modalities:
+        fields["modality_spans"] = "where no multimodal input says it: " + ", ".join(
+            sorted(modalities)
+        )
+    return fields
 
 
 def system_row(reader: Reader) -> dict[str, Any]:
@@ -88,6 +109,10 @@ def slot_bytes(adapter: RoutedAdapter, max_rank: int, on_cpu: bool) -> int:
             total += _STORED.itemsize * max_rank * (width + out)
         else:
             total += site_bytes(width, (out,), max_rank, _router_rows(layer), _STORED, on_cpu)
+    if adapter.template is not None:
+        rows = adapter.template.router_rows
+        for width, out in adapter.template.sizes.values():
+            total += site_bytes(width, (out,), max_rank, rows, _STORED, on_cpu)
     return total + sum(ROUTER_BYTES * b.router_GK.numel() for b in adapter.blocks.values())
 
 
@@ -97,7 +122,10 @@ def _router_rows(layer: RoutedModule | LowRank) -> int:
 
 
 def adapter_bytes(adapter: RoutedAdapter) -> int:
-    """Bytes of the tensors themselves; an A that experts share counts once."""
+    """Bytes of the tensors themselves; an A that experts share counts once. What adapters are made
+    of for a request stays in host memory, as it was read."""
+    if adapter.template is not None:
+        return adapter.template.nbytes
     layers = [layer for _, layer in _low_ranks(adapter)]
     weights = [tensor for layer in layers for tensor in (layer.a_RK, layer.b_NR)]
     gates: list[torch.Tensor | None] = [block.router_GK for block in adapter.blocks.values()]
@@ -129,6 +157,8 @@ def _is_stock(name: str, layer: RoutedModule | LowRank) -> bool:
 
 
 def _groups(adapter: RoutedAdapter) -> list[dict[str, Any]]:
+    if adapter.template is not None:
+        return _made_groups(adapter.template)
     groups: dict[tuple[object, ...], dict[str, Any]] = {}
     for name, module in adapter.modules.items():
         short = _LAYER.sub(".*.", name)
@@ -138,6 +168,21 @@ def _groups(adapter: RoutedAdapter) -> list[dict[str, Any]]:
         }  # fmt: skip
         key = (short, tuple(a.shape), tuple(b.shape), module.gate)
         groups.setdefault(key, {"name": short, "layers": 0, **fields})["layers"] += 1
+    return list(groups.values())
+
+
+def _made_groups(template: Template) -> list[dict[str, Any]]:
+    """Layers of adapters that are made for a request."""
+    rank, kind = template.rank, "an instruction" if template.instruction else "a user"
+    groups: dict[tuple[object, ...], dict[str, Any]] = {}
+    for name, (width, out) in template.sizes.items():
+        short = _LAYER.sub(".*.", name)
+        fields = {
+            "name": short, "layers": 0, "experts": template.router_rows or 1, "ranks": [rank],
+            "rank": rank, "gate": "made for " + kind,
+            "in": width, "out": out, "shared_a": False,
+        }  # fmt: skip
+        groups.setdefault((short, width, out), fields)["layers"] += 1
     return list(groups.values())
 
 

@@ -381,8 +381,10 @@ def test_the_answer_of_add_names_what_was_evicted(core):
     for rank in core.workers.ranks:
         rank.room = 1
     add = getattr(core.core, ADD)
-    assert add(lora("a", 1)) == {"version": "v1", "evicted": []}
-    assert add(["b", 2, "/b"]) == {"version": "w1", "evicted": [1]}  # as it comes over the wire
+    understands = {"columns": [], "user": None, "instruction": False}
+    assert add(lora("a", 1)) == {"version": "v1", "evicted": [], "understands": understands}
+    again = add(["b", 2, "/b"])  # as it comes over the wire
+    assert again == {"version": "w1", "evicted": [1], "understands": understands}
     assert "not_found" in add(lora("x", 3, "/gone"))["error"]
 
 
@@ -408,9 +410,9 @@ def test_a_core_in_a_process_of_its_own_steps_on_while_workers_read(process):
     assert not future.done() and first.held == {} and process.core.has_work()
     second.slow.clear()
     process.step()
-    assert future.result() == {"version": "v1", "evicted": []} and second.held == {1: "v1"}
+    assert future.result()["version"] == "v1" and second.held == {1: "v1"}
     assert not process.core.has_work()
-    assert add(lora("a", 1)) == {"version": "v1", "evicted": []}, "held: at once"
+    assert add(lora("a", 1))["version"] == "v1", "held: at once"
 
 
 def test_loads_of_one_id_follow_each_other_and_others_do_not_wait(process):

@@ -16,6 +16,7 @@ from vllm_lora_ext.adapters.blocks import activation
 from vllm_lora_ext.adapters.finite import is_finite, not_finite
 from vllm_lora_ext.adapters.limits import RANKS, slot_rank
 from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
+from vllm_lora_ext.adapters.parts import check_parts
 from vllm_lora_ext.conditions.column import Column
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.routing import GateSpec
@@ -40,7 +41,7 @@ def check_adapter(adapter: RoutedAdapter) -> None:
             `unexpected_tensor`, `not_finite`, `unsupported_feature`, `bad_value`.
     """
     made = adapter.template.sizes if adapter.template is not None else {}
-    if not adapter.modules and not adapter.blocks and not made:
+    if not (adapter.modules or adapter.blocks or adapter.heads or adapter.experts or made):
         raise AdapterError(
             "empty_adapter", "the adapter adapts no layer at all", fix="save the adapter again"
         )
@@ -51,6 +52,7 @@ def check_adapter(adapter: RoutedAdapter) -> None:
         _check_finite(name, module)
     for name, block in adapter.blocks.items():
         _check_block(name, block)
+    check_parts(adapter)
     twice = sorted(set(adapter.modules) & set(_block_parts(adapter)))
     if twice:
         raise AdapterError(
@@ -142,14 +144,16 @@ def without_drafter(
     modules = {n: m for n, m in adapter.modules.items() if stays(n, n)}
     parts = {n: [f"{n}.{part}" for part in block.parts] for n, block in adapter.blocks.items()}
     blocks = {n: b for n, b in adapter.blocks.items() if stays(n, *parts[n])}
-    if len(modules) == len(adapter.modules) and len(blocks) == len(adapter.blocks):
+    experts = {n: e for n, e in adapter.experts.items() if stays(n, n)}
+    kept = len(modules) + len(blocks) + len(experts)
+    if kept == len(adapter.modules) + len(adapter.blocks) + len(adapter.experts):
         return adapter
-    if not modules and not blocks:
+    if not kept and not adapter.heads:
         raise AdapterError(
             "empty_adapter", "the adapter only adapts a drafter, which this model leaves out",
             seen=[*adapter.modules, *adapter.blocks][:4], fix="serve the adapter of the model",
         )  # fmt: skip
-    return replace(adapter, modules=modules, blocks=blocks)
+    return replace(adapter, modules=modules, blocks=blocks, experts=experts)
 
 
 def _check_matrices(name: str, module: RoutedModule) -> None:

@@ -99,6 +99,6 @@ def load_memory_adapter(
             Path(folder, CONFIG).write_text(json.dumps(source.config, sort_keys=True))
         adapter = load_adapter(
             folder, None, source.settings,
-            accept_config_keys=accept_config_keys, head_size=head_size,
+            accept_config_keys=accept_config_keys, head_size=head_size, parts=True,
         )  # fmt: skip
     return dataclasses.replace(adapter, source="")

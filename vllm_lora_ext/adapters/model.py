@@ -88,6 +88,37 @@ class MixBlock:
 
 
 @dataclass(frozen=True)
+class Head:
+    """An output layer that was trained as a whole: y = W x + b in place of the base model's.
+
+    Args:
+        weight_NK: [labels, in]; bias_N: [labels].
+    """
+
+    weight_NK: torch.Tensor
+    bias_N: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class FusedExperts:
+    """LoRA on a parameter that holds a weight for each of E experts: W_e += B_e A_e.
+
+    Args:
+        a_QK: [E * R, in], the experts' A one after the other.
+        b_NQ: [out, R * E], times the scale: column r * E + e is rank r of expert e, as PEFT has it.
+        count: E.
+    """
+
+    a_QK: torch.Tensor
+    b_NQ: torch.Tensor
+    count: int
+
+    @property
+    def rank(self) -> int:
+        return self.a_QK.shape[0] // self.count
+
+
+@dataclass(frozen=True)
 class RoutedAdapter:
     """An adapter, fully read and checked.
 
@@ -95,6 +126,9 @@ class RoutedAdapter:
         modules: module name in the Hugging Face model (`model.layers.0.mlp.up_proj`) → its layer.
         blocks: name of an MLP block (`model.layers.0.mlp`) → its experts. A layer may not stand in
             both.
+        heads: name of a classification head (`score`) → its weights.
+        experts: name of a parameter (`model.layers.0.mlp.experts.gate_up_proj`) → LoRA on it. Such
+            an adapter, and one with heads, only a server holds whole (`load_adapter`).
         system: name of the published system (a row of the table of readers), `plain` for LoRA.
         base_model: what the files say they were trained on; may be empty.
         source: the folder, for messages.
@@ -112,12 +146,14 @@ class RoutedAdapter:
     blocks: dict[str, MixBlock] = field(default_factory=dict, repr=False)
     columns: tuple[Column, ...] = ()
     template: Template | None = field(default=None, repr=False)
+    heads: dict[str, Head] = field(default_factory=dict, repr=False)
+    experts: dict[str, FusedExperts] = field(default_factory=dict, repr=False)
 
     @property
     def rank(self) -> int:
         """Largest total rank of a module: what `max_lora_rank` must hold."""
         made = 0 if self.template is None else self.template.rank
-        return max((m.rank for m in self._gated), default=made)
+        return max((m.rank for m in (*self._gated, *self.experts.values())), default=made)
 
     @property
     def router_rows(self) -> int:

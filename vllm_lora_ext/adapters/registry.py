@@ -12,6 +12,7 @@ from typing import Any, Literal
 from vllm_lora_ext.adapters.checks import check_adapter
 from vllm_lora_ext.adapters.folder import CONFIG, AdapterFolder, Limits, Roots
 from vllm_lora_ext.adapters.model import RoutedAdapter
+from vllm_lora_ext.adapters.parts import refuse_parts
 from vllm_lora_ext.adapters.readers import (
     adalora,
     adamole,
@@ -143,6 +144,7 @@ def load_adapter(
     pickle: Literal["weights_only"] | None = None,
     accept_config_keys: Collection[str] = (),
     head_size: int | None = None,
+    parts: bool = False,
 ) -> RoutedAdapter:
     """Read and check the adapter in a folder.
 
@@ -154,20 +156,27 @@ def load_adapter(
         pickle: `weights_only` also reads `adapter_model.bin`, where there is no safetensors file.
         accept_config_keys: keys of the config that no format knows and that are ignored.
         head_size: rows per attention head of the model that is to serve it, where one is.
+        parts: whether the caller knows heads and fused experts, which most tools would drop.
     Returns:
         The adapter, with fp32 tensors in memory of their own, all finite, no tensor left over.
     Raises:
         AdapterError: the folder cannot be served; docs/errors.md lists the codes. Nothing else.
     """
-    folder = AdapterFolder(
+    return read_adapter(AdapterFolder(
         path, limits, settings,
         roots=roots, allow_pickle=pickle is not None, accepted=accept_config_keys,
         head_size=head_size,
-    )  # fmt: skip
+    ))  # fmt: skip
+
+
+def read_adapter(folder: AdapterFolder) -> RoutedAdapter:
+    """As `load_adapter`, of a folder that is open already, and not read."""
     adapter = find_reader(folder).read(folder)
     digest = folder.finish()
-    adapter = dataclasses.replace(adapter, source=os.fspath(path), digest=digest)
+    adapter = dataclasses.replace(adapter, source=os.fspath(folder.path), digest=digest)
     check_adapter(adapter)
+    if not parts:
+        refuse_parts(adapter)
     return adapter
 
 

@@ -76,7 +76,18 @@ def write_native(
 
 
 def fill_native(folder: Path, adapter: RoutedAdapter, dtype: torch.dtype | None = None) -> None:
-    """The files of `write_native` into a folder of `adapters.output`."""
+    """The files of `write_native` into a folder of `adapters.output`.
+
+    Raises:
+        AdapterError: `unsupported_feature`, a template: the native format has adapters only.
+    """
+    if adapter.template is not None:
+        raise AdapterError(
+            "unsupported_feature", f"adapters of {adapter.system} are made for a request, and the"
+            " native format holds ready ones only", seen=adapter.source or adapter.system,
+            limit="adapters without a user's vector or an instruction",
+            fix="serve the folder as it is, or convert it, which keeps its format",
+        )  # fmt: skip
     tensors: dict[str, torch.Tensor] = {}
     for name, module in adapter.modules.items():
         tensors.update(_tensors(name, module, dtype))

@@ -8,6 +8,7 @@ from collections.abc import Collection
 
 from vllm_lora_ext.adapters.folder import AdapterFolder
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
+from vllm_lora_ext.adapters.readers import peft_parts
 from vllm_lora_ext.adapters.readers.base import Reader
 from vllm_lora_ext.adapters.readers.names import PREFIX, group, module_of, part, rank_mismatch
 from vllm_lora_ext.adapters.readers.peft_config import PeftLora, read_peft_config
@@ -29,11 +30,14 @@ _OTHER_KEYS = (
 )  # fmt: skip
 
 
-NOTHING = (None, False, "", [], {})  # a key with one of these is not set
-
-
 def detect(folder: AdapterFolder) -> bool:
-    return is_pairs(folder) and folder.config.get("alora_invocation_tokens") in NOTHING
+    return is_pairs(folder) and not is_activated(folder)
+
+
+def is_activated(folder: AdapterFolder) -> bool:
+    """Whether it acts from its invocation tokens on only. PEFT asks whether they are null."""
+    tokens = folder.config.get("alora_invocation_tokens")
+    return tokens is not None and tokens is not False
 
 
 def is_pairs(folder: AdapterFolder) -> bool:
@@ -49,12 +53,19 @@ def is_pairs(folder: AdapterFolder) -> bool:
 
 def read(folder: AdapterFolder, also: Collection[str] = ()) -> RoutedAdapter:
     """The adapter; `also`: keys of the config that the caller reads itself."""
-    config, pairs = read_pairs(folder, also=also)
+    config, pairs = read_pairs(folder, also={*peft_parts.KEYS, *also})
+    heads = peft_parts.read_heads(folder, config.where)
+    experts = peft_parts.read_experts(folder, config)
+    targets = folder.config.get("target_parameters") or ()
     modules = {
-        name: dataclasses.replace(pair, b_NR=pair.b_NR * config.scale(name))
+        name: dataclasses.replace(
+            pair, b_NR=pair.b_NR * config.scale(peft_parts.parameter_of(name, targets))
+        )
         for name, pair in pairs.items()
     }
-    return RoutedAdapter(modules, system="plain", base_model=config.base_model)
+    return RoutedAdapter(
+        modules, system="plain", base_model=config.base_model, heads=heads, experts=experts
+    )
 
 
 def read_pairs(
@@ -64,13 +75,16 @@ def read_pairs(
 
     Args:
         where: the config file, for messages.
-        also: keys of the config that the caller reads itself.
+        also: keys of the config that the caller reads itself, with their tensors.
     Raises:
         AdapterError: as `read`.
     """
     config = read_peft_config(folder.config, where, also, accepted=folder.accepted)
     _refuse_magnitudes(folder.names)
+    fused = peft_parts.fused_modules(folder.names) if also else {}
     linear, embedding = group(folder.names, _LINEAR), group(folder.names, _EMBEDDING)
+    linear = {name: parts for name, parts in linear.items() if name not in fused}
+    targets = (also and folder.config.get("target_parameters")) or ()
     both = sorted(set(linear) & set(embedding))
     if both:
         raise AdapterError(
@@ -79,19 +93,25 @@ def read_pairs(
         )  # fmt: skip
     modules = {}
     for name, parts in linear.items():
-        modules[name] = _read_pair(folder, config, name, parts, "lora_")
+        rank = config.rank(peft_parts.parameter_of(name, targets))
+        modules[name] = _read_pair(folder, config, name, parts, "lora_", rank)
     for name, parts in embedding.items():
-        modules[name] = _read_pair(folder, config, name, parts, "lora_embedding_")
+        rank = config.rank(name)
+        modules[name] = _read_pair(folder, config, name, parts, "lora_embedding_", rank)
     _skip_base_embeddings(folder, modules)
     _skip_training(folder, modules)
     return config, modules
 
 
 def _read_pair(
-    folder: AdapterFolder, config: PeftLora, module: str, parts: dict[str, str], stem: str
+    folder: AdapterFolder,
+    config: PeftLora,
+    module: str,
+    parts: dict[str, str],
+    stem: str,
+    rank: int,
 ) -> RoutedModule:
     a_name, b_name = part(parts, f"{stem}A", module), part(parts, f"{stem}B", module)
-    rank = config.rank(module)
     a_shape, b_shape = folder.shape(a_name), folder.shape(b_name)
     if len(a_shape) != 2 or a_shape[0] != rank:
         raise rank_mismatch(a_name, a_shape, f"[{rank}, in] (r in {config.where})")
@@ -148,8 +168,11 @@ READER = Reader(
     formula="y = W x + alpha/r B A x;  alpha / sqrt(r) with use_rslora",
     traps=(
         "rank_pattern and alpha_pattern change r and alpha of single layers, and are honoured.",
-        "DoRA, trained biases, modules_to_save and adapters that changed the base weights when "
-        "training began (PiSSA, OLoRA, CorDA, LoftQ) are refused by name.",
+        "DoRA, trained biases and adapters that changed the base weights when training began "
+        "(PiSSA, OLoRA, CorDA, LoftQ) are refused by name; so is modules_to_save, but for the "
+        "score or classifier of a classification model.",
+        "LoRA on parameters (target_parameters) is served on the fused experts of MoE models, and "
+        "on routers.",
         "target_modules and its kin choose layers for training; the tensors say which they are.",
     ),
 )
