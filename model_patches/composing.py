@@ -16,7 +16,7 @@ from vllm.lora.layers import BaseLayerWithLoRA
 
 from vllm_lora_ext.adapters.limits import RANKS, slot_rank
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.kernels.gated_lora.site import PackedSite
+from vllm_lora_ext.kernels.gated_lora.plan import PackedSite
 from vllm_lora_ext.kernels.gated_lora.step import MAX_COLUMNS
 from vllm_lora_ext.model_patches.layers import RoutedEmbedding, RoutedLinear
 from vllm_lora_ext.model_patches.mlp import Block
@@ -219,7 +219,7 @@ def _check_columns(count: int) -> None:
 def _block_bytes(block: Any) -> int:
     """Held twice only while the adapter that it comes from is loaded."""
     sites = [site for site in (block.first, block.last) if site is not None]
-    tensors = [t for s in sites for t in (s.a_RK, s.router_GK, *s.b_RN, *s.tables)]
+    tensors = [t for s in sites for t in (s.a_RK, s.router_GK, *s.stored)]
     return sum(tensor.nbytes for tensor in tensors)
 
 
