@@ -7,9 +7,7 @@ layer a class may replace, tensor-parallel slicing and `forward` stay stock.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -33,23 +31,7 @@ from vllm_lora_ext.kernels.gated_lora import (
     gated_lora_into_,
     register_site,
 )
-
-_router_rows: ContextVar[int] = ContextVar("router_rows")
-_triton: ContextVar[bool] = ContextVar("triton")
-_graphs: ContextVar[bool] = ContextVar("graphs")
-
-
-@contextmanager
-def building(router_rows: int, triton: bool, graphs: bool) -> Iterator[None]:
-    """Layers created inside hold up to `router_rows` router rows per slice, run on the Triton
-    kernels if `triton`, and in captured graphs if `graphs`."""
-    tokens = _router_rows.set(router_rows), _triton.set(triton), _graphs.set(graphs)
-    try:
-        yield
-    finally:
-        _router_rows.reset(tokens[0])
-        _triton.reset(tokens[1])
-        _graphs.reset(tokens[2])
+from vllm_lora_ext.model_patches.backend import building
 
 
 class RoutedLinear(BaseLinearLayerWithLoRA):
@@ -57,8 +39,9 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
 
     def create_lora_weights(self, max_loras, lora_config, model_config=None) -> None:  # type: ignore[no-untyped-def]
         self.lora_config = lora_config
+        made = building()
         # Stock's dual-stream option: there, as here, an op around the base product and the delta.
-        if not _triton.get():
+        if not made.backend.on_device:
             self._enable_aux_cuda_stream = False
         if self.n_slices == 1:
             self.output_slices = (self.output_size,)
@@ -66,9 +49,9 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
         # Under tensor parallelism a row-parallel input is a shard, and its output a partial sum.
         self.reduces = isinstance(self.base_layer, RowParallelLinear) and self.tp_size > 1
         self.site = Site(
-            max_loras, self.input_size, self.output_slices, rank, _router_rows.get(),
-            lora_config.lora_dtype, self.device, _triton.get(),
-            tensor_model_parallel_all_reduce if self.reduces else None, _graphs.get(),
+            max_loras, self.input_size, self.output_slices, rank, made.router_rows,
+            lora_config.lora_dtype, self.device, made.backend,
+            tensor_model_parallel_all_reduce if self.reduces else None, made.graphs,
         )  # fmt: skip
         self.handle = register_site(self.site)
         # Where the linear of an MLP block on the kernels leaves its shrunk rows (`mlp`).
