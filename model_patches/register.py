@@ -151,6 +151,23 @@ PATCHES: tuple[Patch, ...] = (
         ),
     ),
     Patch(
+        name="sleep",
+        module="sleep",
+        why=(
+            "A sleep of level 2 throws away what the LoRA layers hold on the device, which vLLM "
+            "does not write again when it wakes up."
+        ),
+        how="The LoRA manager is made under the memory tag that vLLM keeps on every level.",
+        upstream="none yet",
+        remove_when="vLLM keeps, or writes again, the slots of LoRA layers over a sleep.",
+        targets=(
+            Target("vllm.device_allocator", "get_mem_allocator_instance"),
+            Target("vllm.device_allocator.cumem", "CuMemAllocator.use_memory_pool"),
+            Target("vllm.device_allocator.sleep_mode_backend", "CuMemBackend.suspend"),
+            Target("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager.create_lora_manager"),
+        ),
+    ),
+    Patch(
         name="cpu-compile",
         module="cpu_platform",
         why=(

@@ -38,6 +38,7 @@ from vllm_lora_ext.model_patches.residency import (
     Residency,
     Resident,
 )
+from vllm_lora_ext.model_patches.sleep import kept_asleep
 from vllm_lora_ext.settings import LoraExtSettings
 
 _LEAST = 2048 << 20  # bytes of host memory by default
@@ -61,7 +62,8 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         self._loader = Loader(self._plan)
 
     def create_lora_manager(self, model: Any, vllm_config: Any) -> Any:
-        wrapped = super().create_lora_manager(model, vllm_config)
+        with kept_asleep(vllm_config):
+            wrapped = super().create_lora_manager(model, vllm_config)
         limit = self.settings.host_cache_mb
         # By default never less than vLLM itself would hold.
         every = self._adapter_manager.slot_nbytes * self._adapter_manager.capacity
