@@ -7,9 +7,7 @@ layer a class may replace, tensor-parallel slicing and `forward` stay stock.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -33,23 +31,7 @@ from vllm_lora_ext.kernels.gated_lora import (
     gated_lora_into_,
     register_site,
 )
-
-_router_rows: ContextVar[int] = ContextVar("router_rows")
-_triton: ContextVar[bool] = ContextVar("triton")
-_graphs: ContextVar[bool] = ContextVar("graphs")
-
-
-@contextmanager
-def building(router_rows: int, triton: bool, graphs: bool) -> Iterator[None]:
-    """Layers created inside hold up to `router_rows` router rows per slice, run on the Triton
-    kernels if `triton`, and in captured graphs if `graphs`."""
-    tokens = _router_rows.set(router_rows), _triton.set(triton), _graphs.set(graphs)
-    try:
-        yield
-    finally:
-        _router_rows.reset(tokens[0])
-        _triton.reset(tokens[1])
-        _graphs.reset(tokens[2])
+from vllm_lora_ext.model_patches.backend import building
 
 
 class RoutedLinear(BaseLinearLayerWithLoRA):
@@ -57,8 +39,9 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
 
     def create_lora_weights(self, max_loras, lora_config, model_config=None) -> None:  # type: ignore[no-untyped-def]
         self.lora_config = lora_config
+        made = building()
         # Stock's dual-stream option: there, as here, an op around the base product and the delta.
-        if not _triton.get():
+        if not made.backend.on_device:
             self._enable_aux_cuda_stream = False
         if self.n_slices == 1:
             self.output_slices = (self.output_size,)
@@ -66,9 +49,9 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
         # Under tensor parallelism a row-parallel input is a shard, and its output a partial sum.
         self.reduces = isinstance(self.base_layer, RowParallelLinear) and self.tp_size > 1
         self.site = Site(
-            max_loras, self.input_size, self.output_slices, rank, _router_rows.get(),
-            lora_config.lora_dtype, self.device, _triton.get(),
-            tensor_model_parallel_all_reduce if self.reduces else None, _graphs.get(),
+            max_loras, self.input_size, self.output_slices, rank, made.router_rows,
+            lora_config.lora_dtype, self.device, made.backend,
+            tensor_model_parallel_all_reduce if self.reduces else None, made.graphs,
         )  # fmt: skip
         self.handle = register_site(self.site)
         # Where the linear of an MLP block on the kernels leaves its shrunk rows (`mlp`).
@@ -113,7 +96,8 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
         """Puts an adapter's part at this layer into slot `index`.
 
         Args:
-            modules: one entry per slice, or one for the whole fused layer; unsharded.
+            modules: one entry per slice, one for the whole fused layer, or as for `part_sizes`;
+                unsharded.
         """
         self.site.write(index, self.sharded(modules))
 
@@ -137,13 +121,23 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
             return base.input_size, tuple(base.output_sizes)
         return base.input_size, (base.output_size,)
 
+    def part_sizes(self, parts: int) -> list[tuple[int, ...]]:
+        """Unsharded out features of the slices that each part of an adapter covers, for as many
+        parts: where a layer has more slices than its adapters have names, the first name stands for
+        the slices in front (Qwen3.5's `in_proj_qkv` for three, beside `in_proj_z`)."""
+        sizes = self.full_sizes()[1]
+        first = len(sizes) - parts + 1
+        return [sizes[:first], *((size,) for size in sizes[first:])]
+
     def _split(self, modules: Sequence[RoutedModule | None]) -> list[RoutedModule | None]:
-        """One adapter module over a fused layer: every slice shares its A and gate."""
-        (whole,) = modules
-        if whole is None:
-            return [None] * self.n_slices
-        parts = torch.split(whole.b_NR, list(self.full_sizes()[1]))
-        return [replace(whole, b_NR=part) for part in parts]
+        """One entry per slice; slices of the same module share its A and gate."""
+        slices: list[RoutedModule | None] = []
+        for module, sizes in zip(modules, self.part_sizes(len(modules)), strict=True):
+            if module is None or len(sizes) == 1:
+                slices += [module] * len(sizes)
+            else:
+                slices += [replace(module, b_NR=b) for b in torch.split(module.b_NR, list(sizes))]
+        return slices
 
     def _shard(self, i: int, m: RoutedModule) -> RoutedModule:
         """This rank's part of slice `i`, by stock's own slicing."""

@@ -18,15 +18,22 @@ from vllm.utils.torch_utils import PIN_MEMORY
 
 from vllm_lora_ext.adapters.template import Template
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.kernels.gated_lora.backends.base import Backend
 from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
+from vllm_lora_ext.kernels.mix_mlp import warm_blocks
 from vllm_lora_ext.kernels.mix_mlp.selfcheck import selfcheck as block_selfcheck
-from vllm_lora_ext.model_patches.backend import check_graphs, choose_kernels
+from vllm_lora_ext.model_patches.backend import (
+    Building,
+    build_with,
+    check_graphs,
+    choose_backend,
+)
 from vllm_lora_ext.model_patches.columns import RowColumns
 from vllm_lora_ext.model_patches.composing import Composer
 from vllm_lora_ext.model_patches.config import check_config, check_trace
 from vllm_lora_ext.model_patches.heap import keep_memory
 from vllm_lora_ext.model_patches.instruction import InstructionPass
-from vllm_lora_ext.model_patches.layers import RoutedLinear, building
+from vllm_lora_ext.model_patches.layers import RoutedLinear
 from vllm_lora_ext.model_patches.logits import follow_rows
 from vllm_lora_ext.model_patches.mlp import share_scratch, wrap_blocks
 from vllm_lora_ext.model_patches.placing import Placer
@@ -73,16 +80,16 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         router_rows = settings.router_rows(lora_config.max_lora_rank)
         self.base_name = vllm_config.model_config.model
         device_type = vllm_config.device_config.device_type
-        kernels = choose_kernels(
+        backend = choose_backend(
             settings.triton, device_type,
             lambda: _selfcheck(device, lora_config, router_rows),
         )  # fmt: skip
         graphs = vllm_config.compilation_config.cudagraph_mode
-        self.graphs = check_graphs(graphs and graphs.name, device_type, kernels)
+        self.graphs = check_graphs(graphs and graphs.name, device_type, backend.on_device)
         if device_type == "cpu":
             keep_memory()
         self.pinned: set[int] = set()
-        with building(router_rows, kernels, self.graphs):
+        with build_with(Building(router_rows, backend, self.graphs)):
             super().__init__(
                 model, max_num_seqs, max_num_batched_tokens, vocab_size, lora_config, device,
                 vllm_config,
@@ -101,7 +108,10 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         positions = Positions(text, unknown_rows(vllm_config))
         self.placer = Placer(
             self.model, self.modules, self.packed_modules, self.blocks,
-            Scope(self.model, lora_config.target_modules, self.packed_modules_mapping),
+            Scope(
+                self.model, lora_config.target_modules, self.packed_modules_mapping,
+                towers=getattr(self, "supports_tower_connector_lora", False),
+            ),
             StockLane(self),
             lora_config.max_lora_rank, router_rows, lora_config.lora_dtype, self.base_name,
             pinned=pinned, graphs=self.graphs,
@@ -111,23 +121,19 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
             self.modules, self.blocks, lora_config.max_lora_rank, router_rows, positions, pinned,
             self.graphs,
         )  # fmt: skip
-        if kernels:
-            self._warm(vllm_config)
+        self._warm(backend, vllm_config)
         if settings.trace:
             check_trace(vllm_config, self.graphs)
             self.recorder = Recorder(self)
 
-    def _warm(self, vllm_config: Any) -> None:
+    def _warm(self, backend: Backend, vllm_config: Any) -> None:
         """Compiles all that a step can need, while nobody waits and no row has an adapter."""
-        from vllm_lora_ext.kernels.gated_lora.backends.triton import warmup
-        from vllm_lora_ext.kernels.mix_mlp import warmup as block_warmup
-
         options = (
             vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.model_config.dtype,
         )  # fmt: skip
         sites = [m.site for m in self.modules.values() if isinstance(m, RoutedLinear)]
-        warmup.warm(sites, *options)
-        block_warmup.warm([block.site for block in self.blocks.values()], *options)
+        backend.warm(sites, *options)
+        warm_blocks([block.site for block in self.blocks.values()], *options)
 
     @property
     def slot_nbytes(self) -> int:

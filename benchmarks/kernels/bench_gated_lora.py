@@ -60,6 +60,7 @@ from vllm_lora_ext.kernels.gated_lora import (  # noqa: E402
     gated_lora_reference,
     register_site,
 )
+from vllm_lora_ext.kernels.gated_lora.backends import choice  # noqa: E402
 from vllm_lora_ext.kernels.gated_lora.backends.triton import tuning  # noqa: E402
 from vllm_lora_ext.kernels.gated_lora.reference import TOLERANCE  # noqa: E402
 from vllm_lora_ext.routing import GateSpec  # noqa: E402
@@ -136,7 +137,8 @@ class Layer:
         self.dtype = torch.bfloat16 if step.device.type == "cuda" else torch.float32
         self.sites, self.parts, self.x, self.y = [], [], [], []
         for k, sizes in MODELS[model]:
-            site = Site(1, k, sizes, case.ranks, case.experts, self.dtype, step.device, triton=True)
+            limits = case.ranks, case.experts
+            site = Site(1, k, sizes, *limits, self.dtype, step.device, choice.triton())
             site.step = step
             parts = [self._part(case, k, n, routing, step.device) for n in sizes]
             site.write(0, parts)
@@ -191,7 +193,7 @@ class Layer:
 
     @property
     def bytes(self) -> int:
-        sites = [b.nbytes for s in self.sites for b in (s.a_SRK, s.b_SRN, s.router_SGK)]
+        sites = [b.nbytes for s in self.sites for b in (s.a_SRK, s.store.b_SRN, s.router_SGK)]
         return sum(sites) + sum(t.nbytes for t in (*self.x, *self.y))
 
 

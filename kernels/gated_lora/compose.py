@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_lora_ext.kernels.gated_lora.plan import (
+    MAX_GATES,
     PackedSite,
     Shape,
     SlicePlan,
@@ -53,6 +54,10 @@ class _Piece:
         return self.packed.router_GK[start : start + gate.router_rows + gate.head_rows]
 
     @property
+    def gated(self) -> bool:
+        return self.plan.gate.source != "none"
+
+    @property
     def rank(self) -> int:
         return len(self.plan.bt_RN)
 
@@ -72,8 +77,7 @@ def _groups(parts: Sequence[Part]) -> list[_Group]:
 
     def key(item: tuple[int, _Piece]) -> tuple[int, bool, int]:
         number, piece = item
-        gated = piece.plan.gate.source != "none"
-        return piece.i, gated, number if gated else piece.factor_at
+        return piece.i, piece.gated, number if piece.gated else piece.factor_at
 
     groups = groupby(sorted(enumerate(pieces), key=key), key)
     return [[piece for _, piece in group] for _, group in groups]
@@ -85,12 +89,19 @@ def _check(site: Site, groups: Sequence[_Group]) -> None:
         if sum(ranks) > site.max_rank:
             added = " + ".join(map(str, ranks))
             raise ValueError(f"slice {i}: ranks {added} = {sum(ranks)} of {site.max_rank}")
+        gated = sum(group[0].gated for group in groups if group[0].i == i)
+        if gated > MAX_GATES:
+            raise ValueError(f"slice {i}: adapters with a gate {gated} of {MAX_GATES}")
     rows = sum(len(piece.router_GK) for group in groups for piece in group)
     if rows > site.most_routers:
         raise ValueError(f"router rows {rows} of {site.most_routers}")
     columns = max((_plan_of(group).columns for group in groups), default=0)
     if columns > MAX_COLUMNS:
         raise ValueError(f"numbers that come with a row {columns} of {MAX_COLUMNS}")
+
+
+def _ranks(groups: Sequence[_Group]) -> list[tuple[int, int]]:
+    return [(group[0].i, sum(piece.rank for piece in group)) for group in groups]
 
 
 def _plan_of(group: _Group) -> SlicePlan:
@@ -112,11 +123,7 @@ def composed_shapes(site: Site, parts: Sequence[Part]) -> list[Shape]:
         ((sum(len(p.a_RK) for p in pieces), width), dtype),
         ((sum(len(p.router_GK) for p in pieces), width), torch.float32),
     ]
-    if site.tables is None:
-        ranks = [(sum(p.rank for p in group), group[0].i) for group in groups]
-        return shapes + [((rank, site.slice_sizes[i]), dtype) for rank, i in ranks]
-    rank = max(sum(p.rank for p in pieces if p.i == i) for i in {p.i for p in pieces})
-    return [*shapes, ((rank, sum(site.slice_sizes)), dtype), *site.tables.shapes()]
+    return shapes + site.store.shapes(_ranks(groups))
 
 
 def compose(
@@ -129,21 +136,17 @@ def compose(
     if out is None:
         out = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
     groups = _groups(parts)
-    a_RK, router_GK, *rest = out
-    b_RN, tables = (rest[:-2], rest[-2:]) if site.tables is not None else (rest, [])
+    a_RK, router_GK, *stored = out
+    places = site.store.places(stored, _ranks(groups))
     slices: list[tuple[int, SlicePlan]] = []
     a_at = g_at = 0
     b_at = [0] * len(site.slice_sizes)  # of each slice
-    for number, group in enumerate(groups):
+    for bt_RN, group in zip(places, groups, strict=True):
         i, a_start, g_start, b_start = group[0].i, a_at, g_at, b_at[group[0].i]
         for piece in group:
             a_at = _put(a_RK, a_at, piece.a_RK)
             g_at = _put(router_GK, g_at, piece.router_GK)
             b_at[i] += piece.rank
-        if site.tables is None:
-            bt_RN = b_RN[number]
-        else:
-            bt_RN = site.columns_of(b_RN[0], i)[b_start : b_at[i]]
         at = 0
         for piece in group:
             torch.mul(piece.plan.bt_RN, piece.scale, out=bt_RN[at : at + piece.rank])
@@ -154,14 +157,11 @@ def compose(
             plan, a_start=a_start, a_stop=a_at, router_start=router_start,
             head_at=router_start + plan.gate.router_rows, b_start=b_start, bt_RN=bt_RN,
         )))  # fmt: skip
-    if site.tables is not None:
-        for i, rank in enumerate(b_at):
-            site.columns_of(b_RN[0], i)[rank:] = 0
-        site.tables.describe(len(a_RK), len(router_GK), slices, *tables)
+    site.store.describe(stored, len(a_RK), len(router_GK), slices)
     plans = [plan for _, plan in slices]
     return PackedSite(
-        a_RK=a_RK, router_GK=router_GK, b_RN=tuple(b_RN), tables=tuple(tables),
-        slices=tuple(slices), shared=shared_gate(plans), plain=is_plain(plans),
+        a_RK=a_RK, router_GK=router_GK, stored=tuple(stored), slices=tuple(slices),
+        shared=shared_gate(plans), plain=is_plain(plans),
     )  # fmt: skip
 
 

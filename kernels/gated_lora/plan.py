@@ -13,6 +13,7 @@ from vllm_lora_ext.routing.spec import GIVEN
 
 Shape = tuple[tuple[int, ...], torch.dtype]
 
+MAX_GATES = 8  # adapters with a gate that may stand at one slice
 STATS = 2  # columns of u with the sum of x and of its squares, after a slot's routers
 
 
@@ -141,18 +142,15 @@ class PackedSite:
 
     Args:
         a_RK, router_GK: A of every slice, and routers and heads (fp32).
-        b_RN: B of every plan; where the Triton kernels read it, all of them in one, those of a
-            slice one below the other, slices side by side.
-        tables: the slot's rows of `SlotTables`, ints and floats; empty without them.
+        stored: what the backend keeps beside them (`Store.shapes`), B of every plan among it.
         slices: number of the slice and plan, those of a slice together; `bt_RN` of a plan is a
-            part of `b_RN`.
+            part of `stored`.
         shared, plain: as in `SlotPlan`.
     """
 
     a_RK: torch.Tensor
     router_GK: torch.Tensor
-    b_RN: tuple[torch.Tensor, ...]
-    tables: tuple[torch.Tensor, ...]
+    stored: tuple[torch.Tensor, ...]
     slices: tuple[tuple[int, SlicePlan], ...]
     shared: GateSpec | None
     plain: bool

@@ -24,6 +24,27 @@ from vllm_lora_ext.kernels.gated_lora.site import Site
 Gated = list[tuple[Any, SlotPlan]]
 
 
+def gated_lora_(
+    y: torch.Tensor, x: torch.Tensor, u_PTR: torch.Tensor | None, site: Site
+) -> torch.Tensor | None:
+    """Both launches, and between them the sum of what gates read.
+
+    Args:
+        u_PTR: the first launch's result, None before it.
+    Returns:
+        What the gates have read, [T, num_rows]; None, and nothing is done: no gate is there.
+    """
+    gated = [] if site.static else gated_rows(site)
+    if not gated and not (site.static and site.max_router_rows):
+        return None
+    if u_PTR is None:
+        u_PTR = site.backend.shrink(x, site)
+    u_TR = u_PTR[0] if len(u_PTR) == 1 else u_PTR.sum(dim=0)
+    v_TR = gate_inputs(u_TR, gated, site)
+    site.backend.expand_(y, u_TR[None], site, v_TR[None])
+    return v_TR
+
+
 def gated_rows(site: Site) -> Gated:
     """The rows of the step whose slot has a gate here that reads x, as an index, and the slot's
     plan."""

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
-from importlib.util import find_spec
-from typing import Any
 
 import torch
 
-from vllm_lora_ext.kernels.gated_lora.backends.triton.tables import SlotTables
+from vllm_lora_ext.kernels.gated_lora.backends.base import Backend
+from vllm_lora_ext.kernels.gated_lora.backends.choice import best
 from vllm_lora_ext.kernels.gated_lora.compose import Part, compose, composed_shapes
 from vllm_lora_ext.kernels.gated_lora.plan import (
     STATS,
@@ -39,12 +37,9 @@ class Site:
         slice_sizes: N of each slice of the layer's (local) output.
         max_rank: most ranks per slice.
         max_router_rows: most router rows per slice (a threshold head's row is extra).
-        dtype, device: of A and B; routers and heads are fp32, so that a narrow type changes no
-            choice. On a CPU all are kept in fp32 whatever the model's dtype: small fp32 products
-            are two to five times faster there than bf16 ones, and exact.
-        triton: whether the Triton kernels serve this site; by default on a GPU that has Triton.
-            They read `tables`, and the slices of B side by side (`b_SRN`, of which `bt_SRN` are
-            views).
+        dtype, device: of A and B, if the backend keeps them so (`Store.dtype`); routers and heads
+            are fp32, so that a narrow type changes no choice.
+        backend: what serves the site; by default the best one for the device.
         reduce: where x is a shard: sums a tensor over the ranks (see `sharded`).
         static: whether what runs must not depend on the step's slots (CUDA graphs).
     """
@@ -58,41 +53,26 @@ class Site:
         max_router_rows: int,
         dtype: torch.dtype,
         device: torch.device | str,
-        triton: bool | None = None,
+        backend: Backend | None = None,
         reduce: Reduce | None = None,
         static: bool = False,
     ) -> None:
-        on_cpu = torch.device(device).type == "cpu"
-        if triton is None:
-            triton = not on_cpu and _has_triton()
-        if on_cpu and not triton:
-            dtype = torch.float32
         self.slice_sizes = tuple(slice_sizes)
         self.max_rank, self.max_router_rows = max_rank, max_router_rows
+        self.backend = backend or best(torch.device(device).type)
+        self.store = self.backend.make_store(num_slots, slice_sizes, max_rank, dtype, device)
+        self.bt_SRN = self.store.bt_SRN
         self.reduce, self.static = reduce, static
         ranks, self.most_routers = (
             len(self.slice_sizes) * n for n in (max_rank, max_router_rows + 1)
         )
         self.num_rows = ranks + self.most_routers + (STATS if max_router_rows else 0)
-        self.a_SRK = torch.zeros(num_slots, ranks, in_features, dtype=dtype, device=device)
+        self.a_SRK = torch.zeros(
+            num_slots, ranks, in_features, dtype=self.store.dtype, device=device
+        )
         self.router_SGK = torch.zeros(num_slots, 0, in_features, dtype=torch.float32, device=device)
-        self.tables: SlotTables | None = None
-        if triton:
-            self.tables = SlotTables(num_slots, self.slice_sizes, max_rank, device)
-            self.b_SRN = torch.zeros(
-                num_slots, max_rank, sum(self.slice_sizes), dtype=dtype, device=device
-            )
-            self.bt_SRN = list(self.b_SRN.split(self.slice_sizes, dim=2))
-            # Address and slot stride of the routers, as kernels read them: captured graphs too.
-            self.routers_2 = torch.zeros(2, dtype=torch.int64, device=device)
-        else:
-            self.bt_SRN = [
-                torch.zeros(num_slots, max_rank, n, dtype=dtype, device=device)
-                for n in self.slice_sizes
-            ]
         self.plans: list[SlotPlan | None] = [None] * num_slots
-        self.native: Any = None  # the plans as C++ reads them; None: to be made (again)
-        self.shut: Callable[[], None] | None = None  # C++ must not use what it knows of the site
+        self._reads_rows: set[int] = set()  # slots that read the rows' own numbers
         self._step = StepMap(0)
         self.after: list[After] = []  # who uses the slots in a way of its own, or looks on
 
@@ -100,6 +80,12 @@ class Site:
     def padded_rank(self) -> int:
         """`max_rank` as a power of two that a tensor core takes."""
         return max(16, 1 << (self.max_rank - 1).bit_length())
+
+    @property
+    def rows_TC(self) -> torch.Tensor | None:
+        """The numbers that come with the step's rows; None where nothing reads them. Captured
+        graphs, which may be older than the adapter that does, always have them."""
+        return self.step.rows_TC if self.static or self._reads_rows else None
 
     @property
     def step(self) -> StepMap:
@@ -129,10 +115,8 @@ class Site:
         self.changed()
 
     def changed(self) -> None:
-        """What was made of the plans, the step or the hooks for C++ holds no more."""
-        if self.shut is not None:
-            self.shut()
-        self.native = None
+        """What the backend made of the plans, the step or the hooks holds no more."""
+        self.store.changed()
 
     def reserve_routers(self, rows: int) -> None:
         """Makes room for `rows` routers and heads in every slot; what slots hold stays.
@@ -157,16 +141,15 @@ class Site:
             if plan is not None:
                 router_GK = new_SGK[slot, : len(plan.router_GK)]
                 self.plans[slot] = replace(plan, router_GK=router_GK)
-        if self.tables is not None:
-            self.routers_2.copy_(torch.tensor([new_SGK.data_ptr(), new_SGK.stride(0)]))
+        self.store.routers_moved(new_SGK)
         self.changed()
 
     def clear(self, slot: int) -> None:
         """The slot adds nothing any more. Its weights stay: nothing reads a slot without a plan."""
         self.plans[slot] = None
+        self._reads_rows.discard(slot)
         self.changed()
-        if self.tables is not None:
-            self.tables.clear(slot)
+        self.store.clear(slot)
 
     def write(self, slot: int, slices: Sequence[GatedSlice | None]) -> None:
         """Puts one adapter into a slot; `None` leaves that slice at the base weights.
@@ -193,10 +176,7 @@ class Site:
             ((sum(s.a_RK.shape[0] for _, s in parts), width), dtype),
             ((sum(_num_router_rows(s) for _, s in parts), width), torch.float32),
         ]
-        if self.tables is None:
-            return shapes + [((s.b_NR.shape[1], self.slice_sizes[i]), dtype) for i, s in parts]
-        rank = max(s.b_NR.shape[1] for _, s in parts)
-        return [*shapes, ((rank, sum(self.slice_sizes)), dtype), *self.tables.shapes()]
+        return shapes + self.store.shapes(_ranks(parts))
 
     def pack(
         self, slices: Sequence[GatedSlice | None], out: Sequence[torch.Tensor] | None = None
@@ -213,35 +193,29 @@ class Site:
             return None
         if out is None:
             out = [torch.empty(shape, dtype=dtype) for shape, dtype in self.shapes(slices)]
-        a_RK, router_GK, *rest = out
-        b_RN, tables = (rest[:-2], rest[-2:]) if self.tables is not None else (rest, [])
+        a_RK, router_GK, *stored = out
+        places = self.store.places(stored, _ranks(parts))
         plans, a_start, g_start, num_ranks = [], 0, 0, len(a_RK)
-        for number, (i, s) in enumerate(parts):
+        for bt_RN, (i, s) in zip(places, parts, strict=True):
             a_stop, g_stop = a_start + len(s.a_RK), g_start + _num_router_rows(s)
             a_RK[a_start:a_stop] = s.a_RK
             _copy_routers(router_GK[g_start:g_stop], s)
-            bt_RN = b_RN[number] if self.tables is None else self.columns_of(b_RN[0], i)
-            rank = s.b_NR.shape[1]
-            bt_RN[:rank], bt_RN[rank:] = s.b_NR.t(), 0
+            bt_RN.copy_(s.b_NR.t())
             y_start = sum(self.slice_sizes[:i])
             plans.append(SlicePlan(
                 gate=s.gate, y_start=y_start, y_stop=y_start + self.slice_sizes[i],
                 a_start=a_start, a_stop=a_stop, router_start=num_ranks + g_start,
-                head_at=num_ranks + g_start + s.gate.router_rows, bt_RN=bt_RN[:rank],
+                head_at=num_ranks + g_start + s.gate.router_rows, bt_RN=bt_RN,
                 bias_G=_own(s.bias_G), head_bias=s.head_bias, logit_bias_G=_own(s.logit_bias_G),
                 norm=s.norm and s.norm.map(_own),
             ))  # fmt: skip
             a_start, g_start = a_stop, g_stop
-        if self.tables is not None:
-            for i in set(range(len(self.slice_sizes))) - {i for i, _ in parts}:
-                self.columns_of(b_RN[0], i).zero_()
         packed = PackedSite(
-            a_RK=a_RK, router_GK=router_GK, b_RN=tuple(b_RN), tables=tuple(tables),
+            a_RK=a_RK, router_GK=router_GK, stored=tuple(stored),
             slices=tuple((i, plan) for (i, _), plan in zip(parts, plans, strict=True)),
             shared=shared_gate(plans), plain=is_plain(plans),
         )  # fmt: skip
-        if self.tables is not None:
-            self.tables.describe(len(a_RK), len(router_GK), packed.slices, *tables)
+        self.store.describe(stored, len(a_RK), len(router_GK), packed.slices)
         return packed
 
     def composed_shapes(self, parts: Sequence[Part]) -> list[Shape]:
@@ -267,31 +241,20 @@ class Site:
         """
         return compose(self, parts, out)
 
-    def columns_of(self, b_RN: torch.Tensor, i: int) -> torch.Tensor:
-        """Slice `i` of a B that holds all slices side by side."""
-        start = sum(self.slice_sizes[:i])
-        return b_RN[:, start : start + self.slice_sizes[i]]
-
     def load(self, slot: int, packed: PackedSite | None) -> None:
         """Puts what `pack` made into a slot: copies only, and no wait for any of them."""
         self.clear(slot)
-        plan = self.plans[slot] = self.store(slot, packed)
-        if packed is not None and plan is not None and self.tables is not None:
-            self.tables.load(slot, *packed.tables)
+        if packed is not None:
+            plan = self.plans[slot] = self.hold(slot, packed)
+            if plan.columns:
+                self._reads_rows.add(slot)
+            self.store.load(slot, packed.stored)
 
-    def store(self, slot: int, packed: PackedSite | None) -> SlotPlan | None:
+    def hold(self, slot: int, packed: PackedSite) -> SlotPlan:
         """Copies a slot's weights and says where they stand, without the slot adding anything:
         for blocks of layers that use them in their own way."""
-        if packed is None:
-            return None
         self.reserve_routers(len(packed.router_GK))  # if it was not done when it was packed
-        if self.tables is None:
-            for (i, p), b_RN in zip(packed.slices, packed.b_RN, strict=True):
-                bt_RN = self.bt_SRN[i][slot, p.b_start : p.b_start + len(b_RN)]
-                bt_RN.copy_(b_RN, non_blocking=True)
-        else:
-            (b_RN,) = packed.b_RN
-            self.b_SRN[slot, : len(b_RN)].copy_(b_RN, non_blocking=True)
+        self.store.copy(slot, packed)
         return SlotPlan(
             a_RK=_copy(self.a_SRK[slot], packed.a_RK),
             router_GK=_copy(self.router_SGK[slot], packed.router_GK),
@@ -321,7 +284,9 @@ class Site:
                 f"{self.max_router_rows}"
             )
         if s.gate.columns > MAX_COLUMNS:
-            raise ValueError(f"slice {i}: {s.gate.columns} gates that come with a row, of {MAX_COLUMNS}")
+            raise ValueError(
+                f"slice {i}: {s.gate.columns} gates that come with a row, of {MAX_COLUMNS}"
+            )
         reads_x = s.gate.source != "none" and not s.gate.columns
         if self.static and self.reduce and not self.max_router_rows and reads_x:
             raise ValueError(f"slice {i}: its gate needs a sum over the ranks that no graph holds")
@@ -334,6 +299,10 @@ class Site:
 
 def _present(slices: Sequence[GatedSlice | None]) -> list[tuple[int, GatedSlice]]:
     return [(i, s) for i, s in enumerate(slices) if s is not None]
+
+
+def _ranks(parts: Sequence[tuple[int, GatedSlice]]) -> list[tuple[int, int]]:
+    return [(i, s.b_NR.shape[1]) for i, s in parts]
 
 
 def _copy(slot_RK: torch.Tensor, packed_RK: torch.Tensor) -> torch.Tensor:
@@ -356,8 +325,3 @@ def _copy_routers(out_GK: torch.Tensor, s: GatedSlice) -> None:
 
 def _own(t: torch.Tensor | None) -> torch.Tensor | None:
     return None if t is None else t.float().clone()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None

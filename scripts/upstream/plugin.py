@@ -21,10 +21,12 @@ def pytest_configure(config: Any) -> None:
     register()
     import vllm.lora.utils as utils
 
-    from vllm_lora_ext.model_patches.layers import building
+    from vllm_lora_ext.kernels.gated_lora.backends import choice
+    from vllm_lora_ext.model_patches.backend import Building, build_with
 
     # These tests build layers by themselves, where an engine's manager would.
-    config.lora_ext = building(router_rows=16, triton=False, graphs=False)
+    backend = choice.without_triton("cpu")
+    config.lora_ext = build_with(Building(router_rows=16, backend=backend, graphs=False))
     config.lora_ext.__enter__()  # to the end: a context that nobody holds ends at once
 
     _cpu()

@@ -1,8 +1,7 @@
-"""The CPU backend: the compiled kernels of `cpu.cpp` where there are any, else PyTorch.
+"""The PyTorch backend: rows grouped by slot, one product per slot and launch, gates vectorised.
 
-The PyTorch path: rows grouped by slot, one product per slot and launch, gates vectorised. GPUs run
-it too where the Triton kernels do not serve (eager only: the groups are Python's, so a captured
-graph would freeze them).
+CPUs without a compiler run it, and GPUs where the Triton kernels do not serve (eager only: the
+groups are Python's, so a captured graph would freeze them).
 
 No weight is gathered per token. Rows of one slot that lie together are views, not copies, which
 is nearly always: vLLM keeps a request's tokens together, and most batches use few adapters.
@@ -10,20 +9,64 @@ is nearly always: vLLM keeps a request's tokens together, and most batches use f
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from vllm_lora_ext.kernels.gated_lora.backends.native import tables as cpu_native
-from vllm_lora_ext.kernels.gated_lora.plan import SlicePlan, SlotPlan
-from vllm_lora_ext.kernels.gated_lora.site import Site
+from vllm_lora_ext.kernels.gated_lora.backends.base import Part, Store
+from vllm_lora_ext.kernels.gated_lora.plan import PackedSite, Shape, SlicePlan, SlotPlan
 from vllm_lora_ext.routing import GateSpec, gate_reference
+
+if TYPE_CHECKING:
+    from vllm_lora_ext.kernels.gated_lora.site import Site
+
+on_device = False
+
+
+class SliceStore(Store):
+    """B of each slice in a buffer of its own.
+
+    On a CPU all is kept in fp32 whatever the model's dtype: small fp32 products are two to five
+    times faster there than bf16 ones, and exact.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        slice_sizes: Sequence[int],
+        max_rank: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        if torch.device(device).type == "cpu":
+            dtype = torch.float32
+        b_SRN = (
+            torch.zeros(num_slots, max_rank, n, dtype=dtype, device=device) for n in slice_sizes
+        )
+        super().__init__(dtype, b_SRN)
+
+    def shapes(self, parts: Sequence[Part]) -> list[Shape]:
+        return [((rank, self.bt_SRN[i].shape[2]), self.dtype) for i, rank in parts]
+
+    def places(self, stored: Sequence[torch.Tensor], parts: Sequence[Part]) -> list[torch.Tensor]:
+        return list(stored)
+
+    def copy(self, slot: int, packed: PackedSite) -> None:
+        for (i, p), b_RN in zip(packed.slices, packed.stored, strict=True):
+            bt_RN = self.bt_SRN[i][slot, p.b_start : p.b_start + len(b_RN)]
+            bt_RN.copy_(b_RN, non_blocking=True)
+
+
+make_store = SliceStore
+
+
+def warm(sites: Iterable[Site], max_tokens: int, dtype: torch.dtype) -> None:
+    """Nothing is compiled here."""
 
 
 def gated_lora_(y_TN: torch.Tensor, x_TK: torch.Tensor, site: Site) -> None:
     """Adds the adapters' part to y in place; y is [T, N], x [T, K]."""
-    if (native := cpu_native.tables(site, y_TN, x_TK)) is not None:
-        return cpu_native.gated_lora_(y_TN, x_TK, site, native)
     for slot, start, stop, index_T in site.step.groups:
         plan = site.plans[slot]
         if plan is None:
@@ -35,12 +78,10 @@ def gated_lora_(y_TN: torch.Tensor, x_TK: torch.Tensor, site: Site) -> None:
         _expand_(y_TN, h_TR, read, start, stop, index_T)
 
 
-def shrink(x_TK: torch.Tensor, site: Site) -> torch.Tensor:
-    """`[A; router] x` of each row's own slot: [T, site.num_rows] fp32, zeros past a slot's rows."""
-    u_TR = torch.zeros(x_TK.shape[0], site.num_rows, dtype=torch.float32, device=x_TK.device)
-    if (native := cpu_native.tables(site, x_TK)) is not None:
-        cpu_native.shrink(u_TR, x_TK, site, native)
-        return u_TR
+def shrink(x_TK: torch.Tensor, site: Site, memory: torch.Tensor | None = None) -> torch.Tensor:
+    """`[A; router] x` of each row's own slot: [1, T, site.num_rows] fp32, zeros past a slot's
+    rows."""
+    u_TR = new_shrink(x_TK, site)
     for slot, start, stop, index_T in site.step.groups:
         plan = site.plans[slot]
         if plan is None:
@@ -51,13 +92,19 @@ def shrink(x_TK: torch.Tensor, site: Site) -> torch.Tensor:
             u_TR[start:stop, : u.shape[1]] = u
         else:
             u_TR[index_T, : u.shape[1]] = u
-    return u_TR
+    return u_TR[None]
 
 
-def gate_expand_(y_TN: torch.Tensor, u_TR: torch.Tensor, site: Site, v_TR: torch.Tensor) -> None:
+def new_shrink(x_TK: torch.Tensor, site: Site) -> torch.Tensor:
+    """Zeros for a shrink of x."""
+    return torch.zeros(len(x_TK), site.num_rows, dtype=torch.float32, device=x_TK.device)
+
+
+def expand_(
+    y_TN: torch.Tensor, u_PTR: torch.Tensor, site: Site, v_PTR: torch.Tensor | None = None
+) -> None:
     """Adds `B (g ⊙ Ax)` to y in place: A x from the shrink u, what gates read from v."""
-    if (native := cpu_native.tables(site, y_TN, u_TR, v_TR)) is not None:
-        return cpu_native.gate_expand_(y_TN, u_TR, v_TR, site, native)
+    u_TR, v_TR = u_PTR[0], (u_PTR if v_PTR is None else v_PTR)[0]
     for slot, start, stop, index_T in site.step.groups:
         plan = site.plans[slot]
         if plan is None:
