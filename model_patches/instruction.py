@@ -192,3 +192,7 @@ def _dispatching(stock: Any) -> Any:
         return stock(*args, **kwargs)
 
     return dispatch_cg_and_sync_dp
+
+
+def apply() -> None:
+    """Nothing at start: a worker wraps when it gets its first adapter of that kind."""
