@@ -3,6 +3,8 @@
 SHELL  := /bin/bash
 VENV   ?= .venv
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# A GPU machine has vLLM for CUDA in an environment of its own.
+GPU_PYTHON ?= python3
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
 PINS   := requirements/cpu.txt requirements/cpu-engine.txt requirements/vllm-metadata/pyproject.toml
@@ -16,7 +18,7 @@ UNIT    := OMP_NUM_THREADS=1 $(PYTEST) tests --numprocesses auto --maxprocesses 
 ENGINE  := $(PYTEST) integration_tests --numprocesses auto --maxprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-upstream lint types format docs check-vllm bench bench-base bench-kernels bench-merging dist clean
+.PHONY: help venv demo test test-fast test-upstream lint types format docs check-vllm bench bench-base bench-kernels bench-merging gpu gpu-report gpu-bundle kernels-table dist clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -68,6 +70,18 @@ bench-base: $(READY) ## what the plugin costs requests without an adapter
 
 bench-merging: $(READY) ## what is left of three skills after every merge
 	$(BIN)/python benchmarks/merging_quality.py
+
+gpu: ## check and measure this machine's GPU (docs/gpu.md): STAGES="probe bench=300", GPU_PYTHON=
+	$(GPU_PYTHON) -P scripts/gpu/run.py $(STAGES)
+
+gpu-report: ## put what `make gpu` measured into the tables of the documents
+	$(GPU_PYTHON) scripts/gpu/report.py
+
+gpu-bundle: $(READY) ## pack what `make gpu` needs for a machine without network: GPU_BUNDLE="--has freeze.txt"
+	$(BIN)/python scripts/gpu/bundle.py --out build/gpu $(GPU_BUNDLE)
+
+kernels-table: $(READY) ## compile every kernel variant that serving can reach, with several Tritons
+	$(BIN)/python scripts/kernels_table.py
 
 dist: $(READY) ## wheel and source distribution into dist/
 	$(BIN)/python -m build --no-isolation

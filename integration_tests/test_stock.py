@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import peft_folders
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
 from integration_tests.engines import base_path, lora, prompt_logprobs, recorded, worst
-from integration_tests.reference_model import logits
+from integration_tests.reference_model import logits, model
 from integration_tests.stock_numbers import numbers
 from tests.make_adapters import linear_shapes, normal
 from vllm_lora_ext.adapters.registry import load_adapter
@@ -90,3 +94,80 @@ def test_embedding_and_output_matrix_adapters_with_prompt_logprobs(llama, adapte
         diffs.append(worst(rows, logits("base_llama", adapter if who else None, prompt)))
     print(f"embedding and output matrix: max |dlogp| {max(diffs):.1e}")
     assert max(diffs) < 1e-4
+
+
+def with_drafter(folder: Path) -> Path:
+    """A layer more, of a drafter that the served model leaves out."""
+    tensors = load_file(folder / peft_folders.WEIGHTS)
+    draft = "base_model.model.mtp.layers.0.self_attn.q_proj.lora_"
+    tensors |= {f"{draft}A.weight": torch.ones(8, 128), f"{draft}B.weight": torch.ones(128, 8)}
+    save_file(tensors, folder / peft_folders.WEIGHTS)
+    return folder
+
+
+def with_value_head(folder: Path) -> Path:
+    save_file({"v_head.summary.weight": torch.zeros(1, 128)}, folder / "value_head.safetensors")
+    save_file({"model.norm.weight": torch.full((128,), 9.0)}, folder / "model.safetensors")
+    return folder
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A folder as people have them.
+
+    Args:
+        change: what is done to what PEFT has saved; returns the folder that is served.
+        lora: options of PEFT's.
+        values: whether the change is one of the numbers, which PEFT then has as well.
+    """
+
+    change: Callable[[Path], Path] = lambda folder: folder
+    lora: dict[str, Any] = dataclasses.field(default_factory=dict)
+    values: bool = False
+
+
+def in_shards(folder: Path) -> Path:
+    peft_folders.shard(folder)
+    return folder
+
+
+PATTERNS = {
+    "target_modules": r".*\.[02]\..*(up|down|v)_proj",
+    "rank_pattern": {r"(\w+\.)*mlp\.(?!down)\w+": 5},
+    "alpha_pattern": {r".*[02].*up_proj": 40},
+}
+KINDS = {
+    "other files": Kind(with_value_head),
+    "shards": Kind(in_shards),
+    "links": Kind(lambda folder: peft_folders.as_hub_cache(folder, folder.parent / "cache")),
+    "float64": Kind(lambda folder: peft_folders.cast(folder, torch.float64), values=True),
+    "float8": Kind(lambda folder: peft_folders.cast(folder, torch.float8_e4m3fn), values=True),
+    "fan_in_fan_out": Kind(lambda folder: peft_folders.set_config(folder, fan_in_fan_out=True)),
+    "patterns": Kind(lora=PATTERNS),
+    "same values": Kind(lambda folder: peft_folders.set_config(folder, ("peft_type",), r=8.0)),
+    "a drafter": Kind(with_drafter),
+    "training": Kind(lora={"lora_dropout": 0.5, "init_lora_weights": "orthogonal"}),
+    "neutral keys": Kind(lambda folder: peft_folders.set_config(folder, newer=None, other=False)),
+}  # fmt: skip
+
+
+def test_folders_as_people_have_them(llama, tmp_path):
+    """PEFT's own numbers for each, in one batch with base rows and a routed adapter."""
+    net, prompt, routed = model("base_llama"), peft_folders.IDS[0].tolist(), recorded("hydralora-a")
+    requests = [(prompt, None), (routed.prompts[1], lora(routed.name, routed.folder))]
+    wanted = [logits("base_llama", None, prompt), routed.logits[1]]
+    with torch.no_grad():
+        for name, kind in KINDS.items():
+            folder = tmp_path / name / "adapter"
+            peft_folders.make(folder, net, **kind.lora)
+            want = peft_folders.of_peft(folder, net)
+            served = kind.change(folder)
+            requests.append((prompt, lora(name, served)))
+            wanted.append((peft_folders.of_peft(folder, net) if kind.values else want)[0])
+    got = prompt_logprobs(llama, requests, 512)
+    diffs = [worst(g, w) for g, w in zip(got, wanted, strict=True)]
+    for name, diff in zip(("base", "routed", *KINDS), diffs, strict=True):
+        print(f"{name}: max |dlogp| {diff:.1e}")
+    assert max(diffs) < 2e-4
+    moved = [(want - wanted[0]).abs().mean().item() for want in wanted[2:]]
+    assert min(moved) > 0.005

@@ -132,9 +132,9 @@ def watch(worker: Any) -> None:
         gate(h_TR, plan, inputs_TR)
 
     def watched_shrink(x_TK: torch.Tensor, site: Any) -> torch.Tensor:
-        u_TR = shrink(x_TK, site)
-        _seen.append((names[id(site)], "partial", u_TR.clone()))
-        return u_TR
+        u_PTR = shrink(x_TK, site)
+        _seen.append((names[id(site)], "partial", u_PTR[0].clone()))
+        return u_PTR
 
     eager._gate_, eager.shrink = watched_gate, watched_shrink
 

@@ -3,35 +3,81 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.kernels.gated_lora.backends import choice
+from vllm_lora_ext.kernels.gated_lora.backends.base import Backend
 
 logger = logging.getLogger("vllm.lora_ext")
 
 
-def choose_kernels(wanted: bool | None, device_type: str, check: Callable[[], str | None]) -> bool:
-    """Whether the Triton kernels run.
+@dataclass(frozen=True)
+class Building:
+    """What an engine's layers are built with.
 
     Args:
-        wanted: the setting `triton`; None: on a GPU, when their check passes.
+        router_rows: most router rows per slice.
+        backend: what they run on.
+        graphs: whether the engine captures CUDA graphs.
+    """
+
+    router_rows: int
+    backend: Backend
+    graphs: bool
+
+
+_building: ContextVar[Building] = ContextVar("building")
+building = _building.get
+"""What the layers that vLLM makes at the moment are built with."""
+
+
+@contextmanager
+def build_with(made: Building) -> Iterator[None]:
+    """vLLM makes an engine's layers inside."""
+    token = _building.set(made)
+    try:
+        yield
+    finally:
+        _building.reset(token)
+
+
+def asks_for_triton(wanted: bool | None, device_type: str) -> bool:
+    """Whether the Triton kernels run, if they pass their check.
+
+    Args:
+        wanted: the setting `triton`; None: on a GPU.
         device_type: the engine's, as vLLM names it.
-        check: runs the kernels, and says what is wrong, or None.
     Raises:
         AdapterError: `bad_settings`, they are asked for and cannot be.
     """
-    if wanted is False:
-        return False
-    if device_type != "cuda":
-        if wanted:
-            raise AdapterError(
-                "bad_settings", "the setting triton is true, and this engine runs on no GPU",
-                seen=device_type, limit="null or false", fix="leave the setting triton out",
-            )  # fmt: skip
-        return False
+    if wanted and device_type != "cuda":
+        raise AdapterError(
+            "bad_settings", "the setting triton is true, and this engine runs on no GPU",
+            seen=device_type, limit="null or false", fix="leave the setting triton out",
+        )  # fmt: skip
+    return wanted is not False and device_type == "cuda"
+
+
+def choose_backend(
+    wanted: bool | None, device_type: str, check: Callable[[], str | None]
+) -> Backend:
+    """What an engine runs on.
+
+    Args:
+        wanted, device_type: as for `asks_for_triton`.
+        check: runs the Triton kernels, and says what is wrong, or None.
+    Raises:
+        AdapterError: `bad_settings`, they are asked for and cannot be.
+    """
+    if not asks_for_triton(wanted, device_type):
+        return choice.without_triton(device_type)
     wrong = check()
     if wrong is None:
-        return True
+        return choice.triton()
     if wanted:
         raise AdapterError(
             "bad_settings", "the setting triton is true, and the kernels fail their check here",
@@ -42,21 +88,22 @@ def choose_kernels(wanted: bool | None, device_type: str, check: Callable[[], st
         "vllm-lora-ext: the Triton kernels fail their check here, the slower PyTorch path is used:"
         " %s", wrong,
     )  # fmt: skip
-    return False
+    return choice.without_triton(device_type)
 
 
-def check_graphs(graphs: str | None, device_type: str, kernels: bool) -> bool:
+def check_graphs(graphs: str | None, device_type: str, on_device: bool) -> bool:
     """Whether the engine captures CUDA graphs.
 
     Args:
         graphs: the name of vLLM's `cudagraph_mode`; None or NONE: it captures none.
+        on_device: as of the engine's backend.
     Raises:
-        AdapterError: `bad_settings`, it does and the PyTorch path runs, which loops over the
-            step's adapters: a graph would freeze them.
+        AdapterError: `bad_settings`, it does and the backend loops over the step's adapters on
+            the host: a graph would freeze them.
     """
     if device_type == "cpu" or graphs in (None, "NONE"):
         return False
-    if not kernels:
+    if not on_device:
         raise AdapterError(
             "bad_settings", "CUDA graphs need the Triton kernels, and the PyTorch path runs here",
             seen=f"cudagraph_mode {graphs}", limit="NONE",

@@ -12,7 +12,7 @@ from typing import Any
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.model_patches.backend import check_graphs, choose_kernels
+from vllm_lora_ext.model_patches.backend import asks_for_triton, check_graphs
 from vllm_lora_ext.model_patches.rows import unknown_rows
 from vllm_lora_ext.settings import LoraExtSettings
 
@@ -32,9 +32,9 @@ def check_config(vllm_config: Any, lora_config: Any) -> LoraExtSettings:
         )  # fmt: skip
     # Whether the kernels pass their check here is found out where they run; if not, it says so.
     device_type = vllm_config.device_config.device_type
-    kernels = choose_kernels(settings.triton, device_type, lambda: None)
+    triton = asks_for_triton(settings.triton, device_type)
     mode = vllm_config.compilation_config.cudagraph_mode
-    graphs = check_graphs(mode and mode.name, device_type, kernels)
+    graphs = check_graphs(mode and mode.name, device_type, triton)
     if settings.trace:
         check_trace(vllm_config, graphs)
     return settings

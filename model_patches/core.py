@@ -2,10 +2,10 @@
 
 Targets: `EngineCore.{preprocess_add_request, add_request, step, step_with_batch_queue, add_lora,
 remove_lora, list_loras, pin_lora, collective_rpc}`, `EngineCoreProc.has_work`,
-`Scheduler._handle_blocked_waiting_request`, and `_gen_lora_extra_hash_keys`, the adapter's part of
-a block's key in the prefix cache. Whatever front end asks (several API servers, a client that talks
-to the core directly), a step meets only adapters that every worker holds, and a request whose
-adapter cannot be had ends alone.
+`Scheduler._handle_blocked_waiting_request`, and `_gen_lora_extra_hash_keys` and
+`_gen_mm_extra_hash_keys`, parts of a block's key in the prefix cache. Whatever front end asks
+(several API servers, a client that talks to the core directly), a step meets only adapters that
+every worker holds, and a request whose adapter cannot be had ends alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ from vllm.v1.request import RequestStatus
 
 from vllm_lora_ext.adapters.memory import MemorySource
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.model_patches.ledger import Ledger
+from vllm_lora_ext.model_patches.block_keys import BlockKeys
+from vllm_lora_ext.model_patches.conditioned import Conditions, Key
+from vllm_lora_ext.model_patches.ledger import Held, Ledger
 from vllm_lora_ext.model_patches.loading import Loading
 
 ADD = "lora_ext_add"
@@ -49,6 +51,7 @@ class Adapters:
             answers: list[Any] = core.model_executor.collective_rpc(method, args=args)
             return answers
 
+        self._conditions = Conditions(core.vllm_config)
         self.loading = Loading(rpc, self.add)
         self.ledger = Ledger(
             rpc,
@@ -68,25 +71,35 @@ class Adapters:
         return {_id_of(r) for r in self._scheduler.running} - {0}
 
     def add(self, lora: LoRARequest, source: Any) -> dict[str, Any]:
-        """Has an adapter loaded: `{"version": digest, "evicted": ids}`, or `{"error": text}`."""
+        """Has an adapter loaded: `{"version": digest, "evicted": ids, "understands": what a request
+        may say to it}`, or `{"error": text}`."""
         try:
             evicted = self.ledger.add(lora, source)
         except AdapterError as error:
             return {"error": str(error)}
-        return {"version": self.ledger.version(lora.lora_int_id), "evicted": evicted}
+        held = self.ledger.held(lora.lora_int_id)
+        assert held is not None
+        return {"version": held.version, "evicted": evicted, "understands": held.understands}
 
     def admit(self, request: Any) -> bool:
-        """Has the adapter of a new request loaded; the request is refused when it cannot be."""
+        """Has the adapter of a new request loaded; the request is refused when it cannot be, or
+        when what the request says does not fit the adapter."""
         lora: LoRARequest = request.lora_request
         try:
             self.ledger.add(lora)
+            self._conditions.complete(request, self._held(lora.lora_int_id), sent=False)
         except AdapterError as error:
             self._refuse(request, error)
             return False
         if lora.load_inplace:  # done
             request.lora_request = msgspec.structs.replace(lora, load_inplace=False)
-        self._rekey(request, self.ledger.version(lora.lora_int_id))
+        self._rekey(request, self._conditions.key(request, self._held(lora.lora_int_id)))
         return True
+
+    def _held(self, lora_id: int) -> Held:
+        held = self.ledger.held(lora_id)
+        assert held is not None, "what was added is held"
+        return held
 
     def _keyed(self, hasher: Callable[[Any], Any]) -> Callable[[Any], Any]:
         """The block hasher; a request that has no key yet gets that of its adapter as it is now.
@@ -96,7 +109,8 @@ class Adapters:
 
         def keyed_hasher(request: Any) -> Any:
             if request.lora_request is not None and not hasattr(request, _KEY):
-                setattr(request, _KEY, self.ledger.version(request.lora_request.lora_int_id))
+                held = self.ledger.held(request.lora_request.lora_int_id)
+                setattr(request, _KEY, held and self._conditions.early_key(request, held))
             return hasher(request)
 
         return keyed_hasher
@@ -119,12 +133,20 @@ class Adapters:
         What a request has computed so far comes from the old weights. Its blocks from here on
         belong to neither version; their key is the request's own.
         """
-        version = self.ledger.version(lora_id)
+        held = self._held(lora_id)
         for request in self._requests(lora_id):
             started = Scheduler._holds_kv_blocks(request)
-            self._rekey(request, f"{version}:{request.request_id}" if started else version)
+            try:
+                self._conditions.complete(
+                    request, held, sent=started or request.num_preemptions > 0
+                )
+            except AdapterError as error:
+                self._end(request, error)
+                continue
+            salt = request.request_id if started else ""
+            self._rekey(request, self._conditions.key(request, held, salt))
 
-    def _rekey(self, request: Any, key: str | None) -> None:
+    def _rekey(self, request: Any, key: Key | None) -> None:
         if getattr(request, _KEY, None) != key:
             setattr(request, _KEY, key)
             request.block_hashes.clear()
@@ -132,8 +154,11 @@ class Adapters:
 
     def _lost(self, lora_id: int, error: AdapterError) -> None:
         for request in self._requests(lora_id):
-            self._scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
-            self._refuse(request, error)
+            self._end(request, error)
+
+    def _end(self, request: Any, error: AdapterError) -> None:
+        self._scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
+        self._refuse(request, error)
 
     def _refuse(self, request: Any, error: AdapterError) -> None:
         output = EngineCoreOutput(
@@ -273,14 +298,26 @@ def _patch_scheduler() -> None:
 
 
 def _patch_keys() -> None:
-    stock = kv_cache_utils._gen_lora_extra_hash_keys
+    of_lora = kv_cache_utils._gen_lora_extra_hash_keys
+    of_block = kv_cache_utils._gen_mm_extra_hash_keys  # the first that is told which block it is
 
-    @functools.wraps(stock)
-    def new_keys(request: Any) -> list[tuple[str, ...]]:
+    @functools.wraps(of_lora)
+    def new_of_lora(request: Any) -> list[tuple[str, ...]]:
         key = getattr(request, _KEY, None)
-        return stock(request) if key is None else [("lora", key)]
+        if key is None:
+            return of_lora(request)
+        return [("lora", key)] if isinstance(key, str) else []
 
-    kv_cache_utils._gen_lora_extra_hash_keys = new_keys
+    @functools.wraps(of_block)
+    def new_of_block(request: Any, start: int, stop: int, at: int) -> tuple[list[Any], int]:
+        keys, at = of_block(request, start, stop, at)
+        key = getattr(request, _KEY, None)
+        if isinstance(key, BlockKeys):
+            keys = [*key.entries(start, stop), *keys]
+        return keys, at
+
+    kv_cache_utils._gen_lora_extra_hash_keys = new_of_lora
+    kv_cache_utils._gen_mm_extra_hash_keys = new_of_block
 
 
 def apply() -> None:

@@ -7,9 +7,7 @@ layer a class may replace, tensor-parallel slicing and `forward` stay stock.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -23,7 +21,9 @@ from vllm.utils.multi_stream_utils import maybe_execute_in_parallel
 from vllm_lora_ext.adapters.model import RoutedModule
 from vllm_lora_ext.kernels.gated_lora import (
     EmbeddingSite,
+    Factors,
     Site,
+    StepMap,
     begin,
     embedding_lora_,
     finish_,
@@ -31,23 +31,7 @@ from vllm_lora_ext.kernels.gated_lora import (
     gated_lora_into_,
     register_site,
 )
-
-_router_rows: ContextVar[int] = ContextVar("router_rows")
-_triton: ContextVar[bool] = ContextVar("triton")
-_graphs: ContextVar[bool] = ContextVar("graphs")
-
-
-@contextmanager
-def building(router_rows: int, triton: bool, graphs: bool) -> Iterator[None]:
-    """Layers created inside hold up to `router_rows` router rows per slice, run on the Triton
-    kernels if `triton`, and in captured graphs if `graphs`."""
-    tokens = _router_rows.set(router_rows), _triton.set(triton), _graphs.set(graphs)
-    try:
-        yield
-    finally:
-        _router_rows.reset(tokens[0])
-        _triton.reset(tokens[1])
-        _graphs.reset(tokens[2])
+from vllm_lora_ext.model_patches.backend import building
 
 
 class RoutedLinear(BaseLinearLayerWithLoRA):
@@ -55,8 +39,9 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
 
     def create_lora_weights(self, max_loras, lora_config, model_config=None) -> None:  # type: ignore[no-untyped-def]
         self.lora_config = lora_config
+        made = building()
         # Stock's dual-stream option: there, as here, an op around the base product and the delta.
-        if not _triton.get():
+        if not made.backend.on_device:
             self._enable_aux_cuda_stream = False
         if self.n_slices == 1:
             self.output_slices = (self.output_size,)
@@ -64,9 +49,9 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
         # Under tensor parallelism a row-parallel input is a shard, and its output a partial sum.
         self.reduces = isinstance(self.base_layer, RowParallelLinear) and self.tp_size > 1
         self.site = Site(
-            max_loras, self.input_size, self.output_slices, rank, _router_rows.get(),
-            lora_config.lora_dtype, self.device, _triton.get(),
-            tensor_model_parallel_all_reduce if self.reduces else None, _graphs.get(),
+            max_loras, self.input_size, self.output_slices, rank, made.router_rows,
+            lora_config.lora_dtype, self.device, made.backend,
+            tensor_model_parallel_all_reduce if self.reduces else None, made.graphs,
         )  # fmt: skip
         self.handle = register_site(self.site)
         # Where the linear of an MLP block on the kernels leaves its shrunk rows (`mlp`).
@@ -206,9 +191,11 @@ class RoutedEmbedding(VocabParallelEmbeddingWithLoRA):
     def create_lora_weights(self, max_loras, lora_config, model_config=None) -> None:  # type: ignore[no-untyped-def]
         super().create_lora_weights(max_loras, lora_config, model_config)
         out, rank = self.base_layer.embedding_dim, lora_config.max_lora_rank
-        b_NSR = self.lora_a_stacked.new_zeros(out, max_loras, rank)
-        self.lora_b_stacked = b_NSR.permute(1, 0, 2)[:, None]
-        self.site = EmbeddingSite(self.lora_a_stacked, self.lora_b_stacked[:, 0], None)  # type: ignore[arg-type]
+        b_SNR = self.lora_a_stacked.new_zeros(out, max_loras, rank).permute(1, 0, 2)
+        self.lora_b_stacked = b_SNR[:, None]
+        self.factors = Factors(max_loras, rank, b_SNR.device)
+        step: StepMap = None  # type: ignore[assignment]  # set by `set_mapping`
+        self.site = EmbeddingSite(self.lora_a_stacked, b_SNR, step, factors=self.factors)
         self.handle = register_site(self.site)
 
     def set_mapping(self, punica_wrapper) -> None:  # type: ignore[no-untyped-def]
@@ -218,11 +205,13 @@ class RoutedEmbedding(VocabParallelEmbeddingWithLoRA):
     def reset_lora(self, index: int) -> None:
         if index in self.site.used:
             self.site.used.discard(index)
+            self.factors.clear(index)
             super().reset_lora(index)
 
     def set_lora(self, index, lora_a, lora_b) -> None:  # type: ignore[no-untyped-def]
         super().set_lora(index, lora_a, lora_b)
         self.site.used.add(index)
+        self.factors.clear(index)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         output = self.base_layer.forward(x)

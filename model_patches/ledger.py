@@ -12,13 +12,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from vllm_lora_ext.conditions.recipe import DERIVED_IDS
 from vllm_lora_ext.errors import AdapterError
 
 LOAD, VERSIONS = "lora_ext_load", "lora_ext_versions"
 """Methods of the worker (`worker_rpc`)."""
 
 MEMORY_IDS = 1 << 30
-"""Ids from here on belong to adapters that were handed over as tensors; vLLM counts from 1."""
+"""Ids from here to `DERIVED_IDS` belong to adapters that were handed over as tensors; vLLM counts
+from 1."""
+
+
+def from_memory(lora_id: int) -> bool:
+    """Whether nobody else has the adapter's tensors."""
+    return MEMORY_IDS <= lora_id < DERIVED_IDS
 
 
 class Adapter(Protocol):
@@ -38,6 +45,8 @@ class Held:
     path: str
     version: str
     bytes: int
+    parts: tuple[Any, ...]  # `SlotPart`: of what stands in a slot; none for a template
+    understands: dict[str, Any]
     pinned: bool = False
 
 
@@ -76,6 +85,10 @@ class Ledger:
         held = self._held.get(lora_id)
         return held.version if held is not None else None
 
+    def held(self, lora_id: int) -> Held | None:
+        """What is held under an id."""
+        return self._held.get(lora_id)
+
     def ids(self) -> set[int]:
         """What is held, and was not removed."""
         self._refresh()
@@ -93,6 +106,7 @@ class Ledger:
         """
         self._refresh()
         lora_id = adapter.lora_int_id
+        self._make_way(adapter)
         held = self._held.get(lora_id)
         if held is not None and not adapter.load_inplace and source is None:
             self._check_same(adapter, held)
@@ -103,7 +117,7 @@ class Ledger:
         if held is not None and held.name != adapter.lora_name and not replaceable:
             raise _id_in_use(adapter, held)
         self._check_slot(lora_id)
-        if source is None and lora_id >= MEMORY_IDS:
+        if source is None and from_memory(lora_id):
             raise AdapterError(
                 "not_found", "this adapter was handed over as tensors and is no longer loaded",
                 seen=adapter.lora_name, fix="hand it over again with add_adapter",
@@ -142,6 +156,8 @@ class Ledger:
                 "not_found", "an adapter that is not loaded cannot be pinned", seen=lora_id,
                 fix="load it first",
             )  # fmt: skip
+        if not held.parts:
+            raise incomplete(held.name, held.understands)
         if held.pinned:
             return True
         pinned = self._pinned | {lora_id}
@@ -187,11 +203,19 @@ class Ledger:
             held = self._held.get(lora_id)
             if held is not None and held.version != report.version:
                 held.version, held.bytes = report.version, report.bytes
+                held.parts, held.understands = report.parts, report.understands
                 self._replaced(lora_id)
+
+    def _make_way(self, adapter: Adapter) -> None:
+        """A derived adapter's id follows from what it is made of: another's may be the same."""
+        lora_id, held = adapter.lora_int_id, self._held.get(adapter.lora_int_id)
+        other = held is not None and held.path != adapter.lora_path
+        if lora_id >= DERIVED_IDS and other and lora_id not in self._named() | self._pinned:
+            self._drop(lora_id)
 
     def _load(self, adapter: Adapter, source: Any) -> list[int]:
         lora_id = adapter.lora_int_id
-        kept = {i for i in self._held if i >= MEMORY_IDS} | self._pinned | self._named()
+        kept = set(filter(from_memory, self._held)) | self._pinned | self._named()
         answers = self._rpc(LOAD, adapter, source, frozenset(kept | {lora_id}))
         errors = [a for a in answers if isinstance(a, str)]
         reports = [a for a in answers if not isinstance(a, str)]
@@ -218,10 +242,11 @@ class Ledger:
     def _note(self, adapter: Adapter, reports: list[Any]) -> None:
         lora_id, before = adapter.lora_int_id, self._held.get(adapter.lora_int_id)
         self._leaving.discard(lora_id)
-        version = reports[0].version
+        first, version = reports[0], reports[0].version
         self._held[lora_id] = Held(
-            adapter.lora_name, adapter.lora_path, version, max(r.bytes for r in reports)
-        )
+            adapter.lora_name, adapter.lora_path, version, max(r.bytes for r in reports),
+            first.parts, first.understands,
+        )  # fmt: skip
         if before is not None and before.pinned:
             self._held[lora_id].pinned = all(self._rpc("pin_lora", lora_id))
         self._pin()
@@ -257,6 +282,15 @@ class Ledger:
             "slots_pinned", message, seen=f"{len(self._pinned)} pinned", limit=self._slots,
             fix="start with a larger --max-loras, or remove a pinned adapter",
         )  # fmt: skip
+
+
+def incomplete(name: str, understands: dict[str, Any]) -> AdapterError:
+    """The error for a template where an adapter must stand."""
+    needs = [what for what in ("user", "instruction") if understands.get(what)]
+    return AdapterError(
+        "missing_setting", f"adapter {name} needs what only a request can say", seen="none",
+        limit=f"lora_ext with {' and '.join(needs)}", fix="send it with the request",
+    )  # fmt: skip
 
 
 def _id_in_use(adapter: Adapter, held: Held) -> AdapterError:

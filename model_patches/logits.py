@@ -15,6 +15,7 @@ import vllm.lora.utils as lora_utils
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.lora.layers.logits_processor import LogitsProcessorWithLoRA
 
+from vllm_lora_ext.kernels.gated_lora import Factors
 from vllm_lora_ext.model_patches.rows import Rows, wrap_runners
 
 
@@ -26,6 +27,7 @@ class RoutedLogits(LogitsProcessorWithLoRA):
     def create_lora_weights(self, max_loras, lora_config, model_config=None) -> None:  # type: ignore[no-untyped-def]
         super().create_lora_weights(max_loras, lora_config, model_config)
         self.used: set[int] = set()
+        self.factors = Factors(max_loras, lora_config.max_lora_rank, self.device)
 
     def set_mapping(self, punica_wrapper) -> None:  # type: ignore[no-untyped-def]
         super().set_mapping(SimpleNamespace(add_lora_logits=self.add_delta))
@@ -34,11 +36,13 @@ class RoutedLogits(LogitsProcessorWithLoRA):
     def reset_lora(self, index: int) -> None:
         if index in self.used:
             self.used.discard(index)
+            self.factors.clear(index)
             super().reset_lora(index)
 
     def set_lora(self, index, lora_a, lora_b) -> None:  # type: ignore[no-untyped-def]
         super().set_lora(index, lora_a, lora_b)
         self.used.add(index)
+        self.factors.clear(index)
 
     def forward(self, lm_head, *args, **kwargs):  # type: ignore[no-untyped-def]
         if self.used & self.step.slots:
@@ -58,10 +62,13 @@ class RoutedLogits(LogitsProcessorWithLoRA):
         Every slot of the step is one product over all rows, with zeros in those of other slots:
         the host need not know which they are. Where the logits are padded, y is wider than V.
         """
-        slots_N1 = self.step.token_slots_T[self.rows.logits_rows(x_NK), None]
+        rows_N = self.rows.logits_rows(x_NK)
+        slots_N1 = self.step.token_slots_T[rows_N, None]
         x_NK, y_NV = x_NK.float(), y_NV[:, : b_S1VR.shape[2]]
         for slot in sorted(self.used & self.step.slots):
             h_NR = (x_NK @ a_S1RK[slot, 0].float().t()) * scale
+            if slot in self.factors.slots:
+                h_NR *= self.factors.of(slot, self.step.rows_TC[rows_N])
             h_NR = torch.where(slots_N1 == slot, h_NR, 0).to(y_NV.dtype)
             y_NV.addmm_(h_NR, b_S1VR[slot, 0].t().to(y_NV.dtype))
         return y_NV

@@ -17,18 +17,28 @@ from vllm.triton_utils import HAS_TRITON
 from vllm.utils.torch_utils import PIN_MEMORY
 
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.kernels.gated_lora.backends.base import Backend
 from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
+from vllm_lora_ext.kernels.mix_mlp import warm_blocks
 from vllm_lora_ext.kernels.mix_mlp.selfcheck import selfcheck as block_selfcheck
-from vllm_lora_ext.model_patches.backend import check_graphs, choose_kernels
+from vllm_lora_ext.model_patches.backend import (
+    Building,
+    build_with,
+    check_graphs,
+    choose_backend,
+)
+from vllm_lora_ext.model_patches.columns import RowColumns
+from vllm_lora_ext.model_patches.composing import Composer
 from vllm_lora_ext.model_patches.config import check_config, check_trace
 from vllm_lora_ext.model_patches.heap import keep_memory
-from vllm_lora_ext.model_patches.layers import RoutedLinear, building
+from vllm_lora_ext.model_patches.layers import RoutedLinear
 from vllm_lora_ext.model_patches.logits import follow_rows
 from vllm_lora_ext.model_patches.mlp import share_scratch, wrap_blocks
 from vllm_lora_ext.model_patches.placing import Placer
+from vllm_lora_ext.model_patches.positions import Positions
 from vllm_lora_ext.model_patches.punica import skip_unread
 from vllm_lora_ext.model_patches.residency import HeadWeights, HostAdapter
-from vllm_lora_ext.model_patches.rows import Rows
+from vllm_lora_ext.model_patches.rows import Rows, unknown_rows
 from vllm_lora_ext.model_patches.scope import Scope
 from vllm_lora_ext.model_patches.stock_lane import StockLane
 from vllm_lora_ext.model_patches.trace import Recorder
@@ -50,7 +60,7 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
 
     Attributes:
         pinned: ids that keep their slot, also over `remove_all_adapters`.
-        placer: makes the host form of an adapter for this model.
+        placer: makes the host form of an adapter for this model; composer: of several, one.
         rows: which rows of a step belong to which request.
     """
 
@@ -68,16 +78,16 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         router_rows = settings.router_rows(lora_config.max_lora_rank)
         self.base_name = vllm_config.model_config.model
         device_type = vllm_config.device_config.device_type
-        kernels = choose_kernels(
+        backend = choose_backend(
             settings.triton, device_type,
             lambda: _selfcheck(device, lora_config, router_rows),
         )  # fmt: skip
         graphs = vllm_config.compilation_config.cudagraph_mode
-        self.graphs = check_graphs(graphs and graphs.name, device_type, kernels)
+        self.graphs = check_graphs(graphs and graphs.name, device_type, backend.on_device)
         if device_type == "cpu":
             keep_memory()
         self.pinned: set[int] = set()
-        with building(router_rows, kernels, self.graphs):
+        with build_with(Building(router_rows, backend, self.graphs)):
             super().__init__(
                 model, max_num_seqs, max_num_batched_tokens, vocab_size, lora_config, device,
                 vllm_config,
@@ -85,35 +95,43 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         if settings.max_router_rows is not None:  # asked for: before the KV cache takes the rest
             _reserve_routers(self.modules)
         self.rows = Rows(self)
+        self._columns: RowColumns | None = None
+        self._max_model_len = vllm_config.model_config.max_model_len
         follow_rows(self.rows, self.modules)
         skip_unread(self.punica_wrapper_mapping.values(), self.modules.values())
         self.blocks = wrap_blocks(self.model, self.modules)
         share_scratch(self.blocks.values(), vllm_config.model_config.dtype)
+        pinned = device_type == "cuda" and PIN_MEMORY
+        text = next(iter(self.punica_wrapper_mapping.values()))  # the language model's is first
+        positions = Positions(text, unknown_rows(vllm_config))
         self.placer = Placer(
             self.model, self.modules, self.packed_modules, self.blocks,
-            Scope(self.model, lora_config.target_modules, self.packed_modules_mapping),
+            Scope(
+                self.model, lora_config.target_modules, self.packed_modules_mapping,
+                towers=getattr(self, "supports_tower_connector_lora", False),
+            ),
             StockLane(self),
             lora_config.max_lora_rank, router_rows, lora_config.lora_dtype, self.base_name,
-            pinned=device_type == "cuda" and PIN_MEMORY, graphs=self.graphs,
-            pooling=self.is_pooling_model,
+            pinned=pinned, graphs=self.graphs,
+            pooling=self.is_pooling_model, positions=positions,
         )  # fmt: skip
-        if kernels:
-            self._warm(vllm_config)
+        self.composer = Composer(
+            self.modules, self.blocks, lora_config.max_lora_rank, router_rows, positions, pinned,
+            self.graphs,
+        )  # fmt: skip
+        self._warm(backend, vllm_config)
         if settings.trace:
             check_trace(vllm_config, self.graphs)
             self.recorder = Recorder(self)
 
-    def _warm(self, vllm_config: Any) -> None:
+    def _warm(self, backend: Backend, vllm_config: Any) -> None:
         """Compiles all that a step can need, while nobody waits and no row has an adapter."""
-        from vllm_lora_ext.kernels.gated_lora.backends.triton import warmup
-        from vllm_lora_ext.kernels.mix_mlp import warmup as block_warmup
-
         options = (
             vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.model_config.dtype,
         )  # fmt: skip
         sites = [m.site for m in self.modules.values() if isinstance(m, RoutedLinear)]
-        warmup.warm(sites, *options)
-        block_warmup.warm([block.site for block in self.blocks.values()], *options)
+        backend.warm(sites, *options)
+        warm_blocks([block.site for block in self.blocks.values()], *options)
 
     @property
     def slot_nbytes(self) -> int:
@@ -170,6 +188,12 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         """Whether the adapter is in a slot."""
         return lora_id in self._active_adapters
 
+    def expect_columns(self) -> None:
+        """From now on steps fill the table of the numbers that come with each row."""
+        if self._columns is None:
+            step = next(iter(self.punica_wrapper_mapping.values())).step_map
+            self._columns = RowColumns(self.rows, step, self._max_model_len)
+
     def _add_adapter(self, lora: LoRAModel) -> None:
         if isinstance(lora, RoutedLoRAModel) or getattr(lora, "_lora_ext_merged", False):
             self._registered_adapters[lora.id] = lora
@@ -205,6 +229,8 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
                 layer.site.load(slot, host.sites.get(name))
             elif name in host.stock:
                 layer.set_lora(slot, *host.stock[name])
+                if name in host.factors:
+                    layer.factors.set(slot, host.factors[name])
             else:
                 layer.reset_lora(slot)
             if isinstance(layer, ClassificationHeadWithLoRA):

@@ -21,7 +21,7 @@ from torch import nn
 
 from vllm_lora_ext.adapters.blocks import activation
 from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedModule
-from vllm_lora_ext.kernels.gated_lora.site import Shape
+from vllm_lora_ext.kernels.gated_lora.plan import Shape
 from vllm_lora_ext.kernels.mix_mlp import (
     BlockSite,
     Scratch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,12 +15,14 @@ from vllm.model_executor.models.utils import PPMissingLayer
 from vllm_lora_ext.adapters.checks import BLOCK_PARTS, check_fits
 from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.kernels.gated_lora.site import Shape
+from vllm_lora_ext.kernels.gated_lora.plan import Shape
 from vllm_lora_ext.model_patches.layers import RoutedLinear
 from vllm_lora_ext.model_patches.mlp import Block
-from vllm_lora_ext.model_patches.residency import HostAdapter, bytes_of, flat_views
+from vllm_lora_ext.model_patches.positions import Positions
+from vllm_lora_ext.model_patches.residency import HostAdapter, SlotPart, bytes_of, flat_views
 from vllm_lora_ext.model_patches.scope import Scope
 from vllm_lora_ext.model_patches.stock_lane import StockLane, refuse_gate
+from vllm_lora_ext.routing import GateSpec
 
 Fill = Callable[[list[torch.Tensor]], Any]
 Layout = dict[str, tuple[list[Shape], Fill]]
@@ -38,6 +41,7 @@ class Placer:
         dtype: of the engine's LoRA weights; base_name: the served model.
         pinned: whether host copies are page-locked.
         graphs: whether the engine captures CUDA graphs.
+        positions: where something may differ by token.
         pooling: whether the model is served for pooling; adapters may then have been trained on
             the bare model, whose layers' names lack `model.`.
     """
@@ -57,13 +61,14 @@ class Placer:
         pinned: bool,
         graphs: bool,
         pooling: bool,
+        positions: Positions,
     ) -> None:
         self._model_name = type(model).__name__
         self._modules, self._packed, self._blocks = modules, packed, blocks
         self._max_rank, self._router_rows = max_rank, router_rows
         self._dtype, self._base_name, self._pinned = dtype, base_name, pinned
         self._graphs, self._pooling, self._scope = graphs, pooling, scope
-        self.lane = lane
+        self.lane, self._positions = lane, positions
         mapper = getattr(model, "hf_to_vllm_mapper", None)
         self._mapper = mapper and mapper.get_rename_mapper()
         # Prefixes of the layers that live on another pipeline rank.
@@ -99,13 +104,17 @@ class Placer:
                 no layer of it is served here,
                 gates stand where none are computed, or the device has no room for routers.
         """
-        every = (*adapter.modules, *_block_layers(adapter))
+        template = adapter.template
+        every = (
+            *adapter.modules, *_block_layers(adapter), *(template.sizes if template else ()),
+        )  # fmt: skip
         name_of = {n: n if renamed else self._vllm_name(n) for n in every}
         name_of |= {n: n if renamed else self._vllm_parameter(n) for n in adapter.experts}
         away = {n for n, v in name_of.items() if v.startswith(self._missing)}
         known = self._shapes.keys() | self.lane.experts.keys()
         has = away.union(n for n, v in name_of.items() if v in known)
-        adapter = self._scope.narrowed(adapter, name_of, has)
+        if template is None:
+            adapter = self._scope.narrowed(adapter, name_of, has)
         self.lane.check(adapter, name_of, away)
         # The model's own names beside those of the adapter: for what an error says.
         shapes = {v: shape for v, shape in self._shapes.items() if v not in name_of}
@@ -118,11 +127,30 @@ class Placer:
             self._router_rows,
             self._base_name,
         )
+        if template is not None:
+            return HostAdapter(
+                system=adapter.system, source=adapter.source, rank=adapter.rank,
+                version=adapter.digest, nbytes=template.nbytes, sites={}, stock={}, blocks={},
+                heads={}, names={}, template=template,
+            )  # fmt: skip
+        self._check_columns(adapter, name_of, away)
         host = self._pack(adapter, name_of, away)
-        self._reserve(host)
+        self.reserve(host)
         return host
 
-    def _reserve(self, host: HostAdapter) -> None:
+    def _check_columns(
+        self, adapter: RoutedAdapter, name_of: Mapping[str, str], away: set[str]
+    ) -> None:
+        """What differs by token must meet rows that are positions of a request, and are known."""
+        if not adapter.columns:
+            return
+        layer_of = {part: name for name, parts in self._packed.items() for part in parts}
+        for name, module in adapter.modules.items():
+            layer = layer_of.get(name_of[name], name_of[name])
+            if module.gate.columns and name not in away:
+                self._positions.check(name, self._modules[layer])
+
+    def reserve(self, host: HostAdapter) -> None:
         """Slots have rows for routers from the first adapter on that needs them."""
         sites = [(self._modules[name].site, packed) for name, packed in host.sites.items()]
         sites += [(self._blocks[n].first.site, packed.first) for n, packed in host.blocks.items()]
@@ -174,6 +202,10 @@ class Placer:
             version=adapter.digest,
             nbytes=nbytes + bytes_of(experts.values()) + bytes_of(heads.values()), names=names,
             sites=packed[0], stock=packed[1] | experts, blocks=packed[2], heads=heads,
+            parts=(SlotPart(
+                adapter.digest, columns=adapter.columns, linear=_is_linear(adapter),
+                blocks=bool(blocks),
+            ),),
         )  # fmt: skip
 
     def _block(self, name: str, vllm_name: str, experts: MixBlock) -> Block:
@@ -208,6 +240,18 @@ class Placer:
                 spellings += [f"model.{spelling}" for spelling in spellings]
             self._vllm_names[module] = next((s for s in spellings if s in self._known), name)
         return self._vllm_names[module]
+
+
+def _is_linear(adapter: RoutedAdapter) -> bool:
+    """Whether the adapter's columns multiply all that it adds, and nothing else is done to them."""
+    gates = [module.gate for module in adapter.modules.values()]
+    one = GateSpec("request", blocks=(1,))
+    multiplied = all(
+        gate.columns and replace(gate, source="request", blocks=(1,), constant=1.0) == one
+        for gate in gates
+    )
+    own = adapter.blocks or adapter.experts or adapter.heads
+    return not adapter.columns or (multiplied and not own)
 
 
 def _site(layer: RoutedLinear, modules: Sequence[RoutedModule | None]) -> tuple[list[Shape], Fill]:

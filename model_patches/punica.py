@@ -18,6 +18,7 @@ from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from vllm_lora_ext.kernels.gated_lora import StepMap
+from vllm_lora_ext.model_patches.backend import building
 from vllm_lora_ext.model_patches.layers import RoutedEmbedding, RoutedLinear
 from vllm_lora_ext.model_patches.logits import RoutedLogits
 
@@ -27,7 +28,8 @@ class StepMixin:
 
     def __init__(self, max_num_batched_tokens: int, *args: Any, **kwargs: Any) -> None:
         super().__init__(max_num_batched_tokens, *args, **kwargs)  # type: ignore[call-arg]
-        self.step_map = StepMap(max_num_batched_tokens, self.device)  # type: ignore[attr-defined]
+        tiled = building().backend.on_device
+        self.step_map = StepMap(max_num_batched_tokens, self.device, tiled)  # type: ignore[attr-defined]
         self.stock_reads = True
 
     def update_metadata(self, mapping, lora_index_to_id, *args, **kwargs) -> None:  # type: ignore[no-untyped-def]

@@ -15,8 +15,10 @@ from typing import Any
 
 import torch
 
+from vllm_lora_ext.adapters.template import Template
+from vllm_lora_ext.conditions.column import Column
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.kernels.gated_lora.site import PackedSite, Shape
+from vllm_lora_ext.kernels.gated_lora.plan import PackedSite, Shape
 from vllm_lora_ext.kernels.mix_mlp.block import PackedBlock
 
 # Arguments of vLLM's `set_lora` (of fused experts lists), and of `set_module_to_save`.
@@ -25,6 +27,32 @@ HeadWeights = tuple[torch.Tensor, torch.Tensor | None]
 
 _ALIGN = 256  # bytes: more than any dtype or vector load asks for
 _PIECE = {True: 64 << 20, False: sys.maxsize}  # bytes, of page-locked memory and of other
+
+
+@dataclass(frozen=True)
+class SlotPart:
+    """What the keys of the prefix cache must know of one adapter in a slot; plain values.
+
+    Args:
+        version: of all that does not differ by token.
+        scale: folded into it beside that.
+        by_row: a column of its own multiplies it: the first of its columns in the slot.
+        columns: the adapter's own, which follow.
+        linear: its own columns multiply it: where all are 0, it adds nothing.
+        blocks: it has experts that are whole MLP blocks, which nothing can multiply.
+    """
+
+    version: str
+    scale: float = 1.0
+    by_row: bool = False
+    columns: tuple[Column, ...] = ()
+    linear: bool = True
+    blocks: bool = False
+
+    @property
+    def width(self) -> int:
+        """Its columns in the slot."""
+        return int(self.by_row) + len(self.columns)
 
 
 @dataclass(frozen=True)
@@ -42,6 +70,10 @@ class HostAdapter:
         blocks: name of an MLP block → its experts.
         names: layer or block → what the adapter's files call its parts, in their order; of a linear
             layer one name for each adapted slice.
+        parts: the adapters that it is made of; one that is loaded has one, a template none.
+        factors: name of an embedding or output matrix → int64 [R], the column that multiplies each
+            rank, -1: none; where a column does.
+        template: it goes into no slot before it is derived, and has nothing of the above.
     """
 
     system: str
@@ -54,6 +86,24 @@ class HostAdapter:
     heads: dict[str, HeadWeights] = field(repr=False)
     blocks: dict[str, PackedBlock] = field(repr=False)
     names: dict[str, tuple[str, ...]] = field(repr=False)
+    parts: tuple[SlotPart, ...] = ()
+    factors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+    template: Template | None = field(default=None, repr=False)
+
+    @property
+    def columns(self) -> int:
+        """Columns of its slot."""
+        return sum(part.width for part in self.parts)
+
+    @property
+    def understands(self) -> dict[str, Any]:
+        """What a request may say to it, as plain values."""
+        own = self.parts[0].columns if len(self.parts) == 1 else ()
+        return {
+            "columns": [column.to_dict() for column in own],
+            "user": self.template.user if self.template else None,
+            "instruction": bool(self.template and self.template.instruction),
+        }
 
 
 @dataclass(frozen=True)
@@ -64,6 +114,8 @@ class LoadReport:
         version: content digest, the same on every rank.
         bytes: host memory that this rank holds for it.
         evicted: ids whose host copies this rank has dropped to make room.
+        parts: of what stands in the slot; none: requests do not name it as it is.
+        understands: what a request may say to it (`HostAdapter.understands`).
     """
 
     version: str
@@ -71,6 +123,8 @@ class LoadReport:
     system: str
     rank: int
     evicted: tuple[int, ...] = ()
+    parts: tuple[SlotPart, ...] = ()
+    understands: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -87,8 +141,18 @@ class Resident:
     nbytes: int
     system: str
 
+    @property
+    def host(self) -> HostAdapter | None:
+        """Its host form; None for what stands in layers of stock's."""
+        return getattr(self.model, "host", None)
+
     def report(self, evicted: tuple[int, ...] = ()) -> LoadReport:
-        return LoadReport(self.version, self.nbytes, self.system, self.model.rank, evicted)
+        parts, understands = (SlotPart(self.version),), {}
+        if self.host is not None:
+            parts, understands = self.host.parts, self.host.understands
+        return LoadReport(
+            self.version, self.nbytes, self.system, self.model.rank, evicted, parts, understands
+        )
 
 
 class Residency:

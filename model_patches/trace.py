@@ -18,7 +18,7 @@ from vllm.v1.core.sched.output import NewRequestData
 
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora import Site
-from vllm_lora_ext.kernels.gated_lora.site import SlicePlan
+from vllm_lora_ext.kernels.gated_lora.plan import SlicePlan, SlotPlan
 from vllm_lora_ext.model_patches.layers import RoutedLinear
 from vllm_lora_ext.model_patches.residency import HostAdapter
 from vllm_lora_ext.model_patches.rows import Span
@@ -106,10 +106,11 @@ class Recorder:
         if u_TR is None:
             assert x_TK is not None
             u_TR = plan.shrink(x_TK)
+        given_TC = traced.of(site.step.rows_TC) if plan.columns else None
         parts = dict(zip(traced.host.names[layer], plan.slices, strict=False))
         for name, part in parts.items():  # slices of one name have one gate
             if part.gate.source != "none":
-                self._put(traced, name, _gates(u_TR, part))
+                self._put(traced, name, _gates(u_TR, plan, part, given_TC))
 
     def _keep_block(self, block: str, traced: Traced, x_TK: torch.Tensor, _u: None) -> None:
         found = None if traced.host is None else traced.host.blocks.get(block)
@@ -127,9 +128,10 @@ class Recorder:
             self.store.put_ids(traced.key, traced.span.at, traced.of(ids_T).cpu().clone())
 
 
-def _gates(u_TR: torch.Tensor, part: SlicePlan) -> torch.Tensor:
-    start = part.a_start if part.gate.source == "self" else part.router_start
-    u_TG = u_TR[:, start : start + part.gate.num_gates]
+def _gates(
+    u_TR: torch.Tensor, plan: SlotPlan, part: SlicePlan, given_TC: torch.Tensor | None
+) -> torch.Tensor:
+    u_TG = part.logits(u_TR, plan.stats_at, given_TC)
     head_T = u_TR[:, part.head_at] + part.head_bias if part.gate.threshold_head else None
     return expert_gates(part.gate, u_TG, part.bias_G, head_T)
 

@@ -6,6 +6,7 @@ both model runners take their manager.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Collection
 from typing import Any
 
@@ -17,11 +18,14 @@ from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from vllm_lora_ext.adapters.memory import MemorySource, load_memory_adapter
 from vllm_lora_ext.adapters.registry import load_adapter
+from vllm_lora_ext.conditions.recipe import is_recipe
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches import foreign
 from vllm_lora_ext.model_patches.adapter_paths import find_folder
+from vllm_lora_ext.model_patches.deriving import Deriver
 from vllm_lora_ext.model_patches.identity import tag_torch_caches
-from vllm_lora_ext.model_patches.loader import Loader
+from vllm_lora_ext.model_patches.ledger import incomplete
+from vllm_lora_ext.model_patches.loader import Loader, Reading
 from vllm_lora_ext.model_patches.manager import (
     RoutedLoRAModel,
     RoutedLoRAModelManager,
@@ -34,6 +38,7 @@ from vllm_lora_ext.model_patches.residency import (
     Residency,
     Resident,
 )
+from vllm_lora_ext.model_patches.sleep import kept_asleep
 from vllm_lora_ext.settings import LoraExtSettings
 
 _LEAST = 2048 << 20  # bytes of host memory by default
@@ -52,15 +57,22 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
     def __init__(self, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(vllm_config, *args, **kwargs)
         tag_torch_caches()
+        self._head_size = vllm_config.model_config.get_head_size()
         self.settings = LoraExtSettings.from_additional_config(vllm_config.additional_config)
-        self._loader = Loader(self._read)
+        self._loader = Loader(self._plan)
 
     def create_lora_manager(self, model: Any, vllm_config: Any) -> Any:
-        wrapped = super().create_lora_manager(model, vllm_config)
+        with kept_asleep(vllm_config):
+            wrapped = super().create_lora_manager(model, vllm_config)
         limit = self.settings.host_cache_mb
         # By default never less than vLLM itself would hold.
         every = self._adapter_manager.slot_nbytes * self._adapter_manager.capacity
         self._residency = Residency(max(every, _LEAST) if limit is None else limit << 20)
+        manager = self._adapter_manager
+        self._deriver = Deriver(
+            self._residency, manager.placer, manager.composer,
+            lambda request: self._read(request, None), _resident,
+        )  # fmt: skip
         return wrapped
 
     def load(
@@ -72,11 +84,12 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         or brings a source.
 
         Args:
-            source: its tensors; None: they are in the request's folder; or what `prepare` got.
+            source: its tensors; None: they are in the request's folder, or it is made of others as
+                the request's recipe says; or what `prepare` got.
             in_use: ids that must stay in host memory; pinned ones do anyway.
         Raises:
             AdapterError: the adapter cannot be served, or `host_cache_full`; what was held under
-                the id still is.
+                the id still is. `adapter_changed`: a part is not what the recipe was made for.
         """
         held = self._residency.get(request.lora_int_id)
         if held is not None and source is None and not request.load_inplace:
@@ -98,16 +111,26 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         """Gives up what `prepare` began."""
         self._loader.forget(adapter_id)
 
+    def _plan(self, request: LoRARequest, source: MemorySource | None) -> Reading:
+        if source is None and is_recipe(request.lora_path):
+            try:
+                return self._deriver.plan(request)
+            except AdapterError as error:
+                return Reading(functools.partial(_fail, error))
+        return Reading(functools.partial(self._read, request, source))
+
     def _read(self, request: LoRARequest, source: MemorySource | None) -> Resident:
         placer = self._adapter_manager.placer
         if source is not None:
             accepted = self.settings.accept_config_keys
-            adapter = load_memory_adapter(source, accept_config_keys=accepted)
+            adapter = load_memory_adapter(
+                source, accept_config_keys=accepted, head_size=self._head_size
+            )
         elif foreign.is_foreign(request):
             return self._foreign(self._load_adapter(request))
         else:
             folder = find_folder(request.lora_path, self.settings.readable_roots())
-            adapter = load_adapter(folder, **self.settings.reading())
+            adapter = load_adapter(folder, **self.settings.reading(), head_size=self._head_size)
         return _resident(request.lora_int_id, placer.place(adapter))
 
     def _foreign(self, lora: LoRAModel) -> Resident:
@@ -119,9 +142,14 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
 
     def _hold(self, adapter_id: int, new: Resident, in_use: Collection[int]) -> LoadReport:
         manager = self._adapter_manager
-        evicted = self._residency.put(adapter_id, new, manager.pinned.union(in_use))
+        stay = manager.pinned.union(in_use, self._loader.uses())
+        evicted = self._residency.put(adapter_id, new, stay)
         for leaving in (*evicted, adapter_id):
             manager.remove_adapter(leaving)
+        if new.host is not None and new.host.template is not None:
+            return new.report(evicted)  # no slot for it
+        if new.host is not None and new.host.columns:
+            manager.expect_columns()
         free = None in manager.lora_index_to_id and manager.has_slots({adapter_id})
         if manager.register(new.model, manager.active_ids()) and free:
             manager.activate_adapter(adapter_id)
@@ -156,6 +184,8 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
                     "not_found", "a step needs an adapter that is not loaded", seen=adapter_id,
                     fix="load it again",
                 )  # fmt: skip
+            if held.host is not None and held.host.template is not None:
+                raise incomplete(f"with id {adapter_id}", held.host.understands)
             registered = manager.register(held.model, needed)
             assert registered, "vLLM's cache is at least as large as its slots"
         manager.make_slot(needed)
@@ -200,6 +230,10 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
 
 def _resident(adapter_id: int, host: HostAdapter) -> Resident:
     return Resident(RoutedLoRAModel(adapter_id, host), host.version, host.nbytes, host.system)
+
+
+def _fail(error: AdapterError) -> Resident:
+    raise error
 
 
 def apply() -> None:

@@ -1,6 +1,20 @@
 """The gate table and its plain reference. Knows no vLLM and no files."""
 
-from vllm_lora_ext.routing.reference import GatedSlice, delta_reference, gate_reference
+from vllm_lora_ext.routing.norm import InputNorm
+from vllm_lora_ext.routing.reference import (
+    GatedSlice,
+    delta_reference,
+    gate_reference,
+    logits_reference,
+)
 from vllm_lora_ext.routing.spec import GateSpec, GateSpecError
 
-__all__ = ["GateSpec", "GateSpecError", "GatedSlice", "delta_reference", "gate_reference"]
+__all__ = [
+    "GateSpec",
+    "GateSpecError",
+    "GatedSlice",
+    "InputNorm",
+    "delta_reference",
+    "gate_reference",
+    "logits_reference",
+]

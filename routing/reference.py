@@ -6,15 +6,16 @@ from typing import Protocol
 
 import torch
 
-from vllm_lora_ext.routing.spec import GateSpec
+from vllm_lora_ext.routing.norm import InputNorm
+from vllm_lora_ext.routing.spec import GIVEN, GateSpec
 
 
 class GatedSlice(Protocol):
     """What one adapter does to one linear layer, or to one slice of a fused one.
 
     a_RK [R, in], b_NR [out, R] with every scale folded in, router_GK [G, in], bias_G [G],
-    head_K [in]; the last three where the gate asks for them. a_RK has R / n rows when n experts
-    share one A.
+    head_K [in], norm; the last four where the gate asks for them. logit_bias_G [G] is added to a
+    router's logits. a_RK has R / n rows when n experts share one A.
     """
 
     @property
@@ -31,19 +32,47 @@ class GatedSlice(Protocol):
     def head_K(self) -> torch.Tensor | None: ...
     @property
     def head_bias(self) -> float: ...
+    @property
+    def logit_bias_G(self) -> torch.Tensor | None: ...
+    @property
+    def norm(self) -> InputNorm | None: ...
 
 
-def delta_reference(s: GatedSlice, x_TK: torch.Tensor) -> torch.Tensor:
-    """`B (g(x) ⊙ (A x))`: what the adapter adds to the layer's output, [T, out] fp32."""
+def delta_reference(
+    s: GatedSlice, x_TK: torch.Tensor, rows_TG: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`B (g(x) ⊙ (A x))`: what the adapter adds to the layer's output, [T, out] fp32.
+
+    Args:
+        rows_TG: [T, G] the numbers that came with each row, for sources `request`, `position`.
+    """
     x_TK = x_TK.float()
-    ax_TR = x_TK @ s.a_RK.float().t()
-    if s.gate.source == "none":
-        return ax_TR @ s.b_NR.float().t()
-    u_TG = ax_TR if s.router_GK is None else x_TK @ s.router_GK.float().t()
-    head_T = None if s.head_K is None else x_TK @ s.head_K.float() + s.head_bias
-    g_TR = gate_reference(s.gate, u_TG, s.bias_G, head_T)
-    sharing = s.b_NR.shape[1] // s.a_RK.shape[0]
-    return (g_TR * ax_TR.repeat(1, sharing)) @ s.b_NR.float().t()
+    h_TR = x_TK @ s.a_RK.float().t()
+    if s.gate.source != "none":
+        head_T = None if s.head_K is None else x_TK @ s.head_K.float() + s.head_bias
+        g_TR = gate_reference(s.gate, logits_reference(s, x_TK, rows_TG), s.bias_G, head_T)
+        if s.gate.product:
+            h_TR = (g_TR * h_TR).unflatten(1, (s.gate.num_gates, -1)).sum(dim=1)
+        h_TR = g_TR * h_TR.repeat(1, g_TR.shape[1] // h_TR.shape[1])
+    return h_TR @ s.b_NR.float().t()
+
+
+def logits_reference(
+    s: GatedSlice, x_TK: torch.Tensor, rows_TG: torch.Tensor | None = None
+) -> torch.Tensor:
+    """u [T, G] fp32 that the gate of a slice scores; arguments as for `delta_reference`."""
+    if s.gate.source in GIVEN:
+        assert rows_TG is not None
+        return rows_TG.float()
+    if s.router_GK is None:
+        return x_TK.float() @ s.a_RK.float().t()
+    if s.norm is None:
+        u_TG = x_TK.float() @ s.router_GK.float().t()
+    else:  # sums and squares lose digits that their difference needs
+        x, w_GK = x_TK.double(), s.router_GK.double()
+        sum_T, squares_T = x.sum(dim=1), x.square().sum(dim=1)
+        u_TG = s.norm.logits(x @ w_GK.t(), sum_T, squares_T, s.gate.normalise_eps).float()
+    return u_TG if s.logit_bias_G is None else u_TG + s.logit_bias_G.float()
 
 
 def gate_reference(
@@ -56,7 +85,7 @@ def gate_reference(
 
     Args:
         spec: the gate; its source must not be `none`.
-        u_TG: [T, G] logits: router (or prototype) times x, or A x for source `self`.
+        u_TG: [T, G] logits (`logits_reference`).
         bias_G: [G], when spec.bias is not `none`.
         head_T: [T], threshold head's logit `h x + c`, when spec.threshold_head.
     Returns:
@@ -122,6 +151,8 @@ def _weigh(spec: GateSpec, value_TG: torch.Tensor, kept_TG: torch.Tensor) -> tor
             return kept_TG.float()
         case "score":
             return torch.where(kept_TG, value_TG, 0.0)
+        case "sqrt":
+            return torch.where(kept_TG, value_TG.clamp_min(0).sqrt(), 0.0)
         case "renormalise":
             kept_value_TG = torch.where(kept_TG, value_TG, 0.0)
             sum_T1 = kept_value_TG.sum(dim=-1, keepdim=True)

@@ -13,12 +13,16 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-Source = Literal["none", "router", "self", "prototype"]
+Source = Literal["none", "router", "self", "prototype", "request", "position"]
 Score = Literal["identity", "softmax", "sigmoid", "l2", "abs"]
 Select = Literal["all", "top_k", "threshold", "top_p"]
-Weight = Literal["score", "renormalise", "softmax", "one"]
+Weight = Literal["score", "renormalise", "softmax", "one", "sqrt"]
 Key = Literal["signed", "abs"]
 Bias = Literal["none", "select", "value"]
+Normalise = Literal["none", "layer"]
+
+ROUTED = ("router", "prototype")  # u is a matrix times x
+GIVEN = ("request", "position")  # u comes with each row
 
 
 class GateSpecError(ValueError):
@@ -35,8 +39,11 @@ class GateSpec:
 
     Args:
         source: what the logits `u` [T, G] are: `router` and `prototype`, a matrix [G, in] times x;
-            `self`, the projection A x itself (then G = R and every block is 1); `none`, no gate
-            (g = 1, a plain LoRA; everything else keeps its default).
+            `self`, the projection A x itself (then G = R and every block is 1); `request` and
+            `position`, numbers that come with each row, given by the request or by where the token
+            stands; `none`, no gate (g = 1, a plain LoRA; everything else keeps its default).
+        normalise: `layer`, the router reads LayerNorm(x) without an affine part (`InputNorm`
+            stands beside the router); normalise_eps is added to the variance.
         blocks: ranks per gate, one entry per gate; their sum is R.
         score: elementwise or over the G gates, in fp32. `l2` divides by the L2 norm over the gates.
         score_temperature: divides the logits before a softmax score.
@@ -53,16 +60,21 @@ class GateSpec:
         subtract_threshold: a kept gate's value is score - threshold (AdaMoLE).
         top_p: 0 < top_p <= 1.
         weight: value of a kept gate: its score, the score divided by the kept scores' sum,
-            a softmax over the kept scores divided by `temperature`, or one.
+            a softmax over the kept scores divided by `temperature`, one, or the square root of its
+            score (0 for a negative one).
         temperature: of that softmax.
         mask_below: gates whose score (without bias) is below this are zeroed after weighting
             (MoRAM's delta).
         constant: multiplies every gate.
+        product: A and B are mixed apart, `y = (sum_n g_n B_n) (sum_m g_m A_m) x` (RecLoRA); all
+            blocks have one rank.
     Raises:
         GateSpecError: a field is out of range or contradicts another.
     """
 
     source: Source = "none"
+    normalise: Normalise = "none"
+    normalise_eps: float = 1e-5
     blocks: tuple[int, ...] = ()
     score: Score = "identity"
     score_temperature: float = 1.0
@@ -78,6 +90,7 @@ class GateSpec:
     temperature: float = 1.0
     mask_below: float | None = None
     constant: float = 1.0
+    product: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.blocks, (list, tuple)):
@@ -90,10 +103,10 @@ class GateSpec:
             value = getattr(self, name)
             if not _is_finite(value) and not (name == "mask_below" and value is None):
                 raise GateSpecError(name, value, "a finite number")
-        for name in ("score_temperature", "temperature"):
+        for name in ("score_temperature", "temperature", "normalise_eps"):
             if getattr(self, name) <= 0:
                 raise GateSpecError(name, getattr(self, name), "> 0")
-        for name in ("threshold_head", "subtract_threshold"):
+        for name in ("threshold_head", "subtract_threshold", "product"):
             if not isinstance(getattr(self, name), bool):
                 raise GateSpecError(name, getattr(self, name), "true or false")
         if self.source == "none":
@@ -107,6 +120,10 @@ class GateSpec:
             raise GateSpecError("blocks", self.blocks, "one rank >= 1 per gate")
         if self.source == "self" and any(b != 1 for b in self.blocks):
             raise GateSpecError("blocks", self.blocks, "1 for every rank when source is 'self'")
+        if self.product and len(set(self.blocks)) != 1:
+            raise GateSpecError("blocks", self.blocks, "one rank for all gates of a product")
+        if self.normalise != "none" and self.source not in ROUTED:
+            raise GateSpecError("normalise", self.normalise, "'none' without a router")
         if self.select == "top_k":
             if type(self.k) is not int or not 1 <= self.k <= self.num_gates:
                 raise GateSpecError("k", self.k, f"1 to {self.num_gates}, the number of gates")
@@ -131,7 +148,12 @@ class GateSpec:
     @property
     def router_rows(self) -> int:
         """Rows of the router, which the shrink computes like more rows of A."""
-        return self.num_gates if self.source in ("router", "prototype") else 0
+        return self.num_gates if self.source in ROUTED else 0
+
+    @property
+    def columns(self) -> int:
+        """Numbers that must come with each row for this gate."""
+        return self.num_gates if self.source in GIVEN else 0
 
     @property
     def head_rows(self) -> int:
@@ -170,11 +192,14 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "weight": get_args(Weight),
     "key": get_args(Key),
     "bias": get_args(Bias),
+    "normalise": get_args(Normalise),
 }
 _FLOATS = (
     "score_temperature", "threshold", "top_p", "temperature", "mask_below", "constant",
+    "normalise_eps",
 )  # fmt: skip
 _ONLY_WITH = {
+    "normalise_eps": ("normalise", "layer"),
     "score_temperature": ("score", "softmax"),
     "threshold": ("select", "threshold"),
     "top_p": ("select", "top_p"),

@@ -4,8 +4,9 @@
     python scripts/test_upstream.py -k manager  arguments for pytest
 
 Fetches the source distribution of that release once (44 MB, kept below build/upstream, never
-committed), and runs what needs neither a GPU nor a model from the hub. What cannot hold is listed
-with its reason in `scripts/upstream/exceptions.toml`.
+committed), and runs what needs no GPU; for models and adapters of the hub there are tiny stand-ins
+(`scripts/upstream/hub.py`). What cannot hold is listed with its reason in
+`scripts/upstream/exceptions.toml`.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import sys
 import tarfile
 import tomllib
 from pathlib import Path
+
+from upstream.hub import write
 
 from vllm_lora_ext.model_patches.check import installed_version
 
@@ -35,13 +38,16 @@ def main(arguments: list[str]) -> int:
     packages = _packages()
     root = _sources(version, packages)
     shutil.copy(HERE / "plugin.py", packages / "upstream_plugin.py")
+    write(BUILD / "hub")
     command = [sys.executable, "-m", "pytest", "-p", "upstream_plugin", "-p", "no:cacheprovider"]
     command += ["-c", "pyproject.toml", "--rootdir", ".", "-q", "-rfE", "--timeout", "300"]
     command += [*arguments, *listed["files"]]
     environment = os.environ | {
         "PYTHONPATH": str(packages),
         "UPSTREAM_EXCEPTIONS": json.dumps(listed["known"]),
+        "HF_HOME": str(BUILD / "hub"),
         "HF_HUB_OFFLINE": "1",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_PLUGINS": "lora_ext",
     }

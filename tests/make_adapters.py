@@ -14,13 +14,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from vllm_lora_ext import routing
 from vllm_lora_ext.adapters.hf import delta_reference
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
-from vllm_lora_ext.routing import GateSpec
+from vllm_lora_ext.routing import GateSpec, InputNorm
 
 FIXTURES = Path(__file__).parent / "fixtures"
 BASE_LLAMA, BASE_QWEN2 = FIXTURES / "bases/base_llama", FIXTURES / "bases/base_qwen2"
 SOURCES = ("none", "router", "self", "prototype")
+GIVEN = ("request", "position")
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -33,6 +35,7 @@ def random_spec(
     max_rank: int = 40,
     sources: Sequence[str] = SOURCES,
     stable: bool = True,
+    wide: bool = False,
 ) -> GateSpec:
     """Any row of the gate table.
 
@@ -40,6 +43,7 @@ def random_spec(
         max_rank: R and G stay at or below it.
         stable: leave out the rows that divide by a sum which can be near zero (renormalised
             signed scores): there two correct fp32 implementations may differ by any amount.
+        wide: also normalised inputs, products and square roots.
     """
     source = pick(rng, sources)
     if source == "none":
@@ -73,7 +77,24 @@ def random_spec(
             fields["bias"] = "select"
         if fields.get("subtract_threshold"):
             fields["bias"] = "none"
+    if wide:
+        fields |= _wide(rng, fields)
     return GateSpec(**fields)
+
+
+def _wide(rng: np.random.Generator, fields: dict[str, Any]) -> dict[str, Any]:
+    more: dict[str, Any] = {}
+    if fields["source"] in ("router", "prototype") and rng.random() < 0.4:
+        more |= {"normalise": "layer", "normalise_eps": pick(rng, [1e-5, 1e-3])}
+    if rng.random() < 0.3:
+        blocks = fields["blocks"]
+        more |= {"product": True, "blocks": (min(blocks),) * len(blocks)}
+    if fields["weight"] == "score" and rng.random() < 0.3:
+        # The root of what is near zero hangs on rounding.
+        more |= {"weight": "sqrt", "score": "sigmoid", "bias": "none", "subtract_threshold": False}
+        if fields["score"] == "softmax":
+            more["score_temperature"] = 1.0
+    return more
 
 
 def _blocks(rng: np.random.Generator, source: str, max_rank: int) -> tuple[int, ...]:
@@ -125,18 +146,34 @@ def random_module(
     """
     total = sum(spec.blocks) or rank
     routed = spec.source in ("router", "prototype")
+    router_GK = normal(rng, spec.num_gates, k) * (1.5 / math.sqrt(k)) if routed else None
+    normalised: dict[str, Any] = {}
+    if spec.normalise != "none":
+        assert router_GK is not None
+        tail = normal(rng, int(rng.integers(1, 9))) if rng.random() < 0.5 else None
+        columns = normal(rng, spec.num_gates, 0 if tail is None else len(tail)) / math.sqrt(k)
+        whole = torch.cat([router_GK, columns], dim=1)
+        normalised = {
+            "norm": InputNorm.of(whole, tail), "logit_bias_G": normal(rng, spec.num_gates) * 0.3,
+        }  # fmt: skip
     module = RoutedModule(
         a_RK=normal(rng, total, k) / (1 if kind == "embedding" else math.sqrt(k)),
         b_NR=normal(rng, n, total),
         gate=spec,
-        router_GK=normal(rng, spec.num_gates, k) * (1.5 / math.sqrt(k)) if routed else None,
+        router_GK=router_GK,
         bias_G=_bias(rng, spec) if spec.bias != "none" else None,
         head_K=normal(rng, k) / math.sqrt(k) if spec.threshold_head else None,
         head_bias=float(np.float32(rng.normal())) if spec.threshold_head else 0.0,
         kind=kind,  # type: ignore[arg-type]
+        **normalised,
     )
-    probe = torch.arange(min(k, 64)) if kind == "embedding" else normal(rng, 64, k)
-    size = float(delta_reference(module, probe).square().mean().sqrt())
+    if spec.columns:
+        given_TG = normal(rng, 64, spec.columns)
+        added = routing.delta_reference(module, normal(rng, 64, k), given_TG)
+    else:
+        probe = torch.arange(min(k, 64)) if kind == "embedding" else normal(rng, 64, k)
+        added = delta_reference(module, probe)
+    size = float(added.square().mean().sqrt())
     return _with_b(module, module.b_NR * (strength / size)) if size > 1e-3 else module
 
 

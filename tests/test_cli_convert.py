@@ -25,6 +25,7 @@ from vllm_lora_ext.cli import app
 from vllm_lora_ext.convert import RECORD, convert, differing
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora import Site
+from vllm_lora_ext.kernels.gated_lora.backends import choice
 from vllm_lora_ext.routing import GateSpec
 from vllm_lora_ext.summary import adapter_bytes, slot_bytes, summarise
 from vllm_lora_ext.unpickle import copy_as_safetensors
@@ -495,11 +496,12 @@ def test_the_memory_of_a_slot_is_what_is_allocated(on_cpu: bool) -> None:
     }
     found = summarise(RoutedAdapter(modules, "x"))
     assert "--max-lora-rank 32" in found["flags"]
-    site = Site(1, 3000, (2000,), 32, 32, torch.bfloat16, "cpu", triton=not on_cpu)
+    backend = choice.without_triton("cpu") if on_cpu else choice.triton()
+    site = Site(1, 3000, (2000,), 32, 32, torch.bfloat16, "cpu", backend)
     site.reserve_routers(20)
     ours = [site.a_SRK, site.router_SGK, *site.bt_SRN]
-    if site.tables is not None:
-        ours += [site.tables.ints_SI, site.tables.floats_SF]
+    if not on_cpu:
+        ours += [site.store.tables.ints_SI, site.store.tables.floats_SF]
     theirs = 2 * 2 * 32 * (5000 + 3000)
     seen = found["slot_mib_cpu" if on_cpu else "slot_mib"]
     assert seen == round((sum(t.nbytes for t in ours) + theirs) / 2**20, 2)

@@ -48,6 +48,9 @@ except ImportError:  # not installed: the checkout will do
 if str(REPO) not in map(str, vllm_lora_ext.__path__):
     vllm_lora_ext.__path__.append(str(REPO))  # where kernels/ and routing/ are
 
+sys.path.append(str(Path(__file__).resolve().parent))
+from aims import AIMS  # noqa: E402
+
 from vllm_lora_ext.kernels.gated_lora import (  # noqa: E402
     Site,
     StepMap,
@@ -57,6 +60,7 @@ from vllm_lora_ext.kernels.gated_lora import (  # noqa: E402
     gated_lora_reference,
     register_site,
 )
+from vllm_lora_ext.kernels.gated_lora.backends import choice  # noqa: E402
 from vllm_lora_ext.kernels.gated_lora.backends.triton import tuning  # noqa: E402
 from vllm_lora_ext.kernels.gated_lora.reference import TOLERANCE  # noqa: E402
 from vllm_lora_ext.routing import GateSpec  # noqa: E402
@@ -133,7 +137,8 @@ class Layer:
         self.dtype = torch.bfloat16 if step.device.type == "cuda" else torch.float32
         self.sites, self.parts, self.x, self.y = [], [], [], []
         for k, sizes in MODELS[model]:
-            site = Site(1, k, sizes, case.ranks, case.experts, self.dtype, step.device, triton=True)
+            limits = case.ranks, case.experts
+            site = Site(1, k, sizes, *limits, self.dtype, step.device, choice.triton())
             site.step = step
             parts = [self._part(case, k, n, routing, step.device) for n in sizes]
             site.write(0, parts)
@@ -188,7 +193,7 @@ class Layer:
 
     @property
     def bytes(self) -> int:
-        sites = [b.nbytes for s in self.sites for b in (s.a_SRK, s.b_SRN, s.router_SGK)]
+        sites = [b.nbytes for s in self.sites for b in (s.a_SRK, s.store.b_SRN, s.router_SGK)]
         return sum(sites) + sum(t.nbytes for t in (*self.x, *self.y))
 
 
@@ -407,24 +412,14 @@ def main() -> int:
 
 def bars(rows: list[dict[str, Any]]) -> list[str]:
     """The worst of each aim's cases, and whether it is met."""
-    decode = [r for r in rows if r["tokens"] <= 64]
-    routed, plain = ([r for r in decode if r["case"] == c] for c in ("8/2/16", "1/1/16"))
-    prefill = [r for r in rows if r["tokens"] == 8192 and r["case"] == "8/2/16"]
-    aims = (
-        ("routed 8/2/16 at T <= 64 of stock's kernels at rank 32", "of_stock_kr", routed, 1.15),
-        ("plain LoRA at T <= 64 of stock's kernels", "of_stock_kr", plain, 1.0),
-        ("a routed decode layer adds to its products", "added", routed, 0.15),
-        ("the same, the shrink beside the products (aim: 0.08)", "added_beside", routed, 0.15),
-        ("prefill at T = 8192 adds", "added", prefill, 0.15),
-    )  # fmt: skip
     lines = []
-    for what, column, measured, bar in aims:
-        values = [r[column] for r in measured if r[column] is not None]
-        if not values:
-            lines.append(f"{what}: not measured")
+    for aim in AIMS:
+        worst = aim.worst(rows)
+        if worst is None:
+            lines.append(f"{aim.text}: not measured")
             continue
-        word = "met" if max(values) <= bar else "MISSED"
-        lines.append(f"{what}: {max(values):.3f}, bar {bar}: {word}")
+        word = "met" if worst <= aim.limit else "MISSED"
+        lines.append(f"{aim.text}: {worst:.3f}, bar {aim.limit}: {word}")
     return lines
 
 

@@ -6,6 +6,7 @@ over ranks between them; `begin` and `finish_` are its two halves outside of tor
 that overlap the first.
 """
 
+from vllm_lora_ext.kernels.gated_lora.factors import Factors
 from vllm_lora_ext.kernels.gated_lora.op import (
     EmbeddingSite,
     begin,
@@ -21,6 +22,7 @@ from vllm_lora_ext.kernels.gated_lora.step import StepMap
 
 __all__ = [
     "EmbeddingSite",
+    "Factors",
     "Site",
     "StepMap",
     "begin",

@@ -6,7 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
-from vllm_lora_ext.kernels.gated_lora.backends.triton.tables import COUNTS, SPEC, VALUES
+from vllm_lora_ext.kernels.gated_lora.backends.triton.tables import (
+    COUNTS,
+    slice_floats,
+    slice_ints,
+)
+from vllm_lora_ext.kernels.gated_lora.plan import MAX_GATES
 
 ROUTER_BYTES = 4  # routers and heads are fp32 everywhere
 _TABLE_BYTES = 4  # int32, float32
@@ -31,6 +36,6 @@ def slot_bytes(
     slices = len(slice_sizes)
     a_and_b = weight * max_rank * (slices * in_features + sum(slice_sizes))
     routers = ROUTER_BYTES * router_rows * in_features
-    per_slice = len(SPEC) + 3 * max_rank + len(VALUES) + max_rank
+    per_slice = slice_ints(max_rank, MAX_GATES) + slice_floats(max_rank, MAX_GATES)
     tables = 0 if on_cpu else _TABLE_BYTES * (COUNTS + slices * per_slice)
     return a_and_b + routers + tables

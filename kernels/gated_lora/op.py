@@ -11,16 +11,15 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
 
 from vllm_lora_ext.kernels.gated_lora import sharded
-from vllm_lora_ext.kernels.gated_lora.backends import eager
 from vllm_lora_ext.kernels.gated_lora.backends.native import inductor
 from vllm_lora_ext.kernels.gated_lora.backends.native import op as cpu_op
+from vllm_lora_ext.kernels.gated_lora.factors import Factors
 from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.kernels.gated_lora.step import StepMap
 
@@ -32,12 +31,14 @@ class EmbeddingSite:
     Args:
         a_SVR: [slots, V, R]; b_SNR: [slots, N, R], on a device best a view of [N, slots, R];
             used: slots that hold an adapter here.
+        factors: what multiplies a slot's ranks, row by row; a captured graph knows of none.
     """
 
     a_SVR: torch.Tensor
     b_SNR: torch.Tensor
     step: StepMap
     used: set[int] = field(default_factory=set)
+    factors: Factors | None = None
 
 
 _sites: WeakValueDictionary[int, Any] = WeakValueDictionary()
@@ -49,31 +50,19 @@ def register_site(site: Site | EmbeddingSite) -> torch.Tensor:
     other site's, also not later in the same process."""
     number = next(_numbers)
     _sites[number] = site
-    if isinstance(site, Site) and site.a_SRK.is_cpu and site.tables is None:
-        cpu_op.install()
     return torch.tensor(number, dtype=torch.int64, device="cpu")
-
-
-@cache
-def _triton() -> tuple[Any, Any]:
-    """The kernels' launchers; not imported where no site uses them."""
-    from vllm_lora_ext.kernels.gated_lora.backends.triton.expand import expand_
-    from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import shrink_parts
-
-    return shrink_parts, expand_
 
 
 def begin(x: torch.Tensor, site: Site, memory: torch.Tensor | None = None) -> torch.Tensor | None:
     """The first launch of `gated_lora_`, for callers that run it beside the base product, which
-    it does not need. None where there is none: no adapter in the step, or no kernels.
+    it does not need. None where there is none: no adapter in the step, or a backend whose launches
+    are the host's.
 
     `memory` is where its result goes (`triton.shrink.parts_in`), by default new memory.
     """
-    if not site.step.active or site.tables is None:
+    if not site.step.active or not site.backend.on_device:
         return None
-    shrink_parts, _ = _triton()
-    u_PTR: torch.Tensor = shrink_parts(x, site, memory=memory)
-    return u_PTR
+    return site.backend.shrink(x, site, memory)
 
 
 def finish_(y: torch.Tensor, x: torch.Tensor, u_PTR: torch.Tensor | None, site: Site) -> None:
@@ -82,42 +71,15 @@ def finish_(y: torch.Tensor, x: torch.Tensor, u_PTR: torch.Tensor | None, site: 
     # captures graphs keeps those of base batches apart, as it does for its own LoRA kernels.
     if not site.step.active:
         return
-    if site.reduce is None:
-        _add_(y, x, u_PTR, site)
-        u = u_PTR
+    v_TR = None if site.reduce is None else sharded.gated_lora_(y, x, u_PTR, site)
+    if v_TR is not None:
+        u_PTR = v_TR
+    elif u_PTR is None:
+        site.backend.gated_lora_(y, x, site)
     else:
-        u = _add_shard_(y, x, u_PTR, site)
+        site.backend.expand_(y, u_PTR, site)
     for after in site.after:
-        after(y, x, u)
-
-
-def _add_(y: torch.Tensor, x: torch.Tensor, u_PTR: torch.Tensor | None, site: Site) -> None:
-    if u_PTR is None:
-        eager.gated_lora_(y, x, site)
-    else:
-        _, expand_ = _triton()
-        expand_(y, u_PTR, site)
-
-
-def _add_shard_(
-    y: torch.Tensor, x: torch.Tensor, u_PTR: torch.Tensor | None, site: Site
-) -> torch.Tensor | None:
-    """`_add_` where x is a shard. Returns: what the gates have read; None, no gate was there."""
-    gated = [] if site.static else sharded.gated_rows(site)
-    if not gated and not (site.static and site.max_router_rows):
-        _add_(y, x, u_PTR, site)
-        return None
-    if u_PTR is None:
-        u_TR = eager.shrink(x, site)
-    else:
-        u_TR = u_PTR[0] if len(u_PTR) == 1 else u_PTR.sum(dim=0)
-    v_TR = sharded.gate_inputs(u_TR, gated, site)
-    if u_PTR is None:
-        eager.gate_expand_(y, u_TR, site, v_TR)
-    else:
-        _, expand_ = _triton()
-        expand_(y, u_TR[None], site, v_TR[None])
-    return v_TR
+        after(y, x, u_PTR)
 
 
 def _gated_lora(y: torch.Tensor, x: torch.Tensor, site: torch.Tensor) -> None:
@@ -130,7 +92,8 @@ def _gated_lora_python(y: torch.Tensor, x: torch.Tensor, site: torch.Tensor) -> 
     """Where the op in C++ turns to when it does not know the site, or not all of it."""
     _gated_lora(y, x, site)
     number = int(site)
-    cpu_op.open_door(number, _sites[number])
+    found = _sites[number]
+    found.store.asked(number, found)
 
 
 def _gated_lora_into(
@@ -149,6 +112,8 @@ def _embedding_lora(y: torch.Tensor, ids: torch.Tensor, site: torch.Tensor) -> N
         if slot in found.used:
             rows_T = torch.arange(start, stop, device=y.device) if index_T is None else index_T
             a_TR = found.a_SVR[slot][ids[rows_T]].float()
+            if found.factors is not None and slot in found.factors.slots:
+                a_TR *= found.factors.of(slot, found.step.rows_TC[rows_T])
             y.index_add_(0, rows_T, (a_TR @ found.b_SNR[slot].float().t()).to(y.dtype))
 
 
@@ -160,6 +125,8 @@ def embedding_lora_static_(y: torch.Tensor, ids: torch.Tensor, found: EmbeddingS
     slots, width, rank = found.a_SVR.shape
     slots_T = found.step.token_slots_T[: len(ids)]
     a_TR = found.a_SVR.view(slots * width, rank)[slots_T.clamp(min=0).long() * width + ids]
+    if found.factors is not None and found.factors.slots & found.step.slots:
+        a_TR = a_TR * found.factors.of_rows(slots_T, found.step.rows_TC[: len(ids)])
     mine_TS1 = (slots_T[:, None] == torch.arange(slots, device=ids.device))[:, :, None]
     h_TP = torch.where(mine_TS1, a_TR[:, None], 0).view(len(ids), slots * rank).to(y.dtype)
     b_NP = found.b_SNR.permute(1, 0, 2).reshape(y.shape[1], slots * rank)

@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from vllm_lora_ext.kernels.gated_lora.backends import choice
 from vllm_lora_ext.kernels.gated_lora.reference import TOLERANCE, gated_lora_reference
 from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.kernels.gated_lora.step import StepMap
-from vllm_lora_ext.routing import GateSpec
+from vllm_lora_ext.routing import GateSpec, InputNorm
 
 TOKENS = (1, 33, 200, 600)  # one step for every row of the tuning table
 SLICES, WIDTH = (192, 48), 512
@@ -32,6 +33,8 @@ class Part:
     bias_G: torch.Tensor | None = None
     head_K: torch.Tensor | None = None
     head_bias: float = 0.0
+    logit_bias_G: torch.Tensor | None = None
+    norm: InputNorm | None = None
 
 
 def selfcheck(
@@ -117,14 +120,10 @@ def _rounded(p: Part, dtype: torch.dtype) -> Part:
 def _run(
     case: Case, device: torch.device | str, dtype: torch.dtype, max_rank: int, max_router_rows: int
 ) -> str | None:
-    from vllm_lora_ext.kernels.gated_lora.backends.triton.expand import expand_
-    from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import shrink_parts
-
-    site = Site(
-        len(case.slots), WIDTH, SLICES, max_rank, max_router_rows, dtype, device, triton=True
-    )
+    backend = choice.triton()
+    site = Site(len(case.slots), WIDTH, SLICES, max_rank, max_router_rows, dtype, device, backend)
     site.reserve_routers(site.most_routers)
-    for buffer in (site.a_SRK, site.b_SRN, site.router_SGK):
+    for buffer in (site.a_SRK, site.router_SGK, *site.bt_SRN):
         buffer.fill_(float("nan"))  # what no adapter wrote must not matter
     for slot, parts in enumerate(case.slots):
         site.write(slot, parts)
@@ -134,7 +133,7 @@ def _run(
     got = []
     for _ in range(2):
         y_TN = torch.zeros(len(x_TK), sum(SLICES), dtype=dtype, device=device)
-        expand_(y_TN, shrink_parts(x_TK, site), site)
+        backend.gated_lora_(y_TN, x_TK, site)
         got.append(y_TN.cpu())
     want_TN = expected(case, dtype)
     error = float((got[0].float() - want_TN).norm() / want_TN.norm())

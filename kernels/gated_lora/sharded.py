@@ -4,7 +4,8 @@
 its own part of y, and the layer's sum over the ranks, which it has without LoRA too, completes
 both. Only what a *gate* reads must be whole before: the logits of a router, or the A x of gates
 that score it. So a step of the base model or of plain adapters communicates nothing, and a router
-its logits, [T, router rows] fp32. All ranks hold the same bits afterwards: the same experts.
+its logits, [T, router rows] fp32, and two numbers more if it reads a normalised x. Numbers that
+come with the rows are every rank's own. All ranks hold the same bits afterwards: the same experts.
 
 Where CUDA graphs are captured, what runs must not depend on the step's slots. There a step with any
 adapter sums all that a slot could need, [T, `Site.num_rows`]; nothing when the engine keeps no
@@ -17,17 +18,40 @@ from typing import Any
 
 import torch
 
-from vllm_lora_ext.kernels.gated_lora.site import Site, SlotPlan
+from vllm_lora_ext.kernels.gated_lora.plan import SlotPlan
+from vllm_lora_ext.kernels.gated_lora.site import Site
 
 Gated = list[tuple[Any, SlotPlan]]
 
 
+def gated_lora_(
+    y: torch.Tensor, x: torch.Tensor, u_PTR: torch.Tensor | None, site: Site
+) -> torch.Tensor | None:
+    """Both launches, and between them the sum of what gates read.
+
+    Args:
+        u_PTR: the first launch's result, None before it.
+    Returns:
+        What the gates have read, [T, num_rows]; None, and nothing is done: no gate is there.
+    """
+    gated = [] if site.static else gated_rows(site)
+    if not gated and not (site.static and site.max_router_rows):
+        return None
+    if u_PTR is None:
+        u_PTR = site.backend.shrink(x, site)
+    u_TR = u_PTR[0] if len(u_PTR) == 1 else u_PTR.sum(dim=0)
+    v_TR = gate_inputs(u_TR, gated, site)
+    site.backend.expand_(y, u_TR[None], site, v_TR[None])
+    return v_TR
+
+
 def gated_rows(site: Site) -> Gated:
-    """The rows of the step whose slot has a gate here, as an index, and the slot's plan."""
+    """The rows of the step whose slot has a gate here that reads x, as an index, and the slot's
+    plan."""
     return [
         (slice(start, stop) if index_T is None else index_T, plan)
         for slot, start, stop, index_T in site.step.groups
-        if (plan := site.plans[slot]) is not None and not plan.plain
+        if (plan := site.plans[slot]) is not None and plan.num_inputs
     ]
 
 

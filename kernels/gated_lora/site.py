@@ -3,106 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import cache, cached_property
-from importlib.util import find_spec
-from typing import Any
+from dataclasses import replace
 
 import torch
 
-from vllm_lora_ext.kernels.gated_lora.backends.triton.tables import SlotTables
-from vllm_lora_ext.kernels.gated_lora.step import StepMap
-from vllm_lora_ext.routing import GatedSlice, GateSpec
+from vllm_lora_ext.kernels.gated_lora.backends.base import Backend
+from vllm_lora_ext.kernels.gated_lora.backends.choice import best
+from vllm_lora_ext.kernels.gated_lora.compose import Part, compose, composed_shapes
+from vllm_lora_ext.kernels.gated_lora.plan import (
+    STATS,
+    PackedSite,
+    Shape,
+    SlicePlan,
+    SlotPlan,
+    is_plain,
+    shared_gate,
+)
+from vllm_lora_ext.kernels.gated_lora.step import MAX_COLUMNS, StepMap
+from vllm_lora_ext.routing import GatedSlice
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 After = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
-Shape = tuple[tuple[int, ...], torch.dtype]
-
-
-@dataclass(frozen=True)
-class SlicePlan:
-    """Where one slice's numbers stand: columns of u, columns of y, its gate and its B.
-
-    `bt_RN` has more rows than A when its experts share one A.
-    """
-
-    gate: GateSpec
-    y_start: int
-    y_stop: int
-    a_start: int
-    a_stop: int
-    router_start: int
-    head_at: int
-    bt_RN: torch.Tensor
-    bias_G: torch.Tensor | None
-    head_bias: float
-
-    @property
-    def shares_a(self) -> bool:
-        return self.bt_RN.shape[0] != self.a_stop - self.a_start
-
-
-@dataclass(frozen=True)
-class SlotPlan:
-    """One adapter at one site: A of every slice, and its routers and heads (fp32).
-
-    `shared` is the one gate of all slices when they agree and stand side by side in u, so that
-    all slices are gated at once; else None.
-    """
-
-    a_RK: torch.Tensor
-    router_GK: torch.Tensor
-    slices: tuple[SlicePlan, ...]
-    shared: GateSpec | None
-    plain: bool
-
-    @property
-    def num_ranks(self) -> int:
-        return self.a_RK.shape[0]
-
-    @property
-    def num_rows(self) -> int:
-        return self.num_ranks + self.router_GK.shape[0]
-
-    @cached_property
-    def inputs(self) -> tuple[slice, ...]:
-        """Columns of u that gates read: routers and heads, and A x where a gate scores it."""
-        own = [slice(p.a_start, p.a_stop) for p in self.slices if p.gate.source == "self"]
-        routers = [slice(self.num_ranks, self.num_rows)] if len(self.router_GK) else []
-        return (*own, *routers)
-
-    @property
-    def num_inputs(self) -> int:
-        return sum(c.stop - c.start for c in self.inputs)
-
-    def shrink(self, x_TK: torch.Tensor) -> torch.Tensor:
-        """`[A; router] x`, [T, num_rows] fp32, with PyTorch."""
-        x_TK = x_TK.float()
-        ax_TR = torch.mm(x_TK, self.a_RK.t().float())
-        if not len(self.router_GK):
-            return ax_TR
-        return torch.cat([ax_TR, torch.mm(x_TK, self.router_GK.t())], dim=1)
-
-
-@dataclass(frozen=True)
-class PackedSite:
-    """One adapter's part at one site in host memory, as its slot will hold it.
-
-    Args:
-        a_RK, router_GK: A of every slice, and routers and heads (fp32).
-        b_RN: B of the slices; where the Triton kernels read it, all of them side by side in one.
-        tables: the slot's rows of `SlotTables`, ints and floats; empty without them.
-        slices: number and plan of each; `bt_RN` of a plan is a part of `b_RN`.
-        shared, plain: as in `SlotPlan`.
-    """
-
-    a_RK: torch.Tensor
-    router_GK: torch.Tensor
-    b_RN: tuple[torch.Tensor, ...]
-    tables: tuple[torch.Tensor, ...]
-    slices: tuple[tuple[int, SlicePlan], ...]
-    shared: GateSpec | None
-    plain: bool
 
 
 class Site:
@@ -116,12 +37,9 @@ class Site:
         slice_sizes: N of each slice of the layer's (local) output.
         max_rank: most ranks per slice.
         max_router_rows: most router rows per slice (a threshold head's row is extra).
-        dtype, device: of A and B; routers and heads are fp32, so that a narrow type changes no
-            choice. On a CPU all are kept in fp32 whatever the model's dtype: small fp32 products
-            are two to five times faster there than bf16 ones, and exact.
-        triton: whether the Triton kernels serve this site; by default on a GPU that has Triton.
-            They read `tables`, and the slices of B side by side (`b_SRN`, of which `bt_SRN` are
-            views).
+        dtype, device: of A and B, if the backend keeps them so (`Store.dtype`); routers and heads
+            are fp32, so that a narrow type changes no choice.
+        backend: what serves the site; by default the best one for the device.
         reduce: where x is a shard: sums a tensor over the ranks (see `sharded`).
         static: whether what runs must not depend on the step's slots (CUDA graphs).
     """
@@ -135,41 +53,26 @@ class Site:
         max_router_rows: int,
         dtype: torch.dtype,
         device: torch.device | str,
-        triton: bool | None = None,
+        backend: Backend | None = None,
         reduce: Reduce | None = None,
         static: bool = False,
     ) -> None:
-        on_cpu = torch.device(device).type == "cpu"
-        if triton is None:
-            triton = not on_cpu and _has_triton()
-        if on_cpu and not triton:
-            dtype = torch.float32
         self.slice_sizes = tuple(slice_sizes)
         self.max_rank, self.max_router_rows = max_rank, max_router_rows
+        self.backend = backend or best(torch.device(device).type)
+        self.store = self.backend.make_store(num_slots, slice_sizes, max_rank, dtype, device)
+        self.bt_SRN = self.store.bt_SRN
         self.reduce, self.static = reduce, static
         ranks, self.most_routers = (
             len(self.slice_sizes) * n for n in (max_rank, max_router_rows + 1)
         )
-        self.num_rows = ranks + self.most_routers
-        self.a_SRK = torch.zeros(num_slots, ranks, in_features, dtype=dtype, device=device)
+        self.num_rows = ranks + self.most_routers + (STATS if max_router_rows else 0)
+        self.a_SRK = torch.zeros(
+            num_slots, ranks, in_features, dtype=self.store.dtype, device=device
+        )
         self.router_SGK = torch.zeros(num_slots, 0, in_features, dtype=torch.float32, device=device)
-        self.tables: SlotTables | None = None
-        if triton:
-            self.tables = SlotTables(num_slots, self.slice_sizes, max_rank, device)
-            self.b_SRN = torch.zeros(
-                num_slots, max_rank, sum(self.slice_sizes), dtype=dtype, device=device
-            )
-            self.bt_SRN = list(self.b_SRN.split(self.slice_sizes, dim=2))
-            # Address and slot stride of the routers, as kernels read them: captured graphs too.
-            self.routers_2 = torch.zeros(2, dtype=torch.int64, device=device)
-        else:
-            self.bt_SRN = [
-                torch.zeros(num_slots, max_rank, n, dtype=dtype, device=device)
-                for n in self.slice_sizes
-            ]
         self.plans: list[SlotPlan | None] = [None] * num_slots
-        self.native: Any = None  # the plans as C++ reads them; None: to be made (again)
-        self.shut: Callable[[], None] | None = None  # C++ must not use what it knows of the site
+        self._reads_rows: set[int] = set()  # slots that read the rows' own numbers
         self._step = StepMap(0)
         self.after: list[After] = []  # who uses the slots in a way of its own, or looks on
 
@@ -177,6 +80,12 @@ class Site:
     def padded_rank(self) -> int:
         """`max_rank` as a power of two that a tensor core takes."""
         return max(16, 1 << (self.max_rank - 1).bit_length())
+
+    @property
+    def rows_TC(self) -> torch.Tensor | None:
+        """The numbers that come with the step's rows; None where nothing reads them. Captured
+        graphs, which may be older than the adapter that does, always have them."""
+        return self.step.rows_TC if self.static or self._reads_rows else None
 
     @property
     def step(self) -> StepMap:
@@ -206,10 +115,8 @@ class Site:
         self.changed()
 
     def changed(self) -> None:
-        """What was made of the plans, the step or the hooks for C++ holds no more."""
-        if self.shut is not None:
-            self.shut()
-        self.native = None
+        """What the backend made of the plans, the step or the hooks holds no more."""
+        self.store.changed()
 
     def reserve_routers(self, rows: int) -> None:
         """Makes room for `rows` routers and heads in every slot; what slots hold stays.
@@ -234,16 +141,15 @@ class Site:
             if plan is not None:
                 router_GK = new_SGK[slot, : len(plan.router_GK)]
                 self.plans[slot] = replace(plan, router_GK=router_GK)
-        if self.tables is not None:
-            self.routers_2.copy_(torch.tensor([new_SGK.data_ptr(), new_SGK.stride(0)]))
+        self.store.routers_moved(new_SGK)
         self.changed()
 
     def clear(self, slot: int) -> None:
         """The slot adds nothing any more. Its weights stay: nothing reads a slot without a plan."""
         self.plans[slot] = None
+        self._reads_rows.discard(slot)
         self.changed()
-        if self.tables is not None:
-            self.tables.clear(slot)
+        self.store.clear(slot)
 
     def write(self, slot: int, slices: Sequence[GatedSlice | None]) -> None:
         """Puts one adapter into a slot; `None` leaves that slice at the base weights.
@@ -270,14 +176,7 @@ class Site:
             ((sum(s.a_RK.shape[0] for _, s in parts), width), dtype),
             ((sum(_num_router_rows(s) for _, s in parts), width), torch.float32),
         ]
-        if self.tables is None:
-            return shapes + [((s.b_NR.shape[1], self.slice_sizes[i]), dtype) for i, s in parts]
-        rank = max(s.b_NR.shape[1] for _, s in parts)
-        ints, floats = self.tables.ints_SI.shape[1], self.tables.floats_SF.shape[1]
-        return [
-            *shapes, ((rank, sum(self.slice_sizes)), dtype),
-            ((ints,), torch.int32), ((floats,), torch.float32),
-        ]  # fmt: skip
+        return shapes + self.store.shapes(_ranks(parts))
 
     def pack(
         self, slices: Sequence[GatedSlice | None], out: Sequence[torch.Tensor] | None = None
@@ -294,61 +193,68 @@ class Site:
             return None
         if out is None:
             out = [torch.empty(shape, dtype=dtype) for shape, dtype in self.shapes(slices)]
-        a_RK, router_GK, *rest = out
-        b_RN, tables = (rest[:-2], rest[-2:]) if self.tables is not None else (rest, [])
+        a_RK, router_GK, *stored = out
+        places = self.store.places(stored, _ranks(parts))
         plans, a_start, g_start, num_ranks = [], 0, 0, len(a_RK)
-        for number, (i, s) in enumerate(parts):
+        for bt_RN, (i, s) in zip(places, parts, strict=True):
             a_stop, g_stop = a_start + len(s.a_RK), g_start + _num_router_rows(s)
             a_RK[a_start:a_stop] = s.a_RK
             _copy_routers(router_GK[g_start:g_stop], s)
-            bt_RN = b_RN[number] if self.tables is None else self._columns(b_RN[0], i)
-            rank = s.b_NR.shape[1]
-            bt_RN[:rank], bt_RN[rank:] = s.b_NR.t(), 0
+            bt_RN.copy_(s.b_NR.t())
             y_start = sum(self.slice_sizes[:i])
-            bias_G = None if s.bias_G is None else s.bias_G.float().clone()
             plans.append(SlicePlan(
                 gate=s.gate, y_start=y_start, y_stop=y_start + self.slice_sizes[i],
                 a_start=a_start, a_stop=a_stop, router_start=num_ranks + g_start,
-                head_at=num_ranks + g_start + s.gate.router_rows, bt_RN=bt_RN[:rank],
-                bias_G=bias_G, head_bias=s.head_bias,
+                head_at=num_ranks + g_start + s.gate.router_rows, bt_RN=bt_RN,
+                bias_G=_own(s.bias_G), head_bias=s.head_bias, logit_bias_G=_own(s.logit_bias_G),
+                norm=s.norm and s.norm.map(_own),
             ))  # fmt: skip
             a_start, g_start = a_stop, g_stop
-        if self.tables is not None:
-            for i in set(range(len(self.slice_sizes))) - {i for i, _ in parts}:
-                self._columns(b_RN[0], i).zero_()
         packed = PackedSite(
-            a_RK=a_RK, router_GK=router_GK, b_RN=tuple(b_RN), tables=tuple(tables),
+            a_RK=a_RK, router_GK=router_GK, stored=tuple(stored),
             slices=tuple((i, plan) for (i, _), plan in zip(parts, plans, strict=True)),
-            shared=_shared_gate(plans), plain=all(p.gate.source == "none" for p in plans),
+            shared=shared_gate(plans), plain=is_plain(plans),
         )  # fmt: skip
-        if self.tables is not None:
-            self.tables.describe(len(a_RK), len(router_GK), packed.slices, *tables)
+        self.store.describe(stored, len(a_RK), len(router_GK), packed.slices)
         return packed
 
-    def _columns(self, b_RN: torch.Tensor, i: int) -> torch.Tensor:
-        """Slice `i` of a B that holds all slices side by side."""
-        start = sum(self.slice_sizes[:i])
-        return b_RN[:, start : start + self.slice_sizes[i]]
+    def composed_shapes(self, parts: Sequence[Part]) -> list[Shape]:
+        """Shapes and dtypes of the tensors of what `compose` makes, in its order.
+
+        Raises:
+            ValueError: the parts do not fit into one slot together.
+        """
+        return composed_shapes(self, parts)
+
+    def compose(
+        self, parts: Sequence[Part], out: Sequence[torch.Tensor] | None = None
+    ) -> PackedSite | None:
+        """Several adapters in one slot: what they add, times factors, adds up.
+
+        Args:
+            parts: of each adapter, what `pack` made (None: nothing here), a factor for all rows,
+                the column of `StepMap.rows_TC` that has a factor for each row (-1: none), and
+                the first column of those that its own gates read.
+            out: the tensors to fill, as `composed_shapes` says; None: new ones.
+        Raises:
+            ValueError: they do not fit into one slot together.
+        """
+        return compose(self, parts, out)
 
     def load(self, slot: int, packed: PackedSite | None) -> None:
         """Puts what `pack` made into a slot: copies only, and no wait for any of them."""
         self.clear(slot)
-        plan = self.plans[slot] = self.store(slot, packed)
-        if packed is not None and plan is not None and self.tables is not None:
-            self.tables.load(slot, *packed.tables)
+        if packed is not None:
+            plan = self.plans[slot] = self.hold(slot, packed)
+            if plan.columns:
+                self._reads_rows.add(slot)
+            self.store.load(slot, packed.stored)
 
-    def store(self, slot: int, packed: PackedSite | None) -> SlotPlan | None:
+    def hold(self, slot: int, packed: PackedSite) -> SlotPlan:
         """Copies a slot's weights and says where they stand, without the slot adding anything:
         for blocks of layers that use them in their own way."""
-        if packed is None:
-            return None
         self.reserve_routers(len(packed.router_GK))  # if it was not done when it was packed
-        if self.tables is None:
-            for (i, _), b_RN in zip(packed.slices, packed.b_RN, strict=True):
-                self.bt_SRN[i][slot, : len(b_RN)].copy_(b_RN, non_blocking=True)
-        else:
-            (b_RN,) = packed.b_RN
-            self.b_SRN[slot, : len(b_RN)].copy_(b_RN, non_blocking=True)
+        self.store.copy(slot, packed)
         return SlotPlan(
             a_RK=_copy(self.a_SRK[slot], packed.a_RK),
             router_GK=_copy(self.router_SGK[slot], packed.router_GK),
@@ -358,11 +264,17 @@ class Site:
         )
 
     def _in_slot(self, slot: int, i: int, plan: SlicePlan) -> SlicePlan:
-        bt_RN = self.bt_SRN[i][slot, : len(plan.bt_RN)]
-        bias_G = plan.bias_G
-        if bias_G is not None and not bt_RN.is_cpu:
-            bias_G = bias_G.to(bt_RN.device, non_blocking=True)
-        return replace(plan, bt_RN=bt_RN, bias_G=bias_G)
+        bt_RN = self.bt_SRN[i][slot, plan.b_start : plan.b_start + len(plan.bt_RN)]
+        if bt_RN.is_cpu:
+            return replace(plan, bt_RN=bt_RN)
+
+        def there(t: torch.Tensor | None) -> torch.Tensor | None:
+            return None if t is None else t.to(bt_RN.device, non_blocking=True)
+
+        return replace(
+            plan, bt_RN=bt_RN, bias_G=there(plan.bias_G), logit_bias_G=there(plan.logit_bias_G),
+            norm=plan.norm and plan.norm.map(there),
+        )  # fmt: skip
 
     def _check(self, i: int, s: GatedSlice) -> None:
         rank, router_rows = s.b_NR.shape[1], s.gate.router_rows
@@ -371,7 +283,12 @@ class Site:
                 f"slice {i}: rank {rank} of {self.max_rank}, router rows {router_rows} of "
                 f"{self.max_router_rows}"
             )
-        if self.static and self.reduce and not self.max_router_rows and s.gate.source != "none":
+        if s.gate.columns > MAX_COLUMNS:
+            raise ValueError(
+                f"slice {i}: {s.gate.columns} gates that come with a row, of {MAX_COLUMNS}"
+            )
+        reads_x = s.gate.source != "none" and not s.gate.columns
+        if self.static and self.reduce and not self.max_router_rows and reads_x:
             raise ValueError(f"slice {i}: its gate needs a sum over the ranks that no graph holds")
         want = (self.a_SRK.shape[2], self.slice_sizes[i])
         if (s.a_RK.shape[1], s.b_NR.shape[0]) != want:
@@ -382,6 +299,10 @@ class Site:
 
 def _present(slices: Sequence[GatedSlice | None]) -> list[tuple[int, GatedSlice]]:
     return [(i, s) for i, s in enumerate(slices) if s is not None]
+
+
+def _ranks(parts: Sequence[tuple[int, GatedSlice]]) -> list[tuple[int, int]]:
+    return [(i, s.b_NR.shape[1]) for i, s in parts]
 
 
 def _copy(slot_RK: torch.Tensor, packed_RK: torch.Tensor) -> torch.Tensor:
@@ -402,15 +323,5 @@ def _copy_routers(out_GK: torch.Tensor, s: GatedSlice) -> None:
         out_GK[-1] = s.head_K
 
 
-def _shared_gate(plans: Sequence[SlicePlan]) -> GateSpec | None:
-    """The slices' gate when one view of u holds all their logits and all blocks are equal."""
-    gate = plans[0].gate
-    same = all(p.gate == gate and p.bias_G is None and not p.shares_a for p in plans)
-    if same and gate.router_rows > gate.head_rows == 0 and len(set(gate.blocks)) == 1:
-        return gate
-    return None
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+def _own(t: torch.Tensor | None) -> torch.Tensor | None:
+    return None if t is None else t.float().clone()

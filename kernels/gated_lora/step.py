@@ -1,9 +1,12 @@
-"""StepMap: which slot each row of the batch uses. Written once a step, read by every site."""
+"""StepMap: which slot each row of the batch uses, and the numbers that come with it. Written once a
+step, read by every site."""
 
 from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -13,6 +16,7 @@ from vllm_lora_ext.kernels.gated_lora.backends.native import inductor
 
 _numbers = itertools.count(1)
 TILE_ROWS = (16, 64)  # rows of a tile: of a decode step, and of a prefill
+MAX_COLUMNS = 64  # numbers that may come with a row
 
 
 class Group(NamedTuple):
@@ -76,6 +80,39 @@ class StepMap:
         if self.tiled and self.active:
             _tile(host_np[1:], slots_T)
         self.table[:, :width].copy_(host, non_blocking=pinned)
+
+    @cached_property
+    def rows_TC(self) -> torch.Tensor:
+        """[max_tokens, MAX_COLUMNS] fp32, the numbers that come with each row; its address never
+        changes. Made when it is first asked for: where graphs are captured, before that."""
+        shape = self.table.shape[1], MAX_COLUMNS
+        return torch.zeros(shape, dtype=torch.float32, device=self.device)
+
+    def set_rows(self, values_TC: np.ndarray, rows: Sequence[slice]) -> None:
+        """Gives some rows of the step their numbers. Others keep what they had, or get anything:
+        nothing reads a row whose slot has no use for it.
+
+        One copy to the device and no wait, as for `update`.
+
+        Args:
+            values_TC: float32 [rows in all, C], C up to `MAX_COLUMNS`; the columns from C on stay.
+            rows: which rows of the step these are, in order.
+        """
+        if not len(values_TC):
+            return
+        first, last = min(r.start for r in rows), max(r.stop for r in rows)
+        table_TC = self.rows_TC[first:last, : values_TC.shape[1]]
+        on_cpu = self.device.type == "cpu"
+        host = table_TC if on_cpu else torch.empty(
+            table_TC.shape, dtype=torch.float32, pin_memory=self.device.type == "cuda"
+        )  # fmt: skip
+        host_np, at = host.numpy(), 0
+        for r in rows:
+            count = r.stop - r.start
+            host_np[r.start - first : r.stop - first] = values_TC[at : at + count]
+            at += count
+        if not on_cpu:
+            table_TC.copy_(host, non_blocking=True)
 
     @property
     def active(self) -> bool:

@@ -11,6 +11,14 @@ On a GPU `block_mix_` stands in the middle, and the linears' own launches do the
 """
 
 from vllm_lora_ext.kernels.mix_mlp.block import BlockSite, Scratch, scratch_for
-from vllm_lora_ext.kernels.mix_mlp.op import block_mix_, mix_act_, register_block
+from vllm_lora_ext.kernels.mix_mlp.op import block_mix_, mix_act_, register_block, warm_blocks
 
-__all__ = ["BlockSite", "Scratch", "block_mix_", "mix_act_", "register_block", "scratch_for"]
+__all__ = [
+    "BlockSite",
+    "Scratch",
+    "block_mix_",
+    "mix_act_",
+    "register_block",
+    "scratch_for",
+    "warm_blocks",
+]

@@ -23,9 +23,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from vllm_lora_ext.kernels.gated_lora.site import PackedSite, Shape, Site, SlicePlan, SlotPlan
+from vllm_lora_ext.kernels.gated_lora.plan import PackedSite, Shape, SlicePlan, SlotPlan
+from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.kernels.gated_lora.step import Group
-from vllm_lora_ext.kernels.mix_mlp.tables import ACTIVATIONS, BlockTables
+from vllm_lora_ext.kernels.mix_mlp.tables import BlockTables, tables_for
 from vllm_lora_ext.routing import GateSpec
 from vllm_lora_ext.routing.mix import expert_weights
 from vllm_lora_ext.routing.reference import GatedSlice
@@ -46,7 +47,7 @@ class Scratch(NamedTuple):
 def scratch_for(blocks: Sequence[BlockSite], max_tokens: int, dtype: torch.dtype) -> Scratch | None:
     """Scratch of blocks on the Triton kernels for steps of up to `max_tokens` rows in `dtype`, the
     model's; None where there are none."""
-    if not blocks or blocks[0].tables is None:
+    if not blocks or not isinstance(blocks[0].tables, BlockTables):
         return None
     from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import parts_size
 
@@ -126,9 +127,7 @@ class BlockSite:
         self.act_name = act_name
         self.plans: dict[int, BlockPlan] = {}
         self.on_kernels: set[int] = set()
-        self.tables: BlockTables | None = None
-        if first.tables is not None:
-            self.tables = BlockTables(len(first.plans), first.max_rank, first.a_SRK.device)
+        self.tables = tables_for(first)
         self._u: dict[int, torch.Tensor] = {}
         self._add: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         # Read by C++ at this address: `busy`.
@@ -143,7 +142,7 @@ class BlockSite:
         """Whether the kernel would serve experts with this gate, and this activation in place of
         the model's; else PyTorch does."""
         sums = self.last_bias_N is None or _sums_to_one(gate)
-        return self.tables is not None and (act_name or self.act_name) in ACTIVATIONS and sums
+        return self.tables.serves(act_name or self.act_name) and sums
 
     def _look(self) -> None:
         """Listens to the linears while PyTorch serves experts here, and not longer: it costs
@@ -159,7 +158,6 @@ class BlockSite:
         self.plans.pop(slot, None)
         if slot in self.on_kernels:
             self.on_kernels.discard(slot)
-            assert self.tables is not None
             self.tables.clear(slot)
             self.first.clear(slot)
             self.last.clear(slot)
@@ -184,9 +182,8 @@ class BlockSite:
         Raises:
             ValueError: a part does not fit the buffers.
         """
-        tables = [] if self.tables is None else self.tables.shapes()
         last_shapes = [] if last is None else self.last.shapes([last])
-        return [*self.first.shapes(first), *last_shapes, *tables]
+        return [*self.first.shapes(first), *last_shapes, *self.tables.shapes()]
 
     def pack(
         self,
@@ -223,34 +220,30 @@ class BlockSite:
         )  # fmt: skip
         name = act_name or self.act_name
         if packed.on_kernels:
-            assert self.tables is not None and name is not None
-            self._describe(self.tables, packed, name)
+            assert name is not None
+            self._describe(packed, name)
         return packed
 
-    def _describe(self, tables: BlockTables, packed: PackedBlock, act_name: str) -> None:
+    def _describe(self, packed: PackedBlock, act_name: str) -> None:
         """The first linear's kernels shrink for the slot and add nothing; the second's only
         expand."""
-        assert self.first.tables is not None and self.last.tables is not None
         first, last = packed.first, packed.last
-        self.first.tables.describe(len(first.a_RK), len(first.router_GK), [], *first.tables)
+        self.first.store.describe(first.stored, len(first.a_RK), len(first.router_GK), [])
         if last is not None:
-            self.last.tables.describe(0, 0, last.slices, *last.tables)
+            self.last.store.describe(last.stored, 0, 0, last.slices)
         plans = [plan for _, plan in first.slices]
-        tables.describe(plans, last is not None, act_name, *packed.tables)
+        self.tables.describe(plans, last is not None, act_name, packed.tables)
 
     def load(self, slot: int, packed: PackedBlock) -> None:
         """Puts what `pack` made into a slot: copies only, and no wait for any of them."""
         self.clear(slot)
-        first = self.first.store(slot, packed.first)
-        last = self.last.store(slot, packed.last)
-        assert first is not None
+        first = self.first.hold(slot, packed.first)
+        last = None if packed.last is None else self.last.hold(slot, packed.last)
         if packed.on_kernels:
-            assert self.tables is not None
-            for site, part in ((self.first, packed.first), (self.last, packed.last)):
-                if part is not None:
-                    assert site.tables is not None
-                    site.tables.load(slot, *part.tables)
-            self.tables.load(slot, *packed.tables)
+            self.first.store.load(slot, packed.first.stored)
+            if packed.last is not None:
+                self.last.store.load(slot, packed.last.stored)
+            self.tables.load(slot, packed.tables)
             self.on_kernels.add(slot)
         else:
             self.plans[slot] = BlockPlan(packed.gate, first, last, packed.act, packed.sums_to_one)

@@ -10,6 +10,7 @@ else that the host knows.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 from weakref import WeakValueDictionary
@@ -19,6 +20,7 @@ import torch
 from vllm_lora_ext.kernels.gated_lora.backends.native import inductor
 from vllm_lora_ext.kernels.gated_lora.backends.native import op as cpu_op
 from vllm_lora_ext.kernels.mix_mlp.block import BlockSite
+from vllm_lora_ext.kernels.mix_mlp.tables import BlockTables
 
 _blocks: WeakValueDictionary[int, BlockSite] = WeakValueDictionary()
 _numbers = itertools.count(1)
@@ -28,9 +30,17 @@ def register_block(block: BlockSite) -> torch.Tensor:
     """The block's handle, as `register_site` gives a site's; valid while the block lives."""
     number = next(_numbers)
     _blocks[number] = block
-    if block.first.a_SRK.is_cpu:
-        cpu_op.watch_block(number, block, block.busy_1)
+    cpu_op.watch_block(number, block, block.busy_1)
     return torch.tensor(number, dtype=torch.int64, device="cpu")
+
+
+def warm_blocks(blocks: Iterable[BlockSite], max_tokens: int, dtype: torch.dtype) -> None:
+    """Compiles what blocks can need beside their linears; arguments as of `Backend.warm`."""
+    found = [block for block in blocks if isinstance(block.tables, BlockTables)]
+    if found:
+        from vllm_lora_ext.kernels.mix_mlp.warmup import warm
+
+        warm(found, max_tokens, dtype)
 
 
 def _mix_act(a: torch.Tensor, gate_up: torch.Tensor, block: torch.Tensor) -> None:
@@ -57,7 +67,7 @@ def _block_mix(
         return
     parts_in, mix_ = _triton()
     z_PTR, u_PTR = parts_in(z, a, found.last), parts_in(u, gate_up, found.first)
-    mix_(a, z_PTR, gate_up, u_PTR, found.first, found.last, found.tables)
+    mix_(a, z_PTR, gate_up, u_PTR, found)
     found.mix_act_(a, gate_up)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.nn.functional import silu
 
+from vllm_lora_ext.kernels.gated_lora.backends import choice
 from vllm_lora_ext.kernels.gated_lora.reference import TOLERANCE
 from vllm_lora_ext.kernels.gated_lora.selfcheck import Part, in_one_line
 from vllm_lora_ext.kernels.gated_lora.site import Site
@@ -110,9 +111,9 @@ def _run(
 def _block(
     case: Case, device: torch.device | str, dtype: torch.dtype, max_rank: int, max_router_rows: int
 ) -> BlockSite:
-    options = {"dtype": dtype, "device": device, "triton": True}
-    first = Site(2, HIDDEN, (INNER, INNER), max_rank, max_router_rows, **options)  # type: ignore[arg-type]
-    last = Site(2, INNER, (HIDDEN,), max_rank, max_router_rows, **options)  # type: ignore[arg-type]
+    options = max_rank, max_router_rows, dtype, device, choice.triton()
+    first = Site(2, HIDDEN, (INNER, INNER), *options)
+    last = Site(2, INNER, (HIDDEN,), *options)
     block = BlockSite(first, last, silu, act_name="silu")
     gate, up, down = (case.parts[name] for name in ("gate_proj", "up_proj", "down_proj"))
     plain = GateSpec()
@@ -129,20 +130,19 @@ def _forward(
 ) -> torch.Tensor:
     """The three steps as a server's layers run them."""
     from vllm_lora_ext.kernels.gated_lora.backends.triton.expand import expand_
-    from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import parts_in, shrink_parts
+    from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import parts_in, shrink
     from vllm_lora_ext.kernels.mix_mlp.triton_mix import mix_
 
-    assert block.tables is not None
     x_TK, gate_up_NK, down_NK = (
         w.to(device, dtype) for w in (case.x_TK, case.gate_up_NK, case.down_NK)
     )
     gate_up_TN = x_TK @ gate_up_NK.t()
-    u_PTR = shrink_parts(x_TK, block.first, memory=scratch.u)
+    u_PTR = shrink(x_TK, block.first, memory=scratch.u)
     expand_(gate_up_TN, u_PTR, block.first)
     gate_TI, up_TI = gate_up_TN.chunk(2, dim=1)
     a_TI = silu(gate_TI) * up_TI
     z_PTR = parts_in(scratch.z, a_TI, block.last)
-    mix_(a_TI, z_PTR, gate_up_TN, u_PTR, block.first, block.last, block.tables)
+    mix_(a_TI, z_PTR, gate_up_TN, u_PTR, block)
     y_TN = a_TI @ down_NK.t()
-    expand_(y_TN, shrink_parts(a_TI, block.last, memory=scratch.z), block.last)
+    expand_(y_TN, shrink(a_TI, block.last, memory=scratch.z), block.last)
     return y_TN

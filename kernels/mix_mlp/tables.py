@@ -1,4 +1,4 @@
-"""BlockTables: what the GPU kernel reads about the experts of each slot at one MLP block.
+"""What the GPU kernel reads about the experts of each slot at one MLP block.
 
 The gate stands in `SlotTables` of one slice, as that of a linear layer does; beside it, per slot,
 
@@ -15,15 +15,46 @@ from itertools import accumulate, pairwise
 
 import torch
 
+from vllm_lora_ext.kernels.gated_lora.backends.triton.store import TableStore
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tables import SlotTables
-from vllm_lora_ext.kernels.gated_lora.site import Shape, SlicePlan
+from vllm_lora_ext.kernels.gated_lora.plan import Shape, SlicePlan
+from vllm_lora_ext.kernels.gated_lora.site import Site
 
 HEADER = ("first_at", "up_at", "down", "activation")
 # Elementwise, by transformers' names.
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu")
 
 
-class BlockTables:
+class NoTables:
+    """What is kept of a block whose experts PyTorch serves: nothing."""
+
+    def serves(self, act: str | None) -> bool:
+        """Whether the kernel knows an activation."""
+        return False
+
+    def shapes(self) -> list[Shape]:
+        """Of one slot's rows, as `describe` fills them."""
+        return []
+
+    def clear(self, slot: int) -> None:
+        """The slot has no experts here any more."""
+
+    def describe(
+        self, first: Sequence[SlicePlan], down: bool, act: str, rows: Sequence[torch.Tensor]
+    ) -> None:
+        """Fills one slot's rows, in host memory, for one adapter.
+
+        Args:
+            first: the parts of the first linear; the first one has the block's gate.
+            down: whether the second linear has experts.
+            act: one that is served.
+        """
+
+    def load(self, slot: int, rows: Sequence[torch.Tensor]) -> None:
+        """Copies what `describe` filled into a slot."""
+
+
+class BlockTables(NoTables):
     """Device tables of one block, at addresses that never change.
 
     Attributes:
@@ -32,36 +63,23 @@ class BlockTables:
     """
 
     def __init__(self, num_slots: int, max_rank: int, device: torch.device | str) -> None:
-        self.gate = SlotTables(num_slots, (1,), max_rank, device)
+        self.gate = SlotTables(num_slots, (1,), max_rank, device, gates=1)
         size = len(HEADER) + max_rank
         self.ints_SI = torch.zeros(num_slots, size, dtype=torch.int32, device=device)
 
-    def clear(self, slot: int) -> None:
-        """The slot has no experts here any more."""
-        self.gate.clear(slot)
+    def serves(self, act: str | None) -> bool:
+        return act in ACTIVATIONS
 
     def shapes(self) -> list[Shape]:
-        """Of one slot's rows, as `describe` fills them."""
-        gate = self.gate
-        rows = (self.ints_SI, gate.ints_SI, gate.floats_SF)
-        return [((row.shape[1],), row.dtype) for row in rows]
+        return [((self.ints_SI.shape[1],), self.ints_SI.dtype), *self.gate.shapes()]
+
+    def clear(self, slot: int) -> None:
+        self.gate.clear(slot)
 
     def describe(
-        self,
-        first: Sequence[SlicePlan],
-        down: bool,
-        act: str,
-        ints: torch.Tensor,
-        gate_ints: torch.Tensor,
-        gate_floats: torch.Tensor,
+        self, first: Sequence[SlicePlan], down: bool, act: str, rows: Sequence[torch.Tensor]
     ) -> None:
-        """Fills one slot's rows, in host memory, for one adapter.
-
-        Args:
-            first: the parts of the first linear; the first one has the block's gate.
-            down: whether the second linear has experts.
-            act: one of `ACTIVATIONS`.
-        """
+        ints, *gate_rows = rows
         gate = first[0].gate
         at = [p.a_start if p.a_stop > p.a_start else -1 for p in first]
         # One part over both gate and up: they share its A.
@@ -71,11 +89,16 @@ class BlockTables:
             next_R[start] = stop
         ints.copy_(torch.tensor(header + next_R, dtype=torch.int32))
         ranks = torch.empty(sum(gate.blocks), 0, dtype=torch.float32, device="cpu")
-        self.gate.describe(0, 0, [(0, replace(first[0], bt_RN=ranks))], gate_ints, gate_floats)
+        self.gate.describe(0, 0, [(0, replace(first[0], bt_RN=ranks))], *gate_rows)
 
-    def load(
-        self, slot: int, ints: torch.Tensor, gate_ints: torch.Tensor, gate_floats: torch.Tensor
-    ) -> None:
-        """Copies what `describe` filled into a slot."""
+    def load(self, slot: int, rows: Sequence[torch.Tensor]) -> None:
+        ints, *gate_rows = rows
         self.ints_SI[slot].copy_(ints, non_blocking=True)
-        self.gate.load(slot, gate_ints, gate_floats)
+        self.gate.load(slot, *gate_rows)
+
+
+def tables_for(first: Site) -> NoTables:
+    """Tables of a block by its first linear's backend."""
+    if not isinstance(first.store, TableStore):
+        return NoTables()
+    return BlockTables(len(first.plans), first.max_rank, first.a_SRK.device)

@@ -30,16 +30,18 @@ import triton.language as tl
 
 from vllm_lora_ext.kernels.gated_lora.backends.triton.expand import (
     COUNTS,
-    NUM_SPEC,
-    NUM_VALUES,
+    NUM_SLICE,
+    RANK_FLOATS,
+    RANK_INTS,
     sum_parts,
 )
 from vllm_lora_ext.kernels.gated_lora.backends.triton.expand import gate as gate_of
 from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import operand
+from vllm_lora_ext.kernels.gated_lora.backends.triton.store import store_of
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import warps_of
-from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.kernels.gated_lora.step import max_tiles
 from vllm_lora_ext.kernels.mix_mlp import tables
+from vllm_lora_ext.kernels.mix_mlp.block import BlockSite
 from vllm_lora_ext.kernels.mix_mlp.tables import BlockTables
 
 TILE, COLUMNS = 16, 64
@@ -96,9 +98,9 @@ def mix_kernel(
     slot = tl.load(tiles_ptr + tile).to(tl.int64)
     if slot < 0:
         return
-    spec_ptr = ints_ptr + slot * stride_ints + COUNTS
-    values_ptr = floats_ptr + slot * stride_floats
-    ranks = tl.load(spec_ptr)
+    slice_ptr = ints_ptr + slot * stride_ints + COUNTS
+    floats_ptr += slot * stride_floats
+    ranks = tl.load(slice_ptr)
     if ranks == 0:
         return
     tile_start = tl.load(tiles_ptr + stride_tiles + tile)
@@ -112,10 +114,12 @@ def mix_kernel(
     ok_TR = ok_T[:, None] & ok_R[None, :]
     u_T = u_ptr + token_T * stride_u
 
-    vectors_R = spec_ptr + NUM_SPEC + rank_R
+    spec_ptr = slice_ptr + NUM_SLICE + RANK_INTS * max_rank
+    values_ptr = floats_ptr + RANK_FLOATS * max_rank
+    vectors_R = slice_ptr + NUM_SLICE + rank_R
     logit_R = tl.load(vectors_R, mask=ok_R, other=0)
     first_R = tl.load(vectors_R + max_rank, mask=ok_R, other=0)
-    bias_R = tl.load(values_ptr + NUM_VALUES + rank_R, mask=ok_R, other=0.0)
+    bias_R = tl.load(floats_ptr + rank_R, mask=ok_R, other=0.0)
     logits_TR = sum_parts(u_T[:, None] + logit_R[None, :], ok_TR, stride_u_part, PARTS)
     head = tl.load(spec_ptr + 7)
     has_head_T = ok_T & (at_T < tl.where(head >= 0, tile_stop, tile_start))
@@ -206,33 +210,33 @@ def mix_(
     z_PTR: torch.Tensor,
     base_TN: torch.Tensor,
     u_PTR: torch.Tensor,
-    first: Site,
-    last: Site,
-    block: BlockTables,
+    block: BlockSite,
 ) -> None:
     """Puts the mixed activations into the rows of a that have experts here, and what the second
     linear's shrink would make of them into those rows of z.
 
     Args:
         a_TI: [T, inner], base_TN: [T, gate | up] or [T, inner]; columns adjacent.
-        z_PTR: [parts, T, last.num_rows] fp32, for the second linear's shrink to fill further.
-        u_PTR: [parts, T, first.num_rows] fp32, the first linear's shrink.
+        z_PTR: [parts, T, block.last.num_rows] fp32, for the second linear's shrink to fill further.
+        u_PTR: [parts, T, block.first.num_rows] fp32, the first linear's shrink.
     """
     assert a_TI.stride(1) == base_TN.stride(1) == 1
     num_tokens, inner = a_TI.shape
     if not num_tokens:
         return
-    gate, tiles = block.gate, first.step.tiles(TILE)
-    mix_kernel[(len(z_PTR), max_tiles(num_tokens, len(first.b_SRN), TILE))](
+    first, own = block.first, block.tables
+    assert isinstance(own, BlockTables)
+    gate, tiles, b_SRN = own.gate, first.step.tiles(TILE), store_of(first).b_SRN
+    mix_kernel[(len(z_PTR), max_tiles(num_tokens, len(b_SRN), TILE))](
         a_TI,
         base_TN,
         u_PTR,
         z_PTR,
-        first.b_SRN,
-        last.a_SRK,
+        b_SRN,
+        block.last.a_SRK,
         gate.ints_SI,
         gate.floats_SF,
-        block.ints_SI,
+        own.ints_SI,
         first.step.order_T,
         tiles,
         num_tokens,
@@ -244,20 +248,20 @@ def mix_(
         u_PTR.stride(1),
         z_PTR.stride(0),
         z_PTR.stride(1),
-        first.b_SRN.stride(0),
-        first.b_SRN.stride(1),
-        last.a_SRK.stride(0),
-        last.a_SRK.stride(1),
+        b_SRN.stride(0),
+        b_SRN.stride(1),
+        block.last.a_SRK.stride(0),
+        block.last.a_SRK.stride(1),
         gate.ints_SI.stride(0),
         gate.floats_SF.stride(0),
-        block.ints_SI.stride(0),
+        own.ints_SI.stride(0),
         tiles.stride(0),
         PARTS=len(u_PTR),
         GATED=base_TN.shape[1] == 2 * inner,
         BLOCK_T=TILE,
         BLOCK_R=first.padded_rank,
         BLOCK_N=COLUMNS,
-        OPERAND=operand(first.b_SRN),
+        OPERAND=operand(b_SRN),
         num_warps=warps_of(TILE, first.padded_rank),
         num_stages=1,
     )

@@ -22,8 +22,7 @@ def warm(blocks: Iterable[BlockSite], max_tokens: int, dtype: torch.dtype) -> No
         z_PTR = new(num_parts(t, dtype, last), t, last.num_rows, dtype=torch.float32)
         base_TN = new(t, warmup.widths(first)[1], dtype=dtype)
         a_TI = new(t, warmup.widths(last)[0], dtype=dtype)
-        assert block.tables is not None
-        mix_(a_TI, z_PTR, base_TN, u_PTR, first, last, block.tables)
+        mix_(a_TI, z_PTR, base_TN, u_PTR, block)
 
 
 def variants(

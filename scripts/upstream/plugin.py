@@ -5,6 +5,7 @@ Loaded with `-p upstream_plugin` before any test module imports a name (`scripts
 
 from __future__ import annotations
 
+import copy
 import fnmatch
 import json
 import os
@@ -18,19 +19,19 @@ def pytest_configure(config: Any) -> None:
     from vllm_lora_ext.plugin import register
 
     register()
-    import vllm.lora.punica_wrapper as wrappers
     import vllm.lora.utils as utils
-    from vllm.lora import model_manager
 
-    from vllm_lora_ext.model_patches.layers import building
+    from vllm_lora_ext.kernels.gated_lora.backends import choice
+    from vllm_lora_ext.model_patches.backend import Building, build_with
 
     # These tests build layers by themselves, where an engine's manager would.
-    wrappers.get_punica_wrapper = model_manager.get_punica_wrapper
-    config.lora_ext = building(router_rows=16, triton=False, graphs=False)
+    backend = choice.without_triton("cpu")
+    config.lora_ext = build_with(Building(router_rows=16, backend=backend, graphs=False))
     config.lora_ext.__enter__()  # to the end: a context that nobody holds ends at once
 
+    _cpu()
     stock = {_stock_of(cls): cls for cls in utils._all_lora_classes}
-    stock |= _managers()
+    stock |= _managers() | _step_metadata()
     stock = {old: new for old, new in stock.items() if old is not new}
     for name, module in list(sys.modules.items()):
         # Not where stock's own classes find each other: a subclass must not become its own base.
@@ -38,6 +39,21 @@ def pytest_configure(config: Any) -> None:
             for attribute, value in list(vars(module).items()):
                 if isinstance(value, type) and value in stock:
                     setattr(module, attribute, stock[value])
+
+
+def _cpu() -> None:
+    """What these tests, written for GPUs, leave out or name otherwise."""
+    import torch
+    import vllm.v1.worker.gpu_worker as gpu_worker
+    from vllm.model_executor.layers.linear import LinearBase
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        from vllm.v1.worker.cpu_worker import CPUWorker
+
+        # Layers get it from vLLM's weight loader, which layers made by hand never see.
+        LinearBase.cpu_linear = staticmethod(torch.nn.functional.linear)
+        gpu_worker.Worker = CPUWorker
 
 
 def _stock_of(cls: type) -> type:
@@ -50,10 +66,36 @@ def _managers() -> dict[type, type]:
     from vllm.v1.worker import lora_model_runner_mixin
 
     ours: Any = lora_model_runner_mixin.LRUCacheWorkerLoRAManager
+
+    class Manager(ours._manager_cls):  # type: ignore[misc, name-defined]
+        """Some tests make it without a model's configuration, which an engine always has."""
+
+        def __init__(self, *args: Any, vllm_config: Any = None, **kwargs: Any) -> None:
+            if vllm_config is not None and vllm_config.model_config is None:
+                from vllm.config import ModelConfig
+
+                vllm_config = copy.copy(vllm_config)
+                vllm_config.model_config = ModelConfig(max_model_len=16)
+            super().__init__(*args, vllm_config=vllm_config, **kwargs)
+
     return {
-        model_manager.LRUCacheLoRAModelManager: ours._manager_cls,
+        model_manager.LRUCacheLoRAModelManager: Manager,
         worker_manager.LRUCacheWorkerLoRAManager: ours,
     }
+
+
+def _step_metadata() -> dict[type, type]:
+    import vllm.lora.punica_wrapper as wrappers
+    from vllm.lora import model_manager
+    from vllm.platforms import current_platform
+    from vllm.utils.import_utils import resolve_obj_by_qualname
+
+    from vllm_lora_ext.model_patches.punica import _with_step
+
+    stock: Any = resolve_obj_by_qualname(current_platform.get_punica_wrapper())
+    ours = _with_step(stock)
+    wrappers.get_punica_wrapper = model_manager.get_punica_wrapper = ours
+    return {stock: ours}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

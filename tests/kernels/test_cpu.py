@@ -19,7 +19,7 @@ from vllm_lora_ext.kernels.gated_lora import (
     StepMap,
     gated_lora_reference,
 )
-from vllm_lora_ext.kernels.gated_lora.backends import eager
+from vllm_lora_ext.kernels.gated_lora.backends import choice, eager
 from vllm_lora_ext.kernels.gated_lora.backends.native import build as cpu_build
 from vllm_lora_ext.kernels.gated_lora.backends.native import tables as cpu_native
 from vllm_lora_ext.routing import GateSpec
@@ -77,7 +77,7 @@ def mixed(rng, t):
 
 def added(site, x_TK, n, dtype=torch.float32):
     y_TN = torch.zeros(len(x_TK), n, dtype=dtype)
-    eager.gated_lora_(y_TN, x_TK, site)
+    site.backend.gated_lora_(y_TN, x_TK, site)
     return y_TN
 
 
@@ -96,7 +96,7 @@ def test_any_gate_any_shape(path, seed, dtype):
         want = gated_lora_reference(x_TK, torch.tensor(slots_T), slots, sizes)
         base_TN = normal(rng, t, sum(sizes)).to(dtype)
         y_TN = base_TN.clone()
-        eager.gated_lora_(y_TN, x_TK, site)
+        site.backend.gated_lora_(y_TN, x_TK, site)
         whole = want + base_TN.float()
         assert error(y_TN, whole) < TOLERANCE[dtype]
         untouched = (slots_T < 0) | (slots_T == 2)
@@ -111,12 +111,13 @@ def test_two_launches(path, seed):
     site, slots = build(rng, (50, 9), 37)
     slots_T, x_TK = mixed(rng, 23), normal(rng, 23, 37)
     site.step.update(slots_T)
-    u_TR = eager.shrink(x_TK, site)
+    u_PTR = site.backend.shrink(x_TK, site)
+    (u_TR,) = u_PTR
     assert u_TR.shape == (23, site.num_rows)
     assert torch.isfinite(u_TR).all()
     assert not u_TR[slots_T < 0].any()
     before, y_TN = u_TR.clone(), torch.zeros(23, 59)
-    eager.gate_expand_(y_TN, u_TR, site, u_TR)
+    site.backend.expand_(y_TN, u_PTR, site)
     want = gated_lora_reference(x_TK, torch.tensor(slots_T), slots, (50, 9))
     assert error(y_TN, want) < 2e-5
     assert torch.equal(u_TR, before)
@@ -141,8 +142,7 @@ def test_experts_that_share_one_a(path, select):
         want = gated_lora_reference(x_TK, torch.tensor(slots_T), slots, (33, 20))
         assert error(added(site, x_TK, 53), want) < 2e-5
         y_TN = torch.zeros(t, 53)
-        u_TR = eager.shrink(x_TK, site)
-        eager.gate_expand_(y_TN, u_TR, site, u_TR)
+        site.backend.expand_(y_TN, site.backend.shrink(x_TK, site), site)
         assert error(y_TN, want) < 2e-5
 
 
@@ -170,8 +170,8 @@ def test_a_row_does_not_depend_on_its_batch_nor_on_threads(threads):
         site.step.update(slots_T)
         results.append(added(site, x_TK, 200))
     assert all(torch.equal(results[0], other) for other in results[1:])
-    u_TR, y_TN = eager.shrink(x_TK, site), torch.zeros(70, 200)
-    eager.gate_expand_(y_TN, u_TR, site, u_TR)
+    y_TN = torch.zeros(70, 200)
+    site.backend.expand_(y_TN, site.backend.shrink(x_TK, site), site)
     assert torch.equal(results[0], y_TN)
     for row in range(0, 70, 3):
         site.step.update(slots_T[row : row + 1])
@@ -198,12 +198,12 @@ def test_views_of_larger_tensors(path):
     x_TK = normal(rng, 3, 30)
     want = gated_lora_reference(x_TK, torch.tensor([0, 1, 3]), slots, (20,))
     wide = torch.zeros(3, 57)
-    eager.gated_lora_(wide[:, 7:27], torch.cat([x_TK, x_TK], 1)[:, 30:], site)
+    site.backend.gated_lora_(wide[:, 7:27], torch.cat([x_TK, x_TK], 1)[:, 30:], site)
     assert error(wide[:, 7:27], want) < 2e-5
     assert not wide[:, :7].any()
     assert not wide[:, 27:].any()
     turned = torch.zeros(20, 3)
-    eager.gated_lora_(turned.t(), x_TK.t().contiguous().t(), site)
+    site.backend.gated_lora_(turned.t(), x_TK.t().contiguous().t(), site)
     assert error(turned.t(), want) < 2e-5
 
 
@@ -231,9 +231,9 @@ def test_without_a_compiler_the_numbers_are_the_same(monkeypatch, tmp_path, capl
     x_TK = normal(rng, 12, 64)
     with_compiler = added(site, x_TK, 50)
     monkeypatch.setattr(cpu_build, "library", lambda: None)
-    site.native = None
+    assert choice.without_triton("cpu") is choice.best("cpu") is eager
+    site.backend = eager
     without = added(site, x_TK, 50)
-    assert cpu_native.tables(site, x_TK) is None
     torch.testing.assert_close(with_compiler, without, rtol=1e-5, atol=1e-6)
 
 

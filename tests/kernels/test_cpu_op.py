@@ -18,7 +18,6 @@ from vllm_lora_ext.kernels.gated_lora import (
     op,
     register_site,
 )
-from vllm_lora_ext.kernels.gated_lora.backends import eager
 from vllm_lora_ext.kernels.gated_lora.backends.native import build as cpu_build
 from vllm_lora_ext.kernels.gated_lora.backends.native import op as cpu_op
 from vllm_lora_ext.kernels.mix_mlp import BlockSite, mix_act_, register_block
@@ -188,7 +187,7 @@ def test_an_error_in_python_is_an_error(monkeypatch):
     def fail(*_):
         raise ValueError("told so")
 
-    monkeypatch.setattr(eager, "gated_lora_", fail)
+    monkeypatch.setattr(layer.site.backend, "gated_lora_", fail)
     with pytest.raises((RuntimeError, ValueError)):
         gated_lora_(torch.zeros(3, sum(SIZES)), torch.zeros(3, K), layer.number)
 

@@ -16,6 +16,7 @@ from vllm_lora_ext.kernels.gated_lora import (
     gated_lora_reference,
     register_site,
 )
+from vllm_lora_ext.kernels.gated_lora.backends import choice
 from vllm_lora_ext.routing import GateSpec
 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
@@ -80,7 +81,7 @@ def test_narrow_weights_leave_the_logits_alone():
         threshold_head=True, blocks=(3, 4, 5),
     )  # fmt: skip
     module = random_module(rng, 24, 7, gate)
-    site = Site(1, 24, (7,), MAX_RANK, MAX_RANK, torch.bfloat16, "cpu", triton=True)
+    site = Site(1, 24, (7,), MAX_RANK, MAX_RANK, torch.bfloat16, "cpu", choice.triton())
     site.write(0, [module])
     plan, x_TK = site.plans[0], torch.randn(5, 24)
     assert (plan.a_RK.dtype, plan.router_GK.dtype) == (torch.bfloat16, torch.float32)

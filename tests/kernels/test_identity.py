@@ -21,6 +21,7 @@ from vllm_lora_ext.kernels.gated_lora import (
     gated_lora_reference,
     register_site,
 )
+from vllm_lora_ext.kernels.gated_lora.backends import choice
 from vllm_lora_ext.kernels.mix_mlp import BlockSite, mix_act_, register_block
 
 K, N, VOCAB = 20, 14, 11
@@ -131,9 +132,9 @@ def test_a_narrow_default_dtype_and_device_change_nothing():
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            site = Site(2, K, (N,), 8, 8, torch.bfloat16, "cpu", triton=True)
+            site = Site(2, K, (N,), 8, 8, torch.bfloat16, "cpu", choice.triton())
             handle = register_site(site)
     finally:
         torch.set_default_dtype(torch.float32)
-    assert site.router_SGK.dtype is site.tables.floats_SF.dtype is torch.float32
+    assert site.router_SGK.dtype is site.store.tables.floats_SF.dtype is torch.float32
     assert (handle.dtype, handle.device.type) == (torch.int64, "cpu")

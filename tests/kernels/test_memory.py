@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
 
 from vllm_lora_ext.kernels.gated_lora import Site
+from vllm_lora_ext.kernels.gated_lora.backends import choice
 from vllm_lora_ext.kernels.gated_lora.memory import slot_bytes
 
 
@@ -18,7 +20,7 @@ def tensors(value: object) -> Iterator[torch.Tensor]:
     elif isinstance(value, (list, tuple)):
         for one in value:
             yield from tensors(one)
-    elif hasattr(value, "__dict__") and not isinstance(value, type):
+    elif hasattr(value, "__dict__") and not isinstance(value, (type, ModuleType)):
         for one in vars(value).values():
             yield from tensors(one)
 
@@ -34,7 +36,8 @@ def allocated(site: Site) -> int:
 @pytest.mark.parametrize(("rank", "rows"), [(8, 1), (64, 64), (16, 100)])
 def test_equals_what_a_site_allocates(sizes, rank, rows, dtype, on_cpu):
     """With the kernels' tables, as on a GPU, and without, as on a CPU."""
-    few, more = (Site(n, 40, sizes, rank, rows, dtype, "cpu", triton=not on_cpu) for n in (2, 5))
+    backend = choice.without_triton("cpu") if on_cpu else choice.triton()
+    few, more = (Site(n, 40, sizes, rank, rows, dtype, "cpu", backend) for n in (2, 5))
     for routers in (0, rows, len(sizes) * (rows + 1)):
         few.reserve_routers(routers), more.reserve_routers(routers)
         per_slot = (allocated(more) - allocated(few)) / 3

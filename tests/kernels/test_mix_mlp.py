@@ -23,7 +23,7 @@ from vllm_lora_ext.kernels.mix_mlp import (
     register_block,
     scratch_for,
 )
-from vllm_lora_ext.routing import GateSpec
+from vllm_lora_ext.routing import GateSpec, InputNorm
 from vllm_lora_ext.routing.mix import mix_reference
 
 NO_GATE = GateSpec()
@@ -58,6 +58,8 @@ class Slice(Part):
     bias_G: torch.Tensor | None = None
     head_K: torch.Tensor | None = None
     head_bias: float = 0.0
+    logit_bias_G: torch.Tensor | None = None
+    norm: InputNorm | None = None
 
 
 class Mlp:
@@ -65,7 +67,7 @@ class Mlp:
 
     Args:
         biased: whether the second linear has a bias; it is scaled by the sum of the weights.
-        new: dtype, device and triton of the sites.
+        new: dtype, device and backend of the sites.
     """
 
     def __init__(

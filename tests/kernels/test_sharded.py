@@ -10,6 +10,7 @@ import torch
 
 from tests.make_adapters import normal, random_module, random_spec
 from tests.ranks import Ranks
+from tests.slot_parts import ALL_SOURCES, put, random_parts, random_rows
 from vllm_lora_ext.kernels.gated_lora import (
     Site,
     StepMap,
@@ -18,6 +19,8 @@ from vllm_lora_ext.kernels.gated_lora import (
     register_site,
 )
 from vllm_lora_ext.kernels.gated_lora.backends.native import tables as cpu_native
+from vllm_lora_ext.kernels.gated_lora.reference import SlotPart
+from vllm_lora_ext.kernels.gated_lora.step import MAX_COLUMNS
 from vllm_lora_ext.routing import GateSpec
 
 K, N, RANK, ROWS, T = 24, 14, 40, 40, 9
@@ -29,6 +32,7 @@ HEAD = GateSpec(
     source="router", blocks=(3, 4), score="sigmoid", select="threshold", threshold=0.5,
     threshold_head=True,
 )  # fmt: skip
+GIVEN = GateSpec(source="position", blocks=(3, 4))
 SELF = GateSpec(source="self", blocks=(1,) * 6, select="top_k", key="abs", k=2, weight="one")
 
 
@@ -53,20 +57,21 @@ class Sharded:
             site.listen(lambda _y, _x, u, rank=rank: self.read[rank].append(u))
 
     def write(self, slot: int, spec: GateSpec) -> None:
-        m = random_module(self.rng, K, N, spec)
-        self.slots[slot] = [m]
+        self.put(slot, [SlotPart([random_module(self.rng, K, N, spec)])])
+
+    def put(self, slot: int, parts: list[SlotPart]) -> None:
+        self.slots[slot] = parts
         for rank, site in enumerate(self.sites):
             k = slice(rank * K // 2, (rank + 1) * K // 2)
-            part = replace(
-                m, a_RK=m.a_RK[:, k], router_GK=None if m.router_GK is None else m.router_GK[:, k],
-                head_K=None if m.head_K is None else m.head_K[k],
-            )  # fmt: skip
-            site.write(slot, [part])
+            put(site, slot, [replace(p, slices=[m and _cut(m, k) for m in p.slices])
+                             for p in parts])  # fmt: skip
 
     def check(self, slots: list[int]) -> list[tuple[int, ...]]:
         """The ranks' sum against the reference; returns what was summed on the way."""
         slots_T, x_TK = np.array(slots), normal(self.rng, len(slots), K)
         self.step.update(slots_T)
+        rows_TC = random_rows(self.rng, len(slots), MAX_COLUMNS)
+        self.step.set_rows(rows_TC, [slice(0, len(slots))])
         before = len(self.ranks.summed)
         shards = [x.contiguous() for x in x_TK.chunk(2, dim=1)]
 
@@ -76,7 +81,9 @@ class Sharded:
             return y_TN
 
         got = sum(self.ranks.run(one))
-        want = gated_lora_reference(x_TK, torch.tensor(slots_T), self.slots, (N,))
+        want = gated_lora_reference(
+            x_TK, torch.tensor(slots_T), self.slots, (N,), torch.from_numpy(rows_TC)
+        )
         assert (got - want).norm() <= 2e-5 * want.norm()
         self._check_equal(slots_T, *(read.pop() for read in self.read if read))
         return self.ranks.summed[before:]
@@ -86,11 +93,18 @@ class Sharded:
         plans = self.sites[0].plans
         assert len({u is None for u in read}) <= 1
         if any(u is None for u in read):
-            assert all(s < 0 or plans[s] is None or plans[s].plain for s in slots_T)
+            assert all(s < 0 or plans[s] is None or not plans[s].num_inputs for s in slots_T)
         for slot, plan in enumerate(plans if read and read[0] is not None else ()):
             for columns in plan.inputs if plan is not None else ():
                 mine, other = (u[slots_T == slot][:, columns] for u in read)
                 assert torch.equal(mine, other)
+
+
+def _cut(m, k: slice):
+    return replace(
+        m, a_RK=m.a_RK[:, k], router_GK=None if m.router_GK is None else m.router_GK[:, k],
+        head_K=None if m.head_K is None else m.head_K[k],
+    )  # fmt: skip
 
 
 @pytest.fixture(params=["compiled", "pytorch"])
@@ -111,6 +125,12 @@ def test_only_what_gates_read_is_summed():
     assert layer.check([3, 3]) == [(2, 6)]
     assert layer.check([3, 1, 2, 0, -1]) == [(5, 6)]
     assert layer.check([-1] * T) == []
+    layer.write(0, GIVEN)
+    layer.write(1, replace(ROUTER, normalise="layer"))
+    assert layer.check([0, -1, 0]) == []
+    assert layer.check([0, 1]) == [(2, 5)]  # three logits, and two numbers of x
+    layer.put(0, [SlotPart([random_module(layer.rng, K, N, PLAIN)], 1.0, 3)])
+    assert layer.check([0, -1, 0]) == []
 
 
 @pytest.mark.usefixtures("path")
@@ -118,9 +138,11 @@ def test_only_what_gates_read_is_summed():
 def test_the_ranks_add_up_and_read_the_same_bits(seed):
     layer = Sharded(seed)
     for slot in range(3):
-        layer.write(slot, random_spec(layer.rng))
+        layer.write(slot, random_spec(layer.rng, RANK, ALL_SOURCES, wide=True))
     for _ in range(3):
         layer.check(list(layer.rng.integers(-1, 4, T)))
+    layer.put(1, random_parts(layer.rng, K, (N,), RANK))
+    layer.check([1, -1, 1, 0, 2])
 
 
 def test_in_captured_graphs_it_does_not_depend_on_the_slots():
@@ -139,3 +161,5 @@ def test_an_engine_with_graphs_and_without_router_rows_sums_nothing_and_takes_no
     assert layer.check([0, -1, 0]) == []
     with pytest.raises(ValueError, match="gate"):
         layer.write(1, SELF)
+    layer.write(1, GIVEN)
+    assert layer.check([1, 0, 1]) == []

@@ -18,6 +18,7 @@ import torch
 
 from tests.make_adapters import normal, random_module, random_spec
 from tests.ranks import Ranks
+from tests.slot_parts import ALL_SOURCES, each, put, random_parts, random_rows
 from vllm_lora_ext.kernels.gated_lora import (
     Site,
     StepMap,
@@ -28,10 +29,11 @@ from vllm_lora_ext.kernels.gated_lora import (
     register_site,
 )
 from vllm_lora_ext.kernels.gated_lora import selfcheck as checks
+from vllm_lora_ext.kernels.gated_lora.backends import choice
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import Device, blocks, splits
-from vllm_lora_ext.kernels.gated_lora.reference import TOLERANCE
+from vllm_lora_ext.kernels.gated_lora.reference import TOLERANCE, SlotPart
 from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
-from vllm_lora_ext.kernels.gated_lora.step import TILE_ROWS, max_tiles
+from vllm_lora_ext.kernels.gated_lora.step import MAX_COLUMNS, TILE_ROWS, max_tiles
 from vllm_lora_ext.routing import GateSpec
 
 pytest.importorskip("triton")
@@ -99,27 +101,39 @@ class Batch:
         self.rng = np.random.default_rng(seed)
         torch.manual_seed(seed)
         self.sizes, self.k, self.dtype = sizes, k, dtype
-        self.site = Site(slots, k, sizes, max_rank, max_rank, dtype, DEVICE, triton=True)
+        self.site = Site(slots, k, sizes, max_rank, max_rank, dtype, DEVICE, choice.triton())
         if reserve:
             self.site.reserve_routers(self.site.most_routers)
-        for buffer in (self.site.a_SRK, self.site.b_SRN, self.site.router_SGK):
+        for buffer in (self.site.a_SRK, self.site.store.b_SRN, self.site.router_SGK):
             buffer.fill_(NAN)
-        self.site.tables.floats_SF.fill_(NAN)
+        self.site.store.tables.floats_SF.fill_(NAN)
         self.slots = [[None] * len(sizes) for _ in range(slots)]
         self.site.step = StepMap(max(t, 1) + 5, DEVICE, tiled=True)
         self.number = register_site(self.site)
         self.x_TK = torch.randn(t, k).to(dtype).to(DEVICE)
+        self.rows_TC = random_rows(np.random.default_rng(seed), t, MAX_COLUMNS)
         self.map(self.rng.integers(-1, slots, t))
 
     def map(self, slots_T):
+        """Rows whose slot has no use for numbers have NaN ones."""
         self.slots_T = np.asarray(slots_T)
         self.site.step.update(self.slots_T)
+        if self.site.rows_TC is not None:
+            self.site.step.rows_TC.fill_(NAN)
+            reads = [i for i, plan in enumerate(self.site.plans) if plan and plan.columns]
+            at = np.flatnonzero(np.isin(self.slots_T, reads))
+            self.site.step.set_rows(self.rows_TC[at], [slice(i, i + 1) for i in at])
 
     def fill(self, slot, modules):
         """The reference gets the weights as the site stores them: A and B rounded to its dtype,
         routers not."""
         self.site.write(slot, modules)
         self.slots[slot] = [m and self._rounded(m) for m in modules]
+
+    def compose(self, slot, parts):
+        put(self.site, slot, parts)
+        self.slots[slot] = each(parts, self._rounded)
+        self.map(self.slots_T)
 
     def _rounded(self, m):
         return replace(m, a_RK=m.a_RK.to(self.dtype).float(), b_NR=m.b_NR.to(self.dtype).float())
@@ -142,7 +156,10 @@ class Batch:
 
     def expected(self, slots=None):
         slots_T = torch.from_numpy(self.slots_T)
-        return gated_lora_reference(self.x_TK.cpu(), slots_T, slots or self.slots, self.sizes)
+        rows_TC = torch.from_numpy(self.rows_TC[: len(slots_T)])
+        return gated_lora_reference(
+            self.x_TK.cpu(), slots_T, slots or self.slots, self.sizes, rows_TC
+        )
 
     def settled(self):
         """Rows whose gates do not hang on the rounding of their logits: two correct sums in fp32
@@ -150,7 +167,7 @@ class Batch:
         want = self.expected()
         settled_T = torch.ones(len(want), dtype=torch.bool)
         for _ in range(3):
-            moved = self.expected([[m and self._shaken(m) for m in s] for s in self.slots])
+            moved = self.expected([each(s, self._shaken) for s in self.slots])
             size_T = want.norm(dim=1).clamp_min(1e-6)
             settled_T &= (moved - want).norm(dim=1) < 1e-3 * size_T
         assert settled_T.float().mean() > 0.7
@@ -158,7 +175,7 @@ class Batch:
 
     def _shaken(self, m):
         if m.router_GK is None:
-            return m if m.gate.source == "none" else replace(m, a_RK=self._noisy(m.a_RK))
+            return replace(m, a_RK=self._noisy(m.a_RK)) if m.gate.source == "self" else m
         head_K = None if m.head_K is None else self._noisy(m.head_K)
         return replace(m, router_GK=self._noisy(m.router_GK), head_K=head_K)
 
@@ -262,6 +279,52 @@ def test_plain_routed_rank_wise_and_base_rows_in_one_launch():
     for slot, spec in enumerate((GateSpec(), top_k(8, 6, 2), rank_wise, fly)):
         batch.fill(slot, [random_module(batch.rng, 48, 24, spec) for _ in range(2)])
     assert batch.error() < TOLERANCE[torch.float32]
+
+
+@runs_kernels
+@pytest.mark.parametrize("t", [1, 20, 70])
+@pytest.mark.parametrize("seed", range(12))
+def test_several_adapters_in_a_slot(seed, t):
+    sizes = tuple(np.random.default_rng(seed).integers(1, 40, 1 + seed % 3).tolist())
+    batch = Batch(seed, t, sizes=sizes, k=19 + seed)
+    for slot in (0, 1, 3):
+        batch.compose(slot, random_parts(batch.rng, batch.k, sizes, 40))
+    batch.map(batch.slots_T)
+    assert batch.error() < TOLERANCE[torch.float32]
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(16))
+def test_the_whole_table(seed, dtype):
+    """Normalised routers, products, numbers that come with the rows; inputs with a mean."""
+    batch = Batch(seed, 33, sizes=(13, 16), k=40, dtype=dtype)
+    batch.x_TK = batch.x_TK * 2 + 1
+    for slot in range(3):
+        specs = [random_spec(batch.rng, 40, ALL_SOURCES[1:], wide=True) for _ in batch.sizes]
+        batch.fill(
+            slot,
+            [
+                random_module(batch.rng, 40, n, spec)
+                for n, spec in zip(batch.sizes, specs, strict=True)
+            ],
+        )
+    batch.map(batch.slots_T)
+    assert batch.error() < TOLERANCE[dtype]
+
+
+@runs_kernels
+def test_plain_adapters_with_factors_need_no_gate_table():
+    batch = Batch(1, 30, sizes=(16,), slots=1)
+    parts = [
+        SlotPart([random_module(batch.rng, 24, 16, GateSpec(), 3)], 1.0, at) for at in range(12)
+    ]
+    batch.compose(0, parts)
+    batch.map([0] * 30)
+    assert batch.error() < TOLERANCE[torch.float32]
+    gated_parts = [SlotPart([random_module(batch.rng, 24, 16, gated(2, 1))])] * 9
+    with pytest.raises(ValueError, match="9 of 8"):
+        batch.compose(0, gated_parts)
 
 
 @runs_kernels
@@ -470,9 +533,8 @@ def test_nothing_in_the_selfcheck_hangs_on_rounding(rank, dtype):
 
 @runs_kernels
 def test_selfcheck_says_what_is_wrong(monkeypatch):
-    from vllm_lora_ext.kernels.gated_lora.backends.triton import expand as triton_expand
-
-    right = triton_expand.expand_
+    backend = choice.triton()
+    right = backend.expand_
 
     def one_column_off(y_TN, u_PTR, site):
         right(y_TN, u_PTR, site)
@@ -481,9 +543,9 @@ def test_selfcheck_says_what_is_wrong(monkeypatch):
     def refused(*_):
         raise RuntimeError("out of resource: shared memory\nmore")
 
-    monkeypatch.setattr(triton_expand, "expand_", one_column_off)
+    monkeypatch.setattr(backend, "expand_", one_column_off)
     assert "results differ" in selfcheck(DEVICE, torch.float32, 8, 8)
-    monkeypatch.setattr(triton_expand, "expand_", refused)
+    monkeypatch.setattr(backend, "expand_", refused)
     assert selfcheck(DEVICE, torch.float32, 8, 8) == "RuntimeError: out of resource: shared memory"
 
 

@@ -13,6 +13,7 @@ from torch.nn.functional import gelu, silu
 
 from tests.kernels.test_mix_mlp import GATES, TOP2, Mlp, Slice, experts
 from tests.kernels.test_triton import DEVICE, NAN, on_gpu, runs_kernels
+from vllm_lora_ext.kernels.gated_lora.backends import choice
 from vllm_lora_ext.kernels.gated_lora.reference import TOLERANCE
 from vllm_lora_ext.kernels.gated_lora.step import StepMap
 from vllm_lora_ext.kernels.mix_mlp import block as blocks
@@ -34,7 +35,7 @@ def kernels_only(monkeypatch):
 
 
 def mlp_of(hidden, inner, gated, g, **options):
-    mlp = Mlp(hidden, inner, gated, g, **{"device": DEVICE, "triton": True} | options)
+    mlp = Mlp(hidden, inner, gated, g, **{"device": DEVICE, "backend": choice.triton()} | options)
     for site in mlp.sites:
         site.reserve_routers(site.most_routers)
         site.router_SGK.fill_(NAN)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vllm_lora_ext.kernels.gated_lora import Site, StepMap
+from vllm_lora_ext.kernels.gated_lora.backends import choice
 from vllm_lora_ext.kernels.mix_mlp import BlockSite
 
 pytest.importorskip("triton")
@@ -61,7 +62,7 @@ def kernels(monkeypatch):
 
 def sites_of(shapes, rank, dtype=torch.bfloat16):
     step = StepMap(MOST, "meta", tiled=True)
-    sites = [Site(8, k, sizes, rank, 8, dtype, "meta", triton=True) for k, sizes in shapes]
+    sites = [Site(8, k, sizes, rank, 8, dtype, "meta", choice.triton()) for k, sizes in shapes]
     for site in sites:
         site.step = step
     return sites
@@ -76,7 +77,7 @@ def keys(kernels):
 @pytest.mark.parametrize("rank", [16, 64, 256])
 def test_no_step_compiles_what_the_warm_up_has_not(shapes, rank, stored, kernels):
     from vllm_lora_ext.kernels.gated_lora.backends.triton.expand import expand_
-    from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import shrink_parts
+    from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import shrink
     from vllm_lora_ext.kernels.gated_lora.backends.triton.warmup import warm
 
     sites = sites_of(shapes, rank, stored)
@@ -88,7 +89,7 @@ def test_no_step_compiles_what_the_warm_up_has_not(shapes, rank, stored, kernels
         k, n = site.a_SRK.shape[2], sum(site.slice_sizes)
         for t in rows.tolist():
             x_TK = torch.empty(t, k, dtype=torch.bfloat16, device="meta")
-            u_PTR = shrink_parts(x_TK, site)
+            u_PTR = shrink(x_TK, site)
             y_TN = torch.empty(t, n, dtype=torch.bfloat16, device="meta")
             expand_(y_TN, u_PTR, site)
             expand_(y_TN, u_PTR[:1], site)
@@ -112,7 +113,7 @@ def test_no_step_compiles_a_block_that_the_warm_up_has_not(kernels):
             torch.empty(num_parts(t, torch.bfloat16, s), t, s.num_rows, device="meta")
             for s in (first, last)
         )
-        mix_(a_TI, z_PTR, base_TN, u_PTR, first, last, block.tables)
+        mix_(a_TI, z_PTR, base_TN, u_PTR, block)
     assert keys(kernels) == warmed
 
 

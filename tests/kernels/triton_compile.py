@@ -38,7 +38,7 @@ NAMES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 POINTERS = {
     "u_ptr": "fp32", "v_ptr": "fp32", "routers_ptr": "i64", "floats_ptr": "fp32", "ints_ptr": "i32",
     "order_ptr": "i32", "tiles_ptr": "i32", "columns_ptr": "i32", "z_ptr": "fp32",
-    "block_ptr": "i32",
+    "block_ptr": "i32", "rows_ptr": "fp32",
 }  # fmt: skip
 ALIGNED = ("num_k", "stride_x", "stride_y", "stride_b", "stride_b_slot", "stride_a_slot",
            "inner", "stride_a", "stride_base", "stride_down",

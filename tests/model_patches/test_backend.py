@@ -12,7 +12,8 @@ import torch
 
 from tests.make_adapters import random_module, router_spec
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.model_patches.backend import check_graphs, choose_kernels
+from vllm_lora_ext.kernels.gated_lora.backends import choice, eager
+from vllm_lora_ext.model_patches.backend import check_graphs, choose_backend
 
 WRONG = "results differ by 2.0e-01 of their norm"
 
@@ -24,25 +25,25 @@ def _never() -> str | None:
 @pytest.mark.parametrize("device", ["cpu", "xpu"])
 @pytest.mark.parametrize("wanted", [None, False])
 def test_no_gpu_takes_pytorch_without_a_check(device: str, wanted: bool | None) -> None:
-    assert choose_kernels(wanted, device, _never) is False
+    assert choose_backend(wanted, device, _never) is choice.without_triton(device)
 
 
 def test_false_takes_pytorch_on_a_gpu_too() -> None:
-    assert choose_kernels(False, "cuda", _never) is False
+    assert choose_backend(False, "cuda", _never) is eager
 
 
 @pytest.mark.parametrize("wanted", [None, True])
 def test_a_gpu_takes_the_kernels_when_their_check_passes(
     wanted: bool | None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert choose_kernels(wanted, "cuda", lambda: None) is True
+    assert choose_backend(wanted, "cuda", lambda: None) is choice.triton()
     assert not caplog.records
 
 
 def test_a_failed_check_is_one_warning_and_pytorch(caplog: pytest.LogCaptureFixture) -> None:
     logging.getLogger("vllm").propagate = True  # vLLM turns it off once it is imported
     with caplog.at_level(logging.WARNING, "vllm.lora_ext"):
-        assert choose_kernels(None, "cuda", lambda: WRONG) is False
+        assert choose_backend(None, "cuda", lambda: WRONG) is eager
     (record,) = set(caplog.records)  # after an engine in this process, pytest hears it twice
     assert WRONG in record.getMessage() and "PyTorch" in record.getMessage()
 
@@ -50,7 +51,7 @@ def test_a_failed_check_is_one_warning_and_pytorch(caplog: pytest.LogCaptureFixt
 @pytest.mark.parametrize(("device", "seen"), [("cuda", WRONG), ("cpu", "cpu"), ("xpu", "xpu")])
 def test_true_refuses_to_start_where_the_kernels_cannot_run(device: str, seen: str) -> None:
     with pytest.raises(AdapterError) as caught:
-        choose_kernels(True, device, lambda: WRONG)
+        choose_backend(True, device, lambda: WRONG)
     assert caught.value.code == "bad_settings"
     assert f"seen: {seen}" in caught.value.text and "triton" in caught.value.text
 

@@ -14,7 +14,9 @@ from vllm.model_executor.layers.linear import RowParallelLinear
 from tests.make_adapters import normal, random_module, router_spec
 from tests.ranks import Ranks
 from vllm_lora_ext.kernels.gated_lora import StepMap, gated_lora_reference
+from vllm_lora_ext.kernels.gated_lora.backends import choice
 from vllm_lora_ext.model_patches import layers
+from vllm_lora_ext.model_patches.backend import Building, build_with
 from vllm_lora_ext.routing import GateSpec
 
 K, N, T = 24, 14, 5
@@ -51,7 +53,7 @@ class Layer:
             layer = layers._ours(stock.RowParallelLinearWithLoRA)(
                 row_parallel(self.weight_NK, rank)
             )
-            with layers.building(40, triton=False, graphs=False):
+            with build_with(Building(40, choice.without_triton("cpu"), graphs=False)):
                 layer.create_lora_weights(3, config)
             layer.set_mapping(SimpleNamespace(step_map=self.step))
             self.layers.append(layer)

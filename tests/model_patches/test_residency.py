@@ -16,6 +16,7 @@ from tests.make_adapters import linear_shapes, normal, random_adapter, random_mo
 from vllm_lora_ext.adapters.model import RoutedAdapter
 from vllm_lora_ext.adapters.registry import load_adapter
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.kernels.gated_lora.backends import choice
 from vllm_lora_ext.model_patches import residency
 from vllm_lora_ext.model_patches.residency import Residency, Resident, _pieces, flat_views
 from vllm_lora_ext.routing import GateSpec, delta_reference
@@ -93,7 +94,7 @@ def test_a_step_copies_few_times_and_does_nothing_else(
 ) -> None:
     if triton:  # the GPU's layout of slots, on a CPU
         manager = "vllm_lora_ext.model_patches.manager"
-        monkeypatch.setattr(f"{manager}.choose_kernels", lambda *_: True)
+        monkeypatch.setattr(f"{manager}.choose_backend", lambda *_: choice.triton())
         monkeypatch.setattr(f"{manager}.RoutedLoRAModelManager._warm", lambda *_: None)
     h = harness()
     spec = [GateSpec(), router_spec()]

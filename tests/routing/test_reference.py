@@ -77,6 +77,8 @@ def oracle(spec, u, bias, head):
         match spec.weight:
             case "score":
                 gates[i] = values[i]
+            case "sqrt":
+                gates[i] = math.sqrt(max(values[i], 0.0))
             case "one":
                 gates[i] = 1.0
             case "renormalise":
@@ -94,7 +96,7 @@ def oracle(spec, u, bias, head):
 @given(seed=st.integers(0, 2**32 - 1), stable=st.booleans())
 def test_equals_the_oracle(seed, stable):
     rng = np.random.default_rng(seed)
-    spec = random_spec(rng, sources=["router", "self", "prototype"], stable=stable)
+    spec = random_spec(rng, sources=["router", "self", "request"], stable=stable, wide=True)
     u_TG = torch.from_numpy(rng.normal(size=(7, spec.num_gates)).astype(np.float32)) * 1.5
     bias_G = torch.from_numpy(rng.normal(size=spec.num_gates).astype(np.float32)) * 0.2
     head_T = torch.from_numpy(rng.normal(size=7).astype(np.float32))

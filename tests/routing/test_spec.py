@@ -55,6 +55,12 @@ NAN, INF = float("nan"), float("inf")
         ("threshold_head", GATE | {"select": "threshold", "threshold_head": 1}),
         ("select", GATE | {"threshold_head": True}),
         ("select", GATE | {"subtract_threshold": True}),
+        ("normalise", GATE | {"normalise": "rms"}),
+        ("normalise", GATE | {"source": "request", "normalise": "layer"}),
+        ("normalise_eps", GATE | {"normalise": "layer", "normalise_eps": 0}),
+        ("normalise_eps", GATE | {"normalise_eps": 1e-6}),
+        ("product", GATE | {"product": 1}),
+        ("blocks", GATE | {"blocks": (2, 1), "product": True}),
     ],
 )
 def test_refuses(field, fields):
@@ -70,7 +76,8 @@ def test_unknown_field():
 
 @given(st.integers(0, 2**32 - 1))
 def test_dict_round_trip(seed):
-    spec = random_spec(np.random.default_rng(seed), stable=False)
+    sources = ("none", "router", "self", "prototype", "request", "position")
+    spec = random_spec(np.random.default_rng(seed), sources=sources, stable=False, wide=True)
     fields = json.loads(json.dumps(spec.to_dict()))
     assert GateSpec.from_dict(fields) == spec
 
@@ -83,3 +90,5 @@ def test_router_rows():
     with_head = GateSpec(**GATE, **head)
     assert (with_head.router_rows, with_head.head_rows) == (3, 1)
     assert GateSpec(**GATE).head_rows == 0
+    given = GateSpec(**GATE | {"source": "position"})
+    assert (given.router_rows, given.columns, GateSpec(**GATE).columns) == (0, 3, 0)

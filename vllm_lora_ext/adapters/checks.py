@@ -6,7 +6,7 @@ Both run before a tensor reaches a slot: one NaN there would poison the KV cache
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 
@@ -17,7 +17,10 @@ from vllm_lora_ext.adapters.finite import is_finite, not_finite
 from vllm_lora_ext.adapters.limits import RANKS, slot_rank
 from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.parts import check_parts
+from vllm_lora_ext.conditions.column import Column
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.routing import GateSpec
+from vllm_lora_ext.routing.spec import GIVEN, ROUTED
 
 # Linears of an MLP block on which experts may stand, by how the model spells its block.
 BLOCK_PARTS = (
@@ -37,13 +40,15 @@ def check_adapter(adapter: RoutedAdapter) -> None:
         AdapterError: `empty_adapter`, `bad_shape`, `rank_mismatch`, `missing_tensor`,
             `unexpected_tensor`, `not_finite`, `unsupported_feature`, `bad_value`.
     """
-    if not (adapter.modules or adapter.blocks or adapter.heads or adapter.experts):
+    made = adapter.template.sizes if adapter.template is not None else {}
+    if not (adapter.modules or adapter.blocks or adapter.heads or adapter.experts or made):
         raise AdapterError(
             "empty_adapter", "the adapter adapts no layer at all", fix="save the adapter again"
         )
     for name, module in adapter.modules.items():
         _check_matrices(name, module)
         _check_gate_tensors(name, module)
+        _check_columns(name, module.gate, adapter.columns)
         _check_finite(name, module)
     for name, block in adapter.blocks.items():
         _check_block(name, block)
@@ -76,8 +81,10 @@ def check_fits(
         AdapterError: `wrong_base`, `unknown_module`, `shape_mismatch`, `rank_too_large`,
             `router_too_large`, `overflow`.
     """
-    adapted = _layers(adapter)
-    wrong = [name for name, m in adapted.items() if shapes.get(name) != _sizes(m)]
+    adapted = {name: _sizes(layer) for name, layer in _layers(adapter).items()}
+    if adapter.template is not None:
+        adapted |= adapter.template.sizes
+    wrong = [name for name, sizes in adapted.items() if shapes.get(name) != sizes]
     trained_on, served = _last_part(adapter.base_model), _last_part(base_name)
     if trained_on and served and trained_on != served and 2 * len(wrong) > len(adapted):
         raise AdapterError(
@@ -87,12 +94,16 @@ def check_fits(
             fix=f"serve it with '{trained_on}'",
         )
     if wrong:
-        raise _misfit(wrong[0], _sizes(adapted[wrong[0]]), shapes)
+        raise _misfit(wrong[0], adapted[wrong[0]], shapes)
     for name, block in adapter.blocks.items():
         _check_router_width(name, block, shapes)
     every: dict[str, RoutedModule | MixBlock] = {**adapter.modules, **adapter.blocks}
-    for name, gated in every.items():
-        _check_limits(name, gated, max_rank, max_router_rows)
+    needs = {name: (gated.rank, gated.gate.router_rows) for name, gated in every.items()}
+    if adapter.template is not None:
+        made = adapter.template.rank, adapter.template.router_rows
+        needs |= dict.fromkeys(adapter.template.sizes, made)
+    for name, (rank, rows) in needs.items():
+        _check_limits(name, rank, rows, max_rank, max_router_rows)
     check_overflow(adapter, dtype)
 
 
@@ -178,11 +189,12 @@ def _check_matrices(name: str, module: RoutedModule) -> None:
 
 def _check_gate_tensors(name: str, module: RoutedModule) -> None:
     gate, width = module.gate, module.a_RK.shape[1]
-    routed = gate.source in ("router", "prototype")
+    routed = gate.source in ROUTED
     wanted: tuple[tuple[str, torch.Tensor | None, bool, list[int]], ...] = (
         ("router", module.router_GK, routed, [gate.num_gates, width]),
         ("bias", module.bias_G, gate.bias != "none", [gate.num_gates]),
         ("threshold head", module.head_K, gate.threshold_head, [width]),
+        *_norm_tensors(module),
     )
     for what, tensor, needed, shape in wanted:
         if tensor is None and needed:
@@ -202,12 +214,44 @@ def _check_gate_tensors(name: str, module: RoutedModule) -> None:
             )  # fmt: skip
 
 
+def _norm_tensors(
+    module: RoutedModule,
+) -> list[tuple[str, torch.Tensor | None, bool, list[int]]]:
+    """What belongs to a router that reads a normalised input, and the bias of any router."""
+    gate, norm = module.gate, module.norm
+    shape = [gate.num_gates]
+    sums = None if norm is None else norm.row_sums_G
+    found = [("input norm", sums, gate.normalise != "none", shape)]
+    if norm is not None and norm.tail_G is not None:
+        found.append(("input norm's constant part", norm.tail_G, True, shape))
+    if module.logit_bias_G is not None:
+        found.append(("logit bias", module.logit_bias_G, gate.source in ROUTED, shape))
+    return found
+
+
+def _check_columns(name: str, gate: GateSpec, columns: Sequence[Column]) -> None:
+    """Gates that come with each row: which one reads what is the adapter's to say."""
+    if gate.source in GIVEN and gate.num_gates != len(columns):
+        raise AdapterError(
+            "bad_gate", f"the gates of {name} come with each row, and the adapter's columns are not"
+            " as many", seen=f"{gate.num_gates} gates, {len(columns)} columns",
+            limit="one column per gate", fix="mend the adapter's columns, or the gate's blocks",
+        )  # fmt: skip
+
+
 def _check_finite(name: str, module: RoutedModule) -> None:
     tensors = {
         "A": module.a_RK, "B times its scale": module.b_NR, "router": module.router_GK,
         "bias": module.bias_G, "threshold head": module.head_K,
         "threshold head's bias": torch.tensor(module.head_bias),
+        "logit bias": module.logit_bias_G,
     }  # fmt: skip
+    if module.norm is not None:
+        norm = module.norm
+        tensors |= {
+            "input norm": norm.row_sums_G, "input norm's constant part": norm.tail_G,
+            "input norm's sums": torch.tensor([norm.tail_sum, norm.tail_squares]),
+        }  # fmt: skip
     _refuse_not_finite(name, tensors)
 
 
@@ -219,12 +263,12 @@ def _refuse_not_finite(name: str, tensors: Mapping[str, torch.Tensor | None]) ->
 
 def _check_block(name: str, block: MixBlock) -> None:
     gate = block.gate
-    plain = gate.bias == "none" and not gate.threshold_head
+    plain = gate.bias == gate.normalise == "none" and not (gate.threshold_head or gate.product)
     if gate.source != "router" or not plain:
         raise AdapterError(
             "unsupported_feature", f"the MLP block {name} has a gate that blocks do not have",
-            seen=gate.to_dict(), limit="a router without bias or threshold head",
-            fix="use experts of single layers",
+            seen=gate.to_dict(), limit="a router without bias, threshold head, normalised input and"
+            " product", fix="use experts of single layers",
         )  # fmt: skip
     names = set(block.parts)
     if not names or not any(names <= known for known in BLOCK_PARTS):
@@ -297,17 +341,16 @@ def _misfit(
 
 
 def _check_limits(
-    name: str, module: RoutedModule | MixBlock, max_rank: int | None, max_router_rows: int | None
+    name: str, rank: int, rows: int, max_rank: int | None, max_router_rows: int | None
 ) -> None:
-    if max_rank is not None and module.rank > max_rank:
-        enough = slot_rank(module.rank)
+    if max_rank is not None and rank > max_rank:
+        enough = slot_rank(rank)
         raise AdapterError(
             "rank_too_large", f"the experts of {name} together have too large a rank",
-            seen=module.rank, limit=f"--max-lora-rank {max_rank}",
+            seen=rank, limit=f"--max-lora-rank {max_rank}",
             fix=f"start the server with --max-lora-rank {enough}" if enough
             else f"serve fewer experts: vLLM stops at rank {RANKS[-1]}",
         )  # fmt: skip
-    rows = module.gate.router_rows
     if max_router_rows is not None and rows > max_router_rows:
         raise AdapterError(
             "router_too_large", f"the router of {name} has too many rows", seen=rows,

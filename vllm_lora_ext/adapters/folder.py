@@ -60,6 +60,7 @@ class AdapterFolder:
         roots: folders that links out of the adapter's folder may lead into; None: anywhere.
         allow_pickle: whether `adapter_model.bin` may take the place of safetensors.
         accepted: config keys that nobody knows and that are let through.
+        head_size: rows per attention head of the model that is to serve it; None: not known.
     Attributes:
         names: names of all tensors in the weights; empty when there are none.
         config: `adapter_config.json`, empty when there is none.
@@ -82,9 +83,11 @@ class AdapterFolder:
         roots: Roots | None = None,
         allow_pickle: bool = False,
         accepted: Collection[str] = (),
+        head_size: int | None = None,
     ) -> None:
         self._root, self.limits, self._budget = Path(path), limits or Limits(), _Budget()
         self._roots, self._allow_pickle, self.accepted = roots, allow_pickle, frozenset(accepted)
+        self.head_size = head_size
         self._open("", settings or {})
 
     def _open(self, below: str, settings: Mapping[str, Any]) -> None:
@@ -241,6 +244,14 @@ class AdapterFolder:
     def skip(self, names: Iterable[str]) -> None:
         """Mark tensors as known and of no use for serving (a base weight saved along)."""
         self._taken.update(names)
+
+    def read_tensors(self) -> list[str]:
+        """Names of the tensors that were read, and not skipped."""
+        return [name for name in self.names if f"tensor {name}" in self._parts]
+
+    def settings(self) -> dict[str, Any]:
+        """All that the sidecar says, and what was given in its place."""
+        return dict(self._sidecar)
 
     def finish(self) -> str:
         """Refuse what no reader asked for; then the sha256 over all that was read.

@@ -39,11 +39,14 @@ class AppliedAdapter:
         self.remove()
 
 
-def apply_adapter(hf_model: nn.Module, adapter: RoutedAdapter) -> AppliedAdapter:
+def apply_adapter(
+    hf_model: nn.Module, adapter: RoutedAdapter, rows_TC: torch.Tensor | None = None
+) -> AppliedAdapter:
     """Add `B (g(x) ⊙ (A x))` to every adapted layer of a transformers model, in fp32.
 
     Args:
         hf_model: its `nn.Linear` and `nn.Embedding` layers go by the adapter's module names.
+        rows_TC: values of the adapter's columns at every token of the calls to come, [T, C].
     Raises:
         AdapterError: `unknown_module`, `shape_mismatch`, `wrong_base`, `unsupported_feature`.
     """
@@ -54,7 +57,7 @@ def apply_adapter(hf_model: nn.Module, adapter: RoutedAdapter) -> AppliedAdapter
         handles.append(mlp.register_forward_hook(_block_hook(name, block, mlp)))
     for name, module in adapter.modules.items():
         layer = hf_model.get_submodule(name)
-        handles.append(layer.register_forward_hook(_hook(_to(module, layer))))
+        handles.append(layer.register_forward_hook(_hook(_to(module, layer), rows_TC)))
     return AppliedAdapter(handles)
 
 
@@ -71,24 +74,27 @@ def model_shapes(hf_model: nn.Module) -> dict[str, tuple[int, int]]:
     return shapes
 
 
-def delta_reference(module: RoutedModule, x_TK: torch.Tensor) -> torch.Tensor:
+def delta_reference(
+    module: RoutedModule, x_TK: torch.Tensor, rows_TC: torch.Tensor | None = None
+) -> torch.Tensor:
     """What an adapted layer adds to its output.
 
     Args:
         x_TK: [T, in] inputs; [T] token ids for an embedding.
+        rows_TC: [T, C], as for `apply_adapter`.
     Returns:
         [T, out] fp32.
     """
     if module.kind == "embedding":
         return module.a_RK.float()[:, x_TK].T @ module.b_NR.float().T
-    return routing.delta_reference(module, x_TK)
+    return routing.delta_reference(module, x_TK, rows_TC)
 
 
-def _hook(module: RoutedModule) -> Any:
+def _hook(module: RoutedModule, rows_TC: torch.Tensor | None) -> Any:
     def add(layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         x = args[0]
         flat = x.reshape(-1) if module.kind == "embedding" else x.reshape(-1, x.shape[-1])
-        delta = delta_reference(module, flat).reshape(output.shape)
+        delta = delta_reference(module, flat, rows_TC).reshape(output.shape)
         return (output.float() + delta).to(output.dtype)
 
     return add
@@ -134,4 +140,6 @@ def _to(module: RoutedModule, layer: nn.Module) -> RoutedModule:
         for field in dataclasses.fields(module)
         if isinstance(value := getattr(module, field.name), torch.Tensor)
     }
+    if module.norm is not None:
+        moved["norm"] = module.norm.map(lambda t: None if t is None else t.to(device))
     return dataclasses.replace(module, **moved)

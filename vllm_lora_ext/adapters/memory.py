@@ -81,7 +81,7 @@ def _plainly(value: Any) -> Any:
 
 
 def load_memory_adapter(
-    source: MemorySource, *, accept_config_keys: Collection[str] = ()
+    source: MemorySource, *, accept_config_keys: Collection[str] = (), head_size: int | None = None
 ) -> RoutedAdapter:
     """Read and check an adapter that came as tensors.
 
@@ -89,7 +89,7 @@ def load_memory_adapter(
     errors are those of every other adapter by construction.
 
     Args:
-        accept_config_keys: as for `load_adapter`.
+        accept_config_keys, head_size: as for `load_adapter`.
     Raises:
         AdapterError: as `load_adapter`.
     """
@@ -98,6 +98,7 @@ def load_memory_adapter(
         if source.config is not None:
             Path(folder, CONFIG).write_text(json.dumps(source.config, sort_keys=True))
         adapter = load_adapter(
-            folder, None, source.settings, accept_config_keys=accept_config_keys, parts=True
-        )
+            folder, None, source.settings,
+            accept_config_keys=accept_config_keys, head_size=head_size, parts=True,
+        )  # fmt: skip
     return dataclasses.replace(adapter, source="")

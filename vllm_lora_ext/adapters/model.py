@@ -7,7 +7,9 @@ from typing import Literal
 
 import torch
 
-from vllm_lora_ext.routing import GateSpec
+from vllm_lora_ext.adapters.template import Template
+from vllm_lora_ext.conditions.column import Column
+from vllm_lora_ext.routing import GateSpec, InputNorm
 
 Kind = Literal["linear", "embedding"]
 NO_GATE = GateSpec()  # a plain LoRA
@@ -25,6 +27,8 @@ class RoutedModule:
         router_GK: [G, in], for sources `router` and `prototype`.
         bias_G: [G], when gate.bias is not `none`.
         head_K: [in], weight of a learned threshold head; head_bias is its bias.
+        logit_bias_G: [G], added to the router's logits before they are scored.
+        norm: when gate.normalise is not `none`.
     """
 
     a_RK: torch.Tensor
@@ -35,6 +39,8 @@ class RoutedModule:
     head_K: torch.Tensor | None = None
     head_bias: float = 0.0
     kind: Kind = "linear"
+    logit_bias_G: torch.Tensor | None = None
+    norm: InputNorm | None = None
 
     @property
     def rank(self) -> int:
@@ -127,6 +133,9 @@ class RoutedAdapter:
         base_model: what the files say they were trained on; may be empty.
         source: the folder, for messages.
         digest: sha256 over the files that were read.
+        columns: of what a gate with source `position` or `request` reads: gate i reads column i,
+            which says at which tokens it is open.
+        template: makes the adapter for a user or an instruction; nothing else is adapted then.
     """
 
     modules: dict[str, RoutedModule] = field(repr=False)
@@ -135,18 +144,22 @@ class RoutedAdapter:
     source: str = ""
     digest: str = ""
     blocks: dict[str, MixBlock] = field(default_factory=dict, repr=False)
+    columns: tuple[Column, ...] = ()
+    template: Template | None = field(default=None, repr=False)
     heads: dict[str, Head] = field(default_factory=dict, repr=False)
     experts: dict[str, FusedExperts] = field(default_factory=dict, repr=False)
 
     @property
     def rank(self) -> int:
         """Largest total rank of a module: what `max_lora_rank` must hold."""
-        return max((m.rank for m in (*self._gated, *self.experts.values())), default=0)
+        made = 0 if self.template is None else self.template.rank
+        return max((m.rank for m in (*self._gated, *self.experts.values())), default=made)
 
     @property
     def router_rows(self) -> int:
         """Most rows of a router: what `max_router_rows` must hold."""
-        return max((m.gate.router_rows for m in self._gated), default=0)
+        made = 0 if self.template is None else self.template.router_rows
+        return max((m.gate.router_rows for m in self._gated), default=made)
 
     @property
     def _gated(self) -> list[RoutedModule | MixBlock]:

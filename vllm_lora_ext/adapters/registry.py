@@ -16,6 +16,7 @@ from vllm_lora_ext.adapters.parts import refuse_parts
 from vllm_lora_ext.adapters.readers import (
     adalora,
     adamole,
+    alora,
     arrow,
     delora,
     flylora,
@@ -29,6 +30,7 @@ from vllm_lora_ext.adapters.readers import (
     meteora,
     miss,
     mixlora,
+    mmlora,
     moe_peft,
     moelora,
     mola,
@@ -37,10 +39,12 @@ from vllm_lora_ext.adapters.readers import (
     nola,
     plain,
     poly,
+    reclora,
     smora,
     unilora,
     vblora,
     vera,
+    wavllm,
     xlora,
 )
 from vllm_lora_ext.adapters.readers.base import Reader
@@ -53,6 +57,7 @@ ENTRY_POINTS = "vllm_lora_ext.readers"
 
 READERS: tuple[Reader, ...] = (
     plain.READER,
+    alora.READER,
     loramoe.READER,
     meteora.READER,
     smora.READER,
@@ -69,6 +74,9 @@ READERS: tuple[Reader, ...] = (
     moelora.READER,
     poly.READER,
     arrow.READER,
+    mmlora.READER,
+    reclora.READER,
+    wavllm.READER,
     xlora.READER,
     lily.READER,
     native.READER,
@@ -135,6 +143,7 @@ def load_adapter(
     roots: Roots | None = None,
     pickle: Literal["weights_only"] | None = None,
     accept_config_keys: Collection[str] = (),
+    head_size: int | None = None,
     parts: bool = False,
 ) -> RoutedAdapter:
     """Read and check the adapter in a folder.
@@ -146,6 +155,7 @@ def load_adapter(
         roots: folders that links out of the adapter's folder may lead into; None: anywhere.
         pickle: `weights_only` also reads `adapter_model.bin`, where there is no safetensors file.
         accept_config_keys: keys of the config that no format knows and that are ignored.
+        head_size: rows per attention head of the model that is to serve it, where one is.
         parts: whether the caller knows heads and fused experts, which most tools would drop.
     Returns:
         The adapter, with fp32 tensors in memory of their own, all finite, no tensor left over.
@@ -155,10 +165,16 @@ def load_adapter(
     folder = AdapterFolder(
         path, limits, settings,
         roots=roots, allow_pickle=pickle is not None, accepted=accept_config_keys,
+        head_size=head_size,
     )  # fmt: skip
+    return read_adapter(folder, parts=parts)
+
+
+def read_adapter(folder: AdapterFolder, *, parts: bool = False) -> RoutedAdapter:
+    """As `load_adapter`, of a folder that is open already, and not read."""
     adapter = find_reader(folder).read(folder)
     digest = folder.finish()
-    adapter = dataclasses.replace(adapter, source=os.fspath(path), digest=digest)
+    adapter = dataclasses.replace(adapter, source=os.fspath(folder.path), digest=digest)
     check_adapter(adapter)
     if not parts:
         refuse_parts(adapter)

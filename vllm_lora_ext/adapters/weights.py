@@ -20,6 +20,8 @@ from vllm_lora_ext.errors import AdapterError
 
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
 INDEX = ".index.json"
+# As fairseq calls its last checkpoint; only where no config says that PEFT's file is meant.
+FAIRSEQ = "final.safetensors"
 # Where PEFT and vLLM look when there is no safetensors file.
 PICKLED = ("adapter_model.bin", "adapter_model.pt")
 # Of a format that is known and refused: opened so that it can be refused by its name.
@@ -116,7 +118,8 @@ def open_weights(
             `bad_safetensors`, `path_not_allowed`, `too_large`.
     """
     found = [name for name in entries if name.endswith(".safetensors")]
-    wholes = [name for name in WEIGHTS if name in entries or name + INDEX in entries]
+    names = WEIGHTS if has_config else (*WEIGHTS, FAIRSEQ)
+    wholes = [name for name in names if name in entries or name + INDEX in entries]
     if GATES_ELSEWHERE in found:
         wholes = [GATES_ELSEWHERE, *wholes]
     if len(wholes) > 1 and (not has_config or GATES_ELSEWHERE in wholes):

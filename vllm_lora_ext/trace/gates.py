@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from vllm_lora_ext.routing import GatedSlice, GateSpec, gate_reference
+from vllm_lora_ext.routing import GatedSlice, GateSpec, gate_reference, logits_reference
 
 
 def expert_gates(
@@ -21,7 +21,5 @@ def expert_gates(
 
 def slice_gates(s: GatedSlice, x_TK: torch.Tensor) -> torch.Tensor:
     """[T, G] fp32 gates of an adapter's layer for its inputs [T, in]; its gate has a source."""
-    x_TK = x_TK.float()
-    logits_GK = s.a_RK if s.router_GK is None else s.router_GK
-    head_T = None if s.head_K is None else x_TK @ s.head_K.float() + s.head_bias
-    return expert_gates(s.gate, x_TK @ logits_GK.float().t(), s.bias_G, head_T)
+    head_T = None if s.head_K is None else x_TK.float() @ s.head_K.float() + s.head_bias
+    return expert_gates(s.gate, logits_reference(s, x_TK), s.bias_G, head_T)

@@ -31,6 +31,17 @@ _OTHER_KEYS = (
 
 
 def detect(folder: AdapterFolder) -> bool:
+    return is_pairs(folder) and not is_activated(folder)
+
+
+def is_activated(folder: AdapterFolder) -> bool:
+    """Whether it acts from its invocation tokens on only. PEFT asks whether they are null."""
+    tokens = folder.config.get("alora_invocation_tokens")
+    return tokens is not None and tokens is not False
+
+
+def is_pairs(folder: AdapterFolder) -> bool:
+    """Whether the tensors are those of an ordinary LoRA, wherever it acts."""
     return (
         folder.config.get("peft_type") == "LORA"
         and not any(key in folder.config for key in _OTHER_KEYS)
@@ -40,8 +51,9 @@ def detect(folder: AdapterFolder) -> bool:
     )
 
 
-def read(folder: AdapterFolder) -> RoutedAdapter:
-    config, pairs = read_pairs(folder, also=peft_parts.KEYS)
+def read(folder: AdapterFolder, also: Collection[str] = ()) -> RoutedAdapter:
+    """The adapter; `also`: keys of the config that the caller reads itself."""
+    config, pairs = read_pairs(folder, also={*peft_parts.KEYS, *also})
     heads = peft_parts.read_heads(folder, config.where)
     experts = peft_parts.read_experts(folder, config)
     targets = folder.config.get("target_parameters") or ()
@@ -67,7 +79,7 @@ def read_pairs(
     Raises:
         AdapterError: as `read`.
     """
-    config = read_peft_config(folder.config, where, also, folder.accepted)
+    config = read_peft_config(folder.config, where, also, accepted=folder.accepted)
     _refuse_magnitudes(folder.names)
     fused = peft_parts.fused_modules(folder.names) if also else {}
     linear, embedding = group(folder.names, _LINEAR), group(folder.names, _EMBEDDING)

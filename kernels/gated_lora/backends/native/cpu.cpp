@@ -22,11 +22,14 @@ struct Slice {
   Gate gate;
   const float* bt_RN;
   int64_t index, ranks, a_start, a_rows, router_start, head_at, y_start, n, h_start;
+  int64_t row_start, factor_at;  // in the numbers that come with a row; -1: no factor
+  int64_t parts;                 // how many, from here on, add to the same columns; 0: not the first
 };
 
 struct Slot {
   const float *a_RK, *router_GK;
   int64_t k, num_rows, num_ranks, h_width, num_slices;
+  int64_t stats_at;  // where u has the sum of x and of its squares; -1: no router reads them
   const Slice* slices;
 };
 
@@ -40,7 +43,7 @@ struct Rows {
   float* out;        // column of the first row in token 0's line
   bool scale;        // out holds gates: out *= row · x
 };
-// Columns of one slice, for some tokens of one slot.
+// Columns of one slice, for some tokens of one slot; the slice's first part.
 struct Columns {
   const Slice* slice;
   int64_t start, stop, num_tokens;
@@ -102,10 +105,10 @@ struct Scratch {
 
 // Where the numbers of this call stand, one line per token.
 struct Lines {
-  const float *x, *v;
+  const float *x, *v, *given;
   float *u, *h;
   int32_t* ranks;  // per slice: how many ranks are in use, then which
-  int64_t x_stride, u_stride, h_stride, ranks_stride;
+  int64_t x_stride, given_stride, u_stride, h_stride, ranks_stride;
 };
 
 // Tokens by slot, in order; slots without an adapter are left out.
@@ -139,7 +142,9 @@ void cut(std::vector<Rows>& out, Rows all) {
 }
 
 bool sparse(const Slice& s) {
-  return s.gate.gated && !s.gate.self && s.gate.select != kAll && s.ranks == s.a_rows;
+  const Gate& g = s.gate;
+  const bool some = g.select != kAll || g.given;  // or all of them, which is not known
+  return g.gated && !g.self && some && !g.product && s.ranks == s.a_rows;
 }
 
 // What is read before any gate is known. `whole`: every row, for a shrink of its own.
@@ -155,7 +160,8 @@ void plan_first(Scratch& m, const Lines& l, bool whole) {
       const Slice& s = slot.slices[i];
       if (whole || !sparse(s)) rows(slot.a_RK + s.a_start * slot.k, s.a_start, s.a_rows);
     }
-    rows(slot.router_GK, slot.num_ranks, slot.num_rows - slot.num_ranks);
+    const int64_t stop = slot.stats_at < 0 ? slot.num_rows : slot.stats_at;
+    rows(slot.router_GK, slot.num_ranks, stop - slot.num_ranks);
   }
 }
 
@@ -186,6 +192,7 @@ void plan_columns(Scratch& m) {
   for (const Group& g : m.groups)
     for (int64_t i = 0; i < g.slot->num_slices; i++) {
       const Slice& s = g.slot->slices[i];
+      if (s.parts == 0) continue;
       for (int64_t t = 0; t < g.count; t += kTokenChunk)
         for (int64_t n = 0; n < s.n; n += kColumns)
           m.columns.push_back({&s, n, std::min(n + kColumns, s.n),
@@ -193,34 +200,65 @@ void plan_columns(Scratch& m) {
     }
 }
 
-// h of one token and slice: gates times A x where A x is known, else the gates. Gates read v.
-void gate_slice(const Slice& s, const float* u, const float* v, float* h, int32_t* ranks,
-                bool whole) {
+// The sum of x and of its squares.
+void add_up(const float* x, int64_t k, float* stats) {
+  Vec total = {}, squares = {};
+  auto add = [&](Vec v) { total += v, squares += v * v; };
+  int64_t i = 0;
+  for (; i + W <= k; i += W) add(load(x + i));
+  if (i < k) add(load(x + i, k - i));
+  stats[0] = sum(total), stats[1] = sum(squares);
+}
+
+// h of one token and slice: gates times A x where A x is known, else the gates. Gates read v, and
+// the row's own numbers.
+void gate_slice(const Slot& slot, const Slice& s, const float* u, const float* v,
+                const float* given, float* h, int32_t* ranks, bool whole) {
   thread_local GateScratch m;
   const Gate& g = s.gate;
   h += s.h_start;
   int32_t used = 0, *list = ranks + s.h_start + s.index + 1;
-  if (!g.gated) {
-    for (; used < s.ranks; used++) h[list[used] = used] = u[s.a_start + used];
+  const float factor = s.factor_at < 0 ? 1 : given[s.factor_at];
+  const float* ax = u + s.a_start;
+  if (factor == 0) {
+    std::fill(h, h + s.ranks, 0.f);
+  } else if (!g.gated) {
+    for (; used < s.ranks; used++) h[list[used] = used] = factor * ax[used];
   } else {
-    gate(g, v + (g.self ? s.a_start : s.router_start), g.threshold_head ? v[s.head_at] : 0, m);
+    const float* logits = g.given ? given + s.row_start : v + (g.self ? s.a_start : s.router_start);
+    gate(g, logits, v + slot.stats_at, g.threshold_head ? v[s.head_at] : 0, m);
     const bool known = whole || !sparse(s);
-    for (int64_t e = 0; e < g.num_gates; e++)
+    const int64_t r_each = s.ranks / g.num_gates;
+    if (g.product) {  // one A x, mixed from all
+      m.mixed.assign(r_each, 0);
+      for (int64_t e = 0; e < g.num_gates; e++)
+        for (int64_t r = 0; m.value[e] != 0 && r < r_each; r++)
+          m.mixed[r] += m.value[e] * ax[e * r_each + r];
+      ax = m.mixed.data();
+    }
+    const int64_t rows = g.product ? r_each : s.a_rows;
+    for (int64_t e = 0; e < g.num_gates; e++) {
+      const float value = factor * m.value[e];
       for (int64_t r = g.block_start[e]; r < g.block_start[e + 1]; r++) {
-        h[r] = known && m.value[e] != 0 ? m.value[e] * u[s.a_start + r % s.a_rows] : m.value[e];
-        if (m.value[e] != 0) list[used++] = r;
+        h[r] = known && value != 0 ? value * ax[r % rows] : value;
+        if (value != 0) list[used++] = r;
       }
+    }
   }
   list[-1] = used;
 }
 
 template <int V, typename Y, typename... Count>
-void add_columns(const Slice& s, const float* h, const int32_t* list, int64_t n, Y* y,
+void add_columns(const Slice* slice, const float* h, const int32_t* ranks, int64_t n, Y* y,
                  Count... count) {
   Vec acc[V] = {};
-  for (int32_t j = 1; j <= list[0]; j++) {
-    const float* row = s.bt_RN + list[j] * s.n + n;
-    for (int v = 0; v < V; v++) acc[v] += h[list[j]] * load(row + v * W, count...);
+  for (const Slice* s = slice; s < slice + slice->parts; s++) {
+    const int32_t* list = ranks + s->h_start + s->index;
+    for (int32_t j = 1; j <= list[0]; j++) {
+      const float* row = s->bt_RN + list[j] * s->n + n;
+      const float value = h[s->h_start + list[j]];
+      for (int v = 0; v < V; v++) acc[v] += value * load(row + v * W, count...);
+    }
   }
   for (int v = 0; v < V; v++)
     store(y + n + v * W, load(y + n + v * W, count...) + acc[v], count...);
@@ -228,17 +266,19 @@ void add_columns(const Slice& s, const float* h, const int32_t* list, int64_t n,
 
 template <typename Y>
 void expand(const Columns& c, const Lines& l, Y* y, int64_t y_stride) {
-  const Slice& s = *c.slice;
+  const Slice* s = c.slice;
   for (int64_t i = 0; i < c.num_tokens; i++) {
     const int64_t t = c.tokens[i];
-    const float* h = l.h + t * l.h_stride + s.h_start;
-    const int32_t* list = l.ranks + t * l.ranks_stride + s.h_start + s.index;
-    Y* out = y + t * y_stride + s.y_start;
+    const float* h = l.h + t * l.h_stride;
+    const int32_t* ranks = l.ranks + t * l.ranks_stride;
+    Y* out = y + t * y_stride + s->y_start;
     int64_t n = c.start;
-    if (list[0] == 0) continue;
-    for (; n + 4 * W <= c.stop; n += 4 * W) add_columns<4>(s, h, list, n, out);
-    for (; n + W <= c.stop; n += W) add_columns<1>(s, h, list, n, out);
-    if (n < c.stop) add_columns<1>(s, h, list, n, out, c.stop - n);
+    int32_t used = 0;
+    for (const Slice* p = s; p < s + s->parts; p++) used += ranks[p->h_start + p->index];
+    if (used == 0) continue;
+    for (; n + 4 * W <= c.stop; n += 4 * W) add_columns<4>(s, h, ranks, n, out);
+    for (; n + W <= c.stop; n += W) add_columns<1>(s, h, ranks, n, out);
+    if (n < c.stop) add_columns<1>(s, h, ranks, n, out, c.stop - n);
   }
 }
 
@@ -253,27 +293,30 @@ extern "C" int64_t has_float16() {
 }
 
 // x and y: both launches. Without y: only the shrink, into u. Without x: only gate and expand,
-// from u, where gates read v (null: u), which has the same stride. Types: 0 float32, 1 bfloat16,
-// 2 float16.
+// from u, where gates read v (null: u), which has the same stride. `given`: numbers that come with
+// each row, null where no slot reads them. Types: 0 float32, 1 bfloat16, 2 float16.
 extern "C" void gated_lora(const Slot* const* slots, int64_t num_slots, const int32_t* slots_T,
                            int64_t T, const void* x, int64_t x_stride, int64_t x_type, float* u,
-                           const float* v, int64_t u_stride, void* y, int64_t y_stride, int64_t y_type) {
+                           const float* v, int64_t u_stride, const float* given,
+                           int64_t given_stride, void* y, int64_t y_stride, int64_t y_type) {
   thread_local Scratch scratch;
   Scratch& m = scratch;
   const int64_t rows = group(m, slots, num_slots, slots_T, T);
   if (rows == 0) return;
   int64_t num_rows = 0, h_width = 0, num_slices = 0, choices = 0, work = 0;
+  bool stats = false;
   for (const Group& g : m.groups) {
     num_rows = std::max(num_rows, g.slot->num_rows);
     h_width = std::max(h_width, g.slot->h_width);
     num_slices = std::max(num_slices, g.slot->num_slices);
     choices += g.count * g.slot->h_width;
     work += g.count * g.slot->num_rows * g.slot->k;
+    stats = stats || (x && g.slot->stats_at >= 0);
   }
   const int64_t k = m.groups[0].slot->k;
   const bool whole = !x || !y;
-  Lines l = {(const float*)x, v, u, nullptr, nullptr, x_stride, u_stride, h_width,
-             h_width + num_slices};
+  Lines l = {(const float*)x, v, given, u, nullptr, nullptr, x_stride, given_stride, u_stride,
+             h_width, h_width + num_slices};
   if (x && x_type) m.x.resize(T * k), l.x = m.x.data(), l.x_stride = k;
   if (!u) m.u.resize(T * num_rows), l.u = m.u.data(), l.u_stride = num_rows;
   if (y) {
@@ -288,11 +331,16 @@ extern "C" void gated_lora(const Slot* const* slots, int64_t num_slots, const in
     const int64_t t = m.tokens[i];
     typed(x_type, x, [&](auto* p) { widen(m.x.data() + t * k, p + t * x_stride, k); });
   };
+  auto add_up_row = [&](int64_t i) {
+    const int64_t t = m.tokens[i], at = slots[slots_T[t]]->stats_at;
+    if (at >= 0) add_up(l.x + t * l.x_stride, k, l.u + t * l.u_stride + at);
+  };
   auto gate_row = [&](int64_t i) {
     const int64_t t = m.tokens[i];
     const Slot& slot = *slots[slots_T[t]];
     for (int64_t s = 0; s < slot.num_slices; s++)
-      gate_slice(slot.slices[s], l.u + t * l.u_stride, l.v + t * l.u_stride, l.h + t * l.h_stride,
+      gate_slice(slot, slot.slices[s], l.u + t * l.u_stride, l.v + t * l.u_stride,
+                 l.given + t * l.given_stride, l.h + t * l.h_stride,
                  l.ranks + t * l.ranks_stride, whole);
   };
   const bool few = rows <= kFew;  // one thread is faster than all of them are in meeting
@@ -304,6 +352,10 @@ extern "C" void gated_lora(const Slot* const* slots, int64_t num_slots, const in
     if (!few && x && x_type) {
 #pragma omp for
       for (int64_t i = 0; i < rows; i++) widen_row(i);
+    }
+    if (stats) {
+#pragma omp for
+      for (int64_t i = 0; i < rows; i++) add_up_row(i);
     }
     if (x) {
 #pragma omp for

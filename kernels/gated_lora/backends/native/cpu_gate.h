@@ -10,13 +10,15 @@ using std::int64_t;
 
 enum Score : int64_t { kIdentity, kSoftmax, kSigmoid, kL2, kAbs };
 enum Select : int64_t { kAll, kTopK, kThreshold, kTopP };
-enum Weight : int64_t { kScore, kRenormalise, kSoftmaxKept, kOne };
+enum Weight : int64_t { kScore, kRenormalise, kSoftmaxKept, kOne, kSqrt };
 
 struct Gate {
-  int64_t gated, self, score, bias, bias_value, select, key_abs, k, threshold_head;
-  int64_t subtract_threshold, weight, masked, num_gates;
-  float score_temperature, threshold, top_p, temperature, mask_below, constant, head_bias, unused;
-  const float* bias_G;
+  int64_t gated, self, given, score, bias, bias_value, select, key_abs, k, threshold_head;
+  int64_t subtract_threshold, weight, masked, num_gates, product;
+  float score_temperature, threshold, top_p, temperature, mask_below, constant, head_bias;
+  float width, tail_sum, tail_squares, normalise_eps, unused;
+  const float *bias_G, *logit_bias_G;
+  const float *row_sums_G, *tail_G;  // of a router that reads LayerNorm(x); tail_G may be null
   const int64_t* block_start;  // [G + 1] first rank of each gate
 };
 
@@ -30,14 +32,28 @@ void softmax(float* v, int64_t n, float temperature) {
 }
 
 struct GateScratch {
-  std::vector<float> score, key, value;
+  std::vector<float> score, key, value, mixed;
   std::vector<char> kept;
   std::vector<int32_t> order;
 };
 
-void score(const Gate& s, const float* u, std::vector<float>& v) {
+// As routing/norm.py; stats: the sum of x and of its squares.
+void normalise(const Gate& s, const float* stats, std::vector<float>& v) {
+  const double mean = (double(stats[0]) + s.tail_sum) / s.width;
+  const double squares = (double(stats[1]) + s.tail_squares) / s.width;
+  const double scale = 1 / std::sqrt(std::max(squares - mean * mean, 0.0) + s.normalise_eps);
+  for (int64_t i = 0; i < s.num_gates; i++) {
+    const double tail = s.tail_G ? s.tail_G[i] : 0;
+    v[i] = float((v[i] + tail - mean * s.row_sums_G[i]) * scale);
+  }
+}
+
+void score(const Gate& s, const float* u, const float* stats, std::vector<float>& v) {
   const int64_t n = s.num_gates;
   v.assign(u, u + n);
+  if (s.row_sums_G) normalise(s, stats, v);
+  if (s.logit_bias_G)
+    for (int64_t i = 0; i < n; i++) v[i] += s.logit_bias_G[i];
   if (s.score == kSoftmax) softmax(v.data(), n, s.score_temperature);
   if (s.score == kSigmoid)
     for (float& e : v) e = 1 / (1 + std::exp(-e));
@@ -77,9 +93,9 @@ void select(const Gate& s, float threshold, GateScratch& m) {
 }
 
 // g [G] into m.value, as routing/reference.py.
-void gate(const Gate& s, const float* u, float head, GateScratch& m) {
+void gate(const Gate& s, const float* u, const float* stats, float head, GateScratch& m) {
   const int64_t n = s.num_gates;
-  score(s, u, m.score);
+  score(s, u, stats, m.score);
   m.key = m.score;
   if (s.bias)
     for (int64_t i = 0; i < n; i++) m.key[i] += s.bias_G[i];
@@ -93,6 +109,7 @@ void gate(const Gate& s, const float* u, float head, GateScratch& m) {
     if (s.subtract_threshold) m.value[i] -= threshold;
     if (!m.kept[i]) m.value[i] = s.weight == kSoftmaxKept ? -INFINITY : 0;
     else if (s.weight == kOne) m.value[i] = 1;
+    else if (s.weight == kSqrt) m.value[i] = std::sqrt(m.value[i] < 0 ? 0 : m.value[i]);
   }
   if (s.weight == kRenormalise) {
     float total = 0;

@@ -32,6 +32,8 @@ struct Door {
   int64_t num_slots;
   const int32_t* slots_T;
   int64_t max_tokens;
+  const float* given;  // numbers that come with each row; null: no slot reads them
+  int64_t given_stride;
 };
 
 namespace {
@@ -87,7 +89,8 @@ void gated_lora_op(uint64_t* stack, uint64_t, uint64_t) {
     if (!*door.active) return drop(stack[2]);
     if (door.slots && y.read() && x.read()) {
       gated_lora(door.slots, door.num_slots, door.slots_T, std::min(x.rows, door.max_tokens),
-                 x.data, x.stride, x.type, nullptr, nullptr, 0, y.data, y.stride, y.type);
+                 x.data, x.stride, x.type, nullptr, nullptr, 0, door.given, door.given_stride, y.data,
+                 y.stride, y.type);
       return drop(stack[2]);
     }
     y.release(&stack[0]), x.release(&stack[1]);

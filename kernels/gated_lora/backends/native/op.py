@@ -13,14 +13,16 @@ import weakref
 from collections.abc import Callable
 from ctypes import Structure, c_int32, c_int64, c_void_p
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from vllm_lora_ext.kernels.gated_lora.backends.native import build as cpu_build
-from vllm_lora_ext.kernels.gated_lora.backends.native.tables import Tables
-from vllm_lora_ext.kernels.gated_lora.site import Site
+
+if TYPE_CHECKING:
+    from vllm_lora_ext.kernels.gated_lora.backends.native.backend import NativeStore
+    from vllm_lora_ext.kernels.gated_lora.site import Site
 
 logger = logging.getLogger("vllm.lora_ext")
 
@@ -40,11 +42,13 @@ class _Door(Structure):
     _fields_ = (
         ("active", c_void_p), ("slots", c_void_p), ("num_slots", c_int64),
         ("slots_T", c_void_p), ("max_tokens", c_int64),
+        ("given", c_void_p), ("given_stride", c_int64),
     )  # fmt: skip
 
 
 # Apart from all other ops, so that these can give way to C++.
 _python: torch.library.Library | None = torch.library.Library("vllm_lora_ext", "FRAGMENT")
+_installed: Any = None
 
 
 def python_op(name: str, run: Callable[..., None]) -> None:
@@ -59,7 +63,7 @@ def install() -> Any:
 
     Returns: the library, or None where it cannot be: Python's ops stay.
     """
-    global _python
+    global _python, _installed
     library = cpu_build.library()
     if library is None or _python is None:
         return None
@@ -72,6 +76,7 @@ def install() -> Any:
     _python = None
     if library.install_ops(ctypes.byref(api)):
         raise RuntimeError("PyTorch did not take the ops of vllm-lora-ext")
+    _installed = library
     return library
 
 
@@ -87,36 +92,36 @@ def _api(library: Any) -> _Torch:
     return _Torch(*pointers, (c_int32 * 3)(*numbers))
 
 
-def open_door(number: int, site: Site) -> None:
+def open_door(number: int, site: Site, store: NativeStore) -> None:
     """From now on calls of the op at site `number` stay in C++, until the site changes.
 
-    Those of steps with an adapter do so once one has been at work there (`site.native`), and
+    Those of steps with an adapter do so once one has been at work there (`store.tables`), and
     where nothing in Python wants to hear of them, or sums over ranks.
     """
     slots_T, door = site.step.token_slots_T, _Door(active=site.step.active_1.ctypes.data)
-    tables: Tables | None = site.native or None
-    if tables is not None and not site.after and site.reduce is None:
+    tables = store.tables
+    if tables and not site.after and site.reduce is None:
         door.slots, door.num_slots = ctypes.addressof(tables.slots), tables.num_slots
         door.slots_T, door.max_tokens = slots_T.data_ptr(), len(slots_T)
-    library = install()
+        door.given, door.given_stride = tables.given(site)
+    library = _installed
     library.set_door(c_int64(number), ctypes.byref(door))
-    if site.shut is None:
-        site.shut = functools.partial(_shut, library, number)
+    if store.shut is None:
+        store.shut = functools.partial(_shut, library, number)
         # The addresses die with the site.
-        weakref.finalize(site, site.shut)
+        weakref.finalize(site, store.shut)
 
 
 def watch_block(number: int, owner: object, busy_1: np.ndarray) -> None:
-    """Calls of `mix_act_` at this block stay in C++ while `busy_1[0]` is 0.
+    """Calls of `mix_act_` at this block stay in C++ while `busy_1[0]` is 0, where it is in C++.
 
     Args:
         number: the block's.
         owner: the block, with which the address dies.
     """
-    library = install()
-    if library is not None:
-        library.set_block(c_int64(number), c_void_p(busy_1.ctypes.data))
-        weakref.finalize(owner, library.set_block, c_int64(number), None)
+    if _installed is not None:
+        _installed.set_block(c_int64(number), c_void_p(busy_1.ctypes.data))
+        weakref.finalize(owner, _installed.set_block, c_int64(number), None)
 
 
 def _shut(library: Any, number: int) -> None:

@@ -11,34 +11,41 @@ import functools
 import itertools
 import logging
 from ctypes import Structure, c_float, c_int64, c_void_p
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 
 from vllm_lora_ext.kernels.gated_lora.backends.native import build as cpu_build
-from vllm_lora_ext.kernels.gated_lora.site import Site, SlicePlan, SlotPlan
-from vllm_lora_ext.routing import GateSpec
+from vllm_lora_ext.kernels.gated_lora.plan import SlicePlan, SlotPlan
+from vllm_lora_ext.routing import GateSpec, InputNorm
+
+if TYPE_CHECKING:
+    from vllm_lora_ext.kernels.gated_lora.backends.native.backend import NativeStore
+    from vllm_lora_ext.kernels.gated_lora.site import Site
 
 logger = logging.getLogger("vllm.lora_ext")
 
-_SOURCES = {"none": (0, 0), "router": (1, 0), "prototype": (1, 0), "self": (1, 1)}  # gated, self
+_SOURCES = {  # gated, by A x itself, by numbers that come with the row
+    "none": (0, 0, 0), "router": (1, 0, 0), "prototype": (1, 0, 0), "self": (1, 1, 0),
+    "request": (1, 0, 1), "position": (1, 0, 1),
+}  # fmt: skip
 _SCORES = {"identity": 0, "softmax": 1, "sigmoid": 2, "l2": 3, "abs": 4}
 _SELECTS = {"all": 0, "top_k": 1, "threshold": 2, "top_p": 3}
-_WEIGHTS = {"score": 0, "renormalise": 1, "softmax": 2, "one": 3}
+_WEIGHTS = {"score": 0, "renormalise": 1, "softmax": 2, "one": 3, "sqrt": 4}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class _Gate(Structure):
     _fields_ = (
         *((name, c_int64) for name in (
-            "gated", "self", "score", "bias", "bias_value", "select", "key_abs", "k",
-            "threshold_head", "subtract_threshold", "weight", "masked", "num_gates",
+            "gated", "self", "given", "score", "bias", "bias_value", "select", "key_abs", "k",
+            "threshold_head", "subtract_threshold", "weight", "masked", "num_gates", "product",
         )),
         *((name, c_float) for name in (
             "score_temperature", "threshold", "top_p", "temperature", "mask_below", "constant",
-            "head_bias", "unused",
+            "head_bias", "width", "tail_sum", "tail_squares", "normalise_eps", "unused",
         )),
-        ("bias_G", c_void_p),
+        *((name, c_void_p) for name in ("bias_G", "logit_bias_G", "row_sums_G", "tail_G")),
         ("block_start", ctypes.POINTER(c_int64)),
     )  # fmt: skip
 
@@ -49,7 +56,7 @@ class _Slice(Structure):
         ("bt_RN", c_void_p),
         *((name, c_int64) for name in (
             "index", "ranks", "a_start", "a_rows", "router_start", "head_at", "y_start", "n",
-            "h_start",
+            "h_start", "row_start", "factor_at", "parts",
         )),
     )  # fmt: skip
 
@@ -58,7 +65,9 @@ class _Slot(Structure):
     _fields_ = (
         ("a_RK", c_void_p),
         ("router_GK", c_void_p),
-        *((name, c_int64) for name in ("k", "num_rows", "num_ranks", "h_width", "num_slices")),
+        *((name, c_int64) for name in (
+            "k", "num_rows", "num_ranks", "h_width", "num_slices", "stats_at",
+        )),
         ("slices", ctypes.POINTER(_Slice)),
     )  # fmt: skip
 
@@ -72,12 +81,18 @@ class Tables(NamedTuple):
     num_slots: int
     kept: list[_Slot | None]
 
+    def given(self, site: Site) -> tuple[int | None, int]:
+        """Address and stride of the numbers that come with each row, where a slot reads them."""
+        rows_TC = site.rows_TC
+        return (None, 0) if rows_TC is None else (rows_TC.data_ptr(), rows_TC.stride(0))
+
 
 def tables(site: Site, *tensors: torch.Tensor) -> Tables | None:
     """The site's tables when the kernels can work on these tensors, else None."""
-    if site.native is None:
-        site.native = _make(site)
-    found: Tables | None = site.native or None
+    store = cast("NativeStore", site.store)
+    if store.tables is None:
+        store.tables = _make(site)
+    found: Tables | None = store.tables or None
     if found is not None:
         for tensor in tensors:
             if tensor.dtype not in found.types or tensor.stride(-1) != 1:
@@ -89,7 +104,7 @@ def gated_lora_(y_TN: torch.Tensor, x_TK: torch.Tensor, site: Site, t: Tables) -
     slots_T = site.step.token_slots_T
     t.call(
         t.slots, t.num_slots, slots_T.data_ptr(), min(len(x_TK), len(slots_T)),
-        x_TK.data_ptr(), x_TK.stride(0), t.types[x_TK.dtype], None, None, 0,
+        x_TK.data_ptr(), x_TK.stride(0), t.types[x_TK.dtype], None, None, 0, *t.given(site),
         y_TN.data_ptr(), y_TN.stride(0), t.types[y_TN.dtype],
     )  # fmt: skip
 
@@ -100,7 +115,7 @@ def shrink(u_TR: torch.Tensor, x_TK: torch.Tensor, site: Site, t: Tables) -> Non
     t.call(
         t.slots, t.num_slots, slots_T.data_ptr(), min(len(x_TK), len(slots_T)),
         x_TK.data_ptr(), x_TK.stride(0), t.types[x_TK.dtype],
-        u_TR.data_ptr(), None, u_TR.stride(0), None, 0, 0,
+        u_TR.data_ptr(), None, u_TR.stride(0), None, 0, None, 0, 0,
     )  # fmt: skip
 
 
@@ -111,21 +126,19 @@ def gate_expand_(
     slots_T = site.step.token_slots_T
     t.call(
         t.slots, t.num_slots, slots_T.data_ptr(), min(len(u_TR), len(slots_T)),
-        None, 0, 0, u_TR.data_ptr(), v_TR.data_ptr(), u_TR.stride(0),
+        None, 0, 0, u_TR.data_ptr(), v_TR.data_ptr(), u_TR.stride(0), *t.given(site),
         y_TN.data_ptr(), y_TN.stride(0), t.types[y_TN.dtype],
     )  # fmt: skip
 
 
 def _make(site: Site) -> Tables | tuple[()]:
-    """Empty where there are no compiled kernels, or a gate that they do not know, so that nobody
-    asks again."""
-    library = cpu_build.library() if site.a_SRK.is_cpu else None
-    if library is None:
-        return ()
+    """Empty where there is a gate that the kernels do not know, so that nobody asks again."""
+    library = cpu_build.library()
+    assert library is not None, "else this backend is not chosen"
     call = library.gated_lora
     call.argtypes = (
         c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64, c_void_p,
-        c_void_p, c_int64, c_void_p, c_int64, c_int64,
+        c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64, c_int64,
     )  # fmt: skip
     call.restype = None
     types = {t: n for t, n in _TYPES.items() if t is not torch.float16 or library.has_float16()}
@@ -148,14 +161,18 @@ def _say_unknown(name: str) -> None:
 
 def _slot(plan: SlotPlan) -> _Slot:
     slices = (_Slice * len(plan.slices))()
-    h_start = 0
+    h_start = first = 0
     for i, p in enumerate(plan.slices):
         slices[i] = _slice(i, p, h_start)
         h_start += slices[i].ranks
+        if p.y_start != plan.slices[first].y_start:
+            first = i
+        slices[first].parts += 1
     a_RK = plan.a_RK
     return _Slot(
         a_RK.data_ptr(), plan.router_GK.data_ptr(), a_RK.shape[1],
-        plan.num_rows, plan.num_ranks, h_start, len(slices), slices,
+        plan.num_rows, plan.num_ranks, h_start, len(slices),
+        plan.stats_at if plan.normalised else -1, slices,
     )  # fmt: skip
 
 
@@ -164,21 +181,34 @@ def _slice(index: int, p: SlicePlan, h_start: int) -> _Slice:
         gate=_gate(p), bt_RN=p.bt_RN.data_ptr(), index=index, ranks=p.bt_RN.shape[0],
         a_start=p.a_start, a_rows=p.a_stop - p.a_start, router_start=p.router_start,
         head_at=p.head_at, y_start=p.y_start, n=p.bt_RN.shape[1], h_start=h_start,
+        row_start=p.row_start, factor_at=p.factor_at,
     )  # fmt: skip
 
 
 def _gate(p: SlicePlan) -> _Gate:
     s: GateSpec = p.gate
-    gated, own = _SOURCES[s.source]
+    gated, own, given = _SOURCES[s.source]
     starts = (c_int64 * (s.num_gates + 1))(*itertools.accumulate(s.blocks, initial=0))
     return _Gate(
-        gated=gated, self=own, score=_SCORES[s.score],
+        gated=gated, self=own, given=given, score=_SCORES[s.score],
         bias=s.bias != "none", bias_value=s.bias == "value", select=_SELECTS[s.select],
         key_abs=s.key == "abs", k=s.k, threshold_head=s.threshold_head,
         subtract_threshold=s.subtract_threshold, weight=_WEIGHTS[s.weight],
-        masked=s.mask_below is not None, num_gates=s.num_gates,
+        masked=s.mask_below is not None, num_gates=s.num_gates, product=s.product,
         score_temperature=s.score_temperature, threshold=s.threshold, top_p=s.top_p,
         temperature=s.temperature, mask_below=s.mask_below or 0.0, constant=s.constant,
-        head_bias=p.head_bias, bias_G=None if p.bias_G is None else p.bias_G.data_ptr(),
-        block_start=starts,
+        head_bias=p.head_bias, bias_G=_address(p.bias_G), logit_bias_G=_address(p.logit_bias_G),
+        block_start=starts, **({} if p.norm is None else _norm(p.norm, s.normalise_eps)),
     )  # fmt: skip
+
+
+def _norm(norm: InputNorm, eps: float) -> dict[str, Any]:
+    return {
+        "width": norm.width, "tail_sum": norm.tail_sum, "tail_squares": norm.tail_squares,
+        "normalise_eps": eps, "row_sums_G": _address(norm.row_sums_G),
+        "tail_G": _address(norm.tail_G),
+    }  # fmt: skip
+
+
+def _address(t: torch.Tensor | None) -> int | None:
+    return None if t is None else t.data_ptr()

@@ -1,12 +1,13 @@
 """Second launch: gates, and `y += B (g ⊙ A x)`, for all slices of a layer.
 
     g = constant · mask( weight( select( score(u) + bias ) ) )        per gate, spread over ranks
-    y[t, n] += sum_r B[slot(t), r, n] · g[t, r] · (A x)[t, r]
+    y[t, n] += sum_r B[slot(t), r, n] · factor[t, r] · g[t, r] · (A x)[t, r]
 
 The whole gate table (`routing.reference` is its specification) is evaluated in registers, over
 [tile, ranks]: every rank carries the score of its gate, and sums over gates count the first rank
 of each (`SlotTables`). A top-k of k gates costs k maxima over the row, ties to the lower index;
-a top-p costs one for each gate.
+a top-p costs one for each gate. Where a slot holds several adapters, the ranks of a slice are
+those of all: each gate table is evaluated over its own, and one product with B serves all.
 
 One program takes one tile of rows of one slot (`StepMap`) and `WALK` columns of one slice. It
 loads only those rows of B whose gate is open for some row of its tile: at decode a top-2 router of
@@ -18,15 +19,21 @@ loads only those rows of B whose gate is open for some row of its tile: at decod
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 
+from vllm_lora_ext.kernels.gated_lora import plan
 from vllm_lora_ext.kernels.gated_lora.backends.triton import tables
 from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import operand
+from vllm_lora_ext.kernels.gated_lora.backends.triton.store import store_of
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import blocks, device_of
-from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.kernels.gated_lora.step import max_tiles
+
+if TYPE_CHECKING:
+    from vllm_lora_ext.kernels.gated_lora.site import Site
 
 SOFTMAX_SCORE = tl.constexpr(tables.SCORES.index("softmax"))
 SIGMOID_SCORE = tl.constexpr(tables.SCORES.index("sigmoid"))
@@ -40,21 +47,28 @@ THRESHOLD = tl.constexpr(tables.SELECTS.index("threshold"))
 SCORE_WEIGHT = tl.constexpr(tables.WEIGHTS.index("score"))
 RENORMALISE = tl.constexpr(tables.WEIGHTS.index("renormalise"))
 SOFTMAX_WEIGHT = tl.constexpr(tables.WEIGHTS.index("softmax"))
+SQRT_WEIGHT = tl.constexpr(tables.WEIGHTS.index("sqrt"))
+AS_IT_IS = tl.constexpr(tables.AFFINE.index("none"))
+NORMALISED = tl.constexpr(tables.AFFINE.index("normalised"))
 COUNTS = tl.constexpr(tables.COUNTS)
 NUM_SPEC = tl.constexpr(len(tables.SPEC))
 NUM_VALUES = tl.constexpr(len(tables.VALUES))
+NUM_SLICE = tl.constexpr(len(tables.SLICE))
+RANK_INTS, RANK_FLOATS = tl.constexpr(tables.RANK_INTS), tl.constexpr(tables.RANK_FLOATS)
+MAX_GATES = tl.constexpr(plan.MAX_GATES)
 
 
 @triton.jit(
     do_not_specialize=[
-        "num_tokens", "max_rank", "stride_u_part", "stride_u", "stride_ints", "stride_floats",
-        "stride_tiles",
+        "num_tokens", "max_rank", "stride_u_part", "stride_u", "stride_rows", "stride_ints",
+        "stride_floats", "stride_tiles",
     ]
 )  # fmt: skip
 def expand_kernel(
     y_ptr,
     u_ptr,
     v_ptr,
+    rows_ptr,
     b_ptr,
     ints_ptr,
     floats_ptr,
@@ -66,6 +80,7 @@ def expand_kernel(
     stride_y,
     stride_u_part,
     stride_u,
+    stride_rows,
     stride_b_slot,
     stride_b,
     stride_ints,
@@ -84,9 +99,12 @@ def expand_kernel(
     if slot < 0:
         return
     part = tl.program_id(1)
-    spec_ptr = ints_ptr + slot * stride_ints + COUNTS + part * (NUM_SPEC + 3 * max_rank)
-    values_ptr = floats_ptr + slot * stride_floats + part * (NUM_VALUES + max_rank)
-    ranks = tl.load(spec_ptr)
+    slot_ptr = ints_ptr + slot * stride_ints
+    slice_ints = NUM_SLICE + RANK_INTS * max_rank + MAX_GATES * NUM_SPEC
+    slice_floats = RANK_FLOATS * max_rank + MAX_GATES * NUM_VALUES
+    slice_ptr = slot_ptr + COUNTS + part * slice_ints
+    floats_ptr += slot * stride_floats + part * slice_floats
+    ranks = tl.load(slice_ptr)
     column = tl.load(columns_ptr + 2 * part)
     size = tl.load(columns_ptr + 2 * part + 1)
     if EVEN_N:  # then B and y are read and written 16 bytes at a time
@@ -104,20 +122,53 @@ def expand_kernel(
     rank_R = tl.arange(0, BLOCK_R)
     ok_R = rank_R < ranks
     ok_TR = ok_T[:, None] & ok_R[None, :]
-    vectors_R = spec_ptr + NUM_SPEC + rank_R
+    vectors_R = slice_ptr + NUM_SLICE + rank_R
     u_T = u_ptr + token_T * stride_u
+    v_T = v_ptr + token_T * stride_u
+    rows_T = rows_ptr + token_T * stride_rows
     at_R = tl.load(vectors_R + 2 * max_rank, mask=ok_R, other=0)
     h_TR = sum_parts(u_T[:, None] + at_R[None, :], ok_TR, stride_u_part, PARTS)
-    if tl.load(spec_ptr + 1) != 0:
-        logit_R = tl.load(vectors_R, mask=ok_R, other=0)
-        first_R = tl.load(vectors_R + max_rank, mask=ok_R, other=0)
-        bias_R = tl.load(values_ptr + NUM_VALUES + rank_R, mask=ok_R, other=0.0)
-        v_T = v_ptr + token_T * stride_u
-        logits_TR = sum_parts(v_T[:, None] + logit_R[None, :], ok_TR, stride_u_part, PARTS)
+    gates, i = tl.load(slice_ptr + 1), 0
+    while i < gates:
+        spec_ptr = slice_ptr + NUM_SLICE + RANK_INTS * max_rank + i * NUM_SPEC
+        values_ptr = floats_ptr + RANK_FLOATS * max_rank + i * NUM_VALUES
+        first, last = tl.load(spec_ptr), tl.load(spec_ptr + 1)
+        own_R = (rank_R >= first) & (rank_R < last)
+        own_TR = ok_T[:, None] & own_R[None, :]
+        logit_R = tl.load(vectors_R, mask=own_R, other=0)
+        first_R = tl.load(vectors_R + max_rank, mask=own_R, other=0)
+        floats_R = floats_ptr + rank_R
+        bias_R = tl.load(floats_R, mask=own_R, other=0.0)
+        if tl.load(spec_ptr + 11) != 0:  # given with the row
+            logits_TR = tl.load(rows_T[:, None] + logit_R[None, :], mask=own_TR, other=0.0)
+        else:
+            logits_TR = sum_parts(v_T[:, None] + logit_R[None, :], own_TR, stride_u_part, PARTS)
+            if tl.load(spec_ptr + 12) != AS_IT_IS:
+                stats_T = v_T + tl.load(slot_ptr) + tl.load(slot_ptr + 1)
+                logits_TR = _affine(
+                    logits_TR, stats_T, floats_R + max_rank, own_R, ok_T, spec_ptr, values_ptr,
+                    stride_u_part, max_rank, PARTS,
+                )  # fmt: skip
         head = tl.load(spec_ptr + 7)
         has_head_T = ok_T & (at_T < tl.where(head >= 0, stop, start))
         head_T = sum_parts(v_T + head, has_head_T, stride_u_part, PARTS)
-        h_TR *= gate(logits_TR, head_T, bias_R, rank_R, first_R, ok_R, spec_ptr, values_ptr)
+        g_TR = gate(logits_TR, head_T, bias_R, rank_R, first_R, own_R, spec_ptr, values_ptr)
+        block = tl.load(spec_ptr + 13)
+        if block != 0:  # a product: one A x, mixed of all
+            mixed_TR = tl.zeros_like(h_TR)
+            e = first
+            while e < last:
+                g_T = tl.sum(tl.where((rank_R == e)[None, :], g_TR, 0.0), axis=1)
+                ax_T = u_T[:, None] + (at_R + e - first)[None, :]
+                mixed_TR += g_T[:, None] * sum_parts(ax_T, own_TR, stride_u_part, PARTS)
+                e += block
+            h_TR = tl.where(own_R[None, :], mixed_TR, h_TR)
+        h_TR = tl.where(own_R[None, :], h_TR * g_TR, h_TR)
+        i += 1
+    if tl.load(slice_ptr + 2) != 0:
+        factor_R = tl.load(vectors_R + 3 * max_rank, mask=ok_R, other=-1)
+        has_TR = ok_TR & (factor_R >= 0)[None, :]
+        h_TR *= tl.load(rows_T[:, None] + factor_R[None, :], mask=has_TR, other=1.0)
 
     b_R = b_ptr + slot * stride_b_slot + rank_R.to(tl.int64) * stride_b
     b_R += column
@@ -146,6 +197,33 @@ def sum_parts(u, ok, stride, PARTS: tl.constexpr):
         for i in tl.static_range(AT_ONCE):
             total += tl.load(u + (part + i) * stride, mask=ok, other=0.0)
     return total
+
+
+@triton.jit
+def _affine(
+    u_TR,
+    stats_T,
+    floats_R,
+    own_R,
+    ok_T,
+    spec_ptr,
+    values_ptr,
+    stride_part,
+    max_rank,
+    PARTS: tl.constexpr,
+):
+    """A router's logits with their bias, of LayerNorm(x) where it reads that (`routing.norm`)."""
+    if tl.load(spec_ptr + 12) == NORMALISED:
+        width = tl.load(values_ptr + 7)
+        mean_T = sum_parts(stats_T, ok_T, stride_part, PARTS) + tl.load(values_ptr + 8)
+        mean_T /= width
+        var_T = sum_parts(stats_T + 1, ok_T, stride_part, PARTS) + tl.load(values_ptr + 9)
+        var_T = tl.maximum(var_T / width - mean_T * mean_T, 0.0)
+        std_T = tl.sqrt(var_T + tl.load(values_ptr + 10))
+        sums_R = tl.load(floats_R + max_rank, mask=own_R, other=0.0)
+        tail_R = tl.load(floats_R + 2 * max_rank, mask=own_R, other=0.0)
+        u_TR = (u_TR + tail_R[None, :] - mean_T[:, None] * sums_R[None, :]) / std_T[:, None]
+    return u_TR + tl.load(floats_R, mask=own_R, other=0.0)[None, :]
 
 
 @triton.jit
@@ -232,6 +310,8 @@ def _weigh(value_TR, kept_TR, once, kind, temperature):
         top_T = tl.max(z_TR, axis=1)
         top_T = tl.where(top_T == float("-inf"), 0.0, top_T)  # nothing kept: zeros
         g_TR = tl.exp(z_TR - top_T[:, None])
+    elif kind == SQRT_WEIGHT:
+        g_TR = tl.where(kept_TR, tl.sqrt(tl.where(value_TR < 0, 0.0, value_TR)), 0.0)
     if (kind == RENORMALISE) | (kind == SOFTMAX_WEIGHT):
         sum_T = tl.sum(tl.where(once, g_TR, 0.0), axis=1)
         g_TR = g_TR / tl.where(sum_T == 0, 1.0, sum_T)[:, None]
@@ -245,17 +325,17 @@ def expand_(
 
     Args:
         y_TN: [T, N], columns adjacent; fp32, fp16 or bf16, as the site's weights.
-        u_PTR: [parts, T, site.num_rows] fp32, from `shrink_parts`.
+        u_PTR: [parts, T, site.num_rows] fp32, from `shrink`.
         v_PTR: what the gates read, in the strides of u; by default u.
     """
-    slot_tables, b_SRN = site.tables, site.b_SRN
-    assert slot_tables is not None and y_TN.stride(1) == 1
+    slot_tables, b_SRN = store_of(site).tables, store_of(site).b_SRN
+    assert y_TN.stride(1) == 1
     num_tokens = y_TN.shape[0]
     if not num_tokens:
         return
     device = device_of(y_TN.device.index)
     _, e = blocks(num_tokens, site.padded_rank, b_SRN.itemsize, device)
-    tiles = site.step.tiles(e.tile)
+    tiles, rows_TC = site.step.tiles(e.tile), site.rows_TC
     grid = (
         triton.cdiv(max(site.slice_sizes), e.walk),
         len(site.slice_sizes),
@@ -265,6 +345,7 @@ def expand_(
         y_TN,
         u_PTR,
         u_PTR if v_PTR is None else v_PTR,
+        u_PTR if rows_TC is None else rows_TC,
         b_SRN,
         slot_tables.ints_SI,
         slot_tables.floats_SF,
@@ -276,6 +357,7 @@ def expand_(
         y_TN.stride(0),
         u_PTR.stride(0),
         u_PTR.stride(1),
+        0 if rows_TC is None else rows_TC.stride(0),
         b_SRN.stride(0),
         b_SRN.stride(1),
         slot_tables.ints_SI.stride(0),

@@ -3,9 +3,10 @@
     u[t, r] = sum_k rows[slot(t), r, k] * x[t, k]
 
 Column r of u is row r of the slot's stack: A of every slice of the layer, then their routers and
-threshold heads. A has the model's dtype; routers are fp32, and their products are made of three
-TF32 ones each, so that logits are those of fp32 weights: rounding a router to bf16 changes the
-chosen experts of about one token in a hundred.
+threshold heads; after these, where a router reads a normalised x, the sum of x and of its squares.
+A has the model's dtype; routers are fp32, and their products are made of three TF32 ones each, so
+that logits are those of fp32 weights: rounding a router to bf16 changes the chosen experts of about
+one token in a hundred.
 
 One program multiplies one tile of rows of one slot (`StepMap`) with `BLOCK_R` rows of A or
 `BLOCK_G` of the routers, over one part of K. The parts land side by side in `u[part]` and are
@@ -22,10 +23,13 @@ way, the routers' among them, therefore have fewer rows (`tuning.SYNCHRONOUS_ROW
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
 
+from vllm_lora_ext.kernels.gated_lora.backends.triton.store import store_of
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import (
     SYNCHRONOUS_ROWS,
     Shrink,
@@ -33,8 +37,10 @@ from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import (
     device_of,
     splits,
 )
-from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.kernels.gated_lora.step import max_tiles
+
+if TYPE_CHECKING:
+    from vllm_lora_ext.kernels.gated_lora.site import Site
 
 OPERANDS = {
     torch.float32: tl.float32,
@@ -109,6 +115,10 @@ def shrink_kernel(
             router_G = router_ptr + slot * tl.load(routers_ptr + 1) + first.to(tl.int64) * num_k
             _rows(u_T + num_a + first, x_T, router_G, ok_T, num_routers - first, begin, end, num_k,
                   BLOCK_T, BLOCK_G, BLOCK_K, EVEN_K, tl.float32)  # fmt: skip
+        if first == 0:  # noqa: SIM102 - nobody else needs to load that
+            if tl.load(ints_ptr + slot * stride_ints + 2) != 0:
+                _stats(u_T + num_a + num_routers, x_T, ok_T, begin, end, num_k,
+                       BLOCK_T, BLOCK_K, EVEN_K)  # fmt: skip
 
 
 @triton.jit
@@ -144,9 +154,36 @@ def _rows(
     tl.store(u_T[None, :] + row_R[:, None], u_RT, mask=ok_T[None, :] & ok_R[:, None])
 
 
-def shrink_parts(
-    x_TK: torch.Tensor, site: Site, memory: torch.Tensor | None = None
-) -> torch.Tensor:
+@triton.jit
+def _stats(
+    u_T,
+    x_T,
+    ok_T,
+    begin,
+    end,
+    num_k,
+    BLOCK_T: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """The sum of x over k in [begin, end), and of its squares, side by side."""
+    sum_T = tl.zeros((BLOCK_T,), tl.float32)
+    squares_T = tl.zeros((BLOCK_T,), tl.float32)
+    k = begin
+    while k < end:
+        k_K = k + tl.arange(0, BLOCK_K)
+        ok_TK = ok_T[:, None]
+        if not EVEN_K:
+            ok_TK = ok_TK & (k_K < num_k)[None, :]
+        x_TK = tl.load(x_T[:, None] + k_K[None, :], mask=ok_TK, other=0.0).to(tl.float32)
+        sum_T += tl.sum(x_TK, axis=1)
+        squares_T += tl.sum(x_TK * x_TK, axis=1)
+        k += BLOCK_K
+    tl.store(u_T, sum_T, mask=ok_T)
+    tl.store(u_T + 1, squares_T, mask=ok_T)
+
+
+def shrink(x_TK: torch.Tensor, site: Site, memory: torch.Tensor | None = None) -> torch.Tensor:
     """Parts of `[A; router] x` for each row's own slot.
 
     Args:
@@ -202,7 +239,7 @@ def _tiles(num_tokens: int, dtype: torch.dtype, site: Site) -> tuple[Shrink, int
 
 
 def _launch(u_PTR: torch.Tensor, x_TK: torch.Tensor, site: Site) -> None:
-    assert site.tables is not None
+    store = store_of(site)
     parts, num_tokens, _ = u_PTR.shape
     s, a_tiles, row_tiles = _tiles(num_tokens, x_TK.dtype, site)
     num_slots, _, num_k = site.a_SRK.shape
@@ -211,8 +248,8 @@ def _launch(u_PTR: torch.Tensor, x_TK: torch.Tensor, site: Site) -> None:
         u_PTR,
         x_TK,
         site.a_SRK,
-        site.routers_2,
-        site.tables.ints_SI,
+        store.routers_2,
+        store.tables.ints_SI,
         site.step.order_T,
         tiles,
         num_tokens,
@@ -223,7 +260,7 @@ def _launch(u_PTR: torch.Tensor, x_TK: torch.Tensor, site: Site) -> None:
         u_PTR.stride(1),
         x_TK.stride(0),
         site.a_SRK.stride(0),
-        site.tables.ints_SI.stride(0),
+        store.tables.ints_SI.stride(0),
         tiles.stride(0),
         BLOCK_T=s.tile,
         BLOCK_R=s.rows,

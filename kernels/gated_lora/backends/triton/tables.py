@@ -2,13 +2,15 @@
 
 A slot is one row of int32 and one row of float32 numbers, so that loading an adapter costs two
 small copies. All that a `GateSpec` says per gate is spelled out per *rank*: a rank knows the
-column of its logit, the first rank of its gate, the column of its A x, and its bias. The kernels
-then need no notion of blocks, of a shared A, or of where the logits come from.
+column of its logit, the first rank of its gate, the column of its A x, and its biases. The kernels
+then need no notion of blocks, of a shared A, or of where the logits come from. The ranks of a slice
+may have several gate tables one after the other, those of several adapters in one slot.
 
-    ints     rows of A in use, rows of routers in use,
-             then per slice: `SPEC`, and three vectors over ranks (logit column, first rank of
-             the same gate, A x column)
-    floats   per slice: `VALUES`, and the bias over ranks
+    ints     rows of A in use, rows of routers in use, whether a router reads a normalised x,
+             then per slice: `SLICE`, `RANK_INTS` vectors over ranks (logit column, first rank of
+             the same gate, A x column, factor column), and `SPEC` for each gate table
+    floats   per slice: `RANK_FLOATS` vectors over ranks (bias, bias of the logit, sum of the
+             router's row, the constant input's part of the logit), and `VALUES` for each gate table
 
 Zeros everywhere mean that the slot adds nothing.
 """
@@ -16,24 +18,27 @@ Zeros everywhere mean that the slot adds nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, get_args
+from typing import get_args
 
 import numpy as np
 import torch
 
+from vllm_lora_ext.kernels.gated_lora.plan import MAX_GATES, Shape, SlicePlan
 from vllm_lora_ext.routing.spec import Bias, Score, Select, Weight
 
-if TYPE_CHECKING:
-    from vllm_lora_ext.kernels.gated_lora.site import SlicePlan
-
+SLICE = ("ranks", "gates", "factors")
+RANK_INTS, RANK_FLOATS = 4, 4
+# start, stop: the ranks that one gate table is for.
 SPEC = (
-    "ranks", "gated", "score", "bias", "select", "by_magnitude", "picks", "head", "subtract",
-    "weight", "masked",
+    "start", "stop", "score", "bias", "select", "by_magnitude", "picks", "head", "subtract",
+    "weight", "masked", "given", "affine", "product",
 )  # fmt: skip
 VALUES = (
     "score_temperature", "threshold", "head_bias", "top_p", "temperature", "mask_below", "constant",
+    "width", "tail_sum", "tail_squares", "normalise_eps",
 )  # fmt: skip
-COUNTS = 2  # ints before the first slice's
+AFFINE = ("none", "bias", "normalised")  # what becomes of a router's logits before their score
+COUNTS = 3  # ints before the first slice's
 SCORES, BIASES = get_args(Score), get_args(Bias)
 SELECTS, WEIGHTS = get_args(Select), get_args(Weight)
 
@@ -43,9 +48,10 @@ class SlotTables:
 
     Args:
         slice_sizes: N of each slice, y_start: first column of y that this rank adds to.
+        gates: most gate tables of a slice.
     Attributes:
-        ints_SI: [slots, COUNTS + slices * (len(SPEC) + 3 * max_rank)] int32.
-        floats_SF: [slots, slices * (len(VALUES) + max_rank)] float32.
+        ints_SI: [slots, COUNTS + slices * slice_ints(max_rank, gates)] int32.
+        floats_SF: [slots, slices * slice_floats(max_rank, gates)] float32.
         columns_S2: [slices, 2] int32, first column of a slice in B, and its size.
     """
 
@@ -55,10 +61,11 @@ class SlotTables:
         slice_sizes: Sequence[int],
         max_rank: int,
         device: torch.device | str,
+        gates: int = MAX_GATES,
     ) -> None:
         self.max_rank, self.num_slices = max_rank, len(slice_sizes)
-        self.slice_ints = len(SPEC) + 3 * max_rank
-        self.slice_floats = len(VALUES) + max_rank
+        self.slice_ints = slice_ints(max_rank, gates)
+        self.slice_floats = slice_floats(max_rank, gates)
         ints = COUNTS + self.num_slices * self.slice_ints
         self.ints_SI = torch.zeros(num_slots, ints, dtype=torch.int32, device=device)
         self.floats_SF = torch.zeros(
@@ -71,6 +78,10 @@ class SlotTables:
     def clear(self, slot: int) -> None:
         """The slot adds nothing any more."""
         self.ints_SI[slot].zero_()
+
+    def shapes(self) -> list[Shape]:
+        """Of one slot's rows, as `describe` fills them."""
+        return [((row.shape[1],), row.dtype) for row in (self.ints_SI, self.floats_SF)]
 
     def describe(
         self,
@@ -85,60 +96,114 @@ class SlotTables:
         ints_np, floats_np = ints.numpy(), floats.numpy()
         ints_np.fill(0)
         floats_np.fill(0)
-        ints_np[:COUNTS] = a_rows, router_rows
+        of_slice: dict[int, list[SlicePlan]] = {}
         for i, p in plans:
-            at = COUNTS + i * self.slice_ints
-            ints_np[at : at + self.slice_ints] = self._ints(p)
-            at = i * self.slice_floats
-            floats_np[at : at + self.slice_floats] = self._floats(p)
+            of_slice.setdefault(i, []).append(p)
+        normalised = any(p.norm is not None for ps in of_slice.values() for p in ps)
+        ints_np[:COUNTS] = a_rows, router_rows, normalised
+        for i, ps in of_slice.items():
+            self._slice(
+                ints_np[COUNTS + i * self.slice_ints :][: self.slice_ints],
+                floats_np[i * self.slice_floats :][: self.slice_floats], ps,
+            )  # fmt: skip
 
     def load(self, slot: int, ints: torch.Tensor, floats: torch.Tensor) -> None:
         """Copies what `describe` filled into a slot."""
         self.floats_SF[slot].copy_(floats, non_blocking=True)
         self.ints_SI[slot].copy_(ints, non_blocking=True)
 
-    def _ints(self, p: SlicePlan) -> np.ndarray:
-        gate, ranks = p.gate, p.bt_RN.shape[0]
-        # Keeping every gate needs no search: select 'all'.
-        keeps_all = gate.select == "top_k" and gate.k == gate.num_gates
-        search = {"top_k": gate.k, "top_p": gate.num_gates}.get(gate.select, 0)
-        spec = {
-            "ranks": ranks,
-            "gated": gate.source != "none",
-            "score": SCORES.index(gate.score),
-            "bias": BIASES.index(gate.bias),
-            "select": SELECTS.index("all" if keeps_all else gate.select),
-            "by_magnitude": gate.key == "abs",
-            "picks": 0 if keeps_all else search,
-            "head": p.head_at if gate.threshold_head else -1,
-            "subtract": gate.subtract_threshold,
-            "weight": WEIGHTS.index(gate.weight),
-            "masked": gate.mask_below is not None,
-        }
-        vectors = np.zeros((3, self.max_rank), dtype=np.int32)
-        if gate.source != "none" and ranks:  # a block's router stands at a slice without experts
-            gate_of_R = _gate_of(gate.blocks)
-            own = gate.source != "self"
-            vectors[0, :ranks] = (p.router_start if own else p.a_start) + gate_of_R
-            vectors[1, :ranks] = np.searchsorted(gate_of_R, gate_of_R)
-        vectors[2, :ranks] = p.a_start + np.arange(ranks) % max(p.a_stop - p.a_start, 1)
-        return np.concatenate([[spec[name] for name in SPEC], vectors.ravel()])
+    def _slice(self, ints: np.ndarray, floats: np.ndarray, plans: Sequence[SlicePlan]) -> None:
+        """Fills the rows' part of one slice."""
+        ints_R = ints[len(SLICE) :][: RANK_INTS * self.max_rank].reshape(RANK_INTS, -1)
+        floats_R = floats[: RANK_FLOATS * self.max_rank].reshape(RANK_FLOATS, -1)
+        specs = ints[len(SLICE) + ints_R.size :].reshape(-1, len(SPEC))
+        values = floats[floats_R.size :].reshape(-1, len(VALUES))
+        gates = 0
+        for p in plans:
+            ranks = len(p.bt_RN)
+            own = slice(p.b_start, p.b_start + ranks)
+            rows = p.a_stop - p.a_start
+            if p.gate.product:  # of its first expert; the kernel counts on from there
+                rows = p.gate.blocks[0]
+            ints_R[2, own] = p.a_start + np.arange(ranks) % max(rows, 1)
+            ints_R[3, own] = p.factor_at
+            if p.gate.source == "none" or not ranks:  # a block's router, where it has no experts
+                continue
+            gate_of_R = _gate_of(p.gate.blocks)
+            ints_R[0, own] = _first_logit(p) + gate_of_R
+            ints_R[1, own] = p.b_start + np.searchsorted(gate_of_R, gate_of_R)
+            for row, of_G in enumerate(_per_gate(p)):
+                floats_R[row, own] = 0 if of_G is None else of_G.cpu().numpy()[gate_of_R]
+            specs[gates], values[gates] = _spec(p), _values(p)
+            gates += 1
+        total = max(p.b_start + len(p.bt_RN) for p in plans)
+        ints[: len(SLICE)] = total, gates, any(p.factor_at >= 0 for p in plans)
 
-    def _floats(self, p: SlicePlan) -> np.ndarray:
-        gate = p.gate
-        values = {
-            "score_temperature": gate.score_temperature,
-            "threshold": gate.threshold,
-            "head_bias": p.head_bias,
-            "top_p": gate.top_p,
-            "temperature": gate.temperature,
-            "mask_below": gate.mask_below or 0.0,
-            "constant": gate.constant,
-        }
-        bias = np.zeros(self.max_rank, dtype=np.float32)
-        if p.bias_G is not None:
-            bias[: p.bt_RN.shape[0]] = p.bias_G.cpu().numpy()[_gate_of(gate.blocks)]
-        return np.concatenate([[values[name] for name in VALUES], bias])
+
+def slice_ints(max_rank: int, gates: int) -> int:
+    """Ints of a slice in a slot's row."""
+    return len(SLICE) + RANK_INTS * max_rank + gates * len(SPEC)
+
+
+def slice_floats(max_rank: int, gates: int) -> int:
+    """Floats of a slice in a slot's row."""
+    return RANK_FLOATS * max_rank + gates * len(VALUES)
+
+
+def _first_logit(p: SlicePlan) -> int:
+    """Column of the first gate's logit: of u, or of the numbers that come with a row."""
+    if p.gate.columns:
+        return p.row_start
+    return p.a_start if p.gate.source == "self" else p.router_start
+
+
+def _per_gate(p: SlicePlan) -> tuple[torch.Tensor | None, ...]:
+    norm = p.norm
+    sums, tail = (None, None) if norm is None else (norm.row_sums_G, norm.tail_G)
+    return p.bias_G, p.logit_bias_G, sums, tail
+
+
+def _spec(p: SlicePlan) -> list[int]:
+    gate = p.gate
+    # Keeping every gate needs no search: select 'all'.
+    keeps_all = gate.select == "top_k" and gate.k == gate.num_gates
+    search = {"top_k": gate.k, "top_p": gate.num_gates}.get(gate.select, 0)
+    affine = "bias" if p.logit_bias_G is not None else "none"
+    spec = {
+        "start": p.b_start,
+        "stop": p.b_start + len(p.bt_RN),
+        "score": SCORES.index(gate.score),
+        "bias": BIASES.index(gate.bias),
+        "select": SELECTS.index("all" if keeps_all else gate.select),
+        "by_magnitude": gate.key == "abs",
+        "picks": 0 if keeps_all else search,
+        "head": p.head_at if gate.threshold_head else -1,
+        "subtract": gate.subtract_threshold,
+        "weight": WEIGHTS.index(gate.weight),
+        "masked": gate.mask_below is not None,
+        "given": gate.columns > 0,
+        "affine": AFFINE.index(affine if p.norm is None else "normalised"),
+        "product": gate.product * gate.blocks[0],
+    }
+    return [int(spec[name]) for name in SPEC]
+
+
+def _values(p: SlicePlan) -> list[float]:
+    gate, norm = p.gate, p.norm
+    values = {
+        "score_temperature": gate.score_temperature,
+        "threshold": gate.threshold,
+        "head_bias": p.head_bias,
+        "top_p": gate.top_p,
+        "temperature": gate.temperature,
+        "mask_below": gate.mask_below or 0.0,
+        "constant": gate.constant,
+        "width": 1.0 if norm is None else norm.width,
+        "tail_sum": 0.0 if norm is None else norm.tail_sum,
+        "tail_squares": 0.0 if norm is None else norm.tail_squares,
+        "normalise_eps": gate.normalise_eps,
+    }
+    return [values[name] for name in VALUES]
 
 
 def _gate_of(blocks: Sequence[int]) -> np.ndarray:

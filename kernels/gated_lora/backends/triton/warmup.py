@@ -9,14 +9,17 @@ most of them for prefills of some hundred rows, which no warm-up of an engine se
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
 from vllm_lora_ext.kernels.gated_lora.backends.triton.expand import expand_
-from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import num_parts, shrink_parts
+from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import num_parts, shrink
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import blocks, device_of
-from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.kernels.gated_lora.step import TILE_ROWS
+
+if TYPE_CHECKING:
+    from vllm_lora_ext.kernels.gated_lora.site import Site
 
 
 def warm(sites: Iterable[Site], max_tokens: int, dtype: torch.dtype) -> None:
@@ -30,7 +33,7 @@ def warm(sites: Iterable[Site], max_tokens: int, dtype: torch.dtype) -> None:
     """
     for site, t in variants(sites, max_tokens, dtype):
         x_TK, y_TN = (site.a_SRK.new_empty(t, n, dtype=dtype) for n in widths(site))
-        u_PTR = shrink_parts(x_TK, site)
+        u_PTR = shrink(x_TK, site)
         expand_(y_TN, u_PTR, site)
         if len(u_PTR) > 1:  # what is reduced over ranks comes in one part
             expand_(y_TN, u_PTR[:1], site)
