@@ -106,7 +106,10 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         positions = Positions(text, unknown_rows(vllm_config))
         self.placer = Placer(
             self.model, self.modules, self.packed_modules, self.blocks,
-            Scope(self.model, lora_config.target_modules, self.packed_modules_mapping),
+            Scope(
+                self.model, lora_config.target_modules, self.packed_modules_mapping,
+                towers=getattr(self, "supports_tower_connector_lora", False),
+            ),
             StockLane(self),
             lora_config.max_lora_rank, router_rows, lora_config.lora_dtype, self.base_name,
             pinned=pinned, graphs=self.graphs,

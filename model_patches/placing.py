@@ -131,7 +131,7 @@ class Placer:
             return HostAdapter(
                 system=adapter.system, source=adapter.source, rank=adapter.rank,
                 version=adapter.digest, nbytes=template.nbytes, sites={}, stock={}, blocks={},
-                names={}, template=template,
+                heads={}, names={}, template=template,
             )  # fmt: skip
         self._check_columns(adapter, name_of, away)
         host = self._pack(adapter, name_of, away)
@@ -180,6 +180,8 @@ class Placer:
             names[layer_name] = tuple(p[0] for p in parts if p)
             modules = [p and p[1] for p in parts]
             if isinstance(layer, RoutedLinear):
+                covered = zip(parts, layer.part_sizes(len(parts)), strict=True)
+                names[layer_name] = tuple(p[0] for p, sizes in covered if p for _ in sizes)
                 sites[layer_name] = _site(layer, modules)
             elif not self._lane.packs(layer_name):
                 stock[layer_name] = _stock(names[layer_name][0], layer, modules, self._dtype)
@@ -244,10 +246,12 @@ def _is_linear(adapter: RoutedAdapter) -> bool:
     """Whether the adapter's columns multiply all that it adds, and nothing else is done to them."""
     gates = [module.gate for module in adapter.modules.values()]
     one = GateSpec("request", blocks=(1,))
-    return not adapter.columns or not adapter.blocks and all(
+    multiplied = all(
         gate.columns and replace(gate, source="request", blocks=(1,), constant=1.0) == one
         for gate in gates
-    )  # fmt: skip
+    )
+    own = adapter.blocks or adapter.experts or adapter.heads
+    return not adapter.columns or (multiplied and not own)
 
 
 def _site(layer: RoutedLinear, modules: Sequence[RoutedModule | None]) -> tuple[list[Shape], Fill]:
@@ -288,11 +292,10 @@ def _shapes(
     for name, layer in modules.items():
         if isinstance(layer, RoutedLinear):
             k, sizes = layer.full_sizes()
-            parts = packed.get(name)
-            if parts is None:
-                shapes[name] = (k, sum(sizes))
-            elif len(parts) == len(sizes):
-                shapes |= {part: (k, n) for part, n in zip(parts, sizes, strict=True)}
+            parts = packed.get(name, [name])
+            if len(parts) <= len(sizes):
+                each = zip(parts, layer.part_sizes(len(parts)), strict=True)
+                shapes |= {part: (k, sum(n)) for part, n in each}
         elif name.endswith("lm_head"):
             shapes[name] = (layer.hidden_size, layer.vocab_size)
         elif hasattr(layer.base_layer, "org_vocab_size"):

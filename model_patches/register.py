@@ -363,6 +363,24 @@ PATCHES: tuple[Patch, ...] = (
         ),
     ),
     Patch(
+        name="request-field",
+        module="says_http",
+        why="Stock drops fields of a request's body that it does not know, and one adapter is all.",
+        how=(
+            "`_check_model` parses the field `lora_ext` and answers what is wrong with it; "
+            "`_maybe_get_adapters` returns a `LoRARequest` that carries it to `add_request`."
+        ),
+        upstream="vllm-project/vllm#51940 (several adapters), #52733 (scales)",
+        remove_when="vLLM hands a request's extra fields to plugins.",
+        targets=(
+            Target("vllm.entrypoints.serve.engine.serving", "BaseServing._check_model"),
+            Target("vllm.entrypoints.serve.engine.serving", "BaseServing._maybe_get_adapters"),
+            Target("vllm.entrypoints.pooling.base.serving", "PoolingBaseServing._check_model"),
+            Target("vllm.entrypoints.pooling.base.serving", "PoolingBaseServing._init_ctx"),
+            Target("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.model_name"),
+        ),
+    ),
+    Patch(
         name="mixes",
         module="mixes",
         why="A LoRA resolver of vLLM's sees a name only, and caches under the spelling it got.",

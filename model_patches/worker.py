@@ -130,9 +130,7 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
             return self._foreign(self._load_adapter(request))
         else:
             folder = find_folder(request.lora_path, self.settings.readable_roots())
-            adapter = load_adapter(
-                folder, **self.settings.reading(), head_size=self._head_size
-            )
+            adapter = load_adapter(folder, **self.settings.reading(), head_size=self._head_size)
         return _resident(request.lora_int_id, placer.place(adapter))
 
     def _foreign(self, lora: LoRAModel) -> Resident:

@@ -238,6 +238,11 @@ def tensors_of(adapter: RoutedAdapter) -> dict[str, torch.Tensor]:
             f"{name}.{field}": value
             for field, value in vars(module).items() if isinstance(value, torch.Tensor)
         }  # fmt: skip
+        if module.norm is not None:
+            found |= {
+                f"{name}.norm.{field}": torch.as_tensor(value)
+                for field, value in vars(module.norm).items() if value is not None
+            }  # fmt: skip
     for name, block in adapter.blocks.items():
         found[f"{name}.router_GK"] = block.router_GK
         for part, low_rank in block.parts.items():

@@ -11,6 +11,7 @@ import torch
 from vllm_lora_ext.adapters.limits import slot_rank
 from vllm_lora_ext.adapters.model import LowRank, RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.readers.base import Reader
+from vllm_lora_ext.adapters.readers.native_routing import shared_routers
 from vllm_lora_ext.adapters.template import Template
 from vllm_lora_ext.kernels.gated_lora.memory import ROUTER_BYTES
 from vllm_lora_ext.kernels.gated_lora.memory import slot_bytes as site_bytes
@@ -129,8 +130,11 @@ def adapter_bytes(adapter: RoutedAdapter) -> int:
     layers = [layer for _, layer in _low_ranks(adapter)]
     weights = [tensor for layer in layers for tensor in (layer.a_RK, layer.b_NR)]
     gates: list[torch.Tensor | None] = [block.router_GK for block in adapter.blocks.values()]
-    for module in adapter.modules.values():
-        gates += [module.router_GK, module.bias_G, module.head_K]
+    owners = shared_routers(adapter.modules)
+    for name, module in adapter.modules.items():
+        gates += [module.head_K]
+        if name not in owners:
+            gates += [module.router_GK, module.bias_G, module.logit_bias_G]
     return sum(t.numel() * _STORED.itemsize for t in weights) + sum(
         t.numel() * ROUTER_BYTES for t in gates if t is not None
     )
@@ -160,13 +164,16 @@ def _groups(adapter: RoutedAdapter) -> list[dict[str, Any]]:
     if adapter.template is not None:
         return _made_groups(adapter.template)
     groups: dict[tuple[object, ...], dict[str, Any]] = {}
+    owners = shared_routers(adapter.modules)
     for name, module in adapter.modules.items():
         short = _LAYER.sub(".*.", name)
+        router_of = _LAYER.sub(".*.", owners.get(name, ""))
         a, b = module.a_RK, module.b_NR
         fields = _gate_fields(module.gate, module.rank) | {
             "in": a.shape[1], "out": b.shape[0], "shared_a": a.shape[0] != b.shape[1],
+            "router_of": router_of,
         }  # fmt: skip
-        key = (short, tuple(a.shape), tuple(b.shape), module.gate)
+        key = (short, tuple(a.shape), tuple(b.shape), module.gate, router_of)
         groups.setdefault(key, {"name": short, "layers": 0, **fields})["layers"] += 1
     return list(groups.values())
 
@@ -180,7 +187,7 @@ def _made_groups(template: Template) -> list[dict[str, Any]]:
         fields = {
             "name": short, "layers": 0, "experts": template.router_rows or 1, "ranks": [rank],
             "rank": rank, "gate": "made for " + kind,
-            "in": width, "out": out, "shared_a": False,
+            "in": width, "out": out, "shared_a": False, "router_of": "",
         }  # fmt: skip
         groups.setdefault((short, width, out), fields)["layers"] += 1
     return list(groups.values())

@@ -156,7 +156,7 @@ def test_reclora_gates_of_tokens(mha):
         seen = {}
         hooks = [
             mha.get_submodule(name).register_forward_pre_hook(
-                lambda _, args, name=name: seen.update({name: args[0][0]})
+                lambda _, args, name=name, seen=seen: seen.update({name: args[0][0]})
             )
             for name in adapter.modules
         ]

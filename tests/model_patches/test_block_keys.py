@@ -213,6 +213,4 @@ def test_runs_of_values_are_the_values() -> None:
     for _ in range(50):
         start = int(rng.integers(0, 40))
         stop = start + int(rng.integers(0, 9))
-        np.testing.assert_array_equal(
-            runs.at(start, stop), values(columns, prompt, start, stop)
-        )
+        np.testing.assert_array_equal(runs.at(start, stop), values(columns, prompt, start, stop))

@@ -90,7 +90,7 @@ def test_a_constant_mix_adds_what_its_parts_add(harness: Callable[..., Any]) -> 
     close(delta(h, GATE_UP, both, x_TK)[:, want.shape[1] :], want)
     assert h.worker.load(both, None, ()) == report, "held"
     packed = h.worker._residency.get(both.lora_int_id).host.sites.values()
-    tensors = [t for site in packed for t in (site.a_RK, site.router_GK, *site.b_RN)]
+    tensors = [t for site in packed for t in (site.a_RK, site.router_GK, *site.stored)]
     numbers = sum(t.nbytes for t in tensors)
     assert numbers <= report.bytes < 1.1 * numbers
 

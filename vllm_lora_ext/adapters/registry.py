@@ -162,14 +162,15 @@ def load_adapter(
     Raises:
         AdapterError: the folder cannot be served; docs/errors.md lists the codes. Nothing else.
     """
-    return read_adapter(AdapterFolder(
+    folder = AdapterFolder(
         path, limits, settings,
         roots=roots, allow_pickle=pickle is not None, accepted=accept_config_keys,
         head_size=head_size,
-    ))  # fmt: skip
+    )  # fmt: skip
+    return read_adapter(folder, parts=parts)
 
 
-def read_adapter(folder: AdapterFolder) -> RoutedAdapter:
+def read_adapter(folder: AdapterFolder, *, parts: bool = False) -> RoutedAdapter:
     """As `load_adapter`, of a folder that is open already, and not read."""
     adapter = find_reader(folder).read(folder)
     digest = folder.finish()

@@ -81,7 +81,8 @@ def _modules(groups: list[dict[str, Any]]) -> Table:
     made = table("modules", "layers", "experts", "ranks", "in → out", "gate")
     for group in groups:
         shape = f"{group['in']} → {group['out']}" + (", one A" if group["shared_a"] else "")
-        made.add_row(*_cells(group, shape, group["gate"]))
+        of = f", router of {group['router_of']}" if group["router_of"] else ""
+        made.add_row(*_cells(group, shape, group["gate"] + of))
     return made
 
 

@@ -102,7 +102,8 @@ def fold(adapter: RoutedAdapter, config: Mapping[str, Any]) -> Factors:
         raise AdapterError(
             "unsupported_feature", f"{adapter.source or 'the adapter'} is routed ({adapter.system})"
             " and cannot be merged: its gates depend on the token, or on the request",
-            seen=sorted(gated)[0], limit="ordinary LoRA", fix="serve it as it is, or put routed adapters of"
+            seen=sorted(gated)[0], limit="ordinary LoRA",
+            fix="serve it as it is, or put routed adapters of"
             " one kind side by side with `vllm-lora-ext bundle --routed A --routed B`",
         )  # fmt: skip
     embeddings = [name for name, m in adapter.modules.items() if m.kind == "embedding"]

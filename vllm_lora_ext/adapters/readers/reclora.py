@@ -195,6 +195,10 @@ class _Parts:
     def norm(self, stem: str, width: int) -> Norm:
         return Norm(self.take(f"{stem}.weight", width), self.take(f"{stem}.bias", width))
 
+    def pair(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [r, in] and B [out, r] of one LoRA."""
+        return self.take("lora_A.weight", rank, None), self.take("lora_B.weight", None, rank)
+
     def experts(self, letter: str, args: _Arguments) -> torch.Tensor:
         """[r · size, M]."""
         name = f"lora_{letter}_adapter.weight"
@@ -243,10 +247,7 @@ def _token(parts: _Parts, a_QM: torch.Tensor, b_PM: torch.Tensor, args: _Argumen
 
 
 def _scaling(parts: _Parts, args: _Arguments) -> Scaling:
-    a_RK, b_NR = (
-        parts.take("lora_A.weight", args.r, None),
-        parts.take("lora_B.weight", None, args.r),
-    )
+    a_RK, b_NR = parts.pair(args.r)
     hidden = parts.linear("ctr_final_layer.1", args.experts, args.user)
     return Scaling(
         a_RK, args.scale * b_NR, parts.norm("ctr_final_layer.0", args.user), hidden,
@@ -259,10 +260,7 @@ def _plain(
     folder: AdapterFolder, name: str, names: dict[str, str], args: _Arguments
 ) -> RoutedModule:
     parts = _Parts(folder, name, names)
-    a_RK, b_NR = (
-        parts.take("lora_A.weight", args.r, None),
-        parts.take("lora_B.weight", None, args.r),
-    )
+    a_RK, b_NR = parts.pair(args.r)
     return RoutedModule(a_RK, args.scale * b_NR)
 
 
