@@ -290,16 +290,10 @@ class Site:
 
     def _in_slot(self, slot: int, i: int, plan: SlicePlan) -> SlicePlan:
         bt_RN = self.bt_SRN[i][slot, plan.b_start : plan.b_start + len(plan.bt_RN)]
-        if bt_RN.is_cpu:
-            return replace(plan, bt_RN=bt_RN)
-
-        def there(t: torch.Tensor | None) -> torch.Tensor | None:
-            return None if t is None else t.to(bt_RN.device, non_blocking=True)
-
-        return replace(
-            plan, bt_RN=bt_RN, bias_G=there(plan.bias_G), logit_bias_G=there(plan.logit_bias_G),
-            norm=plan.norm and plan.norm.map(there),
-        )  # fmt: skip
+        plan = replace(plan, bt_RN=bt_RN)
+        # Kernels read the gate's vectors in the slot's tables; these are in no page-locked memory,
+        # and copying them would make the host wait.
+        return plan if bt_RN.is_cpu or self.backend.on_device else plan.on(bt_RN.device)
 
     def _check(self, i: int, s: GatedSlice) -> None:
         rank, router_rows = s.b_NR.shape[1], s.gate.router_rows
