@@ -14,8 +14,8 @@ adapter sums all that a slot could need, [T, `Site.num_rows`]; nothing when the 
 router rows at all, and then a slot takes no gate.
 
 Fully sharded LoRA (`Site.fully_sharded`) keeps of every A and B only a part on each rank: in a
-row-parallel layer B of a part of y, in all others A of a part of x, so that of those layers, too, A x
-and the logits are partial sums. Then B needs A x whole: all of it is summed, for plain rows as
+row-parallel layer B of a part of y, in all others A of a part of x, so that of those layers, too,
+A x and the logits are partial sums. Then B needs A x whole: all of it is summed, for plain rows as
 well. (Where vLLM's own layers split A by ranks and gather, this splits it by x and sums: the same
 memory and the same number of collectives, of a layer that then has only one form.)
 """
