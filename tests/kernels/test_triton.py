@@ -328,6 +328,21 @@ def test_plain_adapters_with_factors_need_no_gate_table():
 
 
 @runs_kernels
+def test_a_given_weight_of_zero_keeps_an_expert_unread():
+    batch = Batch(2, 20, sizes=(16,), slots=1)
+    gate = GateSpec(source="request", blocks=(4, 4))
+    module = random_module(batch.rng, 24, 16, gate)
+    batch.compose(0, [SlotPart([module])])
+    batch.rows_TC[:, 0] = 0
+    batch.map([0] * 20)
+    assert batch.error() < TOLERANCE[torch.float32]
+    want_TN, b_NR = batch.run(), module.b_NR.clone()
+    b_NR[:, :4] = NAN
+    batch.site.write(0, [replace(module, b_NR=b_NR)])
+    assert torch.equal(batch.run(), want_TN)
+
+
+@runs_kernels
 def test_a_shared_a_has_a_gate_for_each_expert():
     batch = Batch(1, 19, sizes=(30,), k=24, slots=2)
     whole = random_module(batch.rng, 24, 30, gated(4, 5, score="softmax"))
