@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from integration_tests.engines import FIXTURES, greedy, lora, recorded, run, tokens, worst
+from integration_tests.engines import FIXTURES, greedy, lora, recorded, tokens, worst
 
 pytestmark = pytest.mark.engine
 BOUND = 2e-3
