@@ -16,6 +16,7 @@ from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.triton_utils import HAS_TRITON
 from vllm.utils.torch_utils import PIN_MEMORY
 
+from vllm_lora_ext.adapters.template import Template
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora.backends.base import Backend
 from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
@@ -31,6 +32,7 @@ from vllm_lora_ext.model_patches.columns import RowColumns
 from vllm_lora_ext.model_patches.composing import Composer
 from vllm_lora_ext.model_patches.config import check_config, check_trace
 from vllm_lora_ext.model_patches.heap import keep_memory
+from vllm_lora_ext.model_patches.instruction import InstructionPass
 from vllm_lora_ext.model_patches.layers import RoutedLinear
 from vllm_lora_ext.model_patches.logits import follow_rows
 from vllm_lora_ext.model_patches.mlp import share_scratch, wrap_blocks
@@ -187,6 +189,11 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
     def is_active(self, lora_id: int) -> bool:
         """Whether the adapter is in a slot."""
         return lora_id in self._active_adapters
+
+    def expect_instructions(self, template_of: Callable[[int], Template | None]) -> None:
+        """From now on steps with rows of an instruction pool what its gate is made of."""
+        if self.rows.instruction is None:
+            InstructionPass(self.rows, self.model, template_of)
 
     def expect_columns(self) -> None:
         """From now on steps fill the table of the numbers that come with each row."""
