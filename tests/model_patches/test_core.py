@@ -394,6 +394,21 @@ def test_a_derived_adapter_of_an_old_part_keeps_its_keys(core):
     assert core.finish()["other"].finish_reason is FinishReason.LENGTH
 
 
+@pytest.mark.parametrize("connector", ["LMCacheConnectorV1", "OffloadingConnector"])
+def test_connectors_with_keys_of_their_own(core, connector):
+    aloras(core)
+    core.core.add_lora(lora("a", 1))
+    core.core._lora_ext._conditions._connector = connector
+    core.add("alora", lora("a", 1))
+    core.add("plain", lora("b", 2, "/b"))
+    last = core.finish()
+    assert last["plain"].finish_reason is FinishReason.LENGTH
+    if connector == "LMCacheConnectorV1":
+        assert error_of(last, "alora") == "unsupported_feature"
+    else:
+        assert last["alora"].finish_reason is FinishReason.LENGTH
+
+
 @pytest.mark.parametrize("when", ["waiting", "running", "preempted"])
 def test_columns_that_change_under_a_request(core, when):
     """A worker that knows a request knows its old columns."""
