@@ -1,4 +1,6 @@
-"""Layers whose x is a shard (row-parallel, under tensor parallelism): what their gates read.
+"""Layers whose A reads a shard of x, under tensor parallelism: what must be whole, and when.
+
+In a row-parallel layer x is a shard.
 
 `A x` and the logits are then partial sums. B is linear, so each rank adds B (g ⊙ its own A x) to
 its own part of y, and the layer's sum over the ranks, which it has without LoRA too, completes
@@ -10,6 +12,12 @@ come with the rows are every rank's own. All ranks hold the same bits afterwards
 Where CUDA graphs are captured, what runs must not depend on the step's slots. There a step with any
 adapter sums all that a slot could need, [T, `Site.num_rows`]; nothing when the engine keeps no
 router rows at all, and then a slot takes no gate.
+
+Fully sharded LoRA (`Site.fully_sharded`) keeps of every A and B only a part on each rank: in a
+row-parallel layer B of a part of y, in all others A of a part of x, so that of those layers, too, A x
+and the logits are partial sums. Then B needs A x whole: all of it is summed, for plain rows as
+well. (Where vLLM's own layers split A by ranks and gather, this splits it by x and sums: the same
+memory and the same number of collectives, of a layer that then has only one form.)
 """
 
 from __future__ import annotations
@@ -34,6 +42,8 @@ def gated_lora_(
     Returns:
         What the gates have read, [T, num_rows]; None, and nothing is done: no gate is there.
     """
+    if site.fully_sharded:
+        return _fully_(y, x, u_PTR, site)
     gated = [] if site.static else gated_rows(site)
     if not gated and not (site.static and site.max_router_rows):
         return None
@@ -43,6 +53,26 @@ def gated_lora_(
     v_TR = gate_inputs(u_TR, gated, site)
     site.backend.expand_(y, u_TR[None], site, v_TR[None])
     return v_TR
+
+
+def _fully_(
+    y: torch.Tensor, x: torch.Tensor, u_PTR: torch.Tensor | None, site: Site
+) -> torch.Tensor | None:
+    """`gated_lora_` where A x must be whole."""
+    plans = [plan for group in site.step.groups if (plan := site.plans[group.slot]) is not None]
+    # On a device the slots are not asked: an MLP block may use some in a way of its own.
+    width = site.num_rows
+    if not site.backend.on_device:
+        width = max((plan.num_rows for plan in plans), default=0)
+    if not width:
+        return None
+    if u_PTR is None:
+        u_PTR = site.backend.shrink(x, site)
+    # In place: an MLP block finds the sums where the first launch has left its parts.
+    u_PTR[0, :, :width] = site.whole(u_PTR[:, :, :width].sum(dim=0))
+    u_PTR[1:].zero_()
+    site.backend.expand_(y, u_PTR[:1], site)
+    return u_PTR[0]
 
 
 def gated_rows(site: Site) -> Gated:
