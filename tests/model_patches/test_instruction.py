@@ -15,7 +15,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from tests.make_adapters import FIXTURES
 from vllm_lora_ext.adapters import load_adapter
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.model_patches import gate_pass
+from vllm_lora_ext.model_patches import gate_pass, instruction
 from vllm_lora_ext.model_patches.gate_pass import GatePasses
 from vllm_lora_ext.model_patches.instruction import MARK, InstructionPass
 from vllm_lora_ext.model_patches.rows import Span
@@ -138,6 +138,22 @@ def test_only_steps_with_its_rows_leave_the_compiled_model() -> None:
     worker.step(states(), Span(request(), 0, LENGTH, 0, -1, True))
     worker.step(states())
     assert worker.model.skipped == [False, True, False]
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_both_runners_run_such_steps_eagerly(scheduled: bool) -> None:
+    rows = SimpleNamespace(instruction=SimpleNamespace(scheduled=scheduled))
+    manager = SimpleNamespace(_adapter_manager=SimpleNamespace(rows=rows))
+    runner, asked = SimpleNamespace(lora_manager=manager), []
+    v1 = instruction._eager_v1(lambda self, **kwargs: asked.append(kwargs))
+    v1(runner, num_tokens=3)
+    dispatch = instruction._dispatching(lambda **kwargs: asked.append(kwargs))
+    v2 = instruction._flagging(lambda self: dispatch(need_eager=False))
+    v2(runner)
+    dispatch(need_eager=False)  # of another engine, or a dummy run
+    v2(SimpleNamespace(lora_manager=None))
+    eager = [call.get("force_eager", call.get("need_eager", False)) for call in asked]
+    assert eager == [scheduled, scheduled, False, False]
 
 
 def test_a_model_whose_norm_is_not_known() -> None:
