@@ -193,9 +193,11 @@ class Core:
         names = [*self.scheduler.requests, *others]
         self.scheduler.requests.clear()
         outputs = EngineCoreOutputs(
-            outputs=[EngineCoreOutput(name, [1], finish_reason=reason) for name in names]
+            outputs=[EngineCoreOutput(name, [1], finish_reason=reason) for name in names],
+            finished_requests=set(names),
         )
         self.gates.take({0: outputs})
+        assert outputs.finished_requests == set(others)
         return [output.request_id for output in outputs.outputs]
 
 
