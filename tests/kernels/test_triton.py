@@ -63,21 +63,6 @@ def test_this_file_interpreted():
     assert " passed" in run.stdout
 
 
-@pytest.mark.skipif(
-    ON_GPU or os.environ.get("TRITON_INTERPRET") == "1", reason="the other tests compile"
-)
-@pytest.mark.parametrize("capability", ["80", "90"])
-def test_kernels_compile_for_a_gpu_that_is_not_there(capability):
-    """The interpreter takes much that the compiler refuses."""
-    script = HERE.with_name("triton_compile.py")
-    run = subprocess.run(
-        [sys.executable, "-P", "-W", "ignore", str(script), capability],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stdout[-1000:] + run.stderr[-3000:]
-    assert run.stdout.endswith("compiled\n")
-
-
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="once is enough")
 def test_benchmark_needs_only_torch_triton_and_numpy():
     script = HERE.parents[2] / "benchmarks/kernels/bench_gated_lora.py"
