@@ -35,7 +35,7 @@ OUTSIDE_EXCEPTIONS = {
 }
 # Inside model_patches: the API server's process must not load what runs on a worker's device.
 FRONT = ("admission", "http", "mixes", "trace_http")
-WORKER = ("backend", "heap", "layers", "manager", "mlp", "punica", "trace", "worker")
+WORKER = ("backend", "graphs", "heap", "layers", "manager", "mlp", "punica", "trace", "worker")
 SIDES_EXCEPTIONS = {
     ("http", "worker"): "`shortest` undoes what `http` does to paths",
     ("mixes", "worker"): "`find_folder`: both find an adapter's folder alike",

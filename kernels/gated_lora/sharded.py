@@ -7,9 +7,12 @@ that score it. So a step of the base model or of plain adapters communicates not
 its logits, [T, router rows] fp32, and two numbers more if it reads a normalised x. Numbers that
 come with the rows are every rank's own. All ranks hold the same bits afterwards: the same experts.
 
-Where CUDA graphs are captured, what runs must not depend on the step's slots. There a step with any
-adapter sums all that a slot could need, [T, `Site.num_rows`]; nothing when the engine keeps no
-router rows at all, and then a slot takes no gate.
+A graph is captured once for steps of any adapters. What it holds is one of two (`StepMap.frozen`):
+nothing is summed, for steps in which no gate reads x (plain adapters, and gates that come with the
+rows), or all that a slot could need, [T, `Site.num_rows`]: which columns of u are a row's logits
+depends on its slot, and to gather them would be three more launches in a layer, for bytes that do
+not count at the sizes of a captured step. Steps too large for any graph run as without. An engine
+that keeps no router rows captures the first kind only, and then a slot takes no gate.
 """
 
 from __future__ import annotations
@@ -34,8 +37,11 @@ def gated_lora_(
     Returns:
         What the gates have read, [T, num_rows]; None, and nothing is done: no gate is there.
     """
-    gated = [] if site.static else gated_rows(site)
-    if not gated and not (site.static and site.max_router_rows):
+    frozen = site.step.frozen
+    if frozen is None and x.is_cuda and torch.cuda.is_current_stream_capturing():
+        frozen = True  # nobody said that there will be no gates
+    gated = gated_rows(site) if frozen is None else []
+    if not gated and not (frozen and site.max_router_rows):
         return None
     if u_PTR is None:
         u_PTR = site.backend.shrink(x, site)
@@ -60,9 +66,10 @@ def gate_inputs(u_TR: torch.Tensor, gated: Gated, site: Site) -> torch.Tensor:
 
     Args:
         u_TR: [T, `site.num_rows`] fp32, this rank's shrink.
+        gated: rows with a gate, of `gated_rows`; none: any row may have one.
     """
     assert site.reduce is not None
-    if site.static:
+    if not gated:
         return site.reduce(u_TR)
     width = max(plan.num_inputs for _, plan in gated)
     sums_TG = u_TR.new_zeros(len(u_TR), width)
