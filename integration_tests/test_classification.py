@@ -20,10 +20,11 @@ from vllm_lora_ext.errors import AdapterError
 
 BOUND, LABELS, MOST = 1e-5, 3, 5
 PROMPTS = ([5, 17, 33, 101, 7], [9, 8, 7, 6, 150, 299, 44, 45, 46], [12, 13, 280], [400, 3, 3, 9])
-CONFIG: dict[str, Any] = dict(
-    vocab_size=512, hidden_size=128, intermediate_size=192, num_hidden_layers=2,
-    num_attention_heads=4, num_key_value_heads=2, pad_token_id=0, tie_word_embeddings=False,
-)  # fmt: skip
+CONFIG: dict[str, Any] = {
+    "vocab_size": 512, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}  # fmt: skip
 
 pytestmark = pytest.mark.engine
 

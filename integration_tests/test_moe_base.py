@@ -1,4 +1,4 @@
-"""A mixture-of-experts base model with LoRA on its attention, against transformers and PEFT."""
+"""A mixture-of-experts base model with LoRA on attention and router, against transformers and PEFT."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def routed(targets: dict[str, tuple[int, int]]) -> RoutedAdapter:
 
 
 def test_base_plain_and_routed_rows(tmp_path):
-    """In one batch; the experts' own weights take no LoRA on a CPU, and an adapter that has some
-    is refused while the others go on."""
+    """In one batch, LoRA on attention and on the router; the experts' own weights take none on a
+    CPU, and an adapter that has some is refused while the others go on."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIG, attn_implementation="eager").float().eval()
     model.save_pretrained(tmp_path / "base")
@@ -59,10 +59,16 @@ def test_base_plain_and_routed_rows(tmp_path):
     wanted = [logits(model, PROMPTS[0])]
     with apply_adapter(model, adapter):
         wanted.append(logits(model, PROMPTS[1]))
-    config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
-    peft = get_peft_model(model, config).eval()
-    peft.save_pretrained(tmp_path / "plain")
-    wanted.append(logits(peft, PROMPTS[2]))
+    for name, parameters in (("plain", ["gate.weight"]), ("all", ["experts.down_proj"])):
+        config = LoraConfig(
+            r=4, target_modules=["q_proj", "v_proj"], target_parameters=parameters,
+            init_lora_weights=False,
+        )  # fmt: skip
+        peft = get_peft_model(model, config).eval()
+        peft.save_pretrained(tmp_path / name)
+        if name == "plain":
+            wanted.append(logits(peft, PROMPTS[2]))
+        peft.unload()
 
     llm = make_engine(tmp_path / "base")
     try:
@@ -76,8 +82,9 @@ def test_base_plain_and_routed_rows(tmp_path):
             diffs = [worst(g, w) for g, w in zip(got, wanted, strict=True)]
             print("MoE base: max |dlogp| base, routed, plain", *(f"{d:.1e}" for d in diffs))
             assert max(diffs) < BOUND
-            with pytest.raises(AdapterError, match="experts") as caught:
-                llm.llm_engine.add_lora(lora("moe-experts", tmp_path / "experts"))
-            assert caught.value.code == "unknown_module"
+            for name in ("experts", "all"):
+                with pytest.raises(AdapterError, match="on a GPU only") as caught:
+                    llm.llm_engine.add_lora(lora(f"moe-{name}", tmp_path / name))
+                assert caught.value.code == "unsupported_feature"
     finally:
         close(llm)

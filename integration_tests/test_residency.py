@@ -26,7 +26,7 @@ from integration_tests.reference_model import logits
 from tests.bad_adapters import build_bad
 from vllm_lora_ext.adapters.registry import load_adapter
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.model_patches.admission import Admitted
+from vllm_lora_ext.model_patches.admitted import Admitted
 
 pytestmark = pytest.mark.engine
 BOUND, VOCAB = 2e-3, 512

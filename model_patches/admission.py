@@ -4,7 +4,8 @@ Targets: `LLMEngine.{add_request, add_lora, remove_lora, pin_lora}` and the same
 get `add_adapter` for adapters that are tensors. The first request that names an adapter has it
 loaded and checked by `add_lora`, whose error comes back to the caller as an `AdapterError`. This is
 a shortcut for early errors: the engine core checks every request again (`core`), for it alone knows
-what was evicted meanwhile.
+what was evicted meanwhile. Here also a request's own words (`request_says`) become what it is sent
+with.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
 
@@ -23,100 +25,114 @@ from vllm.v1.engine.llm_engine import LLMEngine
 
 from vllm_lora_ext.adapters.memory import MemorySource
 from vllm_lora_ext.conditions.recipe import DERIVED_IDS
+from vllm_lora_ext.conditions.said import FIELD
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.model_patches.core import ADD
+from vllm_lora_ext.model_patches import metrics
+from vllm_lora_ext.model_patches.admitted import Admitted
+from vllm_lora_ext.model_patches.driving import run, run_async
 from vllm_lora_ext.model_patches.ledger import MEMORY_IDS
 from vllm_lora_ext.model_patches.refused import RefusedRequest
-
-_TRIES = 8
-
-
-class Admitted:
-    """Adapters that the core holds, as far as this front end knows."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, tuple[str, str]] = {}  # id → (name, path)
-        self._versions: dict[int, str] = {}
-
-    @classmethod
-    def of(cls, engine: Any) -> Admitted:
-        """Those of an `LLMEngine` or `AsyncLLM`."""
-        if not hasattr(engine, "_lora_ext_admitted"):
-            engine._lora_ext_admitted = cls()
-        return engine._lora_ext_admitted
-
-    def needs_load(self, request: LoRARequest) -> bool:
-        known = self._known.get(request.lora_int_id)
-        return request.load_inplace or known != (request.lora_name, request.lora_path)
-
-    def loaded(self, request: LoRARequest, reply: dict[str, Any]) -> None:
-        """Takes the core's answer. Raises AdapterError when it was no."""
-        if "error" in reply:
-            error = AdapterError.parse(reply["error"])
-            assert error is not None
-            raise error
-        for lora_id in reply["evicted"]:
-            self.remove(lora_id)
-        self._known[request.lora_int_id] = (request.lora_name, request.lora_path)
-        self._versions[request.lora_int_id] = reply["version"]
-
-    def remove(self, lora_id: int) -> None:
-        self._known.pop(lora_id, None)
-
-    def version(self, lora_id: int) -> str:
-        """The digest of what was loaded last under an id; empty for one that never was."""
-        return self._versions.get(lora_id, "")
+from vllm_lora_ext.model_patches.request_says import (
+    TRIES,
+    Spoken,
+    Steps,
+    Target,
+    carrying,
+    extras_of,
+    load_first,
+    no_adapters,
+    resolve,
+    said_by,
+)  # fmt: skip
 
 
 class _Arguments:
-    """Finds and replaces the adapter in the arguments of `add_request`, however it was passed."""
+    """Finds and replaces the adapter and the parameters in the arguments of `add_request`, however
+    they were passed; a prompt that is a request of its own holds both."""
 
     def __init__(self, stock: Callable[..., Any]) -> None:
         names = list(inspect.signature(stock).parameters)[1:]  # without self
-        self._lora, self._prompt = names.index("lora_request"), names.index("prompt")
+        self._at = {name: names.index(name) for name in ("lora_request", "prompt", "params")}
 
-    def lora(self, args: Any, kwargs: Any) -> LoRARequest | None:
-        own: LoRARequest | None = self._get("lora_request", self._lora, args, kwargs)
-        if own is not None:
-            return own
-        return getattr(self._get("prompt", self._prompt, args, kwargs), "lora_request", None)
+    def get(self, args: Any, kwargs: Any) -> tuple[LoRARequest | None, Any]:
+        """The adapter and the parameters."""
+        lora, params = (self._get(name, args, kwargs) for name in ("lora_request", "params"))
+        prompt = self._get("prompt", args, kwargs)
+        if hasattr(prompt, "lora_request"):
+            return lora or prompt.lora_request, getattr(prompt, _place(prompt), None)
+        return lora, params
 
-    def once(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """The arguments after `load_inplace` was done."""
-        own = self._get("lora_request", self._lora, args, kwargs)
-        if own is None:
-            prompt = self._get("prompt", self._prompt, args, kwargs)
-            prompt.lora_request = msgspec.structs.replace(prompt.lora_request, load_inplace=False)
-            return args, kwargs
-        done = msgspec.structs.replace(own, load_inplace=False)
-        if "lora_request" in kwargs:
-            return args, {**kwargs, "lora_request": done}
-        return (*args[: self._lora], done, *args[self._lora + 1 :]), kwargs
+    def put(self, lora: LoRARequest | None, params: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        """The arguments with others in their places."""
+        prompt = self._get("prompt", args, kwargs)
+        if hasattr(prompt, "lora_request"):
+            prompt.lora_request = lora
+            setattr(prompt, _place(prompt), params)
+        if self._get("lora_request", args, kwargs) is not lora:
+            args, kwargs = self._set("lora_request", lora, args, kwargs)
+        return self._set("params", params, args, kwargs)
 
-    @staticmethod
-    def _get(name: str, position: int, args: Any, kwargs: Any) -> Any:
+    def _get(self, name: str, args: Any, kwargs: Any) -> Any:
         if name in kwargs:
             return kwargs[name]
-        return args[position] if position < len(args) else None
+        return args[self._at[name]] if self._at[name] < len(args) else None
+
+    def _set(self, name: str, value: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        at = self._at[name]
+        if name in kwargs or at >= len(args):
+            return args, {**kwargs, name: value}
+        return (*args[:at], value, *args[at + 1 :]), kwargs
+
+
+def _place(prompt: Any) -> str:
+    sampling = getattr(prompt, "sampling_params", None) is not None
+    return "sampling_params" if sampling else "pooling_params"
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of `add_request`."""
+
+    engine: Any
+    arguments: _Arguments
+    args: Any
+    kwargs: Any
+
+    def begin(self) -> Steps[Target] | None:
+        """What is to be done before the request is sent; None: nothing.
+
+        Raises:
+            AdapterError: what the request says is malformed.
+        """
+        lora, params = self.arguments.get(self.args, self.kwargs)
+        if isinstance(lora, Spoken):
+            return resolve(self.engine, lora.said, lora.own, lora.message)
+        value = extras_of(params).get(FIELD)
+        said = None if value is None else said_by(self.engine, value)
+        return None if lora is said is None else resolve(self.engine, said, lora)
+
+    def end(self, target: Target) -> tuple[Any, Any]:
+        """The arguments to send the request with. Raises AdapterError."""
+        lora, params = self.arguments.get(self.args, self.kwargs)
+        to_send = carrying(params, target)
+        if target.made is not None:
+            made = target.made or (isinstance(lora, Spoken) and lora.made)
+            metrics.derived(made)
+        if lora is target.lora and params is to_send:
+            return self.args, self.kwargs
+        return self.arguments.put(target.lora, to_send, self.args, self.kwargs)
 
 
 def _check_on(engine: Any) -> None:
     if engine.vllm_config.lora_config is None:
-        raise AdapterError(
-            "bad_settings", "this engine serves no adapters", fix="start it with LoRA enabled"
-        )
+        raise no_adapters()
 
 
 def _requests(name: str) -> list[LoRARequest]:
     """The same name is the same id, on every front end; a few more for names that meet in one."""
     start = int.from_bytes(sha256(name.encode()).digest()[:4], "little")
-    ids = [MEMORY_IDS + (start + i) % (DERIVED_IDS - MEMORY_IDS) for i in range(_TRIES)]
+    ids = [MEMORY_IDS + (start + i) % (DERIVED_IDS - MEMORY_IDS) for i in range(TRIES)]
     return [LoRARequest(name, number, f"memory:{name}", load_inplace=True) for number in ids]
-
-
-def _next(error: AdapterError, request: LoRARequest, requests: list[LoRARequest]) -> None:
-    if error.code != "id_in_use" or request is requests[-1]:
-        raise error
 
 
 def _typed(error: Exception) -> Exception:
@@ -133,27 +149,19 @@ def _patch_sync(cls: type[Any]) -> None:
     remove_lora, pin_lora = cls.remove_lora, cls.pin_lora
     arguments = _Arguments(add_request)
 
-    def ask(self: Any, lora: LoRARequest, source: Any = None) -> None:
-        client = self.engine_core
-        core = getattr(client, "engine_core", None)  # an engine in this process
-        call = functools.partial(client.call_utility, ADD) if core is None else getattr(core, ADD)
-        Admitted.of(self).loaded(lora, call(lora, source))
-
     @functools.wraps(add_lora)
     def new_add_lora(self: Any, lora_request: LoRARequest) -> bool:
         if self.vllm_config.lora_config is None:
             return add_lora(self, lora_request)
-        ask(self, lora_request)
+        run(self, load_first([lora_request]))
         return True
 
     @functools.wraps(add_request)
     def new_add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
-        lora = arguments.lora(args, kwargs)
-        if lora is not None and self.vllm_config.lora_config is not None:
-            if Admitted.of(self).needs_load(lora):
-                ask(self, lora)
-            if lora.load_inplace:
-                args, kwargs = arguments.once(args, kwargs)
+        call = _Call(self, arguments, args, kwargs)
+        steps = call.begin()
+        if steps is not None:
+            args, kwargs = call.end(run(self, steps))
         return add_request(self, *args, **kwargs)
 
     @functools.wraps(remove_lora)
@@ -185,13 +193,8 @@ def _patch_sync(cls: type[Any]) -> None:
             AdapterError: what a folder of these files would raise.
         """
         _check_on(self)
-        source, requests = _source(tensors, config, settings), _requests(name)
-        for request in requests:
-            try:
-                ask(self, request, source)
-                break
-            except AdapterError as error:
-                _next(error, request, requests)
+        source = _source(tensors, config, settings)
+        request = run(self, load_first(_requests(name), source))
         return msgspec.structs.replace(request, load_inplace=False)
 
     cls.add_request, cls.add_lora = new_add_request, new_add_lora
@@ -204,28 +207,22 @@ def _patch_async(cls: type[Any]) -> None:
     remove_lora, pin_lora = cls.remove_lora, cls.pin_lora
     arguments = _Arguments(add_request)
 
-    async def ask(self: Any, lora: LoRARequest, source: Any = None) -> None:
-        reply = await self.engine_core.call_utility_async(ADD, lora, source)
-        Admitted.of(self).loaded(lora, reply)
-
     @functools.wraps(add_lora)
     async def new_add_lora(self: Any, lora_request: LoRARequest) -> bool:
         if self.vllm_config.lora_config is None:
             return await add_lora(self, lora_request)
-        await ask(self, lora_request)
+        await run_async(self, load_first([lora_request]))
         return True
 
     @functools.wraps(add_request)
     async def new_add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
-        lora = arguments.lora(args, kwargs)
-        if lora is not None and self.vllm_config.lora_config is not None:
-            try:
-                if Admitted.of(self).needs_load(lora):
-                    await ask(self, lora)
-            except AdapterError as error:
-                raise RefusedRequest(error) from None
-            if lora.load_inplace:
-                args, kwargs = arguments.once(args, kwargs)
+        call = _Call(self, arguments, args, kwargs)
+        try:
+            steps = call.begin()
+            if steps is not None:
+                args, kwargs = call.end(await run_async(self, steps))
+        except AdapterError as error:
+            raise RefusedRequest(error) from None
         return await add_request(self, *args, **kwargs)
 
     @functools.wraps(remove_lora)
@@ -246,13 +243,8 @@ def _patch_async(cls: type[Any]) -> None:
     ) -> LoRARequest:  # fmt: skip
         """As `LLMEngine.add_adapter`."""
         _check_on(self)
-        source, requests = _source(tensors, config, settings), _requests(name)
-        for request in requests:
-            try:
-                await ask(self, request, source)
-                break
-            except AdapterError as error:
-                _next(error, request, requests)
+        source = _source(tensors, config, settings)
+        request = await run_async(self, load_first(_requests(name), source))
         return msgspec.structs.replace(request, load_inplace=False)
 
     cls.add_request, cls.add_lora = new_add_request, new_add_lora

@@ -30,9 +30,7 @@ class BlockKeys:
         most: positions that it may have.
     """
 
-    def __init__(
-        self, parts: tuple[SlotPart, ...], plan: Plan, request: Any, most: int
-    ) -> None:
+    def __init__(self, parts: tuple[SlotPart, ...], plan: Plan, request: Any, most: int) -> None:
         self._parts, self._plan = parts, plan
         self._values = Values(plan.columns, prompt_of(request, plan), most)
 

@@ -16,9 +16,10 @@ from vllm.lora.layers import BaseLayerWithLoRA
 
 from vllm_lora_ext.adapters.limits import RANKS, slot_rank
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.kernels.gated_lora.site import PackedSite
+from vllm_lora_ext.kernels.gated_lora.plan import PackedSite, Shape
 from vllm_lora_ext.kernels.gated_lora.step import MAX_COLUMNS
 from vllm_lora_ext.model_patches.layers import RoutedEmbedding, RoutedLinear
+from vllm_lora_ext.model_patches.logits import RoutedLogits
 from vllm_lora_ext.model_patches.mlp import Block
 from vllm_lora_ext.model_patches.positions import Positions
 from vllm_lora_ext.model_patches.residency import HostAdapter, SlotPart, flat_views
@@ -107,6 +108,8 @@ class Composer:
         starts = list(accumulate((part.width for part in parts), initial=0))
         _check_columns(starts[-1])
         self._check_blocks(ingredients)
+        for ingredient in ingredients:
+            self._check_own(ingredient)
         places = [
             _Place(i, start if i.by_row else -1, start + i.by_row)
             for i, start in zip(ingredients, starts, strict=False)
@@ -121,13 +124,11 @@ class Composer:
         for layer in linears:
             self._check_site(layer, [p[0] for p in site_parts[layer] if p[0]], starts[-1])
         matrices = {n: self._matrix(n, places) for n in layers if n not in site_parts}
-        groups = [self._modules[n].site.composed_shapes(of) for n, of in site_parts.items()]
+        groups = [self._shapes(n, of) for n, of in site_parts.items()]
         groups += [[(tuple(t.shape), t.dtype) for t in m[:2]] for m in matrices.values()]
         nbytes, views = flat_views(groups, self._pinned)
         left = iter(views)
-        sites = {
-            n: self._modules[n].site.compose(of, next(left)) for n, of in site_parts.items()
-        }
+        sites = {n: self._modules[n].site.compose(of, next(left)) for n, of in site_parts.items()}
         blocks = {n: b for i in ingredients for n, b in i.host.blocks.items()}
         return HostAdapter(
             system="+".join(dict.fromkeys(i.host.system for i in ingredients)), source=name,
@@ -135,13 +136,23 @@ class Composer:
             nbytes=nbytes + sum(map(_block_bytes, blocks.values())),
             sites={n: packed for n, packed in sites.items() if packed is not None},
             stock={n: m.into(*next(left)) for n, m in matrices.items()},
-            blocks=blocks, names=_names(linears, places), parts=parts,
+            blocks=blocks, heads={}, names=_names(linears, places), parts=parts,
             factors={n: torch.tensor(m.factors) for n, m in matrices.items() if starts[-1]},
         )  # fmt: skip
 
+    def _shapes(self, layer: str, parts: list[Any]) -> list[Shape]:
+        try:
+            shapes: list[Shape] = self._modules[layer].site.composed_shapes(parts)
+        except ValueError as error:  # of the kernels, beside what was checked here
+            raise AdapterError(
+                "unsupported_feature", f"the adapters of the request do not go into one slot at"
+                f" {layer}", seen=str(error), fix="name fewer adapters",
+            ) from error  # fmt: skip
+        return shapes
+
     def _matrix(self, name: str, places: Sequence[_Place]) -> _Matrix:
         here = [p for p in places if name in p.ingredient.host.stock]
-        pairs = [p.ingredient.host.stock[name] for p in here]
+        pairs: list[Any] = [p.ingredient.host.stock[name] for p in here]
         embedding = isinstance(self._modules[name], RoutedEmbedding)
         a = torch.cat([a for a, _ in pairs])
         scales = [p.ingredient.scale for p in here]
@@ -155,7 +166,9 @@ class Composer:
                 " which no CUDA graph holds", seen=name, limit="adapters of linear layers",
                 fix="start with --enforce-eager, or leave the spans out",
             )  # fmt: skip
-        factors = [p.factor for (_, b), p in zip(pairs, here, strict=True) for _ in range(b.shape[1])]
+        factors = [
+            p.factor for (_, b), p in zip(pairs, here, strict=True) for _ in range(b.shape[1])
+        ]
         return _Matrix(a.t() if embedding else a, b, factors, embedding)
 
     def _check_site(self, layer: str, parts: Sequence[PackedSite], columns: int) -> None:
@@ -184,6 +197,21 @@ class Composer:
                 fix=f"start the server with --max-lora-rank {enough}" if enough
                 else f"name fewer adapters: vLLM stops at rank {RANKS[-1]}",
             )  # fmt: skip
+
+    def _check_own(self, ingredient: Ingredient) -> None:
+        """Only into layers of our own can several adapters go."""
+        layers = [n for n in ingredient.host.stock if not self._is_matrix(n)]
+        layers += ingredient.host.heads
+        if layers:
+            raise AdapterError(
+                "unsupported_feature", "a classification head or fused experts cannot be scaled,"
+                f" nor stand beside another adapter: {ingredient.name}", seen=layers[0],
+                limit="linear layers, embedding and output matrix",
+                fix="name the adapter alone, as the request's model",
+            )  # fmt: skip
+
+    def _is_matrix(self, layer: str) -> bool:
+        return isinstance(self._modules[layer], RoutedEmbedding | RoutedLogits)
 
     def _check_blocks(self, ingredients: Sequence[Ingredient]) -> None:
         """A block's linears hold its experts, and nothing beside them."""
@@ -219,7 +247,7 @@ def _check_columns(count: int) -> None:
 def _block_bytes(block: Any) -> int:
     """Held twice only while the adapter that it comes from is loaded."""
     sites = [site for site in (block.first, block.last) if site is not None]
-    tensors = [t for s in sites for t in (s.a_RK, s.router_GK, *s.b_RN, *s.tables)]
+    tensors = [t for s in sites for t in (s.a_RK, s.router_GK, *s.stored)]
     return sum(tensor.nbytes for tensor in tensors)
 
 

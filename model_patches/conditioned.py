@@ -64,7 +64,9 @@ class Conditions:
                 fix="send the whole prompt at once",
             )  # fmt: skip
         spans = [span for column in columns for span in column.spans or ()]
-        late = [b for span in spans for b in span if b is not None and b > request.num_prompt_tokens]
+        late = [
+            b for span in spans for b in span if b is not None and b > request.num_prompt_tokens
+        ]
         if self._ahead and late:
             raise AdapterError(
                 "unsupported_feature", "a span begins or ends in the answer, whose positions this"

@@ -3,9 +3,9 @@
 Targets: `EngineCore.{preprocess_add_request, add_request, step, step_with_batch_queue, add_lora,
 remove_lora, list_loras, pin_lora, collective_rpc}`, `EngineCoreProc.has_work`,
 `Scheduler._handle_blocked_waiting_request`, and `_gen_lora_extra_hash_keys` and
-`_gen_mm_extra_hash_keys`, parts of a block's key in the prefix cache. Whatever front end asks (several API servers, a client that talks
-to the core directly), a step meets only adapters that every worker holds, and a request whose
-adapter cannot be had ends alone.
+`_gen_mm_extra_hash_keys`, parts of a block's key in the prefix cache. Whatever front end asks
+(several API servers, a client that talks to the core directly), a step meets only adapters that
+every worker holds, and a request whose adapter cannot be had ends alone.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.logger import init_logger
 
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches import metrics
 from vllm_lora_ext.model_patches.mixes import Front, hook_requests
 from vllm_lora_ext.model_patches.refused import to_response
 from vllm_lora_ext.settings import LoraExtSettings
@@ -73,6 +74,8 @@ def apply() -> None:
         self._lora_ext_front = Front(self, engine_client, settings)
         if self._lora_ext_front.by_name:
             hook_requests()
+        if config.lora_config is not None:
+            metrics.show()
         _warn_of_open_door(config, settings)
 
     @functools.wraps(load)

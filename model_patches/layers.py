@@ -96,7 +96,8 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
         """Puts an adapter's part at this layer into slot `index`.
 
         Args:
-            modules: one entry per slice, or one for the whole fused layer; unsharded.
+            modules: one entry per slice, one for the whole fused layer, or as for `part_sizes`;
+                unsharded.
         """
         self.site.write(index, self.sharded(modules))
 
@@ -120,13 +121,23 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
             return base.input_size, tuple(base.output_sizes)
         return base.input_size, (base.output_size,)
 
+    def part_sizes(self, parts: int) -> list[tuple[int, ...]]:
+        """Unsharded out features of the slices that each part of an adapter covers, for as many
+        parts: where a layer has more slices than its adapters have names, the first name stands for
+        the slices in front (Qwen3.5's `in_proj_qkv` for three, beside `in_proj_z`)."""
+        sizes = self.full_sizes()[1]
+        first = len(sizes) - parts + 1
+        return [sizes[:first], *((size,) for size in sizes[first:])]
+
     def _split(self, modules: Sequence[RoutedModule | None]) -> list[RoutedModule | None]:
-        """One adapter module over a fused layer: every slice shares its A and gate."""
-        (whole,) = modules
-        if whole is None:
-            return [None] * self.n_slices
-        parts = torch.split(whole.b_NR, list(self.full_sizes()[1]))
-        return [replace(whole, b_NR=part) for part in parts]
+        """One entry per slice; slices of the same module share its A and gate."""
+        slices: list[RoutedModule | None] = []
+        for module, sizes in zip(modules, self.part_sizes(len(modules)), strict=True):
+            if module is None or len(sizes) == 1:
+                slices += [module] * len(sizes)
+            else:
+                slices += [replace(module, b_NR=b) for b in torch.split(module.b_NR, list(sizes))]
+        return slices
 
     def _shard(self, i: int, m: RoutedModule) -> RoutedModule:
         """This rank's part of slice `i`, by stock's own slicing."""

@@ -10,14 +10,13 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
-from vllm.lora.layers import BaseLayerWithLoRA, ClassificationHeadWithLoRA
+from vllm.lora.layers import BaseLayerWithLoRA, ClassificationHeadWithLoRA, FusedMoEWithLoRA
 from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.triton_utils import HAS_TRITON
 from vllm.utils.torch_utils import PIN_MEMORY
 
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.kernels.gated_lora import Site
 from vllm_lora_ext.kernels.gated_lora.backends.base import Backend
 from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
 from vllm_lora_ext.kernels.mix_mlp import warm_blocks
@@ -109,7 +108,10 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         positions = Positions(text, unknown_rows(vllm_config))
         self.placer = Placer(
             self.model, self.modules, self.packed_modules, self.blocks,
-            Scope(self.model, lora_config.target_modules, self.packed_modules_mapping),
+            Scope(
+                self.model, lora_config.target_modules, self.packed_modules_mapping,
+                towers=getattr(self, "supports_tower_connector_lora", False),
+            ),
             StockLane(self),
             lora_config.max_lora_rank, router_rows, lora_config.lora_dtype, self.base_name,
             pinned=pinned, graphs=self.graphs,
@@ -139,13 +141,8 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
     @property
     def slot_nbytes(self) -> int:
         """Bytes of A and B that an adapter of the largest rank on all layers has."""
-        total = 0
-        for layer in self.modules.values():
-            site = getattr(layer, "site", None)
-            own = (layer.lora_a_stacked, layer.lora_b_stacked)
-            weights = (site.a_SRK, *site.bt_SRN) if isinstance(site, Site) else own
-            total += sum(w[0].nbytes for w in weights if isinstance(w, torch.Tensor))
-        return total
+        tables = [table for layer in self.modules.values() for table in _tables(layer)]
+        return sum(table[0].nbytes for table in tables)
 
     def sums(self, lora_ids: Iterable[int]) -> bool:
         """Whether a gate of these adapters reads a sum over the ranks; True if one is not here."""
@@ -297,6 +294,18 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
                 layer.reset_module_to_save(slot)
         for block in self.blocks.values():
             block.site.clear(slot)
+
+
+def _tables(layer: Any) -> list[torch.Tensor]:
+    """A and B of all slots, slots first."""
+    if isinstance(layer, RoutedLinear):
+        return [layer.site.a_SRK, *layer.site.bt_SRN]
+    if isinstance(layer, FusedMoEWithLoRA):
+        pairs = layer.w13_lora_a_stacked, layer.w13_lora_b_stacked
+        return [*pairs[0], *pairs[1], *layer.w2_lora_a_stacked, *layer.w2_lora_b_stacked]
+    own = layer.lora_a_stacked, layer.lora_b_stacked
+    found = [table for part in own for table in (part if isinstance(part, tuple) else (part,))]
+    return [*found, *([layer.full_weight_stacked] if hasattr(layer, "full_weight_stacked") else [])]
 
 
 def _set_head(layer: ClassificationHeadWithLoRA, slot: int, weights: HeadWeights | None) -> None:

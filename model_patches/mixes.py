@@ -19,8 +19,9 @@ from vllm.lora.request import LoRARequest
 
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.adapter_paths import find_folder
-from vllm_lora_ext.model_patches.admission import Admitted
+from vllm_lora_ext.model_patches.admitted import Admitted
 from vllm_lora_ext.model_patches.refused import RefusedRequest, to_response
+from vllm_lora_ext.model_patches.says_http import speaking
 from vllm_lora_ext.serving import Mix, Mixes, from_lorax, is_mix_name, parse
 from vllm_lora_ext.settings import LoraExtSettings
 
@@ -32,7 +33,7 @@ class Front:
 
     def __init__(self, models: Any, engine: Any, settings: LoraExtSettings) -> None:
         config = engine.vllm_config
-        self._models, self._engine, self._lora = models, engine, config.lora_config
+        self._models, self.engine, self._lora = models, engine, config.lora_config
         self.settings, merge = settings, settings.merge
         self.by_name = self._lora is not None and merge is not None and merge.enabled
         self._given: dict[int, LoRARequest] = {}
@@ -61,7 +62,7 @@ class Front:
         return str(self._lora.lora_dtype).removeprefix("torch.")
 
     def adapters(self) -> Mapping[str, tuple[str, str]]:
-        made, version = self.mixes.names(), Admitted.of(self._engine).version
+        made, version = self.mixes.names(), Admitted.of(self.engine).version
         known = self._models.lora_requests.items()
         return {n: (r.lora_path, version(r.lora_int_id)) for n, r in known if n not in made}
 
@@ -70,7 +71,7 @@ class Front:
 
     async def load(self, name: str, path: Path) -> LoRARequest:
         request = LoRARequest(name, self._models.lora_id_counter.inc(1), str(path))
-        await self._engine.add_lora(request)
+        await self.engine.add_lora(request)
         return request
 
     def show(self, model: str, loaded: object) -> None:
@@ -78,7 +79,7 @@ class Front:
 
     async def forget(self, loaded: object) -> None:
         assert isinstance(loaded, LoRARequest)
-        await self._engine.remove_lora(loaded.lora_int_id)
+        await self.engine.remove_lora(loaded.lora_int_id)
 
     def hide(self, model: str) -> None:
         self._models.lora_requests.pop(model, None)
@@ -157,7 +158,9 @@ def hook_requests() -> None:
     def new_get_adapters(self: Any, request: Any, *args: Any, **kwargs: Any) -> LoRARequest | None:
         front = _front(self.models)
         given = front.given(request) if front is not None else None
-        return given or get_adapters(self, request, *args, **kwargs)
+        if given is not None:
+            return speaking(self.models, request, given)
+        return get_adapters(self, request, *args, **kwargs)
 
     BaseServing._check_model = new_check
     PoolingBaseServing._check_model = new_check_pooling

@@ -76,6 +76,8 @@ class Placer:
             f"{name}." for name, m in model.named_modules() if isinstance(m, PPMissingLayer)
         )
         self._shapes = _shapes(modules, packed) | lane.shapes
+        # Layers that an adapter can name, those with adapted parameters among them.
+        self._known = self._shapes.keys() | {name.rpartition(".")[0] for name in lane.experts}
         self._vllm_names: dict[str, str] = {}
 
     def knows(self, vllm_name: str) -> bool:
@@ -104,10 +106,10 @@ class Placer:
         """
         template = adapter.template
         every = (
-            *adapter.modules, *_block_layers(adapter), *adapter.experts,
-            *(template.sizes if template else ()),
+            *adapter.modules, *_block_layers(adapter), *(template.sizes if template else ()),
         )  # fmt: skip
         name_of = {n: n if renamed else self._vllm_name(n) for n in every}
+        name_of |= {n: self._vllm_parameter(n) for n in adapter.experts}
         away = {n for n, v in name_of.items() if v.startswith(self._missing)}
         known = self._shapes.keys() | self._lane.experts.keys()
         has = away.union(n for n, v in name_of.items() if v in known)
@@ -129,7 +131,7 @@ class Placer:
             return HostAdapter(
                 system=adapter.system, source=adapter.source, rank=adapter.rank,
                 version=adapter.digest, nbytes=template.nbytes, sites={}, stock={}, blocks={},
-                names={}, template=template,
+                heads={}, names={}, template=template,
             )  # fmt: skip
         self._check_columns(adapter, name_of, away)
         host = self._pack(adapter, name_of, away)
@@ -178,6 +180,8 @@ class Placer:
             names[layer_name] = tuple(p[0] for p in parts if p)
             modules = [p and p[1] for p in parts]
             if isinstance(layer, RoutedLinear):
+                covered = zip(parts, layer.part_sizes(len(parts)), strict=True)
+                names[layer_name] = tuple(p[0] for p, sizes in covered if p for _ in sizes)
                 sites[layer_name] = _site(layer, modules)
             elif not self._lane.packs(layer_name):
                 stock[layer_name] = _stock(names[layer_name][0], layer, modules, self._dtype)
@@ -222,13 +226,19 @@ class Placer:
             )  # fmt: skip
         return block
 
+    def _vllm_parameter(self, name: str) -> str:
+        module, _, parameter = name.rpartition(".")
+        return f"{self._vllm_name(module)}.{parameter}"
+
     def _vllm_name(self, module: str) -> str:
+        """Besides vLLM's own renaming: transformers 5 spells Mixtral's blocks `mlp`."""
         if module not in self._vllm_names:
             full = f"base_model.model.{module}.lora_A.weight"
             name = parse_fine_tuned_lora_name(full, self._mapper)[0]
-            if self._pooling and name not in self._shapes and f"model.{name}" in self._shapes:
-                name = f"model.{name}"
-            self._vllm_names[module] = name
+            spellings = [name, name.replace(".mlp.", ".block_sparse_moe.")]
+            if self._pooling:
+                spellings += [f"model.{spelling}" for spelling in spellings]
+            self._vllm_names[module] = next((s for s in spellings if s in self._known), name)
         return self._vllm_names[module]
 
 
@@ -236,10 +246,12 @@ def _is_linear(adapter: RoutedAdapter) -> bool:
     """Whether the adapter's columns multiply all that it adds, and nothing else is done to them."""
     gates = [module.gate for module in adapter.modules.values()]
     one = GateSpec("request", blocks=(1,))
-    return not adapter.columns or not adapter.blocks and all(
+    multiplied = all(
         gate.columns and replace(gate, source="request", blocks=(1,), constant=1.0) == one
         for gate in gates
-    )  # fmt: skip
+    )
+    own = adapter.blocks or adapter.experts or adapter.heads
+    return not adapter.columns or (multiplied and not own)
 
 
 def _site(layer: RoutedLinear, modules: Sequence[RoutedModule | None]) -> tuple[list[Shape], Fill]:
@@ -280,11 +292,10 @@ def _shapes(
     for name, layer in modules.items():
         if isinstance(layer, RoutedLinear):
             k, sizes = layer.full_sizes()
-            parts = packed.get(name)
-            if parts is None:
-                shapes[name] = (k, sum(sizes))
-            elif len(parts) == len(sizes):
-                shapes |= {part: (k, n) for part, n in zip(parts, sizes, strict=True)}
+            parts = packed.get(name, [name])
+            if len(parts) <= len(sizes):
+                each = zip(parts, layer.part_sizes(len(parts)), strict=True)
+                shapes |= {part: (k, sum(n)) for part, n in each}
         elif name.endswith("lm_head"):
             shapes[name] = (layer.hidden_size, layer.vocab_size)
         elif hasattr(layer.base_layer, "org_vocab_size"):

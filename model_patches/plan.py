@@ -24,7 +24,7 @@ class Plan:
     """Columns in the order of the slot, and which positions of ids stand for other inputs."""
 
     columns: tuple[Column, ...]
-    modality_spans: Mapping[str, Sequence[Sequence[int]]] = field(default_factory=dict)
+    modality_spans: Mapping[str, tuple[tuple[int, int], ...]] = field(default_factory=dict)
 
 
 class Values:
@@ -61,20 +61,27 @@ def plan_of(request: Any) -> Plan | None:
         return None
     try:
         columns = tuple(Column.from_dict(column) for column in said["columns"])
-    except (TypeError, ValueError, KeyError) as error:
+        spans = {
+            str(name): tuple((int(start), int(stop)) for start, stop in spans)
+            for name, spans in (said.get("modality_spans") or {}).items()
+        }
+    except (TypeError, ValueError, AttributeError) as error:
         if isinstance(error, AdapterError):
             raise
         raise AdapterError(
-            "bad_value", "the request's columns are not what the front end writes", seen=str(error),
+            "bad_value", "the request's plan is not what the front end writes", seen=str(error),
             fix="send the request through the plugin's front end",
         ) from error  # fmt: skip
-    return Plan(columns, said.get("modality_spans") or {})
+    return Plan(columns, spans)
 
 
 def attach(request: Any, columns: Sequence[Column]) -> None:
     """Has a request carry columns, beside what else it says; its parameters may be others'."""
     said = (_params(request) or {}).get(KEY)
-    said = {**(said if isinstance(said, Mapping) else {}), "columns": [c.to_dict() for c in columns]}
+    said = {
+        **(said if isinstance(said, Mapping) else {}),
+        "columns": [c.to_dict() for c in columns],
+    }
     for name, args in _PLACES:
         params = getattr(request, name)
         if params is not None:
@@ -91,7 +98,7 @@ def prompt_of(request: Any, plan: Plan) -> Prompt:
         ids = [i if own else -1 for i, own in zip(ids, request.prompt_is_token_ids, strict=True)]
     modality: dict[str, list[tuple[int, int]]] = {}
     for name, spans in plan.modality_spans.items():
-        modality.setdefault(name, []).extend((int(a), int(b)) for a, b in spans)
+        modality.setdefault(name, []).extend(spans)
     for feature in request.mm_features or ():
         ranges = feature.mm_position.extract_embeds_range()
         modality.setdefault(feature.modality, []).extend((a, b + 1) for a, b in ranges)

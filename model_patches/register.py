@@ -151,6 +151,23 @@ PATCHES: tuple[Patch, ...] = (
         ),
     ),
     Patch(
+        name="sleep",
+        module="sleep",
+        why=(
+            "A sleep of level 2 throws away what the LoRA layers hold on the device, which vLLM "
+            "does not write again when it wakes up."
+        ),
+        how="The LoRA manager is made under the memory tag that vLLM keeps on every level.",
+        upstream="none yet",
+        remove_when="vLLM keeps, or writes again, the slots of LoRA layers over a sleep.",
+        targets=(
+            Target("vllm.device_allocator", "get_mem_allocator_instance"),
+            Target("vllm.device_allocator.cumem", "CuMemAllocator.use_memory_pool"),
+            Target("vllm.device_allocator.sleep_mode_backend", "CuMemBackend.suspend"),
+            Target("vllm.lora.worker_manager", "LRUCacheWorkerLoRAManager.create_lora_manager"),
+        ),
+    ),
+    Patch(
         name="cpu-compile",
         module="cpu_platform",
         why=(
@@ -221,7 +238,8 @@ PATCHES: tuple[Patch, ...] = (
         ),
         how=(
             "The core keeps a ledger of what its workers hold, has a request's adapter loaded "
-            "before it is scheduled, and keys blocks by the digest of the adapter's content."
+            "before it is scheduled, and keys blocks by the digest of the adapter's content and"
+            " by what of it acts in the block."
         ),
         upstream="none yet",
         remove_when="vLLM loads adapters before it schedules requests, and hashes their content.",
@@ -245,6 +263,7 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.v1.core.sched.scheduler", "Scheduler.schedule"),
             Target("vllm.v1.core.sched.scheduler", "Scheduler.finish_requests"),
             Target("vllm.v1.core.kv_cache_utils", "_gen_lora_extra_hash_keys"),
+            Target("vllm.v1.core.kv_cache_utils", "_gen_mm_extra_hash_keys"),
             Target("vllm.v1.core.kv_cache_utils", "generate_block_hash_extra_keys"),
             Target("vllm.v1.core.kv_cache_utils", "get_request_block_hasher"),
             Target("vllm.v1.request", "Request.__init__"),
@@ -341,6 +360,24 @@ PATCHES: tuple[Patch, ...] = (
             Target(
                 "vllm.entrypoints.openai.models.serving", "OpenAIServingModels.unload_lora_adapter"
             ),
+        ),
+    ),
+    Patch(
+        name="request-field",
+        module="says_http",
+        why="Stock drops fields of a request's body that it does not know, and one adapter is all.",
+        how=(
+            "`_check_model` parses the field `lora_ext` and answers what is wrong with it; "
+            "`_maybe_get_adapters` returns a `LoRARequest` that carries it to `add_request`."
+        ),
+        upstream="vllm-project/vllm#51940 (several adapters), #52733 (scales)",
+        remove_when="vLLM hands a request's extra fields to plugins.",
+        targets=(
+            Target("vllm.entrypoints.serve.engine.serving", "BaseServing._check_model"),
+            Target("vllm.entrypoints.serve.engine.serving", "BaseServing._maybe_get_adapters"),
+            Target("vllm.entrypoints.pooling.base.serving", "PoolingBaseServing._check_model"),
+            Target("vllm.entrypoints.pooling.base.serving", "PoolingBaseServing._init_ctx"),
+            Target("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.model_name"),
         ),
     ),
     Patch(

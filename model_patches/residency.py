@@ -68,7 +68,8 @@ class HostAdapter:
             whose slots are vLLM's own → what its `set_lora` takes.
         heads: name of the classification head → weight [labels, in] and bias [labels] or None.
         blocks: name of an MLP block → its experts.
-        names: layer or block → what the adapter's files call its parts, in their order.
+        names: layer or block → what the adapter's files call its parts, in their order; of a linear
+            layer one name for each adapted slice.
         parts: the adapters that it is made of; one that is loaded has one, a template none.
         factors: name of an embedding or output matrix → int64 [R], the column that multiplies each
             rank, -1: none; where a column does.

@@ -22,6 +22,7 @@ class Scope:
         model: the model, its layers wrapped.
         targets: `--lora-target-modules`; None: no limit.
         packed: last part of a fused layer's name → last parts of its slices' names.
+        towers: whether LoRA is on the towers and connectors of this model.
     """
 
     def __init__(
@@ -29,10 +30,12 @@ class Scope:
         model: torch.nn.Module,
         targets: list[str] | None,
         packed: Mapping[str, list[str]],
+        towers: bool,
     ) -> None:
         self._targets = targets
         self._skip = tuple(getattr(model, "lora_skip_prefixes", None) or ())
-        self._towers = _towers(model)
+        self._towers = () if towers else _towers(model)
+        self._instead = _instead_of_towers(model)
         self._outside: set[str] = set()
         for name, _ in model.named_modules():
             if not is_in_target_modules(name, targets, dict(packed)):
@@ -58,8 +61,7 @@ class Scope:
                 raise AdapterError(
                     "unsupported_feature", "the adapter has layers of a tower or connector, and"
                     " LoRA is on the language model only", seen=name,
-                    limit="layers of the language model",
-                    fix="start with --enable-tower-connector-lora",
+                    limit="layers of the language model", fix=self._instead,
                 )  # fmt: skip
         if self._targets is None:
             return adapter
@@ -87,3 +89,9 @@ def _towers(model: Any) -> tuple[str, ...]:
         return ()
     mapping = model.get_mm_mapping()
     return (*mapping.tower_model, *mapping.connector)
+
+
+def _instead_of_towers(model: Any) -> str:
+    if getattr(model, "supports_tower_connector_lora", False):
+        return "start with --enable-tower-connector-lora"
+    return f"train on the language model only: vLLM adapts nothing else of {type(model).__name__}"

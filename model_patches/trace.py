@@ -107,7 +107,8 @@ class Recorder:
             assert x_TK is not None
             u_TR = plan.shrink(x_TK)
         given_TC = traced.of(site.step.rows_TC) if plan.columns else None
-        for name, part in zip(traced.host.names[layer], plan.slices, strict=False):
+        parts = dict(zip(traced.host.names[layer], plan.slices, strict=False))
+        for name, part in parts.items():  # slices of one name have one gate
             if part.gate.source != "none":
                 self._put(traced, name, _gates(u_TR, plan, part, given_TC))
 

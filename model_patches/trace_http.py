@@ -18,8 +18,9 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.refused import RefusedRequest, status_of
+from vllm_lora_ext.model_patches.request_says import check_prompt, extras_of
 from vllm_lora_ext.trace.client import PATH
-from vllm_lora_ext.trace.fetch import EXTRA_ARG, RPC, check_on, read_answers, wanted
+from vllm_lora_ext.trace.fetch import RPC, check_on, read_answers, wanted
 
 _LAUNCHER = "vllm.entrypoints.launchers.app"
 
@@ -45,11 +46,13 @@ async def get_trace(
     return Response(text, media_type="application/json")
 
 
-def _mark(params: Any, vllm_config: Any) -> None:
-    """Has a request computed whole if it asks for a trace: a token whose KV comes out of the
-    prefix cache is not computed, so its gates are not."""
+def _check(request: Any, vllm_config: Any) -> None:
+    """Holds what a request says against its prompt. One that asks for a trace is computed whole: a
+    token whose KV comes out of the prefix cache is not computed, so its gates are not."""
+    params = request.sampling_params  # a copy of the caller's
     try:
-        if wanted(params.extra_args):
+        check_prompt(request)
+        if params is not None and wanted(params.extra_args):
             check_on(vllm_config.additional_config)
             params.skip_reading_prefix_cache = True
     except AdapterError as error:
@@ -63,9 +66,8 @@ def apply() -> None:
     @functools.wraps(process_inputs)
     def new_process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
         request = process_inputs(self, *args, **kwargs)
-        params = request.sampling_params  # a copy of the caller's
-        if params is not None and params.extra_args and EXTRA_ARG in params.extra_args:
-            _mark(params, self.vllm_config)
+        if extras_of(request.params):
+            _check(request, self.vllm_config)
         return request
 
     @functools.wraps(attach)

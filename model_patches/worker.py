@@ -38,6 +38,7 @@ from vllm_lora_ext.model_patches.residency import (
     Residency,
     Resident,
 )
+from vllm_lora_ext.model_patches.sleep import kept_asleep
 from vllm_lora_ext.settings import LoraExtSettings
 
 _LEAST = 2048 << 20  # bytes of host memory by default
@@ -61,7 +62,8 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         self._loader = Loader(self._plan)
 
     def create_lora_manager(self, model: Any, vllm_config: Any) -> Any:
-        wrapped = super().create_lora_manager(model, vllm_config)
+        with kept_asleep(vllm_config):
+            wrapped = super().create_lora_manager(model, vllm_config)
         limit = self.settings.host_cache_mb
         # By default never less than vLLM itself would hold.
         every = self._adapter_manager.slot_nbytes * self._adapter_manager.capacity
@@ -128,9 +130,7 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
             return self._foreign(self._load_adapter(request))
         else:
             folder = find_folder(request.lora_path, self.settings.readable_roots())
-            adapter = load_adapter(
-                folder, **self.settings.reading(), head_size=self._head_size
-            )
+            adapter = load_adapter(folder, **self.settings.reading(), head_size=self._head_size)
         return _resident(request.lora_int_id, placer.place(adapter))
 
     def _foreign(self, lora: LoRAModel) -> Resident:

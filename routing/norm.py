@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class InputNorm:
     """The constants. They are those of the whole layer, also where x is a shard.
 

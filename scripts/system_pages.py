@@ -80,9 +80,14 @@ def overview(rows: list[dict[str, Any]]) -> str:
     """README's table: one section per kind of system."""
     served = [reader for reader in READERS if not reader.refused]
     plain = [reader for reader in served if "no gate" in reader.summary.lower()]
-    routed = [reader for reader in served if reader not in plain]
+    said = [reader for reader in served if reader.request]
+    routed = [reader for reader in served if reader not in plain and reader not in said]
     text = ""
-    for title, some in (("Routed adapters", routed), ("Adapters without a gate", plain)):
+    kinds = {
+        "Routed adapters": routed, "Adapters that a request completes": said,
+        "Adapters without a gate": plain,
+    }  # fmt: skip
+    for title, some in kinds.items():
         text += f"### {title}\n\n| system | what it is | transformers | vLLM |\n|---|---|---|---|\n"
         for reader in some:
             mine = [row for row in rows if row["system"] == reader.name]
@@ -110,6 +115,8 @@ def _facts(reader: Reader) -> str:
     ]  # fmt: skip
     if reader.paper:
         lines.append(f"| paper | {_cell(reader.paper)} |")
+    if reader.request:
+        lines.append(f"| a request says | {_cell(reader.request)} |")
     lines.append(f"| status | {'refused' if reader.refused else 'served'} |")
     return "\n".join(lines).strip()
 
@@ -276,9 +283,39 @@ def measure() -> None:
     with torch.no_grad():
         rows += [row | {"engine": earlier.pop(row["fixture"], {}).get("engine")}
                  for row in measure_against_peft(load_base)]  # fmt: skip
+    with torch.no_grad():
+        for row in measure_conditioned(load_base):
+            rows.append(row | {"engine": earlier.pop(row["fixture"], {}).get("engine")})
     rows += [row for name, row in earlier.items() if not (FIXTURES / name).is_dir()]
     measured["rows"] = rows
     MEASURED.write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+
+
+def measure_conditioned(load_base: Callable[[str], Any]) -> Iterator[dict[str, Any]]:
+    """The rows of the systems that a request completes."""
+    from test_conditioned import NAMES, differences
+    from test_conditioned import fixture as conditioned
+
+    bases: dict[str, Any] = {}
+    for name in NAMES:
+        meta, _ = conditioned(name)
+        if meta["base"] not in bases:
+            bases[meta["base"]] = load_base(meta["base"])
+        off = [float(d.abs().max()) for _, d in differences(name, bases[meta["base"]])]
+        moved = meta["mean_abs_dlogit"]
+        if isinstance(moved, dict):  # by user
+            moved = [one for some in moved.values() for one in some]
+        print(f"{name}: {max(off):.1e}")
+        yield {
+            "fixture": name,
+            "system": re.split("[-_]", name)[0],
+            "base": meta["base"],
+            "reference": meta["reference"],
+            "what": f"logits of {len(off)} requests, float32",
+            "effect": round(sum(moved) / len(moved), 2),
+            "gate": None,
+            "transformers": {"largest": float(f"{max(off):.1e}"), "date": _today()},
+        }
 
 
 def measure_against_peft(load_base: Callable[[str], Any]) -> Iterator[dict[str, Any]]:

@@ -21,6 +21,7 @@ import tomllib
 from pathlib import Path
 
 from upstream.hub import write
+
 from vllm_lora_ext.model_patches.check import installed_version
 
 REPO = Path(__file__).resolve().parents[1]

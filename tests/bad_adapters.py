@@ -1,7 +1,6 @@
 """Adapter folders that must be refused, as a table: engine and HTTP tests use the same ones.
 
-    build, code, good, stage = BAD["truncated"]
-    build(destination, GOOD[good])
+    entry = build_bad("truncated", destination)
 
 `stage` is "load" when `load_adapter` refuses the folder, "fit" when `check_fits` does, against
 the tiny base model that the good folder was made for and the limits in `FIT`.
@@ -22,6 +21,11 @@ from safetensors.torch import load_file, save_file
 FIXTURES = Path(__file__).parent / "fixtures"
 ROUTED = FIXTURES / "routed"
 GOOD = {name: ROUTED / name / "adapter" for name in ("plain-a", "loramoe-a", "meteora-a")}
+# Made for a request, or acting on some tokens.
+CONDITIONED = {
+    name: FIXTURES / "conditioned" / name / "adapter"
+    for name in ("reclora-a", "wavllm-a", "mmlora-a")
+}
 FIT = {"max_rank": 64, "max_router_rows": 32}
 
 Tensors = dict[str, torch.Tensor]
@@ -311,9 +315,14 @@ BAD: dict[str, Bad] = {
         with_tensors(add("base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector", 224)),
         "unsupported_feature",
     ),
-    "alora": Bad(
-        with_json(lambda c: c.update(alora_invocation_tokens=[5, 6])), "unsupported_feature"
+    "alora_text": Bad(with_json(lambda c: c.update(alora_invocation_tokens="go")), "bad_value"),
+    "alora_negative": Bad(
+        with_json(lambda c: c.update(alora_invocation_tokens=[5, -6])), "bad_value"
     ),
+    "alora_flags": Bad(
+        with_json(lambda c: c.update(alora_invocation_tokens=[True])), "bad_value"
+    ),
+    "alora_empty": Bad(with_json(lambda c: c.update(alora_invocation_tokens=[])), "bad_value"),
     "bias_all": Bad(with_json(lambda c: c.update(bias="all")), "unsupported_feature"),
     "pissa": Bad(
         with_json(lambda c: c.update(init_lora_weights="pissa_niter_4")), "unsupported_feature"
@@ -420,6 +429,54 @@ BAD: dict[str, Bad] = {
         with_tensors(add("base_model.model.model.layers.0.mlp.up_proj.lora_C.weight", 2)),
         "unexpected_tensor", "meteora-a",
     ),
+    # made for a request
+    "reclora_hard": Bad(
+        with_json(lambda c: c.update(routing_mode="hard"), SIDE), "unsupported_feature", "reclora-a"
+    ),
+    "reclora_no_mode": Bad(
+        with_json(lambda c: c.pop("mode"), SIDE), "missing_setting", "reclora-a"
+    ),
+    "reclora_other_gate": Bad(
+        with_json(lambda c: c.update(which_in_gate="lora"), SIDE), "missing_tensor", "reclora-a"
+    ),
+    "reclora_other_rank": Bad(
+        with_json(lambda c: c.update(lora_r=3), SIDE), "rank_mismatch", "reclora-a"
+    ),
+    "reclora_experts": Bad(
+        with_json(lambda c: c.update(lora_assemble_num=7), SIDE), "bad_shape", "reclora-a"
+    ),
+    "reclora_user": Bad(
+        with_json(lambda c: c.update(ctr_hidden_size=21), SIDE), "bad_shape", "reclora-a"
+    ),
+    "reclora_module_lost": Bad(
+        with_json(lambda c: c.update(layers=["q", "k", "v"]), SIDE), "missing_tensor", "reclora-a"
+    ),
+    "reclora_module_more": Bad(
+        with_json(lambda c: c.update(layers=["q"]), SIDE), "unexpected_tensor", "reclora-a"
+    ),
+    "reclora_nan": Bad(with_tensors(poison("ctr_final_layer", NAN)), "not_finite", "reclora-a"),
+    "wavllm_no_layout": Bad(
+        with_json(lambda c: c.pop("rope_layout"), SIDE), "missing_setting", "wavllm-a"
+    ),
+    "wavllm_no_gate": Bad(with_tensors(drop("scale_fc_2.weight")), "missing_tensor", "wavllm-a"),
+    "wavllm_b_cut": Bad(
+        with_tensors(replace("wv_lora_B", lambda t: t[:, :-1])), "bad_shape", "wavllm-a"
+    ),
+    "wavllm_layer_lost": Bad(
+        with_tensors(lambda t: [t.pop(n) for n in list(t) if "layers.1." in n]),
+        "missing_tensor", "wavllm-a",
+    ),
+    "wavllm_stranger": Bad(with_tensors(add("gpt_model.new", 2)), "unexpected_tensor", "wavllm-a"),
+    "mmlora_half": Bad(with_tensors(drop("L_Slora_B")), "missing_tensor", "mmlora-a"),
+    "mmlora_other_out": Bad(
+        with_tensors(replace("V_Slora_B", lambda t: t[:-1])), "bad_shape", "mmlora-a"
+    ),
+    "mmlora_no_factor": Bad(
+        with_json(lambda c: c.pop("scaling_visual"), SIDE), "missing_setting", "mmlora-a"
+    ),
+    "mmlora_other_system": Bad(
+        with_json(lambda c: c.update(system="wavllm"), SIDE), "bad_value", "mmlora-a"
+    ),
     # against the model and the server
     "layer_unknown": Bad(
         with_tensors(rename("layers.2.", "layers.7.")), "unknown_module", stage="fit"
@@ -438,5 +495,5 @@ def build_bad(name: str, dst: Path) -> Bad:
     """Make the bad folder `name` at `dst`; the entry says which code it must give."""
     entry = BAD[name]
     dst.mkdir(parents=True, exist_ok=True)
-    entry.build(dst, GOOD[entry.good])
+    entry.build(dst, (GOOD | CONDITIONED)[entry.good])
     return entry

@@ -10,7 +10,7 @@ import pytest
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.ledger import LOAD, VERSIONS, Ledger
 from vllm_lora_ext.model_patches.loading import FORGET, PREPARE, PREPARED
-from vllm_lora_ext.model_patches.residency import Prepared
+from vllm_lora_ext.model_patches.residency import Prepared, SlotPart
 
 
 @dataclass(frozen=True)
@@ -26,11 +26,16 @@ class Report:
     version: str
     bytes: int = 8
     evicted: tuple[int, ...] = ()
+    parts: tuple[SlotPart, ...] = ()
+    understands: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
 class Rank:
-    """A worker: `files` is what lies under each path, `room` how many adapters it may hold."""
+    """A worker: `files` is what lies under each path, `room` how many adapters it may hold.
+
+    `made_of` says of a version what stands in its slot, where that is more than itself.
+    """
 
     files: dict[str, str]
     room: int = 99
@@ -38,6 +43,7 @@ class Rank:
     pinned: set[int] = field(default_factory=set)
     reading: dict[int, Any] = field(default_factory=dict)
     slow: set[int] = field(default_factory=set)  # still being read
+    made_of: dict[str, tuple[SlotPart, ...]] = field(default_factory=dict)
 
     def call(self, method: str, *args: Any) -> Any:
         return {
@@ -48,7 +54,7 @@ class Rank:
 
     def load(self, request: Request, source: Any, in_use: frozenset[int]) -> Any:
         if request.lora_int_id in self.held and not request.load_inplace and source is None:
-            return Report(self.held[request.lora_int_id])
+            return self._report(self.held[request.lora_int_id])
         ahead = self.reading.pop(request.lora_int_id, None)
         assert ahead or not isinstance(source, Prepared)
         version = ahead or source or self.files.get(request.lora_path)
@@ -62,7 +68,15 @@ class Rank:
             out.append(others.pop(0))
             del self.held[out[-1]]
         self.held[request.lora_int_id] = version
-        return Report(version, evicted=tuple(out))
+        return self._report(version, tuple(out))
+
+    def _report(self, version: str, evicted: tuple[int, ...] = ()) -> Report:
+        parts = self.made_of.get(version, (SlotPart(version),))
+        understands = {
+            "columns": [c.to_dict() for c in parts[0].columns] if len(parts) == 1 else [],
+            "user": None if parts else 4, "instruction": False,
+        }  # fmt: skip
+        return Report(version, evicted=evicted, parts=parts, understands=understands)
 
     def prepare(self, request: Request, source: Any) -> None:
         assert request.lora_int_id not in self.reading, "one after the other"
@@ -76,7 +90,7 @@ class Rank:
         self.reading.pop(lora_id, None)
 
     def versions(self) -> dict[int, Report]:
-        return {i: Report(v) for i, v in self.held.items()}
+        return {i: self._report(v) for i, v in self.held.items()}
 
     def remove(self, lora_id: int) -> bool:
         self.pinned.discard(lora_id)

@@ -34,7 +34,7 @@ OUTSIDE_EXCEPTIONS = {
     ("cli.verify", "vllm"): "the same",
 }
 # Inside model_patches: the API server's process must not load what runs on a worker's device.
-FRONT = ("admission", "http", "mixes", "trace_http")
+FRONT = ("admission", "driving", "http", "mixes", "request_says", "says_http", "trace_http")
 WORKER = ("backend", "graphs", "heap", "layers", "manager", "mlp", "punica", "trace", "worker")
 SIDES_EXCEPTIONS = {
     ("http", "worker"): "`shortest` undoes what `http` does to paths",

@@ -156,6 +156,8 @@ def _read_expert(name: str, path: str | os.PathLike[str]) -> Expert:
 def _refuse_routed(adapter: RoutedAdapter) -> None:
     gated = [name for name, module in adapter.modules.items() if module.gate.source != "none"]
     gated += list(adapter.blocks)
+    if adapter.template is not None:
+        gated += list(adapter.template.sizes)
     if gated:
         raise AdapterError(
             "unsupported_feature", f"the adapter is routed itself ({adapter.system})",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -15,10 +15,11 @@ import torch
 
 from vllm_lora_ext.adapters import RoutedAdapter, load_adapter
 from vllm_lora_ext.adapters.checks import check_overflow
-from vllm_lora_ext.adapters.folder import CONFIG, WEIGHTS
+from vllm_lora_ext.adapters.folder import CONFIG, SIDECAR, WEIGHTS, AdapterFolder
 from vllm_lora_ext.adapters.limits import DTYPES
-from vllm_lora_ext.adapters.output import beside, check_place, new_folder
+from vllm_lora_ext.adapters.output import beside, check_place, fill, new_folder
 from vllm_lora_ext.adapters.readers.native import fill_native
+from vllm_lora_ext.adapters.registry import read_adapter
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.unpickle import copy_as_safetensors
 
@@ -68,6 +69,9 @@ def convert(
 ) -> Conversion:
     """Read an adapter of any known format and write it in the native one.
 
+    An adapter that is made for each request (RecLoRA, WavLLM) keeps its own format: what is written
+    are the tensors that its reader reads, and the settings.
+
     Args:
         out: a new folder, an empty one, or an earlier conversion, which is replaced.
         settings: what the files leave out.
@@ -77,7 +81,8 @@ def convert(
         step: told what begins, `STEPS` times.
     Raises:
         AdapterError: what reading the adapter raises; `output_exists`, `output_failed`,
-            `overflow` (a value that dtype cannot hold). `out` is then as it was.
+            `overflow` (a value that dtype cannot hold); `unsupported_feature`, another dtype than
+            float32 for one that keeps its format. `out` is then as it was.
     """
     place = check_output(out, [source], force)
     step("reading")
@@ -86,14 +91,20 @@ def convert(
         if allow_pickle:
             folder = scratch / "safetensors"
             pickles = copy_as_safetensors(source, folder)
-        adapter = load_adapter(folder, settings=settings)
-    with native_copy(adapter, place, dtype, force, step) as (native, copy):
+        opened = AdapterFolder(folder, settings=settings)
+        adapter = read_adapter(opened)
+        template = None if adapter.template is None else Stored.of(opened)
+    if template is not None:
+        copied = template_copy(adapter, template, place, dtype, force, step)
+    else:
+        copied = native_copy(adapter, place, dtype, force, step)
+    with copied as (native, copy):
         before, after = tensors_of(adapter), tensors_of(copy)
         made = Conversion(
             source=os.fspath(source), out=os.fspath(out), system=adapter.system,
             base_model=adapter.base_model, dtype=dtype, settings=dict(settings or {}),
-            pickles=pickles, layers=len(adapter.modules), blocks=len(adapter.blocks),
-            tensors=len(after), rank=adapter.rank,
+            pickles=pickles, layers=len(_layers(adapter)), blocks=len(adapter.blocks),
+            tensors=len(template.tensors) if template else len(after), rank=adapter.rank,
             rounding=max(((before[n] - after[n]).abs().max().item() for n in after), default=0.0),
             digest=adapter.digest, out_digest=copy.digest,
         )  # fmt: skip
@@ -120,12 +131,58 @@ def native_copy(
         step("reading back")
         copy = load_adapter(native)
         if wrong := differing(adapter, copy, DTYPES[dtype]):
-            raise AdapterError(
-                "output_failed", "the native adapter, read back, is not what was written",
-                seen=wrong[:4], fix="check the disk, and report it if it stays",
-            )  # fmt: skip
+            raise _written_otherwise(wrong)
         yield native, copy
         step("putting it in place")
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a folder holds of an adapter that keeps its format."""
+
+    tensors: dict[str, torch.Tensor]
+    settings: dict[str, Any]
+
+    @classmethod
+    def of(cls, folder: AdapterFolder) -> Stored:
+        """Of a folder that was read: the tensors that its reader has used."""
+        return cls({name: folder.take(name) for name in folder.read_tensors()}, folder.settings())
+
+
+@contextmanager
+def template_copy(
+    adapter: RoutedAdapter, stored: Stored, place: Path, dtype: str, force: bool,
+    step: Callable[[str], None],
+) -> Iterator[tuple[Path, RoutedAdapter]]:  # fmt: skip
+    """The adapter in its own format, its settings in `routing.json`; otherwise as `native_copy`."""
+    if dtype != "float32":
+        raise AdapterError(
+            "unsupported_feature", f"adapters of {adapter.system} are made for each request, from"
+            " weights that stay as they are", seen=dtype, limit="float32",
+            fix="leave --dtype away: what is served has the server's dtype",
+        )  # fmt: skip
+    with new_folder(place, _is_ours, aside=force) as folder:
+        step("writing")
+        fill(folder, stored.tensors, {SIDECAR: json.dumps(stored.settings, indent=2) + "\n"})
+        step("reading back")
+        opened = AdapterFolder(folder)
+        copy = read_adapter(opened)
+        again = Stored.of(opened)
+        wrong = sorted(set(again.tensors) ^ set(stored.tensors)) or [
+            name for name, tensor in stored.tensors.items()
+            if not torch.equal(tensor, again.tensors[name])
+        ]  # fmt: skip
+        if wrong or again.settings != stored.settings:
+            raise _written_otherwise(wrong or ["settings"])
+        yield folder, copy
+        step("putting it in place")
+
+
+def _written_otherwise(wrong: list[str]) -> AdapterError:
+    return AdapterError(
+        "output_failed", "the adapter, read back, is not what was written", seen=wrong[:4],
+        fix="check the disk, and report it if it stays",
+    )  # fmt: skip
 
 
 def write_record(native: Path, record: Mapping[str, Any]) -> None:
@@ -181,11 +238,20 @@ def tensors_of(adapter: RoutedAdapter) -> dict[str, torch.Tensor]:
             f"{name}.{field}": value
             for field, value in vars(module).items() if isinstance(value, torch.Tensor)
         }  # fmt: skip
+        if module.norm is not None:
+            found |= {
+                f"{name}.norm.{field}": torch.as_tensor(value)
+                for field, value in vars(module.norm).items() if value is not None
+            }  # fmt: skip
     for name, block in adapter.blocks.items():
         found[f"{name}.router_GK"] = block.router_GK
         for part, low_rank in block.parts.items():
             found |= {f"{name}.{part}.{f}": value for f, value in vars(low_rank).items()}
     return found
+
+
+def _layers(adapter: RoutedAdapter) -> Collection[str]:
+    return adapter.modules if adapter.template is None else adapter.template.sizes
 
 
 def _gates(adapter: RoutedAdapter) -> dict[str, tuple[object, ...]]:
@@ -198,4 +264,4 @@ def _gates(adapter: RoutedAdapter) -> dict[str, tuple[object, ...]]:
 def _is_ours(place: Path) -> bool:
     """Empty, or an earlier conversion to which nobody added a file."""
     names = set(os.listdir(place))
-    return not names or (RECORD in names and names <= {CONFIG, WEIGHTS[0], RECORD})
+    return not names or (RECORD in names and names <= {CONFIG, SIDECAR, WEIGHTS[0], RECORD})

@@ -33,6 +33,8 @@ _ALLOWED = {
     "trace": "true or false",
     "pickle": '"weights_only", or null for no pickles',
     "accept_config_keys": "a list of keys of adapter_config.json",
+    "max_request_adapters": "a whole number, 1 or more",
+    "max_request_spans": "a whole number, 1 or more",
     "merge": "an object, or null for no merged adapters by name",
 }
 _ALLOWED_MERGE = {
@@ -174,6 +176,12 @@ class LoraExtSettings(BaseModel):
 
     accept_config_keys: tuple[Annotated[str, Field(min_length=1)], ...] = ()
     """Keys of `adapter_config.json` that no format knows, and that are ignored, not refused."""
+
+    max_request_adapters: int = Field(default=8, ge=1)
+    """Adapters that one request may name."""
+
+    max_request_spans: int = Field(default=64, ge=1)
+    """Spans of tokens that one request may name."""
 
     merge: MergeSettings | None = None
     """Merged adapters by name in a request. None: such names are unknown models."""

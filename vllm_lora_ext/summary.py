@@ -11,6 +11,8 @@ import torch
 from vllm_lora_ext.adapters.limits import slot_rank
 from vllm_lora_ext.adapters.model import LowRank, RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.readers.base import Reader
+from vllm_lora_ext.adapters.readers.native_routing import shared_routers
+from vllm_lora_ext.adapters.template import Template
 from vllm_lora_ext.kernels.gated_lora.memory import ROUTER_BYTES
 from vllm_lora_ext.kernels.gated_lora.memory import slot_bytes as site_bytes
 from vllm_lora_ext.routing import GateSpec
@@ -55,10 +57,30 @@ def summarise(adapter: RoutedAdapter, reader: Reader | None = None) -> dict[str,
         "digest": adapter.digest,
         "modules": _groups(adapter),
         "blocks": _block_groups(adapter),
+        "fields": request_fields(adapter),
         "settings": dict(reader.settings) if reader else {},
         "flags": flags,
         "serve": " ".join(["vllm serve", adapter.base_model or "BASE", *flags]),
     }
+
+
+def request_fields(adapter: RoutedAdapter) -> dict[str, str]:
+    """Which keys of a request's `lora_ext` mean something to an adapter → what they must hold."""
+    fields = {"adapters": "its name; scale, spans, modality"}
+    template = adapter.template
+    if template is not None and template.user is not None:
+        fields["user"] = f"{template.user} numbers, needed"
+    if template is not None and template.instruction:
+        fields["instruction"] = "a text, or ids; the last user message without it"
+    experts = [column.expert for column in adapter.columns if column.expert]
+    if experts:
+        fields["gates"] = "weights of " + ", ".join(experts)
+    modalities = {m for column in adapter.columns for m in column.modalities} - {"text"}
+    if modalities:
+        fields["modality_spans"] = "where no multimodal input says it: " + ", ".join(
+            sorted(modalities)
+        )
+    return fields
 
 
 def system_row(reader: Reader) -> dict[str, Any]:
@@ -88,6 +110,10 @@ def slot_bytes(adapter: RoutedAdapter, max_rank: int, on_cpu: bool) -> int:
             total += _STORED.itemsize * max_rank * (width + out)
         else:
             total += site_bytes(width, (out,), max_rank, _router_rows(layer), _STORED, on_cpu)
+    if adapter.template is not None:
+        rows = adapter.template.router_rows
+        for width, out in adapter.template.sizes.values():
+            total += site_bytes(width, (out,), max_rank, rows, _STORED, on_cpu)
     return total + sum(ROUTER_BYTES * b.router_GK.numel() for b in adapter.blocks.values())
 
 
@@ -97,12 +123,18 @@ def _router_rows(layer: RoutedModule | LowRank) -> int:
 
 
 def adapter_bytes(adapter: RoutedAdapter) -> int:
-    """Bytes of the tensors themselves; an A that experts share counts once."""
+    """Bytes of the tensors themselves; an A that experts share counts once. What adapters are made
+    of for a request stays in host memory, as it was read."""
+    if adapter.template is not None:
+        return adapter.template.nbytes
     layers = [layer for _, layer in _low_ranks(adapter)]
     weights = [tensor for layer in layers for tensor in (layer.a_RK, layer.b_NR)]
     gates: list[torch.Tensor | None] = [block.router_GK for block in adapter.blocks.values()]
-    for module in adapter.modules.values():
-        gates += [module.router_GK, module.bias_G, module.head_K]
+    owners = shared_routers(adapter.modules)
+    for name, module in adapter.modules.items():
+        gates += [module.head_K]
+        if name not in owners:
+            gates += [module.router_GK, module.bias_G, module.logit_bias_G]
     return sum(t.numel() * _STORED.itemsize for t in weights) + sum(
         t.numel() * ROUTER_BYTES for t in gates if t is not None
     )
@@ -129,15 +161,35 @@ def _is_stock(name: str, layer: RoutedModule | LowRank) -> bool:
 
 
 def _groups(adapter: RoutedAdapter) -> list[dict[str, Any]]:
+    if adapter.template is not None:
+        return _made_groups(adapter.template)
     groups: dict[tuple[object, ...], dict[str, Any]] = {}
+    owners = shared_routers(adapter.modules)
     for name, module in adapter.modules.items():
         short = _LAYER.sub(".*.", name)
+        router_of = _LAYER.sub(".*.", owners.get(name, ""))
         a, b = module.a_RK, module.b_NR
         fields = _gate_fields(module.gate, module.rank) | {
             "in": a.shape[1], "out": b.shape[0], "shared_a": a.shape[0] != b.shape[1],
+            "router_of": router_of,
         }  # fmt: skip
-        key = (short, tuple(a.shape), tuple(b.shape), module.gate)
+        key = (short, tuple(a.shape), tuple(b.shape), module.gate, router_of)
         groups.setdefault(key, {"name": short, "layers": 0, **fields})["layers"] += 1
+    return list(groups.values())
+
+
+def _made_groups(template: Template) -> list[dict[str, Any]]:
+    """Layers of adapters that are made for a request."""
+    rank, kind = template.rank, "an instruction" if template.instruction else "a user"
+    groups: dict[tuple[object, ...], dict[str, Any]] = {}
+    for name, (width, out) in template.sizes.items():
+        short = _LAYER.sub(".*.", name)
+        fields = {
+            "name": short, "layers": 0, "experts": template.router_rows or 1, "ranks": [rank],
+            "rank": rank, "gate": "made for " + kind,
+            "in": width, "out": out, "shared_a": False, "router_of": "",
+        }  # fmt: skip
+        groups.setdefault((short, width, out), fields)["layers"] += 1
     return list(groups.values())
 
 

@@ -22,8 +22,9 @@ from make_adapters import (
 from transformers import AutoConfig
 
 from vllm_lora_ext.adapters import RoutedAdapter, check_adapter, load_adapter, write_native
+from vllm_lora_ext.conditions.column import Column
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.routing import GateSpec
+from vllm_lora_ext.routing import GateSpec, InputNorm
 
 
 @pytest.fixture(scope="session")
@@ -37,28 +38,135 @@ def same(left: RoutedAdapter, right: RoutedAdapter) -> bool:
         right.system, right.base_model, set(right.modules)
     ):  # fmt: skip
         return False
+    if left.columns != right.columns:
+        return False
     for name, module in left.modules.items():
+        if not same_norm(module.norm, right.modules[name].norm):
+            return False
         for field in dataclasses.fields(module):
             one, two = getattr(module, field.name), getattr(right.modules[name], field.name)
             if isinstance(one, torch.Tensor) and isinstance(two, torch.Tensor):
                 if one.dtype != two.dtype or not torch.equal(one, two):
                     return False
+            elif field.name == "norm":
+                continue
             elif isinstance(one, torch.Tensor) or isinstance(two, torch.Tensor) or one != two:
                 return False
     return True
+
+
+def same_norm(one: InputNorm | None, two: InputNorm | None) -> bool:
+    if one is None or two is None:
+        return one is two
+    if (one.width, one.tail_sum, one.tail_squares) != (two.width, two.tail_sum, two.tail_squares):
+        return False
+    tails = one.tail_G, two.tail_G
+    equal = tails == (None, None) or (None not in tails and torch.equal(*tails))
+    return equal and torch.equal(one.row_sums_G, two.row_sums_G)
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32 - 1))
 def test_round_trip(seed, config, tmp_path):
     adapter = random_adapter(
-        config, seed, lambda rng: random_spec(rng, stable=False), layers=[0, 2], base_model="o/b"
-    )
+        config, seed, lambda rng: random_spec(rng, stable=False, wide=True), layers=[0, 2],
+        base_model="o/b",
+    )  # fmt: skip
     check_adapter(adapter)
     back = load_adapter(write_native(adapter, tmp_path / "a"))
     assert same(adapter, back)
     again = load_adapter(write_native(back, tmp_path / "b"))
     assert again.digest == back.digest
+
+
+def test_columns_and_gates_that_read_them(config, tmp_path):
+    gate = GateSpec(source="position", blocks=(3, 2))
+    adapter = random_adapter(config, 1, gate, layers=[0])
+    columns = Column(modalities=("image",)), Column(spans=((2, None),), expert="code")
+    adapter = dataclasses.replace(adapter, columns=columns)
+    assert same(adapter, load_adapter(write_native(adapter, tmp_path / "a")))
+    with pytest.raises(AdapterError, match="bad_gate"):
+        load_adapter(
+            write_native(dataclasses.replace(adapter, columns=columns[:1]), tmp_path / "b")
+        )
+
+
+QKV = ("q_proj", "k_proj", "v_proj")
+
+
+@pytest.fixture
+def fused(config):
+    """q, k and v, each with experts of its own, behind one router."""
+    spec = dataclasses.replace(router_spec(), normalise="layer")
+    adapter = random_adapter(config, 1, spec, targets=QKV, layers=[0, 1])
+    modules = dict(adapter.modules)
+    for name, module in adapter.modules.items():
+        q = adapter.modules[name.rsplit(".", 1)[0] + ".q_proj"]
+        modules[name] = dataclasses.replace(
+            module, router_GK=q.router_GK, logit_bias_G=q.logit_bias_G, norm=q.norm
+        )
+    return dataclasses.replace(adapter, modules=modules)
+
+
+def test_one_router_for_a_fused_layer_stands_in_the_file_once(fused, tmp_path):
+    folder = write_native(fused, tmp_path / "a")
+    section = json.loads((folder / "adapter_config.json").read_text())["routing"]
+    stem = "model.layers.{}.self_attn.{}_proj"
+    first = {stem.format(i, s): stem.format(i, "k") for i in (0, 1) for s in "qv"}
+    assert section["routers"] == first  # the first one by name has it
+    back = load_adapter(folder)
+    assert same(fused, back)
+    for i in (0, 1):
+        q, k = (back.modules[stem.format(i, s)] for s in "qk")
+        assert q.router_GK is k.router_GK
+    assert (
+        write_native(back, tmp_path / "b").joinpath("adapter_config.json").read_bytes()
+        == (folder / "adapter_config.json").read_bytes()
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        (lambda r: {"q_proj": "k_proj", "v_proj": "k_proj"}, None),
+        (lambda r: {"self_attn.q_proj": "self_attn.k_proj", "v_proj": "k_proj"}, None),
+        (lambda r: {}, "missing_tensor"),
+        (lambda r: r | {"gate_proj": "k_proj"}, "bad_gate"),
+        (lambda r: {"q_proj": "up_proj", "v_proj": "k_proj"}, "bad_gate"),
+        (lambda r: {"q_proj": "q_proj", "v_proj": "k_proj"}, "bad_gate"),
+        (lambda r: {"q_proj": 3, "v_proj": "k_proj"}, "bad_gate"),
+        (lambda r: {"q_proj": "v_proj", "v_proj": "k_proj"}, "missing_tensor"),
+        (lambda r: r | {"k_proj": "q_proj"}, "unexpected_tensor"),
+        (lambda r: [], "bad_value"),
+    ],
+)  # fmt: skip
+def test_routers_in_common_are_read_strictly(fused, tmp_path, change, code):
+    folder = write_native(fused, tmp_path / "a")
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["routing"]["routers"] = change(config["routing"]["routers"])
+    path.write_text(json.dumps(config))
+    if code is None:
+        assert same(fused, load_adapter(folder))
+    else:
+        with pytest.raises(AdapterError) as caught:
+            load_adapter(folder)
+        assert caught.value.code == code
+
+
+def test_another_gate_on_one_router_is_refused(fused, tmp_path):
+    name = "model.layers.0.self_attn.v_proj"
+    other = dataclasses.replace(fused.modules[name].gate, k=1)
+    changed = dict(fused.modules)
+    changed[name] = dataclasses.replace(fused.modules[name], gate=other)
+    folder = write_native(dataclasses.replace(fused, modules=changed), tmp_path / "a")
+    assert load_adapter(folder).modules[name].gate == other  # it has a copy of its own
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["routing"]["routers"][name] = "model.layers.0.self_attn.k_proj"
+    path.write_text(json.dumps(config))
+    with pytest.raises(AdapterError):
+        load_adapter(folder)
 
 
 def test_embeddings_and_half_precision(tmp_path):

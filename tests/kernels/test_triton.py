@@ -111,7 +111,7 @@ class Batch:
         self.site.step = StepMap(max(t, 1) + 5, DEVICE, tiled=True)
         self.number = register_site(self.site)
         self.x_TK = torch.randn(t, k).to(dtype).to(DEVICE)
-        self.rows_TC = random_rows(self.rng, t, MAX_COLUMNS)
+        self.rows_TC = random_rows(np.random.default_rng(seed), t, MAX_COLUMNS)
         self.map(self.rng.integers(-1, slots, t))
 
     def map(self, slots_T):

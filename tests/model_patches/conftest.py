@@ -110,10 +110,17 @@ def _context(config: Any) -> Iterator[None]:
         yield
 
 
-def make_harness(folder: Path, settings: dict[str, Any], options: dict[str, Any]) -> Harness:
+def make_harness(
+    folder: Path, settings: dict[str, Any], options: dict[str, Any], weights: bool = False
+) -> Harness:
+    """A harness whose adapters lie in `folder`; with or without the model's `weights`."""
     _start()
     from vllm.engine.arg_utils import EngineArgs
-    from vllm.model_executor.model_loader.utils import initialize_model
+    from vllm.model_executor.model_loader import get_model_loader
+    from vllm.model_executor.model_loader.utils import (
+        initialize_model,
+        process_weights_after_loading,
+    )
     from vllm.utils.torch_utils import set_default_torch_dtype
     from vllm.v1.worker import lora_model_runner_mixin
 
@@ -121,6 +128,9 @@ def make_harness(folder: Path, settings: dict[str, Any], options: dict[str, Any]
     config = EngineArgs(**(OPTIONS | options | additional)).create_engine_config()
     with _context(config), set_default_torch_dtype(config.model_config.dtype):
         model = initialize_model(config)  # its weights are whatever the memory holds
+        if weights:
+            get_model_loader(config.load_config).load_weights(model, config.model_config)
+            process_weights_after_loading(model, config.model_config, torch.device("cpu"))
         worker = lora_model_runner_mixin.LRUCacheWorkerLoRAManager(
             config, torch.device("cpu"), model.embedding_modules
         )

@@ -12,7 +12,8 @@ import torch
 from vllm.lora.request import LoRARequest
 
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.model_patches.admission import Admitted, _patch_async, _patch_sync
+from vllm_lora_ext.model_patches.admission import _patch_async, _patch_sync
+from vllm_lora_ext.model_patches.admitted import Admitted
 from vllm_lora_ext.model_patches.core import ADD
 from vllm_lora_ext.model_patches.ledger import MEMORY_IDS
 from vllm_lora_ext.model_patches.refused import RefusedRequest
@@ -38,7 +39,10 @@ class Core:
         if request.lora_path in self.errors:
             return {"error": str(self.errors[request.lora_path])}
         evicted, self.evicts = self.evicts, []
-        return {"version": f"v{len(self.asked)}", "evicted": evicted}
+        return {
+            "version": f"v{len(self.asked)}", "evicted": evicted,
+            "understands": {"columns": [], "user": None, "instruction": False},
+        }  # fmt: skip
 
     @property
     def paths(self) -> list[str]:

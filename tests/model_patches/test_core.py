@@ -30,10 +30,13 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_lora_ext import plugin
+from vllm_lora_ext.conditions.column import Column
+from vllm_lora_ext.conditions.recipe import DERIVED_IDS
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.core import ADD
 from vllm_lora_ext.model_patches.ledger import MEMORY_IDS
-from vllm_lora_ext.model_patches.residency import Prepared
+from vllm_lora_ext.model_patches.plan import plan_of
+from vllm_lora_ext.model_patches.residency import Prepared, SlotPart
 
 plugin.register()
 BLOCK = 16
@@ -62,6 +65,7 @@ class Core:
         self.workers = Engine(files)
         self.kv: dict[tuple[int, int], str] = {}
         self._tables: dict[str, list[int]] = {}
+        self.plans: dict[str, Any] = {}
         self._lora: dict[str, str] = {}
         self.hits: list[int] = []
         self.batches: list[set[str]] = []
@@ -98,6 +102,7 @@ class Core:
             self._tables[new.req_id] = list(new.block_ids[0])
             self._lora[new.req_id] = new.lora_request and new.lora_request.lora_int_id
             at[new.req_id] = hits[new.req_id] = new.num_computed_tokens
+            self.plans[new.req_id] = plan_of(new)
         cached = scheduled.scheduled_cached_reqs
         for i, key in enumerate(cached.req_ids):
             blocks, at[key] = cached.new_block_ids[i], cached.num_computed_tokens[i]
@@ -132,11 +137,15 @@ class Core:
         found = {self.kv[self._tables[key][p // BLOCK], p % BLOCK] for p in range(count)}
         assert found <= {self._version(key)}, f"{key} reads KV of {found}"
 
-    def request(self, key: str, lora: LoRARequest | None, prompt: Any = None, n: int = 4) -> Any:
-        params = SamplingParams(max_tokens=n, ignore_eos=True)
+    def request(
+        self, key: str, lora: LoRARequest | None, prompt: Any = None, n: int = 4, says: Any = None,
+        resumable: bool = False,
+    ) -> Any:  # fmt: skip
+        params = SamplingParams(max_tokens=n, ignore_eos=True, extra_args=says)
         return EngineCoreRequest(
-            key, list(prompt or PROMPT), None, params, None, 0.0, lora, None, None
-        )
+            key, list(prompt or PROMPT), None, params, None, 0.0, lora, None, None,
+            resumable=resumable,
+        )  # fmt: skip
 
     def add(self, key: str, lora: LoRARequest | None, **more: Any) -> None:
         self.core.add_request(*self.core.preprocess_add_request(self.request(key, lora, **more)))
@@ -293,6 +302,132 @@ def test_waiting_while_its_adapter_is_replaced(core):
     assert core.hits == [0, 0]
 
 
+ALORA = Column(invocation=(PROMPT[40], PROMPT[41]))
+
+
+def aloras(core: Core) -> None:
+    """Version v1 is an Activated LoRA; v2 one with another invocation, w1 is plain."""
+    late = Column(invocation=(PROMPT[20], PROMPT[21]))
+    for rank in core.workers.ranks:
+        rank.made_of["v1"] = (SlotPart("v1", columns=(ALORA,)),)
+        rank.made_of["v2"] = (SlotPart("v2", columns=(late,)),)
+        rank.made_of["t1"] = ()
+        rank.made_of["mix"] = (SlotPart("v1", by_row=True, columns=(ALORA,)), SlotPart("w1", 0.5))
+        rank.made_of["moe"] = (SlotPart("m", by_row=True, blocks=True),)
+    core._check_hit = lambda key, count: core.hits.append(count)
+
+
+def error_of(last: dict[str, Any], key: str) -> str:
+    assert last[key].finish_reason is FinishReason.ERROR
+    return AdapterError.parse(last[key].stop_reason).code
+
+
+def test_a_request_that_says_nothing_has_its_adapters_columns(core):
+    aloras(core)
+    params = SamplingParams(max_tokens=4)
+    core.add("base", None)
+    core.finish()
+    core.add("first", lora("a", 1))
+    core.finish()
+    core.add("again", lora("a", 1))
+    core.finish()
+    core.add("plain", lora("b", 2, "/b"))
+    core.finish()
+    assert core.hits == [0, 2 * BLOCK, 3 * BLOCK, 0], "the base's blocks before it starts"
+    assert core.plans["first"].columns == (ALORA,) and core.plans["plain"] is None
+    core.add("base2", None, prompt=[*PROMPT])
+    core.finish()
+    assert core.hits[-1] == 3 * BLOCK and params.extra_args is None
+
+
+def test_a_plan_must_fit_what_is_loaded(core):
+    aloras(core)
+    other = {"lora_ext": {"columns": [{"invocation": [1]}]}}
+    for key, says in {
+        "none": {"lora_ext": {"columns": []}}, "other": other,
+        "unknown": {"lora_ext": {"columns": [{"x": 1}]}}, "no_list": {"lora_ext": {"columns": 3}},
+    }.items():  # fmt: skip
+        core.add(key, lora("a", 1), says=says)
+    core.add("fits", lora("a", 1), says={"lora_ext": {"columns": [ALORA.to_dict()]}, "x": 1})
+    core.add("session", lora("a", 1), resumable=True)
+    last = core.finish()
+    codes = {key: error_of(last, key) for key in last if key != "fits"}
+    assert codes == {
+        "none": "adapter_changed", "other": "adapter_changed", "unknown": "unknown_key",
+        "no_list": "bad_value", "session": "unsupported_feature",
+    }  # fmt: skip
+    assert last["fits"].finish_reason is FinishReason.LENGTH
+
+
+def test_a_template_and_experts_that_are_blocks(core):
+    aloras(core)
+    core.write("/t", "t1")
+    core.write("lora_ext:moe", "moe")
+    assert core.core.add_lora(lora("t", 3, "/t")), "it can be loaded, and waits for requests"
+    core.add("template", lora("t", 3, "/t"))
+    moe = lora("moe", DERIVED_IDS + 1, "lora_ext:moe")
+    core.add("whole", moe, says={"lora_ext": {"columns": [{}]}})
+    core.add("half", moe, says={"lora_ext": {"columns": [{"scale": 0.5}]}})
+    last = core.finish()
+    assert error_of(last, "template") == "missing_setting"
+    assert error_of(last, "half") == "unsupported_feature"
+    assert last["whole"].finish_reason is FinishReason.LENGTH
+    with pytest.raises(AdapterError, match="missing_setting"):
+        core.core.pin_lora(3)
+
+
+def test_a_derived_adapter_of_an_old_part_keeps_its_keys(core):
+    aloras(core)
+    core.write("lora_ext:mix", "mix")
+    mix = lora("mix", DERIVED_IDS, "lora_ext:mix")
+    says = {"lora_ext": {"columns": [{"spans": [[0, None]]}, ALORA.to_dict()]}}
+    core.add("mix", mix, says=says)
+    core.finish()
+    core.core.add_lora(lora("a", 1))
+    core.write("/a", "v2")
+    core.core.add_lora(lora("a", 1, inplace=True))
+    core.add("again", mix, says=says)
+    core.finish()
+    assert core.hits == [0, 3 * BLOCK]
+    core.write("lora_ext:other", "w1")  # of another recipe, whose id is the same
+    core.add("other", lora("other", DERIVED_IDS, "lora_ext:other"))
+    assert core.finish()["other"].finish_reason is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize("when", ["waiting", "running", "preempted"])
+def test_columns_that_change_under_a_request(core, when):
+    """A worker that knows a request knows its old columns."""
+    aloras(core)
+    core.add("r", lora("a", 1), n=30)
+    if when != "waiting":
+        core.step()
+        core.step()
+    if when == "preempted":
+        core.core.scheduler._preempt_request(core.core.scheduler.running.pop(), 0.0)
+    core.write("/a", "v2")
+    core.core.add_lora(lora("a", 1, inplace=True))
+    last = core.finish()
+    if when == "waiting":
+        assert last["r"].finish_reason is FinishReason.LENGTH
+        assert core.plans["r"].columns[0].invocation == (PROMPT[20], PROMPT[21])
+    else:
+        assert error_of(last, "r") == "adapter_changed"
+
+
+def test_positions_of_answers_that_come_too_late(core):
+    aloras(core)
+    core.write("lora_ext:mix", "mix")
+    mix = lora("mix", DERIVED_IDS, "lora_ext:mix")
+    core.core.add_lora(lora("a", 1))
+    core.core._lora_ext._conditions._ahead = True
+    for key, stop in (("late", len(PROMPT) + 1), ("end", len(PROMPT)), ("open", None)):
+        columns = [{"spans": [[3, stop]]}, ALORA.to_dict()]
+        core.add(key, mix, says={"lora_ext": {"columns": columns}})
+    last = core.finish()
+    assert error_of(last, "late") == "unsupported_feature"
+    assert {last[k].finish_reason for k in ("end", "open")} == {FinishReason.LENGTH}
+
+
 @pytest.mark.parametrize("steps", range(1, 8))
 def test_running_while_its_adapter_is_replaced(core, steps):
     """Neither version may ever read what it computed across the replacement."""
@@ -381,8 +516,10 @@ def test_the_answer_of_add_names_what_was_evicted(core):
     for rank in core.workers.ranks:
         rank.room = 1
     add = getattr(core.core, ADD)
-    assert add(lora("a", 1)) == {"version": "v1", "evicted": []}
-    assert add(["b", 2, "/b"]) == {"version": "w1", "evicted": [1]}  # as it comes over the wire
+    understands = {"columns": [], "user": None, "instruction": False}
+    assert add(lora("a", 1)) == {"version": "v1", "evicted": [], "understands": understands}
+    again = add(["b", 2, "/b"])  # as it comes over the wire
+    assert again == {"version": "w1", "evicted": [1], "understands": understands}
     assert "not_found" in add(lora("x", 3, "/gone"))["error"]
 
 
@@ -408,9 +545,9 @@ def test_a_core_in_a_process_of_its_own_steps_on_while_workers_read(process):
     assert not future.done() and first.held == {} and process.core.has_work()
     second.slow.clear()
     process.step()
-    assert future.result() == {"version": "v1", "evicted": []} and second.held == {1: "v1"}
+    assert future.result()["version"] == "v1" and second.held == {1: "v1"}
     assert not process.core.has_work()
-    assert add(lora("a", 1)) == {"version": "v1", "evicted": []}, "held: at once"
+    assert add(lora("a", 1))["version"] == "v1", "held: at once"
 
 
 def test_loads_of_one_id_follow_each_other_and_others_do_not_wait(process):

@@ -18,7 +18,7 @@ from vllm.exceptions import VLLMError
 
 from vllm_lora_ext import plugin
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.model_patches.admission import Admitted
+from vllm_lora_ext.model_patches.admitted import Admitted
 from vllm_lora_ext.model_patches.refused import RefusedRequest, status_of
 from vllm_lora_ext.serving import from_lorax, parse
 
@@ -43,7 +43,10 @@ class Engine:
         if self.error is not None:
             raise self.error
         self.loaded.append(request)
-        Admitted.of(self).loaded(request, {"version": f"v{len(self.loaded)}", "evicted": []})
+        understands = {"columns": [], "user": None, "instruction": False}
+        version = f"v{len(self.loaded)}"
+        reply = {"version": version, "evicted": [], "understands": understands}
+        Admitted.of(self).loaded(request, reply)
         return True
 
 

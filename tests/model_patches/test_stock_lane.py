@@ -106,7 +106,10 @@ def load_bytes(h: Any, adapter: RoutedAdapter) -> int:
             {}, {"heads": {"score": Head(normal(MOST, WIDTH))}}, "shape_mismatch",
             f"--max-lora-cls-labels {MOST}",
         ),
-        ({}, {"heads": {"classifier": Head(normal(LABELS, WIDTH))}}, "unsupported_feature", "score"),
+        (
+            {}, {"heads": {"classifier": Head(normal(LABELS, WIDTH))}}, "unsupported_feature",
+            "score",
+        ),
         (
             {"dtype": "float16"}, {"heads": {"score": Head(normal(LABELS, WIDTH) + 1e5)}},
             "overflow", "score",

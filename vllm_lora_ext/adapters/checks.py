@@ -20,7 +20,7 @@ from vllm_lora_ext.adapters.parts import check_parts
 from vllm_lora_ext.conditions.column import Column
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.routing import GateSpec
-from vllm_lora_ext.routing.spec import GIVEN
+from vllm_lora_ext.routing.spec import GIVEN, ROUTED
 
 # Linears of an MLP block on which experts may stand, by how the model spells its block.
 BLOCK_PARTS = (
@@ -189,11 +189,12 @@ def _check_matrices(name: str, module: RoutedModule) -> None:
 
 def _check_gate_tensors(name: str, module: RoutedModule) -> None:
     gate, width = module.gate, module.a_RK.shape[1]
-    routed = gate.source in ("router", "prototype")
+    routed = gate.source in ROUTED
     wanted: tuple[tuple[str, torch.Tensor | None, bool, list[int]], ...] = (
         ("router", module.router_GK, routed, [gate.num_gates, width]),
         ("bias", module.bias_G, gate.bias != "none", [gate.num_gates]),
         ("threshold head", module.head_K, gate.threshold_head, [width]),
+        *_norm_tensors(module),
     )
     for what, tensor, needed, shape in wanted:
         if tensor is None and needed:
@@ -213,6 +214,21 @@ def _check_gate_tensors(name: str, module: RoutedModule) -> None:
             )  # fmt: skip
 
 
+def _norm_tensors(
+    module: RoutedModule,
+) -> list[tuple[str, torch.Tensor | None, bool, list[int]]]:
+    """What belongs to a router that reads a normalised input, and the bias of any router."""
+    gate, norm = module.gate, module.norm
+    shape = [gate.num_gates]
+    sums = None if norm is None else norm.row_sums_G
+    found = [("input norm", sums, gate.normalise != "none", shape)]
+    if norm is not None and norm.tail_G is not None:
+        found.append(("input norm's constant part", norm.tail_G, True, shape))
+    if module.logit_bias_G is not None:
+        found.append(("logit bias", module.logit_bias_G, gate.source in ROUTED, shape))
+    return found
+
+
 def _check_columns(name: str, gate: GateSpec, columns: Sequence[Column]) -> None:
     """Gates that come with each row: which one reads what is the adapter's to say."""
     if gate.source in GIVEN and gate.num_gates != len(columns):
@@ -228,7 +244,14 @@ def _check_finite(name: str, module: RoutedModule) -> None:
         "A": module.a_RK, "B times its scale": module.b_NR, "router": module.router_GK,
         "bias": module.bias_G, "threshold head": module.head_K,
         "threshold head's bias": torch.tensor(module.head_bias),
+        "logit bias": module.logit_bias_G,
     }  # fmt: skip
+    if module.norm is not None:
+        norm = module.norm
+        tensors |= {
+            "input norm": norm.row_sums_G, "input norm's constant part": norm.tail_G,
+            "input norm's sums": torch.tensor([norm.tail_sum, norm.tail_squares]),
+        }  # fmt: skip
     _refuse_not_finite(name, tensors)
 
 
@@ -240,12 +263,12 @@ def _refuse_not_finite(name: str, tensors: Mapping[str, torch.Tensor | None]) ->
 
 def _check_block(name: str, block: MixBlock) -> None:
     gate = block.gate
-    plain = gate.bias == "none" and not gate.threshold_head
+    plain = gate.bias == gate.normalise == "none" and not (gate.threshold_head or gate.product)
     if gate.source != "router" or not plain:
         raise AdapterError(
             "unsupported_feature", f"the MLP block {name} has a gate that blocks do not have",
-            seen=gate.to_dict(), limit="a router without bias or threshold head",
-            fix="use experts of single layers",
+            seen=gate.to_dict(), limit="a router without bias, threshold head, normalised input and"
+            " product", fix="use experts of single layers",
         )  # fmt: skip
     names = set(block.parts)
     if not names or not any(names <= known for known in BLOCK_PARTS):

@@ -245,6 +245,14 @@ class AdapterFolder:
         """Mark tensors as known and of no use for serving (a base weight saved along)."""
         self._taken.update(names)
 
+    def read_tensors(self) -> list[str]:
+        """Names of the tensors that were read, and not skipped."""
+        return [name for name in self.names if f"tensor {name}" in self._parts]
+
+    def settings(self) -> dict[str, Any]:
+        """All that the sidecar says, and what was given in its place."""
+        return dict(self._sidecar)
+
     def finish(self) -> str:
         """Refuse what no reader asked for; then the sha256 over all that was read.
 

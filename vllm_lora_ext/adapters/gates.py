@@ -11,7 +11,7 @@ MAX_GATES = 1 << 16
 # Beyond these, float32 makes infinity or NaN of ordinary logits, or a gate that does nothing.
 BOUNDS = {
     "temperature": (1e-6, 1e6), "score_temperature": (1e-6, 1e6), "threshold": (-1e6, 1e6),
-    "mask_below": (-1e6, 1e6), "constant": (-1e6, 1e6),
+    "mask_below": (-1e6, 1e6), "constant": (-1e6, 1e6), "normalise_eps": (1e-12, 1e6),
 }  # fmt: skip
 
 

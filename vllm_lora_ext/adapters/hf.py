@@ -140,4 +140,6 @@ def _to(module: RoutedModule, layer: nn.Module) -> RoutedModule:
         for field in dataclasses.fields(module)
         if isinstance(value := getattr(module, field.name), torch.Tensor)
     }
+    if module.norm is not None:
+        moved["norm"] = module.norm.map(lambda t: None if t is None else t.to(device))
     return dataclasses.replace(module, **moved)

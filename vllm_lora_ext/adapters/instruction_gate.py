@@ -126,8 +126,8 @@ class InstructionTemplate:
     def _head_size(self) -> int:
         if self.head_size is None:
             raise AdapterError(
-                "missing_setting", "'head_size' (rows per attention head of the base model) is in no"
-                " file of this adapter, and its rows of q and k are ordered by it",
+                "missing_setting", "'head_size' (rows per attention head of the base model) is in"
+                " no file of this adapter, and its rows of q and k are ordered by it",
                 fix="serve it, which knows the base model, or add \"head_size\" to routing.json",
             )  # fmt: skip
         return self.head_size

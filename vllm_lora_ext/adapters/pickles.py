@@ -20,6 +20,8 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 def load_pickle(path: Path, name: str, limit: int, most: int) -> dict[str, torch.Tensor]:
     """The tensors of a file that `torch.save` wrote, each in memory of its own.
 
+    Of a checkpoint whose tensors stand under `model`, beside settings and other things, those.
+
     Args:
         name: the file, for messages.
         limit: bytes of the file, of what it unpacks to, and of all tensors together.
@@ -41,7 +43,13 @@ def load_pickle(path: Path, name: str, limit: int, most: int) -> dict[str, torch
     except Exception as error:  # weights_only raises many kinds, and each of them means no
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise _refused(name, first) from error
-    return _tensors(name, loaded, limit, most)
+    return _tensors(name, _model(loaded), limit, most)
+
+
+def _model(loaded: object) -> object:
+    """Of a trainer's checkpoint (fairseq: cfg, model, optimizer, ...) the model."""
+    inside = isinstance(loaded, Mapping) and loaded.get("model")
+    return inside if isinstance(inside, Mapping) else loaded
 
 
 def _tensors(name: str, loaded: object, limit: int, most: int) -> dict[str, torch.Tensor]:

@@ -167,9 +167,14 @@ def load_adapter(
         roots=roots, allow_pickle=pickle is not None, accepted=accept_config_keys,
         head_size=head_size,
     )  # fmt: skip
+    return read_adapter(folder, parts=parts)
+
+
+def read_adapter(folder: AdapterFolder, *, parts: bool = False) -> RoutedAdapter:
+    """As `load_adapter`, of a folder that is open already, and not read."""
     adapter = find_reader(folder).read(folder)
     digest = folder.finish()
-    adapter = dataclasses.replace(adapter, source=os.fspath(path), digest=digest)
+    adapter = dataclasses.replace(adapter, source=os.fspath(folder.path), digest=digest)
     check_adapter(adapter)
     if not parts:
         refuse_parts(adapter)

@@ -26,8 +26,9 @@ def inspect(
 ) -> None:
     """Read and check an adapter as the server would, and say which flags the server needs.
 
-    Prints its system, experts, ranks and gates and where they stand, the memory of a slot, and
-    what `routing.json` must hold. Exit code 0: it can be served, 1: it cannot, and why.
+    Prints its system, experts, ranks and gates and where they stand, the memory of a slot, which
+    fields of a request it understands, and what `routing.json` must hold. Exit code 0: it can be
+    served, 1: it cannot, and why.
 
     Examples: `vllm-lora-ext inspect adapters/routed`
 
@@ -56,6 +57,8 @@ def inspect(
         out.print(_modules(summary["modules"]))
     if summary["blocks"]:
         out.print(_blocks(summary["blocks"]))
+    for name, meaning in summary["fields"].items():
+        out.print(f"lora_ext of a request: [bold]{name}[/] {escape(meaning)}", highlight=False)
     for name, meaning in summary["settings"].items():
         out.print(f"routing.json: [bold]{name}[/] {escape(meaning)}", highlight=False)
     out.print("serve it with:\n  " + escape(summary["serve"]), highlight=False, soft_wrap=True)
@@ -78,7 +81,8 @@ def _modules(groups: list[dict[str, Any]]) -> Table:
     made = table("modules", "layers", "experts", "ranks", "in → out", "gate")
     for group in groups:
         shape = f"{group['in']} → {group['out']}" + (", one A" if group["shared_a"] else "")
-        made.add_row(*_cells(group, shape, group["gate"]))
+        of = f", router of {group['router_of']}" if group["router_of"] else ""
+        made.add_row(*_cells(group, shape, group["gate"] + of))
     return made
 
 

@@ -96,11 +96,14 @@ def fold(adapter: RoutedAdapter, config: Mapping[str, Any]) -> Factors:
     """
     gated = [name for name, m in adapter.modules.items() if m.gate.source != "none"]
     gated += list(adapter.blocks)
+    if adapter.template is not None:
+        gated += list(adapter.template.sizes)
     if gated:
         raise AdapterError(
             "unsupported_feature", f"{adapter.source or 'the adapter'} is routed ({adapter.system})"
-            " and cannot be merged: its gates depend on the token", seen=sorted(gated)[0],
-            limit="ordinary LoRA", fix="serve it as it is, or put routed adapters of"
+            " and cannot be merged: its gates depend on the token, or on the request",
+            seen=sorted(gated)[0], limit="ordinary LoRA",
+            fix="serve it as it is, or put routed adapters of"
             " one kind side by side with `vllm-lora-ext bundle --routed A --routed B`",
         )  # fmt: skip
     embeddings = [name for name, m in adapter.modules.items() if m.kind == "embedding"]

@@ -45,6 +45,13 @@ def concat_routed(adapters: Sequence[RoutedAdapter], k: int | None = None) -> Ro
         )  # fmt: skip
     for adapter in adapters:
         check_adapter(adapter)
+        if adapter.columns or adapter.template is not None:
+            raise AdapterError(
+                "unsupported_feature", "the gates of this adapter come with the request or the"
+                " token's position, and have no place under one router", seen=adapter.system,
+                limit="adapters whose gates read the token", fix="name it in the request's"
+                " `adapters` beside the others",
+            )  # fmt: skip
     base = one_base(adapter.base_model for adapter in adapters)
     modules = {
         name: _concat_modules(name, layers, k)

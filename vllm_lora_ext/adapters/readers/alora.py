@@ -18,7 +18,7 @@ _LARGEST_ID = 1 << 31
 
 
 def detect(folder: AdapterFolder) -> bool:
-    return plain.is_pairs(folder) and folder.config.get(KEY) not in plain.NOTHING
+    return plain.is_pairs(folder) and plain.is_activated(folder)
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
@@ -52,8 +52,9 @@ READER = Reader(
     detect=detect,
     read=read,
     paper="Activated LoRA: Fine-tuned LLMs for Intrinsics (arXiv 2504.12397)",
-    summary="A LoRA that acts from its invocation tokens on. The tokens before have the base model's"
-    " keys and values, and share its prefix cache.",
+    summary="A LoRA that acts from its invocation tokens on. The tokens before have the base"
+    " model's keys and values, and share its prefix cache.",
+    request="nothing: the start is found in the prompt's token ids",
     formula="y_t = W x_t + alpha/r B A x_t  from the first token of the last occurrence of\n"
     "alora_invocation_tokens in the prompt on;  y_t = W x_t before, and without an occurrence",
     traps=(

@@ -29,6 +29,7 @@ class Reader:
         settings: name → meaning of what the files leave out and the sidecar `routing.json` (or
             `convert --set`) must say.
         traps: what is easily taken wrongly about this format, a sentence each.
+        request: what of a request its numbers depend on, beside the tokens; empty: nothing.
         refused: why a known format is not served; empty for the others. `read` then raises.
     """
 
@@ -44,4 +45,5 @@ class Reader:
     formula: str = ""
     settings: Mapping[str, str] = field(default_factory=dict)
     traps: tuple[str, ...] = ()
+    request: str = ""
     refused: str = ""

@@ -85,6 +85,8 @@ READER = Reader(
     " https://arxiv.org/abs/2410.13733",
     summary="Tokens of images go through one LoRA, all others through another; which is which comes"
     " from the positions of the multimodal inputs, or of `modality_spans` in the request.",
+    request="nothing, with multimodal inputs; `modality_spans`, where ids or embeddings stand for"
+    " them",
     formula="y_t = W x_t + s_V B_V A_V x_t  at tokens of an image\n"
     "y_t = W x_t + s_L B_L A_L x_t  at all others, and all generated ones",
     settings=_SETTINGS,

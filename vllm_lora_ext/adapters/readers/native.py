@@ -5,22 +5,27 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from vllm_lora_ext.adapters.folder import CONFIG, WEIGHTS, AdapterFolder
-from vllm_lora_ext.adapters.gates import make_gate
 from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.output import fill, new_folder
 from vllm_lora_ext.adapters.readers.base import Reader
 from vllm_lora_ext.adapters.readers.names import group, part
+from vllm_lora_ext.adapters.readers.native_routing import (
+    Routing,
+    read_gate,
+    routing_of,
+    shared_routers,
+    tails,
+)
 from vllm_lora_ext.adapters.readers.peft_config import bad_value, base_model_of
 from vllm_lora_ext.conditions.column import Column
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.routing import GateSpec
+from vllm_lora_ext.routing import GateSpec, InputNorm
 
 PEFT_TYPE, FORMAT_VERSION = "ROUTED_LORA", 1
 _KEYS = frozenset({
@@ -30,7 +35,7 @@ _KEYS = frozenset({
 _NEEDED = _KEYS - {"base_model_name_or_path", "blocks", "columns"}
 _PART = re.compile(
     r"(?P<module>.+?)\.(?P<part>(lora_A|lora_B|lora_embedding_A|lora_embedding_B)\.weight"
-    r"|(router|threshold)\.(weight|bias))"
+    r"|(router|threshold)\.(weight|bias)|router\.(logit_bias|row_sums|tail|tail_sums))"
 )
 
 
@@ -47,8 +52,9 @@ def read(folder: AdapterFolder) -> RoutedAdapter:
         name: _read_block(folder, name, fields, groups)
         for name, fields in _block_table(config).items()
     }
-    gates = _gates(config["routing"], list(groups))
-    modules = {name: _read_module(folder, name, p, gates[name]) for name, p in groups.items()}
+    routing = Routing(config["routing"], list(groups))
+    modules = {n: _read_module(folder, n, p, routing.gates[n]) for n, p in groups.items()}
+    modules = routing.with_routers(modules)
     base_model = base_model_of(config, CONFIG)
     return RoutedAdapter(
         modules, system=config["system"], base_model=base_model, blocks=blocks,
@@ -76,10 +82,22 @@ def write_native(
 
 
 def fill_native(folder: Path, adapter: RoutedAdapter, dtype: torch.dtype | None = None) -> None:
-    """The files of `write_native` into a folder of `adapters.output`."""
+    """The files of `write_native` into a folder of `adapters.output`.
+
+    Raises:
+        AdapterError: `unsupported_feature`, a template: the native format has adapters only.
+    """
+    if adapter.template is not None:
+        raise AdapterError(
+            "unsupported_feature", f"adapters of {adapter.system} are made for a request, and the"
+            " native format holds ready ones only", seen=adapter.source or adapter.system,
+            limit="adapters without a user's vector or an instruction",
+            fix="serve the folder as it is, or convert it, which keeps its format",
+        )  # fmt: skip
     tensors: dict[str, torch.Tensor] = {}
+    routers = shared_routers(adapter.modules)
     for name, module in adapter.modules.items():
-        tensors.update(_tensors(name, module, dtype))
+        tensors.update(_tensors(name, module, dtype, routers.get(name, name) == name))
     for name, block in adapter.blocks.items():
         tensors.update(_block_tensors(name, block, dtype))
     parts = [f"{name}.{part}" for name, block in adapter.blocks.items() for part in block.parts]
@@ -89,7 +107,7 @@ def fill_native(folder: Path, adapter: RoutedAdapter, dtype: torch.dtype | None 
         "base_model_name_or_path": adapter.base_model,
         "system": adapter.system,
         "target_modules": sorted([*adapter.modules, *adapter.blocks, *parts]),
-        "routing": _routing(adapter.modules),
+        "routing": routing_of(adapter.modules),
     }
     if adapter.blocks:
         config["blocks"] = {
@@ -128,66 +146,20 @@ def _check_config(config: dict[str, Any]) -> None:
 
 def _match_targets(targets: list[str], modules: list[str]) -> None:
     """`target_modules` and the tensors must name the same layers: a lost layer is an error."""
-    tails = {tail for module in modules for tail in _tails(module)}
+    every = {tail for module in modules for tail in tails(module)}
     for target in targets:
-        if target not in tails:
+        if target not in every:
             raise AdapterError(
                 "missing_tensor", f"target_modules in {CONFIG} names a layer without tensors",
                 seen=target, fix="save the adapter again, or remove the name",
             )  # fmt: skip
     wanted = set(targets)
     for module in modules:
-        if wanted.isdisjoint(_tails(module)):
+        if wanted.isdisjoint(tails(module)):
             raise AdapterError(
                 "unexpected_tensor", f"there are tensors of a layer that target_modules in {CONFIG}"
                 " does not name", seen=module, fix="add it to target_modules",
             )  # fmt: skip
-
-
-def _tails(module: str) -> list[str]:
-    """A module's name and all its tails: `a.b.c`, `b.c`, `c`."""
-    words = module.split(".")
-    return [".".join(words[i:]) for i in range(len(words))]
-
-
-def _gates(routing: Any, modules: list[str]) -> dict[str, GateSpec]:
-    """Every module's gate: the entry with the longest tail of its name, or the default."""
-    if not isinstance(routing, dict):
-        raise bad_value(f"routing in {CONFIG}", routing, "an object")
-    for key in sorted(set(routing) - {"default", "modules"}):
-        raise AdapterError(
-            "unknown_key", f"routing in {CONFIG} holds an unknown key '{key}'", seen=routing[key],
-            limit=["default", "modules"], fix=f"remove '{key}'",
-        )  # fmt: skip
-    for key in ("default", "modules"):  # a lost gate would be a plain LoRA without a word
-        if key not in routing:
-            raise AdapterError(
-                "missing_key", f"routing in {CONFIG} has no '{key}'",
-                fix=f"add \"{key}\", {{}} if there is nothing to say",
-            )  # fmt: skip
-    default = _gate(routing["default"], "routing.default")
-    entries = routing["modules"]
-    if not isinstance(entries, dict):
-        raise bad_value(f"routing.modules in {CONFIG}", entries, "an object")
-    specs = {tail: _gate(fields, f"routing.modules['{tail}']") for tail, fields in entries.items()}
-    found, used = {}, set()
-    for module in modules:
-        tail = next((t for t in _tails(module) if t in specs), None)
-        found[module] = default if tail is None else specs[tail]
-        used.add(tail)
-    for tail in specs:
-        if tail not in used:
-            raise AdapterError(
-                "bad_gate", f"routing.modules in {CONFIG} has a gate that no layer uses",
-                seen=tail, fix="remove it, or mend the layer's name",
-            )  # fmt: skip
-    return found
-
-
-def _gate(fields: Any, where: str) -> GateSpec:
-    if not isinstance(fields, dict):
-        raise bad_value(f"{where} in {CONFIG}", fields, "an object with the fields of a gate")
-    return make_gate(fields, where)
 
 
 def _columns(entries: Any) -> tuple[Column, ...]:
@@ -239,7 +211,7 @@ def _read_block(
                 fix="remove the others",
             )  # fmt: skip
         parts[layer.rpartition(".")[2]] = LowRank(a_RK, b_NR)
-    gate = _gate(fields["gate"], f"blocks['{name}'].gate")
+    gate = read_gate(fields["gate"], f"blocks['{name}'].gate")
     return MixBlock(gate, router_GK, parts, fields["act"])
 
 
@@ -264,6 +236,7 @@ def _read_module(
     head_1K = take.pop("threshold.weight", None)
     head_bias = take.pop("threshold.bias", None)
     router, bias = take.pop("router.weight", None), take.pop("router.bias", None)
+    logit_bias, norm = take.pop("router.logit_bias", None), _norm(module, gate, router, take)
     if take:  # both kinds of A and B
         raise AdapterError(
             "unexpected_tensor", f"{module} is adapted both as a linear and as an embedding",
@@ -288,8 +261,36 @@ def _read_module(
         a_RK=a_RK, b_NR=b_NR, gate=gate, router_GK=router, bias_G=bias,
         head_K=None if head_1K is None else head_1K[0],
         head_bias=0.0 if head_bias is None else float(head_bias),
-        kind="embedding" if embedding else "linear",
+        kind="embedding" if embedding else "linear", logit_bias_G=logit_bias, norm=norm,
     )  # fmt: skip
+
+
+def _norm(
+    module: str, gate: GateSpec, router_GK: torch.Tensor | None, take: dict[str, torch.Tensor]
+) -> InputNorm | None:
+    """What a normalised router needs; takes the tensors of a constant part of its input."""
+    tail = {key: take.pop(f"router.{key}", None) for key in ("row_sums", "tail", "tail_sums")}
+    here = [key for key, tensor in tail.items() if tensor is not None]
+    if gate.normalise == "none" or router_GK is None or router_GK.ndim != 2:
+        if here:
+            raise AdapterError(
+                "unexpected_tensor", f"{module}.router.{here[0]} belongs to a router of the layer's"
+                " own that reads a normalised input", fix="mend the gate, or remove the tensor",
+            )  # fmt: skip
+        return None
+    if not here:
+        return InputNorm.of(router_GK)
+    sums_G, tail_G, moments = tail.values()
+    if sums_G is None or tail_G is None or moments is None or tuple(moments.shape) != (3,):
+        raise AdapterError(
+            "missing_tensor", f"the constant part of the input of {module}.router is not whole",
+            seen=here, limit="router.row_sums [G], router.tail [G], router.tail_sums [3]",
+            fix="save the adapter again",
+        )  # fmt: skip
+    count, total, squares = moments.tolist()
+    if not 1 <= count < 1 << 24 or count % 1:
+        raise bad_value(f"the first number of {module}.router.tail_sums", count, "a whole number")
+    return InputNorm(router_GK.shape[1] + int(count), sums_G, tail_G, total, squares)
 
 
 def _key(parts: dict[str, str], name: str, module: str) -> str:
@@ -297,32 +298,40 @@ def _key(parts: dict[str, str], name: str, module: str) -> str:
     return name
 
 
-def _tensors(name: str, module: RoutedModule, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+def _tensors(
+    name: str, module: RoutedModule, dtype: torch.dtype | None, own_router: bool
+) -> dict[str, torch.Tensor]:
     stem = "lora_embedding_" if module.kind == "embedding" else "lora_"
     matrices = {f"{stem}A.weight": module.a_RK, f"{stem}B.weight": module.b_NR}
     found = {key: value.to(dtype or value.dtype) for key, value in matrices.items()}
-    if module.router_GK is not None:
-        found["router.weight"] = module.router_GK
-    if module.bias_G is not None:
-        found["router.bias"] = module.bias_G
+    if own_router:
+        found |= _router_tensors(module)
     if module.head_K is not None:
         found["threshold.weight"] = module.head_K[None]
         found["threshold.bias"] = torch.tensor([module.head_bias], dtype=torch.float32)
     return {f"{name}.{key}": _own(value) for key, value in found.items()}
 
 
+def _router_tensors(module: RoutedModule) -> dict[str, torch.Tensor]:
+    found = {
+        "router.weight": module.router_GK, "router.bias": module.bias_G,
+        "router.logit_bias": module.logit_bias_G,
+    }  # fmt: skip
+    norm = module.norm
+    if norm is not None and norm.tail_G is not None:
+        assert module.router_GK is not None
+        count = norm.width - module.router_GK.shape[1]
+        moments = torch.tensor([count, norm.tail_sum, norm.tail_squares], dtype=torch.float32)
+        found |= {
+            "router.row_sums": norm.row_sums_G, "router.tail": norm.tail_G,
+            "router.tail_sums": moments,
+        }  # fmt: skip
+    return {key: tensor for key, tensor in found.items() if tensor is not None}
+
+
 def _own(tensor: torch.Tensor) -> torch.Tensor:
     """A clone, because safetensors refuses tensors that share memory."""
     return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-
-
-def _routing(modules: dict[str, RoutedModule]) -> dict[str, Any]:
-    """The commonest gate as the default, the others by the layers' full names."""
-    # Sorted, so that equal adapters give equal files, and equal digests.
-    specs = {name: modules[name].gate for name in sorted(modules)}
-    default = Counter(specs.values()).most_common(1)[0][0] if specs else GateSpec()
-    others = {name: spec.to_dict() for name, spec in specs.items() if spec != default}
-    return {"default": default.to_dict(), "modules": others}
 
 
 READER = Reader(

@@ -30,11 +30,14 @@ _OTHER_KEYS = (
 )  # fmt: skip
 
 
-NOTHING = (None, False, "", [], {})  # a key with one of these is not set
-
-
 def detect(folder: AdapterFolder) -> bool:
-    return is_pairs(folder) and folder.config.get("alora_invocation_tokens") in NOTHING
+    return is_pairs(folder) and not is_activated(folder)
+
+
+def is_activated(folder: AdapterFolder) -> bool:
+    """Whether it acts from its invocation tokens on only. PEFT asks whether they are null."""
+    tokens = folder.config.get("alora_invocation_tokens")
+    return tokens is not None and tokens is not False
 
 
 def is_pairs(folder: AdapterFolder) -> bool:

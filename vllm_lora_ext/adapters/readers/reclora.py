@@ -195,6 +195,10 @@ class _Parts:
     def norm(self, stem: str, width: int) -> Norm:
         return Norm(self.take(f"{stem}.weight", width), self.take(f"{stem}.bias", width))
 
+    def pair(self, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A [r, in] and B [out, r] of one LoRA."""
+        return self.take("lora_A.weight", rank, None), self.take("lora_B.weight", None, rank)
+
     def experts(self, letter: str, args: _Arguments) -> torch.Tensor:
         """[r · size, M]."""
         name = f"lora_{letter}_adapter.weight"
@@ -233,9 +237,7 @@ def _layer(folder: AdapterFolder, name: str, names: dict[str, str], args: _Argum
     return Mixture(a_QM, b_PM, args.r, args.scale, attention, args.weighting)
 
 
-def _token(
-    parts: _Parts, a_QM: torch.Tensor, b_PM: torch.Tensor, args: _Arguments
-) -> TokenMixture:
+def _token(parts: _Parts, a_QM: torch.Tensor, b_PM: torch.Tensor, args: _Arguments) -> TokenMixture:
     width, total = len(a_QM) // args.r, args.experts * args.r
     norm = parts.norm("gating_final_layer.0", width + args.user)
     linear = parts.linear("gating_final_layer.1", args.experts, width + args.user)
@@ -245,7 +247,7 @@ def _token(
 
 
 def _scaling(parts: _Parts, args: _Arguments) -> Scaling:
-    a_RK, b_NR = parts.take("lora_A.weight", args.r, None), parts.take("lora_B.weight", None, args.r)
+    a_RK, b_NR = parts.pair(args.r)
     hidden = parts.linear("ctr_final_layer.1", args.experts, args.user)
     return Scaling(
         a_RK, args.scale * b_NR, parts.norm("ctr_final_layer.0", args.user), hidden,
@@ -258,7 +260,7 @@ def _plain(
     folder: AdapterFolder, name: str, names: dict[str, str], args: _Arguments
 ) -> RoutedModule:
     parts = _Parts(folder, name, names)
-    a_RK, b_NR = parts.take("lora_A.weight", args.r, None), parts.take("lora_B.weight", None, args.r)
+    a_RK, b_NR = parts.pair(args.r)
     return RoutedModule(a_RK, args.scale * b_NR)
 
 
@@ -277,6 +279,7 @@ READER = Reader(
     summary="A request carries a user's vector, which mixes the experts of every layer. The worker"
     " makes the user's adapter from the resident experts: an ordinary LoRA, or with the gate"
     " `token` a routed one.",
+    request="`user`, its vector (not in mode `origin`)",
     formula="A_u = sum_m g_m A_m,  B_u = sum_m g_m B_m,  y = W x + alpha/r B_u A_u x\n"
     "which_in_gate None:   g = softmax(Linear(relu(Linear(LayerNorm(u)))) / T)\n"
     "which_in_gate token:  g = softmax(Linear(LayerNorm([x, u])) / T), for every token\n"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-
 from vllm_lora_ext.adapters.folder import SIDECAR, AdapterFolder
 from vllm_lora_ext.adapters.instruction_gate import GateLayers, InstructionTemplate
 from vllm_lora_ext.adapters.model import LowRank, RoutedAdapter
@@ -80,9 +79,7 @@ def _gate(folder: AdapterFolder) -> GateLayers:
     )  # fmt: skip
 
 
-def _low_rank(
-    folder: AdapterFolder, name: str, parts: dict[str, str], out: int
-) -> LowRank:
+def _low_rank(folder: AdapterFolder, name: str, parts: dict[str, str], out: int) -> LowRank:
     """A is stored [in, r] and B [r, out]; g, as long as every output, is all the scale there is."""
     a_KR = take_shaped(folder, part(parts, "lora_A", name), None, None)
     b_RN = take_shaped(folder, part(parts, "lora_B", name), a_KR.shape[1], out)
@@ -126,6 +123,7 @@ READER = Reader(
     summary="A gate over the outputs of every adapted layer, pooled from the base model's own"
     " hidden states over the request's instruction. The gate is folded into B: one adapter per"
     " instruction, made by the worker.",
+    request="`instruction`, a text or ids; by default the last user message",
     formula="V_t = fc_2(gelu(fc_1(h_t))),  g = clamp(relu(sum_t softmax_t(w V_t) V_t), max 3)\n"
     "y = W x + g * (B A x),  h: the base model's last layer over the instruction, before the norm",
     settings=_SETTINGS,

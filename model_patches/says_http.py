@@ -1,0 +1,142 @@
+"""The field `lora_ext` in the body of a request, on every route that names a model.
+
+Targets: `_check_model` of both serving classes, where what is wrong becomes an answer before
+anything is computed or streamed, and `_maybe_get_adapters`, whose result every route hands to its
+engine (`Spoken` carries what was said there).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
+from vllm.entrypoints.serve.engine.protocol import ErrorResponse
+from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.lora.request import LoRARequest
+
+from vllm_lora_ext.conditions.said import FIELD, Said
+from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches.admitted import Admitted
+from vllm_lora_ext.model_patches.driving import run_async
+from vllm_lora_ext.model_patches.refused import RefusedRequest, to_response
+from vllm_lora_ext.model_patches.request_says import Spoken, resolve, said_by
+
+_XARGS = "vllm_xargs"
+
+
+@dataclass(frozen=True)
+class _Heard:
+    """In the place of the field, once it was found right."""
+
+    said: Said | None
+    message: str | None
+    made: bool
+
+
+async def hear(models: Any, request: Any) -> None:
+    """Checks what a request says, and has what it needs made.
+
+    Args:
+        models: the server's list of them; request: of a known model.
+    Raises:
+        AdapterError: it cannot be served.
+    """
+    front, extra = getattr(models, "_lora_ext_front", None), getattr(request, "model_extra", None)
+    if front is None or extra is None:
+        return
+    value, own = _value(request, extra), models.lora_requests.get(request.model)
+    engine = front.engine
+    if value is None and (own is None or not Admitted.of(engine).needs_words(own)):
+        return
+    said = None if value is None else said_by(engine, value)
+    message = _last_message(request)
+    target = await run_async(engine, resolve(engine, said, own, message))
+    extra[FIELD] = _Heard(said, message, bool(target.made))
+
+
+def speaking(models: Any, request: Any, own: LoRARequest | None) -> LoRARequest | None:
+    """What the engine gets as the adapter of a request.
+
+    Args:
+        own: the adapter of its model.
+    """
+    heard = (getattr(request, "model_extra", None) or {}).get(FIELD)
+    if not isinstance(heard, _Heard):
+        return own
+    if heard.said is not None and heard.said.adapters is not None:
+        own = None  # not one that vLLM adds by itself for an image either
+    name, number = models.base_model_paths[0].name, 1
+    if own is not None:
+        name, number = own.lora_name, own.lora_int_id
+    return Spoken(
+        name, number, f"{FIELD} of a request",
+        said=heard.said, message=heard.message, own=own, made=heard.made,
+    )  # fmt: skip
+
+
+def _value(request: Any, extra: Mapping[str, Any]) -> object:
+    value = extra.get(FIELD)
+    xargs = getattr(request, _XARGS, None) or {}
+    if FIELD in xargs:
+        if value is not None:
+            raise AdapterError(
+                "bad_value", f"{FIELD} stands in the body and in {_XARGS}", fix="keep one of them"
+            )
+        value = xargs.pop(FIELD)
+    return value
+
+
+def _last_message(request: Any) -> str | None:
+    """The text of the last message of a user, in a chat or in `input` of the Responses API."""
+    messages = getattr(request, "messages", None)
+    if messages is None:
+        messages = getattr(request, "input", None)
+    if isinstance(messages, str):
+        return messages
+    for message in reversed(messages if isinstance(messages, list) else ()):
+        if isinstance(message, Mapping) and message.get("role") == "user":
+            return _text(message.get("content"))
+    return None
+
+
+def _text(content: object) -> str | None:
+    if isinstance(content, list):
+        parts = [part.get("text") for part in content if isinstance(part, Mapping)]
+        content = "\n".join(part for part in parts if isinstance(part, str))
+    return content if isinstance(content, str) and content else None
+
+
+def apply() -> None:
+    """Wraps all three."""
+    check, check_pooling = BaseServing._check_model, PoolingBaseServing._check_model
+    get_adapters = BaseServing._maybe_get_adapters
+
+    @functools.wraps(check)
+    async def new_check(self: Any, request: Any) -> ErrorResponse | None:
+        answer = await check(self, request)
+        if answer is None:
+            try:
+                await hear(self.models, request)
+            except AdapterError as error:
+                return to_response(error, FIELD)
+        return answer
+
+    @functools.wraps(check_pooling)
+    async def new_check_pooling(self: Any, request: Any) -> ErrorResponse | None:
+        answer = await check_pooling(self, request)
+        try:
+            await hear(self.models, request)
+        except AdapterError as error:
+            raise RefusedRequest(error) from None
+        return answer
+
+    @functools.wraps(get_adapters)
+    def new_get_adapters(self: Any, request: Any, *args: Any, **kwargs: Any) -> LoRARequest | None:
+        return speaking(self.models, request, get_adapters(self, request, *args, **kwargs))
+
+    BaseServing._check_model = new_check
+    PoolingBaseServing._check_model = new_check_pooling
+    BaseServing._maybe_get_adapters = new_get_adapters

@@ -1,0 +1,175 @@
+"""No per-step path of the kernels makes the host wait for the device.
+
+The path runs on tensors without memory, up to the launches, with a double in place of the host
+(`host_syncs`). On a GPU the same is asked of CUDA itself.
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from tests.host_syncs import host_syncs, page_locked  # noqa: F401
+from tests.make_adapters import normal, random_module
+from vllm_lora_ext.kernels.gated_lora import Site, StepMap, begin, finish_
+from vllm_lora_ext.kernels.mix_mlp import BlockSite
+from vllm_lora_ext.routing import GateSpec
+
+pytest.importorskip("triton")
+ROUTER = GateSpec(
+    source="router", blocks=(4,) * 4, score="softmax", bias="select", select="top_k", k=2,
+    weight="renormalise",
+)  # fmt: skip
+K, SIZES, RANK, MOST = 64, (48, 16, 16), 16, 64
+
+
+class Launches:
+    """In place of a kernel: counts."""
+
+    count = 0
+
+    def __getitem__(self, _grid):
+        return self._launch
+
+    def _launch(self, *args, **kwargs):
+        self.count += 1
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    from vllm_lora_ext.kernels.gated_lora.backends.triton import expand, shrink
+    from vllm_lora_ext.kernels.mix_mlp import triton_mix
+
+    counted = Launches()
+    for module, name in (
+        (shrink, "shrink_kernel"), (expand, "expand_kernel"), (triton_mix, "mix_kernel"),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, counted)
+    return counted
+
+
+def step_map():
+    step = StepMap(MOST, "meta", tiled=True)
+    step.device = SimpleNamespace(type="cuda")  # what decides where its copies come from
+    return step
+
+
+def site(sizes=SIZES, k=K):
+    return Site(4, k, sizes, RANK, 8, torch.bfloat16, "meta", triton=True)
+
+
+def packed(on, rng, sizes, k, page_locked):  # noqa: F811
+    """An adapter for a site as the engine holds it: in page-locked memory."""
+    modules = [random_module(rng, k, n, ROUTER if i == 0 else GateSpec(), rank=8)
+               for i, n in enumerate(sizes)]  # fmt: skip
+    shapes = on.shapes(modules)
+    return on.pack(modules, [torch.empty(s, dtype=d, pin_memory=True) for s, d in shapes])
+
+
+SLOTS = np.array([0, 0, 2, -1, 2, 1, -1] * 5)
+
+
+@pytest.mark.parametrize("slots_T", [SLOTS, SLOTS[:1], np.full(9, -1), SLOTS[:0]])
+def test_the_map_of_a_step(slots_T, page_locked):  # noqa: F811
+    step = step_map()
+    with host_syncs(page_locked) as seen:
+        step.update(slots_T)
+        step.update(slots_T[: len(slots_T) // 2])
+    assert seen == []
+
+
+def test_the_numbers_of_a_steps_rows(page_locked):  # noqa: F811
+    step = step_map()
+    step.rows_TC = torch.zeros(MOST, 8, device="meta")  # made before: see its docstring
+    with host_syncs(page_locked) as seen:
+        step.set_rows(np.ones((5, 3), dtype=np.float32), [slice(2, 5), slice(9, 11)])
+    assert seen == []
+
+
+def test_an_adapter_goes_into_a_slot_and_out(page_locked):  # noqa: F811
+    on, rng = site(), np.random.default_rng(0)
+    ready = packed(on, rng, SIZES, K, page_locked)
+    on.reserve_routers(on.most_routers)  # when it is loaded, not in the step
+    with host_syncs(page_locked) as seen:
+        on.load(1, ready)
+        on.clear(1)
+    assert seen == []
+
+
+def test_both_launches_of_a_layer(launches, page_locked):  # noqa: F811
+    on, step = site(), step_map()
+    on.step = step
+    step.update(SLOTS)
+    x_TK = torch.empty(len(SLOTS), K, dtype=torch.bfloat16, device="meta")
+    y_TN = torch.empty(len(SLOTS), sum(SIZES), dtype=torch.bfloat16, device="meta")
+    with host_syncs(page_locked) as seen:
+        finish_(y_TN, x_TK, begin(x_TK, on), on)
+    assert seen == [] and launches.count == 2
+
+
+def test_a_sharded_layer_in_graphs(launches, page_locked):  # noqa: F811
+    on = Site(4, K, SIZES, RANK, 8, torch.bfloat16, "meta", triton=True,
+              reduce=lambda u: u.clone(), static=True)  # fmt: skip
+    on.step = step_map()
+    on.step.update(SLOTS)
+    x_TK = torch.empty(len(SLOTS), K, dtype=torch.bfloat16, device="meta")
+    y_TN = torch.empty(len(SLOTS), sum(SIZES), dtype=torch.bfloat16, device="meta")
+    with host_syncs(page_locked) as seen:
+        finish_(y_TN, x_TK, begin(x_TK, on), on)
+    assert seen == [] and launches.count == 2
+
+
+def test_an_mlp_block(launches, page_locked):  # noqa: F811
+    from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import num_parts
+    from vllm_lora_ext.kernels.mix_mlp.triton_mix import mix_
+
+    first, last = site((32, 32)), site((K,), 32)
+    block = BlockSite(first, last, torch.relu, act_name="silu")
+    first.step = last.step = step_map()
+    first.step.update(SLOTS)
+    t = len(SLOTS)
+    u_PTR, z_PTR = (
+        torch.empty(num_parts(t, torch.bfloat16, s), t, s.num_rows, device="meta")
+        for s in (first, last)
+    )
+    a_TI, base_TN = (torch.empty(t, n, dtype=torch.bfloat16, device="meta") for n in (32, 64))
+    with host_syncs(page_locked) as seen:
+        mix_(a_TI, z_PTR, base_TN, u_PTR, first, last, block.tables)
+    assert seen == [] and launches.count == 1
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: int(x[0]), lambda x: x.cpu(), lambda x: x.to("cpu", non_blocking=True),
+        lambda x: x.nonzero(), lambda x: x[x > 0], lambda x: x.tolist(),
+        lambda x: x.copy_(torch.ones(4)), lambda x: x.copy_(torch.ones(4), non_blocking=True),
+        lambda x: torch.tensor([1.0], device="meta"), lambda x: bool(x[0] > 1),
+        lambda x: torch.ones(4).to("meta", non_blocking=True), lambda x: x[torch.tensor([0, 1])],
+        lambda x: torch.ones(4).copy_(x),
+    ],
+)  # fmt: skip
+def test_the_double_sees_whatever_waits(wait, page_locked):  # noqa: F811
+    x = torch.empty(4, device="meta")
+    with host_syncs(page_locked) as seen:
+        with suppress(NotImplementedError, RuntimeError):  # meta tensors have no numbers
+            wait(x)
+    assert len(seen) >= 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_agrees():
+    step = StepMap(MOST, "cuda")
+    on = Site(4, K, SIZES, RANK, 8, torch.bfloat16, "cuda", triton=True)
+    on.step = step
+    x_TK = normal(np.random.default_rng(0), len(SLOTS), K).cuda().bfloat16()
+    y_TN = torch.zeros(len(SLOTS), sum(SIZES), dtype=torch.bfloat16, device="cuda")
+    for _ in range(2):  # the first one compiles
+        step.update(SLOTS)
+        finish_(y_TN, x_TK, begin(x_TK, on), on)
+        torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
