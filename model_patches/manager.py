@@ -6,7 +6,7 @@ manager class.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -16,9 +16,11 @@ from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.triton_utils import HAS_TRITON
 from vllm.utils.torch_utils import PIN_MEMORY
 
+from vllm_lora_ext.adapters.template import Template
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora.backends.base import Backend
 from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
+from vllm_lora_ext.kernels.gated_lora.sharded import may_sum
 from vllm_lora_ext.kernels.mix_mlp import warm_blocks
 from vllm_lora_ext.kernels.mix_mlp.selfcheck import selfcheck as block_selfcheck
 from vllm_lora_ext.model_patches.backend import (
@@ -32,6 +34,7 @@ from vllm_lora_ext.model_patches.composing import Composer
 from vllm_lora_ext.model_patches.config import check_config, check_trace
 from vllm_lora_ext.model_patches.graphs import capture_apart
 from vllm_lora_ext.model_patches.heap import keep_memory
+from vllm_lora_ext.model_patches.instruction import InstructionPass
 from vllm_lora_ext.model_patches.layers import RoutedLinear
 from vllm_lora_ext.model_patches.logits import follow_rows
 from vllm_lora_ext.model_patches.mlp import share_scratch, wrap_blocks
@@ -122,8 +125,8 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
             self.graphs,
         )  # fmt: skip
         self._warm(backend, vllm_config)
-        linears = [layer for layer in self.modules.values() if isinstance(layer, RoutedLinear)]
-        if self.graphs and any(layer.reduces and layer.site.max_router_rows for layer in linears):
+        sites = [m.site for m in self.modules.values() if isinstance(m, RoutedLinear)]
+        if self.graphs and any(map(may_sum, sites)):
             capture_apart(self, vllm_config)
         if settings.trace:
             check_trace(vllm_config, self.graphs)
@@ -205,6 +208,11 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
     def is_active(self, lora_id: int) -> bool:
         """Whether the adapter is in a slot."""
         return lora_id in self._active_adapters
+
+    def expect_instructions(self, template_of: Callable[[int], Template | None]) -> None:
+        """From now on steps with rows of an instruction pool what its gate is made of."""
+        if self.rows.instruction is None:
+            InstructionPass(self.rows, self.model, template_of)
 
     def expect_columns(self) -> None:
         """From now on steps fill the table of the numbers that come with each row."""

@@ -466,6 +466,32 @@ PATCHES: tuple[Patch, ...] = (
         ),
     ),
     Patch(
+        name="instruction",
+        module="instruction",
+        why=(
+            "A gate that the base model's own states give (WavLLM) needs what goes into its final "
+            "norm, which a compiled model or a graph does not show."
+        ),
+        how=(
+            "Steps with rows of an instruction run eagerly, on both runners, and hooks on the "
+            "model and its final norm take their states; wrapped with the first such adapter."
+        ),
+        upstream="none yet",
+        remove_when="vLLM hands a plugin the last hidden states of chosen requests.",
+        targets=(
+            Target(
+                "vllm.v1.worker.gpu_model_runner",
+                "GPUModelRunner._determine_batch_execution_and_padding",
+            ),
+            Target("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.execute_model"),
+            Target("vllm.v1.worker.gpu.model_runner", "dispatch_cg_and_sync_dp"),
+            Target("vllm.compilation.decorators", "_support_torch_compile"),
+            Target("vllm.forward_context", "ForwardContext"),
+            Target("vllm.v1.engine", "EngineCoreRequest"),
+            Target("vllm.model_executor.models.llama", "LlamaModel.forward"),
+        ),
+    ),
+    Patch(
         name="logits",
         module="logits",
         why=(

@@ -136,13 +136,15 @@ def _warm(shapes: Any, rank: int, dtype: str) -> None:
     import torch
 
     from vllm_lora_ext.kernels.gated_lora import Site, StepMap
+    from vllm_lora_ext.kernels.gated_lora.backends import choice
     from vllm_lora_ext.kernels.gated_lora.backends.triton import warmup
     from vllm_lora_ext.kernels.mix_mlp import BlockSite
     from vllm_lora_ext.kernels.mix_mlp import warmup as block_warmup
 
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     step = StepMap(MAX_TOKENS, "meta", tiled=True)
-    sites = [Site(SLOTS, k, sizes, rank, rank, kind, "meta", triton=True) for k, sizes in shapes]
+    triton = choice.triton()
+    sites = [Site(SLOTS, k, sizes, rank, rank, kind, "meta", triton) for k, sizes in shapes]
     for site in sites:
         site.step = step
     warmup.warm(sites, MAX_TOKENS, kind)

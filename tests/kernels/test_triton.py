@@ -468,6 +468,41 @@ def test_a_sharded_input_is_summed_between_the_launches(seed, frozen):
 
 
 @runs_kernels
+@pytest.mark.parametrize("x_is_whole", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_half_of_a_and_b_on_each_rank(seed, x_is_whole):
+    ranks, whole = Ranks(), Batch(seed, 18, sizes=(16,), slots=2)
+    module = random_module(whole.rng, 24, 16, random_spec(whole.rng, sources=SOURCES))
+    whole.fill(1, [module])
+    shards = []
+    for rank in range(2):
+        k, n = slice(12 * rank, 12 * rank + 12), slice(8 * rank, 8 * rank + 8)
+        part = replace(
+            module, a_RK=module.a_RK[:, k], b_NR=module.b_NR[n],
+            router_GK=None if module.router_GK is None else module.router_GK[:, k],
+            head_K=None if module.head_K is None else module.head_K[k],
+        )  # fmt: skip
+        shard = Batch(seed, 18, sizes=(8,), k=12, slots=2)
+        shard.fill(1, [part])
+        shard.site.reduce = ranks.sum_
+        if x_is_whole:
+            shard.site.x_part, shard.x_TK = k, whole.x_TK
+        else:
+            shard.site.y_part, shard.x_TK = n, whole.x_TK[:, k]
+        shards.append(shard)
+
+    def one(rank: int) -> torch.Tensor:
+        y_TN = torch.zeros(18, 8 if x_is_whole else 16, device=DEVICE)
+        gated_lora_(y_TN, shards[rank].x_TK, shards[rank].number)
+        return y_TN
+
+    parts = ranks.run(one)
+    y_TN = torch.cat(parts, dim=1) if x_is_whole else sum(parts)
+    torch.testing.assert_close(y_TN.cpu(), whole.expected(), rtol=1e-4, atol=1e-5)
+    assert ranks.summed == [(18, shards[0].site.num_rows)]
+
+
+@runs_kernels
 def test_a_step_may_hold_more_rows_than_the_tensors():
     """An engine's dummy run leaves the map of the last step: rows past x are nobody's."""
     batch = Batch(12, 30, sizes=(16,)).fill_at_random()
