@@ -24,6 +24,7 @@ _STATUS = {
     "path_not_allowed": HTTPStatus.FORBIDDEN,
     "adapter_changed": HTTPStatus.CONFLICT,
     "id_in_use": HTTPStatus.CONFLICT,
+    "adapter_changed": HTTPStatus.CONFLICT,
     "slots_pinned": HTTPStatus.CONFLICT,
     "host_cache_full": HTTPStatus.CONFLICT,
     "device_memory_full": HTTPStatus.CONFLICT,
