@@ -33,7 +33,7 @@ from vllm_lora_ext import plugin
 from vllm_lora_ext.conditions.column import Column
 from vllm_lora_ext.conditions.recipe import DERIVED_IDS
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.model_patches.core import ADD
+from vllm_lora_ext.model_patches.core import ADD, _adapters
 from vllm_lora_ext.model_patches.ledger import MEMORY_IDS
 from vllm_lora_ext.model_patches.plan import plan_of
 from vllm_lora_ext.model_patches.residency import Prepared, SlotPart
@@ -525,6 +525,13 @@ def test_workers_that_were_called_directly(core):
     core.add("new", lora("a", 1))
     core.finish()
     assert core.hits == [0, 0]
+
+
+def test_a_step_without_a_load_under_way_asks_the_scheduler_nothing(core, monkeypatch):
+    adapters = _adapters(core.core)
+    assert not adapters.loading.pending
+    monkeypatch.setattr(core.core.scheduler, "has_requests", lambda: pytest.fail("asked"))
+    assert adapters.step(lambda: ({}, False)) == ({}, False)
 
 
 def test_the_answer_of_add_names_what_was_evicted(core):
