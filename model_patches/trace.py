@@ -131,6 +131,7 @@ class Recorder:
 def _gates(
     u_TR: torch.Tensor, plan: SlotPlan, part: SlicePlan, given_TC: torch.Tensor | None
 ) -> torch.Tensor:
+    part = part.on(u_TR.device)
     u_TG = part.logits(u_TR, plan.stats_at, given_TC)
     head_T = u_TR[:, part.head_at] + part.head_bias if part.gate.threshold_head else None
     return expert_gates(part.gate, u_TG, part.bias_G, head_T)

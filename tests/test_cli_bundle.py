@@ -288,6 +288,37 @@ def test_uniform_is_the_average(experts: Any, tmp_path: Path) -> None:
         assert adapter.router_rows == 0 and adapter.system == "uniform"
 
 
+# --router request
+
+
+def test_each_request_gives_the_weights(experts: Any, tmp_path: Path) -> None:
+    assert run(*named(experts), "--router", "request", "--out", tmp_path / "out")[0] == 0
+    adapter = load_adapter(tmp_path / "out")
+    assert [c.to_dict() for c in adapter.columns] == [
+        {"scale": 0.0, "expert": name} for name in experts
+    ]
+    factors = [load_factors(folder) for folder in experts.values()]
+    weights = torch.tensor([[0.7, 0.0, -0.2], [0.0, 1.0, 0.0]])
+    for name, module in adapter.modules.items():
+        x = normal(np.random.default_rng(0), 2, module.a_RK.shape[1])
+        want = sum(
+            w[:, None] * (x @ f.modules[name].delta().T)
+            for w, f in zip(weights.T, factors, strict=True) if name in f.modules
+        )  # fmt: skip
+        torch.testing.assert_close(delta_reference(module, x, weights), want, atol=1e-5, rtol=1e-4)
+
+
+def test_what_becomes_of_given_weights_is_the_gates_to_say(experts: Any, tmp_path: Path) -> None:
+    more = ("--select", "top_k", "--k", "2", "--weight", "renormalise", "--score", "softmax")
+    assert run(*named(experts), "--router", "request", *more, "--out", tmp_path / "out")[0] == 0
+    gates = {m.gate for m in load_adapter(tmp_path / "out").modules.values()}
+    assert {(g.source, g.select, g.k, g.weight) for g in gates} == {
+        ("request", "top_k", 2, "renormalise")
+    }
+    out = ("--router", "request", "--out", str(tmp_path / "x"))
+    assert "means nothing" in usage_error(*named(experts), *out, "--gate", "source=router")
+
+
 # Experts
 
 

@@ -3,7 +3,8 @@
     y = W x + sum_e g_e(x) · s_e B_e A_e x
 
 The experts were trained apart, each alone. What chooses among them is given (`Given`: routers that
-were trained over them), made of the experts themselves (`Arrow`) or constant (`Uniform`).
+were trained over them), made of the experts themselves (`Arrow`), constant (`Uniform`) or said by
+each request (`ByRequest`).
 """
 
 from __future__ import annotations
@@ -24,14 +25,23 @@ from vllm_lora_ext.adapters import (
 from vllm_lora_ext.adapters.readers import plain
 from vllm_lora_ext.adapters.readers.peft_config import bad_value
 from vllm_lora_ext.adapters.registry import find_reader
+from vllm_lora_ext.conditions.column import Column
 from vllm_lora_ext.convert import check_output, native_copy, write_record
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging.routed import one_base, same_sizes
-from vllm_lora_ext.merging.routers import Arrow, Given, Part, Router, Uniform, read_router
+from vllm_lora_ext.merging.routers import (
+    Arrow,
+    ByRequest,
+    Given,
+    Part,
+    Router,
+    Uniform,
+    read_router,
+)
 
 __all__ = [
-    "Arrow", "Expert", "Given", "Uniform", "bundle", "lacking", "read_expert", "read_router",
-    "write_bundle",
+    "Arrow", "ByRequest", "Expert", "Given", "Uniform", "bundle", "lacking", "read_expert",
+    "read_router", "write_bundle",
 ]  # fmt: skip
 
 
@@ -86,9 +96,12 @@ def bundle(experts: Sequence[Expert], router: Router) -> RoutedAdapter:
     base = one_base(expert.base_model for expert in experts)
     modules = list(dict.fromkeys(module for expert in experts for module in expert.parts))
     router.check(len(experts), modules)
+    layers = {name: router.layer(name, _shares(name, experts)) for name in modules}
+    # What a request does not name is not there: without a word it is the base model's.
+    by_request = any(layer.gate.source == "request" for layer in layers.values())
     adapter = RoutedAdapter(
-        {name: router.layer(name, _shares(name, experts)) for name in modules},
-        system=router.system, base_model=base,
+        layers, system=router.system, base_model=base,
+        columns=tuple(Column(scale=0.0, expert=n) for n in names) if by_request else (),
     )  # fmt: skip
     check_adapter(adapter)
     return adapter

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -55,6 +55,17 @@ class SlicePlan:
         """How many of a row's numbers there must be."""
         given = self.row_start + self.gate.columns if self.gate.columns else 0
         return max(given, self.factor_at + 1)
+
+    def on(self, device: torch.device) -> SlicePlan:
+        """With the gate's vectors on a device: for whoever computes it in PyTorch."""
+
+        def there(t: torch.Tensor | None) -> torch.Tensor | None:
+            return None if t is None else t.to(device, non_blocking=True)
+
+        return replace(
+            self, bias_G=there(self.bias_G), logit_bias_G=there(self.logit_bias_G),
+            norm=self.norm and self.norm.map(there),
+        )  # fmt: skip
 
     def logits(
         self, v_TR: torch.Tensor, stats_at: int, rows_TC: torch.Tensor | None
@@ -154,6 +165,11 @@ class PackedSite:
     slices: tuple[tuple[int, SlicePlan], ...]
     shared: GateSpec | None
     plain: bool
+
+    @property
+    def reads_x(self) -> bool:
+        """Whether a gate scores what is computed from x."""
+        return len(self.router_GK) > 0 or any(p.gate.source == "self" for _, p in self.slices)
 
 
 def shared_gate(plans: Sequence[SlicePlan]) -> GateSpec | None:

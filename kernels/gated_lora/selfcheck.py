@@ -8,12 +8,17 @@ checks the same numbers, and none of their gates hangs on rounding.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import torch
 
 from vllm_lora_ext.kernels.gated_lora.backends import choice
-from vllm_lora_ext.kernels.gated_lora.reference import TOLERANCE, gated_lora_reference
+from vllm_lora_ext.kernels.gated_lora.reference import (
+    TOLERANCE,
+    SlotPart,
+    gated_lora_reference,
+)
 from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.kernels.gated_lora.step import StepMap
 from vllm_lora_ext.routing import GateSpec, InputNorm
@@ -63,15 +68,19 @@ def in_one_line(error: Exception) -> str:
 
 @dataclass(frozen=True)
 class Case:
-    """One step: x [T, WIDTH], the slot of every row, and the adapters by slot and slice."""
+    """One step: x [T, WIDTH], the slot of every row, the adapters by slot and slice, those that
+    share the slot after these, and the numbers that come with the rows."""
 
     x_TK: torch.Tensor
     slots_T: np.ndarray
     slots: list[list[Part | None]]
+    mixed: list[SlotPart]
+    rows_TC: np.ndarray
 
 
 def cases(max_rank: int, max_router_rows: int) -> list[Case]:
-    """The steps that are checked. A plain adapter, a router, rank-wise experts, an empty slot."""
+    """The steps that are checked. A plain adapter, a router, rank-wise experts, an empty slot, and
+    a slot with two adapters."""
     g = torch.Generator("cpu").manual_seed(20)
     experts = min(4, max_rank, max_router_rows)
     router = GateSpec(
@@ -88,13 +97,31 @@ def cases(max_rank: int, max_router_rows: int) -> list[Case]:
     ]
     slots[2][0] = None
     slots.append([None] * len(SLICES))
-    made = []
+    made, mixed = [], _mixed(max_rank, max_router_rows)
     for t in TOKENS:
         slots_T = torch.randint(-1, len(slots), (t,), generator=g, device="cpu").numpy()
         slots_T[0] = 1  # a step of one row is routed
         x_TK = torch.randn(t, WIDTH, generator=g, device="cpu", dtype=torch.float32)
-        made.append(Case(x_TK, slots_T, slots))
+        if mixed:
+            slots_T[(slots_T < 0) & (np.arange(t) % 2 == 1)] = len(slots)
+        rows_TC = np.arange(3 * t, dtype=np.float32).reshape(t, 3) % 4 - 1
+        made.append(Case(x_TK, slots_T, slots, mixed, rows_TC))
     return made
+
+
+def _mixed(max_rank: int, max_router_rows: int) -> list[SlotPart]:
+    """A router that reads a normalised x, its experts mixed apart, times a factor of each row; and
+    two adapters that come and go with the rows."""
+    if max_rank < 4 or max_router_rows < 2:
+        return []
+    g = torch.Generator("cpu").manual_seed(22)
+    product = GateSpec(
+        source="router", normalise="layer", blocks=(max_rank // 4,) * 2, score="softmax",
+        product=True,
+    )  # fmt: skip
+    given = GateSpec(source="position", blocks=(1, 1))
+    first, second = ([_part(g, n, gate, 0) for n in SLICES] for gate in (product, given))
+    return [SlotPart(first, 0.5, factor_at=0), SlotPart(second, row_start=1)]
 
 
 def _part(g: torch.Generator, n: int, gate: GateSpec, max_rank: int) -> Part:
@@ -103,14 +130,22 @@ def _part(g: torch.Generator, n: int, gate: GateSpec, max_rank: int) -> Part:
 
     rank = sum(gate.blocks) or max_rank
     router_GK = normal(gate.num_gates, WIDTH) / WIDTH**0.5 if gate.source == "router" else None
-    return Part(normal(rank, WIDTH) / WIDTH**0.5, normal(n, rank), gate, router_GK)
+    a_RK, b_NR = normal(rank, WIDTH) / WIDTH**0.5, normal(n, rank)
+    norm = None
+    if gate.normalise != "none" and router_GK is not None:
+        norm = InputNorm.of(router_GK)
+    return Part(a_RK, b_NR, gate, router_GK, norm=norm)
 
 
 def expected(case: Case, dtype: torch.dtype) -> torch.Tensor:
     """The reference's answer for weights and inputs as the device holds them."""
+    mixed = [
+        replace(p, slices=[_rounded(cast(Part, s), dtype) for s in p.slices]) for p in case.mixed
+    ]
     slots = [[p and _rounded(p, dtype) for p in parts] for parts in case.slots]
-    x_TK = case.x_TK.to(dtype).float()
-    return gated_lora_reference(x_TK, torch.from_numpy(case.slots_T), slots, SLICES)
+    x_TK, slots_T = case.x_TK.to(dtype).float(), torch.from_numpy(case.slots_T)
+    rows_TC = torch.from_numpy(case.rows_TC)
+    return gated_lora_reference(x_TK, slots_T, [*slots, mixed], SLICES, rows_TC)
 
 
 def _rounded(p: Part, dtype: torch.dtype) -> Part:
@@ -121,14 +156,18 @@ def _run(
     case: Case, device: torch.device | str, dtype: torch.dtype, max_rank: int, max_router_rows: int
 ) -> str | None:
     backend = choice.triton()
-    site = Site(len(case.slots), WIDTH, SLICES, max_rank, max_router_rows, dtype, device, backend)
+    slots = len(case.slots) + 1
+    site = Site(slots, WIDTH, SLICES, max_rank, max_router_rows, dtype, device, backend)
     site.reserve_routers(site.most_routers)
     for buffer in (site.a_SRK, site.router_SGK, *site.bt_SRN):
         buffer.fill_(float("nan"))  # what no adapter wrote must not matter
     for slot, parts in enumerate(case.slots):
         site.write(slot, parts)
+    packed = [(site.pack(p.slices), p.scale, p.factor_at, p.row_start) for p in case.mixed]
+    site.load(slots - 1, site.compose(packed))
     site.step = StepMap(len(case.x_TK), device, tiled=True)
     site.step.update(case.slots_T)
+    site.step.set_rows(case.rows_TC, [slice(0, len(case.rows_TC))])
     x_TK = case.x_TK.to(dtype).to(device)
     got = []
     for _ in range(2):

@@ -29,8 +29,9 @@ def bundle(
     router: Annotated[
         str | None,
         typer.Option(
-            metavar="arrow|uniform|FILE|DIR",
+            metavar="arrow|uniform|request|FILE|DIR",
             help="`arrow`: made of the experts, nothing to train. `uniform`: constant weights."
+            " `request`: each request gives the experts' weights by their names."
             " FILE: safetensors with `<module>.router.weight` [experts, in]. DIR: a routed adapter,"
             " whose routers and gate are taken",
         ),
@@ -168,7 +169,7 @@ def _bundle(
         "router": router, "gate": fields, "seed": seed, "shares": shares,
         "lacking": b.lacking(experts),
     }  # fmt: skip
-    files = [] if router in ("arrow", "uniform") else [router]
+    files = [] if router in ("arrow", "uniform", "request") else [router]
     return made, [*named.values(), *files], record
 
 
@@ -176,6 +177,7 @@ def _router(
     kind: str, fields: dict[str, Any], seed: int | None, shares: dict[str, float], names: list[str]
 ) -> Any:
     from vllm_lora_ext import bundle as b
+    from vllm_lora_ext.routing import GateSpec
 
     if seed is not None and kind != "arrow":
         raise typer.BadParameter("only with --router arrow", param_hint="--seed")
@@ -189,6 +191,9 @@ def _router(
                 f"one for each expert, and no other: {', '.join(wrong)}", param_hint="--share"
             )
         return b.Uniform(tuple(shares[name] for name in names) if shares else None)
+    if kind == "request":
+        _only(fields, set(GateSpec.__dataclass_fields__) - {"source", "blocks"}, "--router request")
+        return b.ByRequest(fields)
     if kind == "arrow":
         _only(fields, {"k", "temperature"}, "--router arrow")
         if "k" not in fields:

@@ -1,4 +1,4 @@
-"""Where the gate of bundled adapters comes from: `Given`, `Arrow` or `Uniform`."""
+"""Where the gate of bundled adapters comes from: `Given`, `Arrow`, `Uniform` or `ByRequest`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from vllm_lora_ext.adapters.prototypes import prototypes
 from vllm_lora_ext.adapters.readers.names import group, part
 from vllm_lora_ext.adapters.readers.peft_config import bad_value, whole_number
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.kernels.gated_lora.step import MAX_COLUMNS
 from vllm_lora_ext.merging.variants.files import Checkpoint
 
 # The native format's names, in a file of routers alone.
@@ -97,6 +98,25 @@ class Uniform:
                 dim=1,
             ),
         )
+
+
+@dataclass(frozen=True)
+class ByRequest:
+    """Each request gives the experts' weights, as routers outside of the model compute them.
+
+    Args:
+        fields: of the gate table, what becomes of the weights; none: they are the gates.
+    """
+
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    system: str = "bundle"
+
+    def check(self, experts: int, modules: Sequence[str]) -> None:
+        if experts > MAX_COLUMNS:
+            raise bad_value("the number of experts", experts, f"at most {MAX_COLUMNS}")
+
+    def layer(self, module: str, parts: Sequence[Part]) -> RoutedModule:
+        return _gated(module, parts, {**self.fields, "source": "request"})
 
 
 @dataclass(frozen=True)

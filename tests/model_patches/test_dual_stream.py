@@ -1,0 +1,119 @@
+"""VLLM_LORA_ENABLE_DUAL_STREAM, on and off: what is launched where, and who waits for whom."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+K, N, ROWS = 64, 48, 5
+
+
+class Streams:
+    """The order in which the host hands work to two streams."""
+
+    def __init__(self) -> None:
+        self.now = "main"
+        self.work: list[tuple[str, str]] = []
+
+    def put(self, what: str) -> None:
+        self.work.append((self.now, what))
+
+    @contextmanager
+    def on(self, stream: Any) -> Any:
+        before, self.now = self.now, stream
+        yield
+        self.now = before
+
+
+class Event:
+    def __init__(self, name: str, streams: Streams) -> None:
+        self._name, self._streams = name, streams
+
+    def record(self) -> None:
+        self._streams.put(f"record {self._name}")
+
+    def wait(self) -> None:
+        self._streams.put(f"wait {self._name}")
+
+
+class Kernel:
+    def __init__(self, name: str, streams: Streams) -> None:
+        self._name, self._streams = name, streams
+
+    def __getitem__(self, _grid: Any) -> Any:
+        return lambda *args, **kwargs: self._streams.put(self._name)
+
+
+@pytest.fixture
+def streams(monkeypatch) -> Streams:
+    from vllm_lora_ext.kernels.gated_lora.backends.triton import expand, shrink
+
+    streams = Streams()
+    monkeypatch.setattr(shrink, "shrink_kernel", Kernel("shrink", streams))
+    monkeypatch.setattr(expand, "expand_kernel", Kernel("expand", streams))
+    monkeypatch.setattr(torch.cuda, "stream", streams.on)
+    return streams
+
+
+def layer(streams: Streams, slots_T: np.ndarray, side: str | None) -> Any:
+    """What `RoutedLinear` reads of itself, its tensors without memory."""
+    from vllm_lora_ext.kernels.gated_lora import Site, StepMap
+    from vllm_lora_ext.kernels.gated_lora.backends import choice
+    from vllm_lora_ext.model_patches.layers import RoutedLinear
+
+    site = Site(2, K, (N,), 8, 8, torch.bfloat16, "meta", choice.triton())
+    site.step = StepMap(8, "meta", tiled=True)
+    site.step.update(slots_T)
+
+    def product(_layer: Any, x: torch.Tensor, bias: Any) -> torch.Tensor:
+        streams.put("base")
+        return x.new_empty(len(x), N)
+
+    made = SimpleNamespace(
+        site=site, memory=None, base_layer=None, has_product=False,
+        _get_quant_method=lambda: SimpleNamespace(apply=product), _lora_stream=side,
+        _events=[Event("begin", streams), Event("shrunk", streams)],
+    )  # fmt: skip
+    made.run = RoutedLinear._apply_async_impl.__get__(made)
+    return made
+
+
+x_TK = torch.empty(ROWS, K, dtype=torch.bfloat16, device="meta")
+ADAPTED, BASE = np.array([0, 1, -1, 0, -1]), np.full(ROWS, -1)
+
+
+def test_the_shrink_runs_beside_the_product_and_the_expand_waits_for_both(streams) -> None:
+    layer(streams, ADAPTED, "side").run(x_TK)
+    assert streams.work == [
+        ("main", "record begin"), ("main", "base"), ("side", "wait begin"), ("side", "shrink"),
+        ("side", "record shrunk"), ("main", "wait shrunk"), ("main", "expand"),
+    ]  # fmt: skip
+
+
+def test_without_a_second_stream_all_of_it_is_in_order(streams) -> None:
+    layer(streams, ADAPTED, None).run(x_TK)
+    assert streams.work == [("main", "base"), ("main", "shrink"), ("main", "expand")]
+
+
+@pytest.mark.parametrize("side", ["side", None])
+def test_a_step_without_an_adapter_launches_nothing(side, streams) -> None:
+    layer(streams, BASE, side).run(x_TK)
+    assert {what for _, what in streams.work} & {"shrink", "expand"} == set()
+
+
+def test_the_next_layers_shrink_waits_for_this_ones_expand(streams) -> None:
+    """Its result may lie where this one's lay: the allocator gives memory back by stream."""
+    first, second = layer(streams, ADAPTED, "side"), layer(streams, ADAPTED, "side")
+    first.run(x_TK)
+    second.run(x_TK)
+    expand = streams.work.index(("main", "expand"))
+    begin = streams.work.index(("main", "record begin"), expand)
+    wait = streams.work.index(("side", "wait begin"), expand)
+    shrink = streams.work.index(("side", "shrink"), expand)
+    assert expand < begin < wait < shrink
