@@ -30,3 +30,11 @@ def qwen2() -> Iterator[Any]:
     llm = make_engine("base_qwen2")
     yield llm
     close(llm)
+
+
+@pytest.fixture(scope="session")
+def llama_mha() -> Iterator[Any]:
+    """Tiny Llama with as many key/value heads as heads; prompts may be embeddings."""
+    llm = make_engine("base_llama_mha", enable_prompt_embeds=True)
+    yield llm
+    close(llm)

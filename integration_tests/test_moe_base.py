@@ -1,4 +1,4 @@
-"""A mixture-of-experts base model with LoRA on attention and router, against transformers and PEFT."""
+"""A mixture-of-experts base model, LoRA on attention and router, against transformers and PEFT."""
 
 from __future__ import annotations
 

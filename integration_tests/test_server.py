@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import threading
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ import pytest
 import torch
 from openai import NotFoundError, OpenAI
 
+from integration_tests.conditioned import conditioned, examples
 from integration_tests.engines import recorded
 from integration_tests.reference_model import logits
 from integration_tests.server import (
@@ -387,6 +389,113 @@ def test_only_the_allowed_folders_are_read(server, client, places):
 def test_the_log_names_the_code_of_a_refusal(server, places):
     load(server, "logged", places.outside / "plain")
     assert "'logged': [lora_ext:path_not_allowed]" in server.log.read_text()
+
+
+@pytest.fixture(scope="module")
+def mixed(server, places) -> Iterator[dict[str, Any]]:
+    """The fixtures of several adapters in one request, their adapters loaded: name → fixture."""
+    fixtures = {name: conditioned(name) for name in ("scales-a", "spans-a")}
+    adapters = [(f"{name}-{a.name}", a) for name, fx in fixtures.items() for a in fx.adapters]
+    for name, folder in adapters:
+        shutil.copytree(folder, places.adapters / name)
+        assert load(server, name, places.adapters / name).status_code == 200
+    yield fixtures
+    for name, _ in adapters:
+        assert unload(server, name).status_code == 200
+
+
+def said_in(fixture: Any, request: dict[str, Any]) -> dict[str, Any]:
+    """The field, with the names under which the fixture's adapters are loaded."""
+    named = [{**a, "name": f"{fixture.name}-{a['name']}"} for a in request["adapters"]]
+    return {"adapters": named}
+
+
+def test_several_adapters_in_one_request(client, mixed):
+    """Scales and spans, all at once beside plain, routed and base requests; then again."""
+    jobs = [(fx, request) for fx in mixed.values() for request in fx.requests]
+    before, models = fingerprint(client), names(client)
+
+    def send(job: tuple[Any, dict[str, Any]], text: bool, **more: Any) -> Any:
+        fx, request = job
+        said = said_in(fx, request)
+        extra = {"vllm_xargs": {"lora_ext": json.dumps(said)}} if text else {"lora_ext": said}
+        prompt = fx.prompt(request)
+        return ask(of_its_own(client), "base", prompt, **extra, **more)
+
+    with ThreadPoolExecutor(len(jobs) + 1) as pool:
+        neighbour = pool.submit(fingerprint, of_its_own(client))
+        first = list(pool.map(lambda job: send(job, False, prompt_logprobs=5), jobs))
+        again = list(pool.map(lambda job: send(job, True), jobs))
+    diffs = [worst_prompt(c, fx.logits(r)) for c, (fx, r) in zip(first, jobs, strict=True)]
+    print(f"max |dlogp| {max(diffs):.1e}")
+    assert max(diffs) < BOUND
+    for one, two, (fx, request) in zip(first, again, jobs, strict=True):
+        assert one.token_ids == two.token_ids == fx.greedy(request)
+    assert neighbour.result() == fingerprint(client) == before
+    assert names(client) == models, "derived adapters are no models"
+
+
+def test_derived_adapters_are_counted(server, client, mixed):
+    fx = mixed["scales-a"]
+    said = {"adapters": [{"name": "scales-a-red", "scale": 0.123}]}
+    before = counters(server)
+    for _ in range(3):
+        ask(client, "base", fx.prompt(fx.requests[0]), 1, lora_ext=said)
+    made, hit = (counters(server)[n] - before[n] for n in COUNTERS[:2])
+    assert (made, hit) == (1, 2)
+    assert set(COUNTERS) <= set(counters(server))
+
+
+COUNTERS = (
+    "lora_ext:derived_adapters_made_total", "lora_ext:derived_adapters_hit_total",
+    "lora_ext:derived_adapters_evicted_total", "lora_ext:gate_passes_total",
+)  # fmt: skip
+
+
+def counters(server: Server) -> dict[str, float]:
+    text = httpx.get(f"{server.url}/metrics", timeout=60, trust_env=False).text
+    lines = (line.split() for line in text.splitlines() if line.startswith("lora_ext:"))
+    return {name: float(value) for name, value in lines}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("route", ["completions", "chat/completions", "responses"])
+def test_a_field_that_is_wrong_is_400_and_touches_nobody(server, client, mixed, route, stream):
+    prompt = {
+        "completions": {"prompt": PLAIN.prompts[0]},
+        "chat/completions": {"messages": [{"role": "user", "content": "t1"}]},
+        "responses": {"input": "t1"},
+    }[route]
+    before = fingerprint(client)
+    red = "scales-a-red"
+    for model, said, words_of_it in (
+        ("base", {"adapters": [{"name": "none"}]}, "lora_ext.adapters[0].name"),
+        ("plain", {"adapters": [{"name": red}]}, "not the base model"),
+        ("base", {"adapters": [{"name": red, "scale": "NaN"}]}, "lora_ext.adapters[0].scale"),
+        ("base", {"adapters": [{"name": red, "spans": [[9, 2]]}]}, "lora_ext.adapters[0].spans[0]"),
+        ("base", {"adapters": [{"name": red, "spans": [[256, 999]]}]}, "is outside of every"),
+        ("base", {"adapters": [{"name": red}] * 9}, "max_request_adapters 8"),
+        ("base", {"adapter": []}, "lora_ext.adapter is unknown"),
+        ("plain", {"user": [0.5]}, "lora_ext.user has no use here"),
+        ("base", {"user": [0.5] * 1_000_000}, "too large"),
+    ):
+        body = {"model": model, "lora_ext": said, "stream": stream, **prompt}
+        answer = httpx.post(f"{server.url}/v1/{route}", json=body, timeout=60, trust_env=False)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["type"], error["param"]) == (400, "bad_value", "lora_ext")
+        assert words_of_it in error["message"], error
+    assert fingerprint(client) == before
+
+
+def test_the_page_of_requests_is_true(client, mixed):
+    """Its examples of a client, with the names of the fixture's adapters."""
+    fx = mixed["scales-a"]
+    for block in examples("requests.md", "client"):
+        for name in ("red", "green"):
+            block = block.replace(f'"{name}"', f'"scales-a-{name}"')
+        scope: dict[str, Any] = {"client": client, "prompt": fx.prompt(fx.requests[0])}
+        exec(compile(block, "docs/requests.md", "exec"), scope)
+        assert scope["answer"].choices[0].finish_reason == "length"
 
 
 @pytest.mark.slow

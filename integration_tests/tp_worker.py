@@ -122,14 +122,15 @@ def watch(worker: Any) -> None:
 
     gate, shrink = eager._gate_, eager.shrink
 
-    def watched_gate(h_TR: torch.Tensor, plan: Any, v_TR: torch.Tensor) -> None:
-        name, inputs_TR, gates_TR = layer_of(plan), v_TR.clone(), torch.ones_like(h_TR)
-        gate(gates_TR, plan, inputs_TR)
+    def watched_gate(h_TR: torch.Tensor, read: Any) -> None:
+        plan, gates_TR = read.plan, torch.ones_like(h_TR)
         if not plan.plain:
-            sums_TG = torch.cat([inputs_TR[:, c] for c in plan.inputs], dim=1)
+            gate(gates_TR, read)
+            sums_TG = torch.cat([read.v_TR[:, c] for c in plan.inputs], dim=1)
+            name = layer_of(plan)
             _seen.append((name, "sums", sums_TG))
             _seen.append((name, "gated", gates_TR[:, : plan.num_ranks]))
-        gate(h_TR, plan, inputs_TR)
+        gate(h_TR, read)
 
     def watched_shrink(x_TK: torch.Tensor, site: Any) -> torch.Tensor:
         u_PTR = shrink(x_TK, site)

@@ -65,6 +65,7 @@ class Admitted:
         self._held: set[int] = set()
         self._known: dict[int, _Known] = {}  # what was loaded last, held or evicted since
         self._named: dict[str, LoRARequest] = {}
+        self._models: Mapping[str, LoRARequest] | None = None
         self._gates: OrderedDict[tuple[str, tuple[int, ...]], str] = OrderedDict()
 
     @classmethod
@@ -104,9 +105,14 @@ class Admitted:
         if name in self._named and self._named[name].lora_int_id == lora_id:
             del self._named[name]
 
+    def list_by(self, models: Mapping[str, LoRARequest]) -> None:
+        """From now on a name is what a server's list of models says, which unloads without a word
+        to its engine."""
+        self._models = models
+
     def named(self, name: str) -> LoRARequest | None:
         """The adapter that was loaded by a name, and not removed since."""
-        return self._named.get(name)
+        return (self._named if self._models is None else self._models).get(name)
 
     def version(self, lora_id: int) -> str:
         """The digest of what was loaded last under an id; empty for one that never was."""

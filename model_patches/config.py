@@ -24,12 +24,6 @@ def check_config(vllm_config: Any, lora_config: Any) -> LoraExtSettings:
         AdapterError: `bad_settings`, a setting is wrong, or does not go with the engine's options.
     """
     settings = LoraExtSettings.from_additional_config(vllm_config.additional_config)
-    if lora_config.fully_sharded_loras:
-        raise AdapterError(
-            "bad_settings", "fully_sharded_loras is not supported with routed adapters",
-            seen=True, limit=False,
-            fix="start without --fully-sharded-loras; row-parallel layers already shard B",
-        )  # fmt: skip
     # Whether the kernels pass their check here is found out where they run; if not, it says so.
     device_type = vllm_config.device_config.device_type
     triton = asks_for_triton(settings.triton, device_type)
@@ -50,6 +44,8 @@ def check_trace(vllm_config: Any, graphs: bool) -> None:
         (getattr(vllm_config.lora_config, "enable_tower_connector_lora", False),
          "an engine whose LoRA is on the language model only",
          "start without --enable-tower-connector-lora"),
+        (getattr(vllm_config.lora_config, "fully_sharded_loras", False),
+         "an engine whose ranks have whole routers", "start without --fully-sharded-loras"),
         (unknown_rows(vllm_config), "an engine that knows on the host which rows are whose",
          "start without it"),
     ):  # fmt: skip

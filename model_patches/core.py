@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import msgspec
@@ -27,6 +28,7 @@ from vllm_lora_ext.adapters.memory import MemorySource
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.block_keys import BlockKeys
 from vllm_lora_ext.model_patches.conditioned import Conditions, Key
+from vllm_lora_ext.model_patches.gate_pass import GATE, GatePasses
 from vllm_lora_ext.model_patches.ledger import Held, Ledger
 from vllm_lora_ext.model_patches.loading import Loading
 
@@ -52,6 +54,7 @@ class Adapters:
             return answers
 
         self._conditions = Conditions(core.vllm_config)
+        self.gates = GatePasses(core, rpc)
         self.loading = Loading(rpc, self.add)
         self.ledger = Ledger(
             rpc,
@@ -96,6 +99,35 @@ class Adapters:
         self._rekey(request, self._conditions.key(request, self._held(lora.lora_int_id)))
         return True
 
+    def gate(self, lora: LoRARequest, version: str, ids: list[int]) -> Future[dict[str, Any]]:
+        """The gate of an instruction for a template that is loaded, or is now.
+
+        Raises:
+            AdapterError: it cannot be loaded, is no such template or another one by now, or the
+                ids are none that the model computes.
+        """
+        self.ledger.add(lora)
+        held = self._held(lora.lora_int_id)
+        if not held.understands.get("instruction"):
+            raise AdapterError(
+                "bad_value", "the adapter has no use for an 'instruction'", seen=lora.lora_name,
+                fix="leave 'instruction' away",
+            )  # fmt: skip
+        if held.version != version:
+            raise AdapterError(
+                "adapter_changed", "the adapter was replaced while the request was on its way",
+                seen=lora.lora_name, fix="send the request again",
+            )  # fmt: skip
+        return self.gates.ask(lora.lora_int_id, version, ids)
+
+    def step_aside(self) -> None:
+        """A step of a core in the front end's own process, which is not waiting for its outputs
+        now: they come with the next."""
+        outputs, executed = self._core.step_fn()
+        self._core.post_step(executed)
+        for mine in (outputs or {}).values():
+            self._refused += mine.outputs
+
     def _held(self, lora_id: int) -> Held:
         held = self.ledger.held(lora_id)
         assert held is not None, "what was added is held"
@@ -117,9 +149,11 @@ class Adapters:
 
     def step(self, step: Callable[[], Any]) -> Any:
         """A step of the core, with what is done before and after it."""
-        self.loading.poll(idle=not self._scheduler.has_requests())
+        if self.loading.pending:
+            self.loading.poll(idle=not self._scheduler.has_requests())
         self.ledger.tidy()
         outputs, executed = step()
+        self.gates.take(outputs)
         if self._refused:
             outputs = dict(outputs or {})
             mine = outputs.setdefault(0, EngineCoreOutputs())
@@ -244,12 +278,14 @@ def _patch_core() -> None:
     EngineCore.list_loras, EngineCore.pin_lora = new_list_loras, new_pin_lora
     EngineCore.collective_rpc = new_collective_rpc
     setattr(EngineCore, ADD, _add)
+    setattr(EngineCore, GATE, _gate)
     has_work = EngineCoreProc.has_work
 
     @functools.wraps(has_work)
     def new_has_work(self: Any) -> bool:
         adapters = self.__dict__.get("_lora_ext")
-        return has_work(self) or (adapters is not None and adapters.loading.pending)
+        pending = adapters is not None and (adapters.loading.pending or adapters.gates.pending)
+        return has_work(self) or pending
 
     EngineCoreProc.has_work = new_has_work
     for name in ("step", "step_with_batch_queue"):
@@ -280,6 +316,27 @@ def _add(self: Any, request: Any, source: Any = None) -> Any:
     if isinstance(self, EngineCoreProc) and adapters.ledger.reads(lora, given):
         return adapters.loading.begin(lora, given)
     return adapters.add(lora, given)
+
+
+def _gate(self: Any, request: Any, version: str, ids: list[int]) -> Any:
+    """The gate of an instruction (`gate_pass.GATE`); from a core in a process of its own a future
+    of it, else the engine's steps are taken here until it is known.
+
+    Args:
+        request: the template's `LoRARequest`, or what the wire made of it; version: its content.
+    """
+    adapters = _adapters(self)
+    assert adapters is not None, "the front end asks only where LoRA is on"
+    lora = request if isinstance(request, LoRARequest) else msgspec.convert(request, LoRARequest)
+    try:
+        answer = adapters.gate(lora, version, ids)
+    except AdapterError as error:
+        return {"error": str(error)}
+    if isinstance(self, EngineCoreProc):
+        return answer
+    while not answer.done():
+        adapters.step_aside()
+    return answer.result()
 
 
 def _patch_scheduler() -> None:

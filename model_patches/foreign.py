@@ -21,7 +21,7 @@ from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
 
 from vllm_lora_ext.adapters.checks import check_adapter
 from vllm_lora_ext.adapters.finite import is_finite, not_finite
-from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
+from vllm_lora_ext.adapters.model import FusedExperts, Head, RoutedAdapter, RoutedModule
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.placing import Placer
 from vllm_lora_ext.model_patches.residency import HostAdapter
@@ -44,18 +44,33 @@ def host_form(lora: LoRAModel, placer: Placer) -> HostAdapter | None:
     Raises:
         AdapterError: as for an adapter that was read from a folder.
     """
-    if lora.modules_to_save or not all(map(_is_linear, lora.loras.values())):
+    fused = placer.lane.by_parameter(lora.loras)
+    linear = {name: w for name, w in lora.loras.items() if name not in fused}
+    if not all(map(_is_linear, lora.loras.values())) or not (lora.loras or lora.modules_to_save):
         return None
-    if not lora.loras or not all(map(placer.knows, lora.loras)):
+    if not all(map(placer.knows, linear)):
         return None
     modules = {
         name: RoutedModule(
             w.lora_a, w.lora_b.float() * w.scaling,
             kind="embedding" if placer.is_embedding(name) else "linear",
         )
-        for name, w in lora.loras.items()
+        for name, w in linear.items()
     }  # fmt: skip
-    adapter = RoutedAdapter(modules, system="plain", digest=digest_of(lora))
+    adapter = RoutedAdapter(
+        modules,
+        system="plain",
+        digest=digest_of(lora),
+        heads={name: Head(m.weight, m.bias) for name, m in lora.modules_to_save.items()},
+        experts={
+            parameter: FusedExperts(
+                lora.loras[name].lora_a,
+                lora.loras[name].lora_b.float() * lora.loras[name].scaling,
+                placer.lane.experts[parameter].count,
+            )
+            for name, parameter in fused.items()
+        },
+    )
     check_adapter(adapter)
     return placer.place(adapter, renamed=True)
 

@@ -20,6 +20,7 @@ from vllm.logger import init_logger
 
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches import metrics
+from vllm_lora_ext.model_patches.admitted import Admitted
 from vllm_lora_ext.model_patches.mixes import Front, hook_requests
 from vllm_lora_ext.model_patches.refused import to_response
 from vllm_lora_ext.settings import LoraExtSettings
@@ -76,6 +77,7 @@ def apply() -> None:
             hook_requests()
         if config.lora_config is not None:
             metrics.show()
+            Admitted.of(engine_client).list_by(self.lora_requests)
         _warn_of_open_door(config, settings)
 
     @functools.wraps(load)

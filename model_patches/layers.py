@@ -7,7 +7,8 @@ layer a class may replace, tensor-parallel slicing and `forward` stay stock.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -37,6 +38,14 @@ from vllm_lora_ext.model_patches.backend import building
 class RoutedLinear(BaseLinearLayerWithLoRA):
     """Mixed in before a stock wrapper: weights live in a `Site`, the delta is one opaque op."""
 
+    @classmethod
+    def can_replace_layer(cls, source_layer, lora_config, *args, **kwargs) -> bool:  # type: ignore[no-untyped-def]
+        # Stock has classes of its own for fully sharded LoRA; here it is a matter of the site.
+        config = copy.copy(lora_config)
+        config.fully_sharded_loras = False
+        kwargs |= {"source_layer": source_layer, "lora_config": config}
+        return super().can_replace_layer(*args, **kwargs)
+
     def create_lora_weights(self, max_loras, lora_config, model_config=None) -> None:  # type: ignore[no-untyped-def]
         self.lora_config = lora_config
         made = building()
@@ -47,11 +56,21 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
             self.output_slices = (self.output_size,)
         rank = lora_config.max_lora_rank
         # Under tensor parallelism a row-parallel input is a shard, and its output a partial sum.
-        self.reduces = isinstance(self.base_layer, RowParallelLinear) and self.tp_size > 1
+        self.x_is_shard = isinstance(self.base_layer, RowParallelLinear) and self.tp_size > 1
+        width, sizes = self.input_size, self.output_slices
+        x_part = y_part = None
+        if lora_config.fully_sharded_loras and self.tp_size > 1:
+            if self.x_is_shard:
+                y_part = _part_of(self.output_size, self.tp_rank, self.tp_size)
+                sizes = (y_part.stop - y_part.start,)
+            else:
+                x_part = _part_of(self.input_size, self.tp_rank, self.tp_size)
+                width = x_part.stop - x_part.start
+        self.reduces = self.x_is_shard or x_part is not None
         self.site = Site(
-            max_loras, self.input_size, self.output_slices, rank, made.router_rows,
+            max_loras, width, sizes, rank, made.router_rows,
             lora_config.lora_dtype, self.device, made.backend,
-            tensor_model_parallel_all_reduce if self.reduces else None, made.graphs,
+            tensor_model_parallel_all_reduce if self.reduces else None, made.graphs, x_part, y_part,
         )  # fmt: skip
         self.handle = register_site(self.site)
         # Where the linear of an MLP block on the kernels leaves its shrunk rows (`mlp`).
@@ -141,14 +160,10 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
 
     def _shard(self, i: int, m: RoutedModule) -> RoutedModule:
         """This rank's part of slice `i`, by stock's own slicing."""
-        if self.reduces:
-            cut = self.slice_lora_a
-            return replace(
-                m,
-                a_RK=cut(m.a_RK),
-                router_GK=None if m.router_GK is None else cut(m.router_GK),
-                head_K=None if m.head_K is None else cut(m.head_K[None])[0],
-            )
+        if self.x_is_shard:
+            rows = slice(None) if self.site.y_part is None else self.site.y_part
+            return replace(_cut_x(m, self.slice_lora_a), b_NR=m.b_NR[rows])
+        m = _cut_x(m, self.site.own_x)
         if self.n_slices == 1:
             return replace(m, b_NR=self.slice_lora_b(m.b_NR))
         only: list[torch.Tensor | None] = [None] * self.n_slices
@@ -219,16 +234,37 @@ class RoutedEmbedding(VocabParallelEmbeddingWithLoRA):
         return output
 
 
+def _part_of(size: int, rank: int, ranks: int) -> slice:
+    """The columns of one rank, as even as they can be."""
+    return slice(rank * size // ranks, (rank + 1) * size // ranks)
+
+
+def _cut_x(m: RoutedModule, cut: Callable[[torch.Tensor], torch.Tensor]) -> RoutedModule:
+    """The module for a part of x."""
+    return replace(
+        m,
+        a_RK=cut(m.a_RK),
+        router_GK=None if m.router_GK is None else cut(m.router_GK),
+        head_K=None if m.head_K is None else cut(m.head_K[None])[0],
+    )
+
+
 def apply() -> None:
     """Puts the subclasses before vLLM's own choice of wrapper."""
-    lora_utils._all_lora_classes = tuple(map(_ours, lora_utils._all_lora_classes))
+    stock = lora_utils._all_lora_classes
+    lora_utils._all_lora_classes = tuple(_ours(cls) for cls in stock if not _is_sharded(cls))
+
+
+def _is_sharded(stock: type) -> bool:
+    """Whether a class only stands for another one that ours replaces, where LoRA is fully sharded,
+    which ours are as well."""
+    return issubclass(stock, BaseLinearLayerWithLoRA) and "Sharded" in stock.__name__
 
 
 def _ours(stock: type) -> type:
     if stock is VocabParallelEmbeddingWithLoRA:
         return RoutedEmbedding
-    # Fully sharded wrappers stay: the manager refuses that mode before one can be chosen.
-    if not issubclass(stock, BaseLinearLayerWithLoRA) or "Sharded" in stock.__name__:
+    if not issubclass(stock, BaseLinearLayerWithLoRA):
         return stock
     if issubclass(stock, RoutedLinear):
         return stock

@@ -36,7 +36,7 @@ class Placer:
         modules: name → LoRA layer; packed: name of a fused layer → names of its slices.
         blocks: name → MLP block that can hold experts.
         scope: what of an adapter is served.
-        lane: what goes into layers of vLLM's own.
+        lane: what goes into layers of vLLM's own; an attribute too.
         max_rank, router_rows: what a slot holds.
         dtype: of the engine's LoRA weights; base_name: the served model.
         pinned: whether host copies are page-locked.
@@ -67,8 +67,8 @@ class Placer:
         self._modules, self._packed, self._blocks = modules, packed, blocks
         self._max_rank, self._router_rows = max_rank, router_rows
         self._dtype, self._base_name, self._pinned = dtype, base_name, pinned
-        self._graphs, self._pooling, self._scope, self._lane = graphs, pooling, scope, lane
-        self._positions = positions
+        self._graphs, self._pooling, self._scope = graphs, pooling, scope
+        self.lane, self._positions = lane, positions
         mapper = getattr(model, "hf_to_vllm_mapper", None)
         self._mapper = mapper and mapper.get_rename_mapper()
         # Prefixes of the layers that live on another pipeline rank.
@@ -109,13 +109,13 @@ class Placer:
             *adapter.modules, *_block_layers(adapter), *(template.sizes if template else ()),
         )  # fmt: skip
         name_of = {n: n if renamed else self._vllm_name(n) for n in every}
-        name_of |= {n: self._vllm_parameter(n) for n in adapter.experts}
+        name_of |= {n: n if renamed else self._vllm_parameter(n) for n in adapter.experts}
         away = {n for n, v in name_of.items() if v.startswith(self._missing)}
-        known = self._shapes.keys() | self._lane.experts.keys()
+        known = self._shapes.keys() | self.lane.experts.keys()
         has = away.union(n for n, v in name_of.items() if v in known)
         if template is None:
             adapter = self._scope.narrowed(adapter, name_of, has)
-        self._lane.check(adapter, name_of, away)
+        self.lane.check(adapter, name_of, away)
         # The model's own names beside those of the adapter: for what an error says.
         shapes = {v: shape for v, shape in self._shapes.items() if v not in name_of}
         shapes |= {n: self._shapes[v] for n, v in name_of.items() if v in self._shapes}
@@ -183,7 +183,7 @@ class Placer:
                 covered = zip(parts, layer.part_sizes(len(parts)), strict=True)
                 names[layer_name] = tuple(p[0] for p, sizes in covered if p for _ in sizes)
                 sites[layer_name] = _site(layer, modules)
-            elif not self._lane.packs(layer_name):
+            elif not self.lane.packs(layer_name):
                 stock[layer_name] = _stock(names[layer_name][0], layer, modules, self._dtype)
         for name, block in adapter.blocks.items():
             first = f"{name}.{min(block.parts)}"
@@ -196,7 +196,7 @@ class Placer:
         nbytes, views = flat_views(groups, self._pinned)
         left = iter(views)
         packed = [{name: fill(next(left)) for name, (_, fill) in kind.items()} for kind in kinds]
-        experts, heads = self._lane.pack(adapter, name_of, away)
+        experts, heads = self.lane.pack(adapter, name_of, away)
         return HostAdapter(
             system=adapter.system, source=adapter.source, rank=adapter.rank,
             version=adapter.digest,

@@ -427,6 +427,71 @@ PATCHES: tuple[Patch, ...] = (
         ),
     ),
     Patch(
+        name="graphs-without-sums",
+        module="graphs",
+        why=(
+            "Under tensor parallelism a captured step sums over the ranks what gates may read, also"
+            " where no adapter of the step has a gate."
+        ),
+        how=(
+            "Such steps have graphs of their own: one more number of adapters in the key of "
+            "vLLM's, on both runners. Only engines of several ranks with CUDA graphs."
+        ),
+        upstream="none yet",
+        remove_when="the key of a graph may hold what a plugin says of the step.",
+        targets=(
+            Target(
+                "vllm.v1.worker.lora_model_runner_mixin",
+                "LoRAModelRunnerMixin.maybe_select_dummy_loras",
+            ),
+            Target("vllm.v1.cudagraph_dispatcher", "CudagraphDispatcher._get_lora_cases"),
+            Target("vllm.v1.cudagraph_dispatcher", "CudagraphDispatcher.initialize_cudagraph_keys"),
+            Target("vllm.v1.cudagraph_dispatcher", "CudagraphDispatcher.dispatch"),
+            Target("vllm.lora.utils", "get_captured_lora_counts"),
+            Target(
+                "vllm.v1.worker.gpu_model_runner",
+                "GPUModelRunner._determine_batch_execution_and_padding",
+            ),
+            Target("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._dummy_run"),
+            Target("vllm.v1.worker.gpu.lora_utils", "get_num_active_loras_for_dispatch"),
+            Target("vllm.v1.worker.gpu.lora_utils", "get_lora_capture_cases"),
+            Target("vllm.v1.worker.gpu.lora_utils", "create_lora_capture_hook"),
+            Target(
+                "vllm.v1.worker.gpu.cudagraph_utils", "CudaGraphManager._build_lora_dispatch_map"
+            ),
+            Target("vllm.v1.worker.gpu.cudagraph_utils", "CudaGraphManager._init_candidates"),
+            Target("vllm.v1.worker.gpu.cudagraph_utils", "CudaGraphManager.dispatch"),
+            Target("vllm.v1.worker.gpu.cudagraph_utils", "ModelCudaGraphManager.__init__"),
+            Target("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.execute_model"),
+        ),
+    ),
+    Patch(
+        name="instruction",
+        module="instruction",
+        why=(
+            "A gate that the base model's own states give (WavLLM) needs what goes into its final "
+            "norm, which a compiled model or a graph does not show."
+        ),
+        how=(
+            "Steps with rows of an instruction run eagerly, on both runners, and hooks on the "
+            "model and its final norm take their states; wrapped with the first such adapter."
+        ),
+        upstream="none yet",
+        remove_when="vLLM hands a plugin the last hidden states of chosen requests.",
+        targets=(
+            Target(
+                "vllm.v1.worker.gpu_model_runner",
+                "GPUModelRunner._determine_batch_execution_and_padding",
+            ),
+            Target("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.execute_model"),
+            Target("vllm.v1.worker.gpu.model_runner", "dispatch_cg_and_sync_dp"),
+            Target("vllm.compilation.decorators", "_support_torch_compile"),
+            Target("vllm.forward_context", "ForwardContext"),
+            Target("vllm.v1.engine", "EngineCoreRequest"),
+            Target("vllm.model_executor.models.llama", "LlamaModel.forward"),
+        ),
+    ),
+    Patch(
         name="logits",
         module="logits",
         why=(

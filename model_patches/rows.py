@@ -25,8 +25,8 @@ import torch
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
-_RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
-_wrapped: set[type] = set()
+RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
+_wrapped: set[tuple[Any, str]] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +62,8 @@ class Rows:
 
     def __init__(self, manager: Any) -> None:
         self._manager = manager
-        self._watches: list[_Watch] = []
+        self._watches: list[Watch] = []
+        self.instruction: Any = None  # `instruction.InstructionPass`, from the first on
         self._order: tuple[Sequence[str], Sequence[int]] | None = None
         self._sampled_N: torch.Tensor | None = None
         self._hidden_TK: torch.Tensor | None = None
@@ -71,7 +72,7 @@ class Rows:
         self,
         wants: Callable[[NewRequestData], bool],
         take: Callable[[Sequence[Span]], None],
-    ) -> None:
+    ) -> Watch:
         """Has `take` called in every step that computes rows of a request that is wanted.
 
         Args:
@@ -79,8 +80,9 @@ class Rows:
             take: gets the spans in the order of their rows, before the model runs and when the
                 adapters have their slots; and an empty sequence when the step is over.
         """
-        self._watches.append(_Watch(wants, take))
+        self._watches.append(Watch(wants, take))
         wrap_runners()
+        return self._watches[-1]
 
     def logits_rows(self, x_NK: torch.Tensor) -> torch.Tensor | slice:
         """Which rows of the step `x_NK` holds: the input of the layer that computes the logits.
@@ -142,7 +144,7 @@ class Rows:
             self._hidden_TK = self._sampled_N = None
 
 
-class _Watch:
+class Watch:
     """What one caller of `Rows.watch` wants, between steps and in one."""
 
     def __init__(
@@ -155,6 +157,11 @@ class _Watch:
         self._new: set[str] = set()  # those of them that no step has computed yet
         self._at: dict[str, int] = {}  # first position in this step
         self._told = False
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether the step that has begun computes rows that are wanted."""
+        return bool(self._at)
 
     def begin(self, scheduled: SchedulerOutput) -> None:
         # First: the id of an aborted request may come back as a new one in the same step.
@@ -221,22 +228,24 @@ def wrap_runners() -> None:
     # Here, not above: the front end's process has no worker, and this import is a large one.
     from vllm.v1.worker.gpu_worker import Worker
 
-    _once(Worker, execute_model=_tell_steps)
-    _once(LoRAModelRunnerMixin, set_active_loras=_tell_order_v1, _set_active_loras=_tell_slots)
-    v1, v2 = (sys.modules.get(name) for name in _RUNNERS)  # a worker imports the one that it uses
+    wrap_once(Worker, execute_model=_tell_steps)
+    wrap_once(LoRAModelRunnerMixin, set_active_loras=_tell_order_v1, _set_active_loras=_tell_slots)
+    v1, v2 = (sys.modules.get(name) for name in RUNNERS)  # a worker imports the one that it uses
     if v1 is not None:
-        _once(v1.GPUModelRunner, _prepare_inputs=_tell_sampled_v1,
+        wrap_once(v1.GPUModelRunner, _prepare_inputs=_tell_sampled_v1,
               _get_prompt_logprobs_dict=_tell_prompt_v1)  # fmt: skip
     if v2 is not None:
-        _once(v2.GPUModelRunner, prepare_inputs=_tell_order_v2, sample_tokens=_tell_logits_v2)
+        wrap_once(v2.GPUModelRunner, prepare_inputs=_tell_order_v2, sample_tokens=_tell_logits_v2)
 
 
-def _once(cls: type, **wrappers: Callable[[Any], Any]) -> None:
-    if cls not in _wrapped:
-        _wrapped.add(cls)
-        for name, wrapper in wrappers.items():
-            stock = getattr(cls, name)
-            setattr(cls, name, functools.wraps(stock)(wrapper(stock)))
+def wrap_once(owner: Any, **wrappers: Callable[[Any], Any]) -> None:
+    """Puts `wrapper(stock)` in the place of each named attribute of a class or module, if nobody
+    has done so in this process."""
+    for name, wrapper in wrappers.items():
+        if (owner, name) not in _wrapped:
+            _wrapped.add((owner, name))
+            stock = getattr(owner, name)
+            setattr(owner, name, functools.wraps(stock)(wrapper(stock)))
 
 
 def _rows_of(runner: Any) -> Rows | None:

@@ -6,7 +6,7 @@ tensors that were read and checked as all others, and what they make goes into t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -62,6 +62,16 @@ class StockLane:
     def packs(self, layer: str) -> bool:
         """Whether `pack` gives what this layer's slots take."""
         return layer in self._fused
+
+    def by_parameter(self, names: Iterable[str]) -> dict[str, str]:
+        """PEFT's names of wrapped parameters of experts, among others → what they wrap."""
+        found = {}
+        for name in names:
+            layer = name.removesuffix(".base_layer")
+            parameter = "down_proj" if layer == name else "gate_up_proj"
+            if f"{layer}.{parameter}" in self.experts:
+                found[name] = f"{layer}.{parameter}"
+        return found
 
     def check(self, adapter: RoutedAdapter, name_of: Mapping[str, str], away: set[str]) -> None:
         """That vLLM's layers can hold what the adapter has for them.

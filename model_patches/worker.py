@@ -18,6 +18,7 @@ from vllm.utils.gpu_sync_debug import gpu_sync_allowed
 
 from vllm_lora_ext.adapters.memory import MemorySource, load_memory_adapter
 from vllm_lora_ext.adapters.registry import load_adapter
+from vllm_lora_ext.adapters.template import Template
 from vllm_lora_ext.conditions.recipe import is_recipe
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches import foreign
@@ -142,11 +143,14 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
 
     def _hold(self, adapter_id: int, new: Resident, in_use: Collection[int]) -> LoadReport:
         manager = self._adapter_manager
+        template = new.host.template if new.host is not None else None
+        if template is not None and template.instruction:
+            manager.expect_instructions(self._template)  # or the adapter is refused
         stay = manager.pinned.union(in_use, self._loader.uses())
         evicted = self._residency.put(adapter_id, new, stay)
         for leaving in (*evicted, adapter_id):
             manager.remove_adapter(leaving)
-        if new.host is not None and new.host.template is not None:
+        if template is not None:
             return new.report(evicted)  # no slot for it
         if new.host is not None and new.host.columns:
             manager.expect_columns()
@@ -190,6 +194,15 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
             assert registered, "vLLM's cache is at least as large as its slots"
         manager.make_slot(needed)
         manager.activate_adapter(adapter_id)
+
+    def _template(self, adapter_id: int) -> Template | None:
+        held = self._residency.get(adapter_id)
+        return held.host.template if held is not None and held.host is not None else None
+
+    def finish_gate(self, request_id: str) -> str | None:
+        """As `InstructionPass.finish`; None before there is one."""
+        found = self._adapter_manager.rows.instruction
+        return None if found is None else found.finish(request_id)
 
     def versions(self) -> dict[int, LoadReport]:
         """Everything that is held, by id."""

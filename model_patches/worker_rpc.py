@@ -14,6 +14,7 @@ from vllm.lora.request import LoRARequest
 from vllm.v1.worker.worker_base import WorkerBase
 
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches.gate_pass import FINISH
 from vllm_lora_ext.model_patches.ledger import LOAD, VERSIONS
 from vllm_lora_ext.model_patches.loading import FORGET, PREPARE, PREPARED
 
@@ -58,10 +59,23 @@ def _forget(self: Any, lora_id: int) -> None:
     self.model_runner.lora_manager.forget(lora_id)
 
 
+def _finish_gate(self: Any, request_id: str) -> dict[str, Any]:
+    """The gate of an instruction that went through the model, None where it is not computed; or
+    the text of the error."""
+    try:
+        return {"gate": self.model_runner.lora_manager.finish_gate(request_id)}
+    except AdapterError as error:
+        return {"error": str(error)}
+    except Exception as error:
+        logger.exception("The gate of an instruction failed")
+        return {"error": str(_failed(error))}
+
+
 def apply() -> None:
     """Gives the worker its methods."""
     for name, method in (
         (LOAD, _load), (VERSIONS, _versions),
         (PREPARE, _prepare), (PREPARED, _prepared), (FORGET, _forget),
+        (FINISH, _finish_gate),
     ):  # fmt: skip
         setattr(WorkerBase, name, method)

@@ -62,7 +62,7 @@ def begin(x: torch.Tensor, site: Site, memory: torch.Tensor | None = None) -> to
     """
     if not site.step.active or not site.backend.on_device:
         return None
-    return site.backend.shrink(x, site, memory)
+    return site.backend.shrink(site.own_x(x), site, memory)
 
 
 def finish_(y: torch.Tensor, x: torch.Tensor, u_PTR: torch.Tensor | None, site: Site) -> None:
@@ -71,13 +71,14 @@ def finish_(y: torch.Tensor, x: torch.Tensor, u_PTR: torch.Tensor | None, site: 
     # captures graphs keeps those of base batches apart, as it does for its own LoRA kernels.
     if not site.step.active:
         return
-    v_TR = None if site.reduce is None else sharded.gated_lora_(y, x, u_PTR, site)
+    own_y, own_x = site.own_y(y), site.own_x(x)
+    v_TR = None if site.reduce is None else sharded.gated_lora_(own_y, own_x, u_PTR, site)
     if v_TR is not None:
         u_PTR = v_TR
     elif u_PTR is None:
-        site.backend.gated_lora_(y, x, site)
+        site.backend.gated_lora_(own_y, own_x, site)
     else:
-        site.backend.expand_(y, u_PTR, site)
+        site.backend.expand_(own_y, u_PTR, site)
     for after in site.after:
         after(y, x, u_PTR)
 

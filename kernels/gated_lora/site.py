@@ -42,6 +42,8 @@ class Site:
         backend: what serves the site; by default the best one for the device.
         reduce: where x is a shard: sums a tensor over the ranks (see `sharded`).
         static: whether what runs must not depend on the step's slots (CUDA graphs).
+        x_part, y_part: where A and B are both sharded, the columns of x that this rank's A reads,
+            or those of y that its B writes; None: all.
     """
 
     def __init__(
@@ -56,6 +58,8 @@ class Site:
         backend: Backend | None = None,
         reduce: Reduce | None = None,
         static: bool = False,
+        x_part: slice | None = None,
+        y_part: slice | None = None,
     ) -> None:
         self.slice_sizes = tuple(slice_sizes)
         self.max_rank, self.max_router_rows = max_rank, max_router_rows
@@ -63,6 +67,7 @@ class Site:
         self.store = self.backend.make_store(num_slots, slice_sizes, max_rank, dtype, device)
         self.bt_SRN = self.store.bt_SRN
         self.reduce, self.static = reduce, static
+        self.x_part, self.y_part = x_part, y_part
         ranks, self.most_routers = (
             len(self.slice_sizes) * n for n in (max_rank, max_router_rows + 1)
         )
@@ -80,6 +85,26 @@ class Site:
     def padded_rank(self) -> int:
         """`max_rank` as a power of two that a tensor core takes."""
         return max(16, 1 << (self.max_rank - 1).bit_length())
+
+    @property
+    def fully_sharded(self) -> bool:
+        """Whether this rank's B takes the A x of all ranks."""
+        return self.x_part is not None or self.y_part is not None
+
+    def own_x(self, x_TK: torch.Tensor) -> torch.Tensor:
+        """What this rank's A reads of the op's x."""
+        return x_TK if self.x_part is None else x_TK[:, self.x_part]
+
+    def own_y(self, y_TN: torch.Tensor) -> torch.Tensor:
+        """What this rank's B writes of the op's y."""
+        return y_TN if self.y_part is None else y_TN[:, self.y_part]
+
+    def whole(self, u_TR: torch.Tensor) -> torch.Tensor:
+        """This rank's A x, as its B takes it."""
+        if not self.fully_sharded:
+            return u_TR
+        assert self.reduce is not None
+        return self.reduce(u_TR)
 
     @property
     def rows_TC(self) -> torch.Tensor | None:
@@ -282,7 +307,8 @@ class Site:
                 f"slice {i}: {s.gate.columns} gates that come with a row, of {MAX_COLUMNS}"
             )
         reads_x = s.gate.source != "none" and not s.gate.columns
-        if self.static and self.reduce and not self.max_router_rows and reads_x:
+        sums = self.reduce is None or self.fully_sharded or self.max_router_rows > 0
+        if self.static and reads_x and not sums:
             raise ValueError(f"slice {i}: its gate needs a sum over the ranks that no graph holds")
         want = (self.a_SRK.shape[2], self.slice_sizes[i])
         if (s.a_RK.shape[1], s.b_NR.shape[0]) != want:

@@ -254,7 +254,8 @@ class BlockSite:
         for group in self.first.step.groups:
             plan = self.plans.get(group.slot)
             if plan is not None:
-                self._u[group.slot] = plan.first.shrink(_rows(x_TK, group))
+                rows_TK = _rows(self.first.own_x(x_TK), group)
+                self._u[group.slot] = self.first.whole(plan.first.shrink(rows_TK))
 
     def mix_act_(self, a_TI: torch.Tensor, gate_up_TN: torch.Tensor) -> None:
         """Puts `sum_e v_e a_e` in place of the activations of rows that have experts here."""
@@ -282,8 +283,8 @@ class BlockSite:
             z_TR, total_T = self._add.pop(group.slot)
             if plan.last is not None:
                 p = plan.last.slices[0]
-                delta_TN = torch.mm(z_TR, p.bt_RN.float())
-                _add_rows_(y_TN[:, p.y_start : p.y_stop], group, delta_TN)
+                delta_TN = torch.mm(self.last.whole(z_TR), p.bt_RN.float())
+                _add_rows_(self.last.own_y(y_TN)[:, p.y_start : p.y_stop], group, delta_TN)
             if self.last_bias_N is not None and not plan.sums_to_one:
                 _add_rows_(y_TN, group, (total_T - 1)[:, None] * self.last_bias_N.float())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -62,31 +63,38 @@ class Sharded:
     def put(self, slot: int, parts: list[SlotPart]) -> None:
         self.slots[slot] = parts
         for rank, site in enumerate(self.sites):
-            k = slice(rank * K // 2, (rank + 1) * K // 2)
-            put(site, slot, [replace(p, slices=[m and _cut(m, k) for m in p.slices])
+            put(site, slot, [replace(p, slices=[m and self.cut(m, rank) for m in p.slices])
                              for p in parts])  # fmt: skip
 
-    def check(self, slots: list[int]) -> list[tuple[int, ...]]:
+    def cut(self, m: Any, rank: int) -> Any:
+        return _cut(m, slice(rank * K // 2, (rank + 1) * K // 2))
+
+    def check(self, slots: list[int], frozen: bool | None = None) -> list[tuple[int, ...]]:
         """The ranks' sum against the reference; returns what was summed on the way."""
         slots_T, x_TK = np.array(slots), normal(self.rng, len(slots), K)
         self.step.update(slots_T)
+        self.step.frozen = frozen
         rows_TC = random_rows(self.rng, len(slots), MAX_COLUMNS)
         self.step.set_rows(rows_TC, [slice(0, len(slots))])
         before = len(self.ranks.summed)
-        shards = [x.contiguous() for x in x_TK.chunk(2, dim=1)]
-
-        def one(rank: int) -> torch.Tensor:
-            y_TN = torch.zeros(len(slots), N)
-            gated_lora_(y_TN, shards[rank], self.handles[rank])
-            return y_TN
-
-        got = sum(self.ranks.run(one))
+        got = self.add(x_TK)
         want = gated_lora_reference(
             x_TK, torch.tensor(slots_T), self.slots, (N,), torch.from_numpy(rows_TC)
         )
         assert (got - want).norm() <= 2e-5 * want.norm()
         self._check_equal(slots_T, *(read.pop() for read in self.read if read))
         return self.ranks.summed[before:]
+
+    def add(self, x_TK: torch.Tensor) -> torch.Tensor:
+        """What the layer adds to zeros."""
+        shards = [x.contiguous() for x in x_TK.chunk(2, dim=1)]
+
+        def one(rank: int) -> torch.Tensor:
+            y_TN = torch.zeros(len(x_TK), N)
+            gated_lora_(y_TN, shards[rank], self.handles[rank])
+            return y_TN
+
+        return sum(self.ranks.run(one))
 
     def _check_equal(self, slots_T: np.ndarray, *read: torch.Tensor | None) -> None:
         """Bit for bit what the gates of either rank have read."""
@@ -150,16 +158,78 @@ def test_in_captured_graphs_it_does_not_depend_on_the_slots():
     for slot, spec in enumerate((PLAIN, ROUTER, HEAD, SELF)):
         layer.write(slot, spec)
     rows = layer.sites[0].num_rows
-    assert layer.check([-1] * T) == []
     for slots in ([0, -1, 0], [1, 0, 2], [3, 3, -1]):
-        assert layer.check(slots) == [(3, rows)]
+        assert layer.check(slots, frozen=True) == [(3, rows)]
+    assert layer.check([-1] * T, frozen=True) == []
+
+
+def test_a_captured_graph_for_gates_that_read_no_x_sums_nothing():
+    """And steps that no graph serves sum what their own gates read."""
+    layer = Sharded(1, static=True)
+    for slot, spec in enumerate((PLAIN, ROUTER, GIVEN)):
+        layer.write(slot, spec)
+    for slots in ([0, -1, 0], [2, 0, 2], [-1, -1, -1]):
+        assert layer.check(slots, frozen=False) == []
+    assert layer.check([0, 1, 2]) == [(3, 3)]
+    assert layer.check([0, 2, 0]) == []
 
 
 def test_an_engine_with_graphs_and_without_router_rows_sums_nothing_and_takes_no_gate():
     layer = Sharded(1, static=True, rows=0)
     layer.write(0, PLAIN)
-    assert layer.check([0, -1, 0]) == []
+    for frozen in (None, False, True):
+        assert layer.check([0, -1, 0], frozen) == []
     with pytest.raises(ValueError, match="gate"):
         layer.write(1, SELF)
     layer.write(1, GIVEN)
     assert layer.check([1, 0, 1]) == []
+
+
+class FullySharded(Sharded):
+    """A layer on two ranks that have half of A and half of B each: `x` is whole, and y a part of
+    the layer's, as in a column-parallel layer; or x is a part, and y a partial sum."""
+
+    def __init__(self, seed: int, x_is_whole: bool, **options: Any) -> None:
+        super().__init__(seed)
+        self.x_is_whole = x_is_whole
+        for rank in range(2):
+            k, n = (slice(rank * size // 2, (rank + 1) * size // 2) for size in (K, N))
+            part: dict[str, Any] = {"x_part": k} if x_is_whole else {"y_part": n}
+            site = Site(
+                4, K // 2, (N // 2,), RANK, ROWS, torch.float32, "cpu",
+                reduce=self.ranks.sum_, **part, **options,
+            )  # fmt: skip
+            site.step = self.step
+            site.listen(lambda _y, _x, u, rank=rank: self.read[rank].append(u))
+            self.sites[rank], self.handles[rank] = site, register_site(site)
+
+    def cut(self, m: Any, rank: int) -> Any:
+        half = slice(rank * N // 2, (rank + 1) * N // 2)
+        return replace(super().cut(m, rank), b_NR=m.b_NR[half])
+
+    def add(self, x_TK: torch.Tensor) -> torch.Tensor:
+        def one(rank: int) -> torch.Tensor:
+            y_TN = torch.zeros(len(x_TK), N // 2 if self.x_is_whole else N)
+            x = x_TK if self.x_is_whole else x_TK.chunk(2, dim=1)[rank].contiguous()
+            gated_lora_(y_TN, x, self.handles[rank])
+            return y_TN
+
+        parts = self.ranks.run(one)
+        return torch.cat(parts, dim=1) if self.x_is_whole else sum(parts)
+
+
+@pytest.mark.usefixtures("path")
+@pytest.mark.parametrize("x_is_whole", [True, False])
+@pytest.mark.parametrize("seed", range(6))
+def test_half_of_a_and_b_on_each_rank(x_is_whole: bool, seed: int):
+    layer = FullySharded(seed, x_is_whole)
+    assert [site.a_SRK.shape[2] for site in layer.sites] == [K // 2] * 2
+    layer.write(0, PLAIN)
+    assert layer.check([-1, -1]) == []
+    assert layer.check([0, -1]) == [(2, layer.sites[0].plans[0].num_rows)]
+    for slot in range(1, 4):
+        layer.write(slot, random_spec(layer.rng, RANK, ALL_SOURCES, wide=True))
+    for _ in range(3):
+        layer.check(list(layer.rng.integers(-1, 4, T)))
+    layer.put(1, random_parts(layer.rng, K, (N,), RANK))
+    layer.check([1, -1, 1, 0, 2])

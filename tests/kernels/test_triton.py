@@ -313,6 +313,21 @@ def test_plain_adapters_with_factors_need_no_gate_table():
 
 
 @runs_kernels
+def test_a_given_weight_of_zero_keeps_an_expert_unread():
+    batch = Batch(2, 20, sizes=(16,), slots=1)
+    gate = GateSpec(source="request", blocks=(4, 4))
+    module = random_module(batch.rng, 24, 16, gate)
+    batch.compose(0, [SlotPart([module])])
+    batch.rows_TC[:, 0] = 0
+    batch.map([0] * 20)
+    assert batch.error() < TOLERANCE[torch.float32]
+    want_TN, b_NR = batch.run(), module.b_NR.clone()
+    b_NR[:, :4] = NAN
+    batch.site.write(0, [replace(module, b_NR=b_NR)])
+    assert torch.equal(batch.run(), want_TN)
+
+
+@runs_kernels
 def test_a_shared_a_has_a_gate_for_each_expert():
     batch = Batch(1, 19, sizes=(30,), k=24, slots=2)
     whole = random_module(batch.rng, 24, 30, gated(4, 5, score="softmax"))
@@ -427,9 +442,9 @@ def test_a_cleared_slot_adds_nothing_and_a_new_adapter_replaces_all_of_the_old()
 
 
 @runs_kernels
-@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("frozen", [None, True])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_sharded_input_is_summed_between_the_launches(seed, static):
+def test_a_sharded_input_is_summed_between_the_launches(seed, frozen):
     ranks, whole = Ranks(), Batch(seed, 18, sizes=(16,), slots=2)
     module = random_module(whole.rng, 24, 16, random_spec(whole.rng, sources=SOURCES[1:]))
     whole.fill(1, [module])
@@ -443,13 +458,48 @@ def test_a_sharded_input_is_summed_between_the_launches(seed, static):
         )  # fmt: skip
         shard = Batch(seed, 18, sizes=(16,), k=12, slots=2)
         shard.fill(1, [part])
-        shard.site.reduce, shard.site.static = ranks.sum_, static
+        shard.site.reduce, shard.site.step.frozen = ranks.sum_, frozen
         shard.x_TK = whole.x_TK[:, k]
         shards.append(shard)
     y_TN = sum(ranks.run(lambda rank: shards[rank].run()))
     torch.testing.assert_close(y_TN.cpu(), whole.expected(), rtol=1e-4, atol=1e-5)
-    width = shards[0].site.num_rows if static else shards[0].site.plans[1].num_inputs
+    width = shards[0].site.num_rows if frozen else shards[0].site.plans[1].num_inputs
     assert ranks.summed == [(18, width)]
+
+
+@runs_kernels
+@pytest.mark.parametrize("x_is_whole", [True, False])
+@pytest.mark.parametrize("seed", range(3))
+def test_half_of_a_and_b_on_each_rank(seed, x_is_whole):
+    ranks, whole = Ranks(), Batch(seed, 18, sizes=(16,), slots=2)
+    module = random_module(whole.rng, 24, 16, random_spec(whole.rng, sources=SOURCES))
+    whole.fill(1, [module])
+    shards = []
+    for rank in range(2):
+        k, n = slice(12 * rank, 12 * rank + 12), slice(8 * rank, 8 * rank + 8)
+        part = replace(
+            module, a_RK=module.a_RK[:, k], b_NR=module.b_NR[n],
+            router_GK=None if module.router_GK is None else module.router_GK[:, k],
+            head_K=None if module.head_K is None else module.head_K[k],
+        )  # fmt: skip
+        shard = Batch(seed, 18, sizes=(8,), k=12, slots=2)
+        shard.fill(1, [part])
+        shard.site.reduce = ranks.sum_
+        if x_is_whole:
+            shard.site.x_part, shard.x_TK = k, whole.x_TK
+        else:
+            shard.site.y_part, shard.x_TK = n, whole.x_TK[:, k]
+        shards.append(shard)
+
+    def one(rank: int) -> torch.Tensor:
+        y_TN = torch.zeros(18, 8 if x_is_whole else 16, device=DEVICE)
+        gated_lora_(y_TN, shards[rank].x_TK, shards[rank].number)
+        return y_TN
+
+    parts = ranks.run(one)
+    y_TN = torch.cat(parts, dim=1) if x_is_whole else sum(parts)
+    torch.testing.assert_close(y_TN.cpu(), whole.expected(), rtol=1e-4, atol=1e-5)
+    assert ranks.summed == [(18, shards[0].site.num_rows)]
 
 
 @runs_kernels

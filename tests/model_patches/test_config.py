@@ -63,7 +63,7 @@ def test_good_settings_give_the_configuration(checked: Start) -> None:
 @pytest.mark.parametrize(
     ("section", "options", "words"),
     [
-        ({}, {"fully_sharded_loras": True}, ["fully_sharded_loras", "--fully-sharded-loras"]),
+        ({"trace": True}, {"fully_sharded_loras": True}, ["trace", "--fully-sharded-loras"]),
         ({"triton": True}, {}, ["triton", "seen: cpu"]),
     ],
 )

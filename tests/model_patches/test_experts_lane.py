@@ -158,10 +158,17 @@ def _tables(layer: Any) -> list[torch.Tensor]:
 
 
 def same_as_stock(h: Any, folder: Path, slot: int, **fields: Any) -> None:
-    """Stock's loader, then stock's manager, puts the same numbers into the slot."""
+    """Stock's loader, then stock's manager, puts the same numbers into the slot; and we do, where a
+    tool hands over what stock's loader makes."""
+    from vllm_lora_ext.model_patches import foreign
+
     ours = {n: [t[slot].clone() for t in _tables(m)] for n, m in h.manager.modules.items()
             if n.endswith(".experts")}  # fmt: skip
     lora = h.worker._load_adapter(request(folder, 9, **fields))
+    given = foreign.host_form(lora, h.manager.placer)
+    assert given is not None and given.stock.keys() == ours_of(h, slot).stock.keys()
+    for name, weights in given.stock.items():
+        torch.testing.assert_close(weights, ours_of(h, slot).stock[name])
     h.manager._create_merged_loras_inplace(lora)
     for name, own in ours.items():
         layer, weights = h.manager.modules[name], lora.get_lora(name)
@@ -170,6 +177,10 @@ def same_as_stock(h: Any, folder: Path, slot: int, **fields: Any) -> None:
             layer.set_lora(slot, weights.lora_a, weights.lora_b)
         for mine, stock in zip(own, _tables(layer), strict=True):
             torch.testing.assert_close(mine, stock[slot], rtol=1e-6, atol=1e-7)
+
+
+def ours_of(h: Any, slot: int) -> Any:
+    return h.manager.get_adapter(h.manager.lora_index_to_id[slot]).host
 
 
 def each_folder(folder: Path, kind: str, names: tuple[str, ...], experts: int = EXPERTS) -> Any:

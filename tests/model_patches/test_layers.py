@@ -40,14 +40,16 @@ def row_parallel(weight_NK: torch.Tensor, rank: int) -> RowParallelLinear:
 class Layer:
     """A row-parallel layer on two ranks, and its two collectives."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, fully: bool = False) -> None:
         self.rng, self.step = np.random.default_rng(0), StepMap(16)
         self.own, self.ours = Ranks(), Ranks()
         self.ours._here, self.ours._turn = self.own._here, self.own._turn
         monkeypatch.setattr(stock, "tensor_model_parallel_all_reduce", self.own.sum_)
         monkeypatch.setattr(layers, "tensor_model_parallel_all_reduce", self.ours.sum_)
         self.weight_NK = normal(self.rng, N, K)
-        config = SimpleNamespace(max_lora_rank=24, lora_dtype=torch.float32)
+        config = SimpleNamespace(
+            max_lora_rank=24, lora_dtype=torch.float32, fully_sharded_loras=fully
+        )
         self.layers = []
         for rank in range(2):
             layer = layers._ours(stock.RowParallelLinearWithLoRA)(
@@ -86,3 +88,15 @@ def test_a_row_parallel_layer_sums_no_more_than_its_gates_need(monkeypatch):
     assert layer.check([1, 0, -1]) == [(3, gates)]
     assert layer.check([2, 0]) == [(2, layer.slots[2][0].rank)]
     assert layer.check([0] * T) == []
+
+
+def test_fully_sharded_it_sums_all_that_its_adapters_have(monkeypatch):
+    """B is a shard as well, of y: plain rows, too, then need the sum of all ranks' A x."""
+    layer = Layer(monkeypatch, fully=True)
+    assert [one.site.bt_SRN[0].shape[2] for one in layer.layers] == [N // 2] * 2
+    plain, routed, own = (parts[0] for parts in layer.slots)
+    width = routed.rank + routed.gate.num_gates
+    assert layer.check([-1] * T) == []
+    assert layer.check([0, -1, 0]) == [(3, plain.rank)]
+    assert layer.check([1, 0, -1]) == [(3, max(width, plain.rank))]
+    assert layer.check([2, 0]) == [(2, max(own.rank, plain.rank))]

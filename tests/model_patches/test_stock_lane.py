@@ -94,6 +94,24 @@ def test_heads_and_lora_on_the_head(classifier: Callable[..., Any]) -> None:
     torch.testing.assert_close(layer(x), base)
 
 
+def test_a_model_that_a_tool_hands_over(classifier: Callable[..., Any]) -> None:
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.lora_weights import LoRAFullModuleWeights, LoRALayerWeights
+
+    from vllm_lora_ext.model_patches import foreign
+
+    h, pair, head = classifier(), low_rank(WIDTH, WIDTH), normal(LABELS, WIDTH)
+    weights = LoRALayerWeights(O_PROJ, 4, 4, pair.a_RK, pair.b_NR)
+    saved = {"score": LoRAFullModuleWeights("score", head)}
+    made = LoRAModel(1, 4, {O_PROJ: weights}, modules_to_save=saved)
+    host = foreign.host_form(made, h.manager.placer)
+    assert host is not None and O_PROJ in host.sites
+    torch.testing.assert_close(host.heads["score"][0], head)
+    saved["score"].weight[0, 0] = float("nan")
+    with pytest.raises(AdapterError, match="NaN"):
+        foreign.host_form(made, h.manager.placer)
+
+
 def load_bytes(h: Any, adapter: RoutedAdapter) -> int:
     return int(h.manager.placer.place(adapter).nbytes)
 

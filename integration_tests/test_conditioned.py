@@ -1,0 +1,277 @@
+"""What a request says of its adapters, offline: the authors' numbers, cold, from the prefix cache,
+in chunks, after a preemption, and in one batch with other requests."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from integration_tests.engines import FIXTURES, greedy, lora, recorded, tokens, worst
+
+pytestmark = pytest.mark.engine
+BOUND = 2e-3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request, and what it must answer."""
+
+    key: str
+    prompt: Any  # token ids, or embeddings [T, d]
+    answer: list[int]
+    logits: torch.Tensor  # [n, V], of the first n tokens of the answer
+    adapter: Any = None
+    says: dict[str, Any] = field(default_factory=dict)
+
+
+@cache
+def fixture(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    root = FIXTURES / "conditioned" / name
+    return json.loads((root / "meta.json").read_text()), load_file(root / "expected.safetensors")
+
+
+def adapter(name: str, part: str = "") -> Any:
+    """Its name is the fixture's, so that two fixtures' `red` do not meet."""
+    folder = FIXTURES / "conditioned" / name / ("adapters" if part else "adapter") / part
+    return lora(f"{name}-{part}" if part else name, folder)
+
+
+def mixes(name: str) -> list[Case]:
+    meta, numbers = fixture(name)
+    cases = []
+    for said in meta["requests"]:
+        key = f"r{said['request']}"
+        if f"greedy_{key}" not in numbers:
+            continue
+        adapters = [a | {"name": f"{name}-{a['name']}"} for a in said["adapters"]]
+        prompt = numbers[f"prompt_{said['prompt']}"].tolist()
+        last = numbers[f"logits_{key}"][-1:]
+        logits = numbers.get(f"greedy_logits_{key}", last)
+        cases.append(Case(
+            f"{name} {key}", prompt, numbers[f"greedy_{key}"].tolist(), logits,
+            says={"adapters": adapters},
+        ))  # fmt: skip
+    return cases
+
+
+def aloras() -> list[Case]:
+    meta, numbers = fixture("alora-a")
+    cases = []
+    for i in range(len(meta["prompt_lens"])):
+        prompt, answer = numbers[f"prompt_{i}"].tolist(), numbers[f"greedy_{i}"].tolist()
+        logits = numbers.get(f"greedy_logits_{i}", numbers[f"logits_{i}"][-1:])
+        cases.append(Case(f"alora-a {i}", prompt, answer, logits, adapter("alora-a")))
+    return cases
+
+
+def chain(number: int) -> list[Case]:
+    meta, numbers = fixture("alora_chain-a")
+    cases = []
+    for step in meta["chains"][number]["steps"]:
+        key = f"c{number}_s{step['step']}"
+        own = adapter("alora_chain-a", step["adapter"]) if step["adapter"] else None
+        prompt, answer = numbers[f"input_{key}"].tolist(), numbers[f"greedy_{key}"].tolist()
+        cases.append(
+            Case(f"alora_chain-a {key}", prompt, answer, numbers[f"greedy_logits_{key}"], own)
+        )
+    return cases
+
+
+def images() -> list[Case]:
+    meta, numbers = fixture("mmlora-a")
+    cases = []
+    for i, said in enumerate(meta["requests"]):
+        embeds = said["input"] == "embeds"
+        prompt = numbers[f"embeds_{i}"] if embeds else numbers[f"prompt_{i}"].tolist()
+        spans = {"modality_spans": {"image": said["visual_spans"]}} if said["visual_spans"] else {}
+        logits = numbers.get(f"greedy_logits_{i}", numbers[f"logits_{i}"][-1:])
+        cases.append(Case(
+            f"mmlora-a {i}", prompt, numbers[f"greedy_{i}"].tolist(), logits, adapter("mmlora-a"),
+            spans,
+        ))  # fmt: skip
+    return cases
+
+
+def load(llm: Any) -> None:
+    """All that the mixes name, and that requests name themselves."""
+    for name in ("spans-a", "scales-a"):
+        for part in ("red", "green", "blue"):
+            llm.llm_engine.add_lora(adapter(name, part))
+
+
+def ask(llm: Any, cases: list[Case], **more: Any) -> list[Any]:
+    prompts = [
+        {"prompt_token_ids": c.prompt} if isinstance(c.prompt, list)
+        else {"prompt_embeds": c.prompt} for c in cases
+    ]  # fmt: skip
+    params = [
+        greedy(
+            len(c.answer), logprobs=-1, extra_args={"lora_ext": c.says} if c.says else None, **more
+        )
+        for c in cases
+    ]
+    return llm.generate(prompts, params, lora_request=[c.adapter for c in cases], use_tqdm=False)
+
+
+def check(cases: list[Case], outputs: list[Any]) -> None:
+    for case, output in zip(cases, outputs, strict=True):
+        assert tokens(output) == case.answer, case.key
+        rows = output.outputs[0].logprobs[: len(case.logits)]
+        got = torch.full(case.logits.shape, float("nan"))
+        for i, row in enumerate(rows):
+            for token, entry in row.items():
+                got[i, token] = entry.logprob
+        assert worst(got, case.logits) < BOUND, case.key
+
+
+def others() -> list[Case]:
+    """Plain, routed and base requests, by their own fixtures."""
+    cases = []
+    for name in ("plain-a", "loramoe-a", "mixlora-a"):
+        r = recorded(name)
+        cases.append(Case(name, r.prompts[1], r.greedy[1], r.logits[1][-1:], lora(name, r.folder)))
+    return cases
+
+
+def test_the_authors_numbers_in_one_batch(llama: Any) -> None:
+    """More adapters than slots; prompts longer than a step of 64 tokens between others."""
+    load(llama)
+    cases = [*mixes("spans-a"), *mixes("scales-a"), *aloras(), *others()]
+    shuffled = [cases[i] for i in np.random.default_rng(0).permutation(len(cases))]
+    check(shuffled, ask(llama, shuffled, skip_reading_prefix_cache=True))
+    for case in cases:  # alone
+        check([case], ask(llama, [case], skip_reading_prefix_cache=True))
+    check(shuffled, ask(llama, shuffled))
+    check(shuffled, ask(llama, shuffled))  # from the prefix cache
+
+
+def test_chains_of_activated_loras_share_the_base(llama: Any) -> None:
+    assert llama.reset_prefix_cache()
+    hits: dict[int, list[int]] = {}
+    for number in (0, 1):
+        steps = chain(number)
+        for case in steps:
+            (output,) = ask(llama, [case])
+            check([case], [output])
+            hits.setdefault(number, []).append(output.num_cached_tokens)
+        check(steps, ask(llama, steps))
+        check(steps, ask(llama, steps, skip_reading_prefix_cache=True))
+    assert hits == {0: [0, 32, 32, 32, 32], 1: [0, 32, 32, 32, 32]}
+
+
+def test_mixes_share_what_they_agree_on(llama: Any) -> None:
+    load(llama)
+    assert llama.reset_prefix_cache()
+    prompt = [int(t) for t in np.random.default_rng(1).integers(40, 500, 150)]
+    red, green, blue = (f"spans-a-{name}" for name in ("red", "green", "blue"))
+
+    def hits(*adapters: dict[str, Any], own: Any = None) -> int:
+        says = {"adapters": list(adapters)} if adapters else {}
+        (output,) = ask(llama, [Case("", prompt, [0], torch.empty(0, 512), own, says)])
+        found: int = output.num_cached_tokens
+        return found
+
+    late = {"name": green, "spans": [[70, None]]}
+    assert hits() == 0
+    assert hits({"name": red, "spans": [[64, 96]]}) == 64, "the base's"
+    assert hits({"name": red, "spans": [[100, 120]]}) == 96
+    assert hits(own=adapter("spans-a", "red")) == 0
+    assert hits({"name": red}, late) == 64, "of the plain adapter"
+    assert hits({"name": red}, late, {"name": blue, "spans": [[128, 140]]}) == 128
+    assert hits({"name": red}, {"name": blue, "spans": [[128, 140]]}) == 128
+    assert hits({"name": red, "scale": 0.5}) == 0
+    assert hits({"name": red, "scale": 0.5}, late) == 64
+
+
+def preempted(llm: Any, cases: list[Case]) -> list[Any]:
+    """Their outputs, when all of them were put back in the midst of their answers."""
+    engine, done = llm.llm_engine, {}
+    for i, case in enumerate(cases):
+        key = "prompt_token_ids" if isinstance(case.prompt, list) else "prompt_embeds"
+        params = greedy(
+            len(case.answer) + 60, logprobs=-1, skip_reading_prefix_cache=False,
+            extra_args={"lora_ext": case.says} if case.says else None,
+        )  # fmt: skip
+        engine.add_request(str(i), {key: case.prompt}, params, lora_request=case.adapter)
+    outputs = engine.step()
+    assert engine.reset_prefix_cache(reset_running_requests=True)
+    assert engine.get_num_unfinished_requests() == len(cases)
+    while engine.has_unfinished_requests():
+        done |= {int(o.request_id.split("-")[0]): o for o in outputs if o.finished}
+        outputs = engine.step()
+    done |= {int(o.request_id.split("-")[0]): o for o in outputs if o.finished}
+    return [done[i] for i in range(len(cases))]
+
+
+def check_beginnings(cases: list[Case], outputs: list[Any]) -> None:
+    for output, case in zip(outputs, cases, strict=True):
+        output.outputs[0].token_ids = output.outputs[0].token_ids[: len(case.answer)]
+    check(cases, outputs)
+
+
+def test_after_a_preemption(llama: Any) -> None:
+    load(llama)
+    cases = [*mixes("spans-a")[:4], *aloras()[1:], *others()[:1]]
+    check_beginnings(cases, preempted(llama, cases))
+
+
+def test_modalities_of_ids_and_of_embeddings(llama_mha: Any) -> None:
+    cases = images()
+    assert {isinstance(case.prompt, list) for case in cases} == {True, False}
+    check(cases, ask(llama_mha, cases))
+    check(cases, ask(llama_mha, cases))  # from the prefix cache
+    for case in cases:
+        check([case], ask(llama_mha, [case], skip_reading_prefix_cache=True))
+    check_beginnings(cases, preempted(llama_mha, cases))
+
+
+def drawn(rng: np.random.Generator, prompt: list[int]) -> Case:
+    """Any request over a prompt: base, one adapter, a mix, an Activated LoRA."""
+    kind = rng.choice(["base", "plain", "alora", "mix", "mix", "mix"])
+    own, says = None, {}
+    if kind in ("plain", "alora"):
+        own = adapter("alora-a") if kind == "alora" else adapter("spans-a", "red")
+    elif kind == "mix":
+        names = rng.permutation(["spans-a-red", "spans-a-green", "spans-a-blue", "alora-a"])
+        chosen = [{"name": str(name)} for name in names[: rng.integers(1, 4)]]
+        for one in chosen:
+            if rng.random() < 0.4:
+                one["scale"] = float(rng.choice([0.5, -1.0, 2.0, 0.0]))
+            if rng.random() < 0.6:
+                start = int(rng.integers(0, len(prompt)))
+                stop = None if rng.random() < 0.4 else start + int(rng.integers(1, 80))
+                one["spans"] = [[start, stop]]
+        says = {"adapters": chosen}
+    return Case(f"{kind} {says}", prompt, [0] * 4, torch.empty(0, 512), own, says)
+
+
+def test_no_block_is_stale(llama: Any) -> None:
+    """Random requests over shared beginnings, answers among them, against no prefix cache."""
+    load(llama)
+    llama.llm_engine.add_lora(adapter("alora-a"))
+    rng = np.random.default_rng(5)
+    text = [int(t) for t in rng.integers(40, 500, 160)]
+    text[60:63] = text[130:133] = [11, 12, 13]  # the invocation
+    prompts, found = [text[:n] for n in (40, 100, 128, 160)], 0
+    for _ in range(12):
+        cases = [drawn(rng, prompts[rng.integers(len(prompts))]) for _ in range(8)]
+        warm = ask(llama, cases)
+        fresh = ask(llama, cases, skip_reading_prefix_cache=True)
+        found += sum(o.num_cached_tokens for o in warm)
+        for case, a, b in zip(cases, warm, fresh, strict=True):
+            got, want = (
+                torch.tensor([o.outputs[0].logprobs[0][t].logprob for t in range(512)])
+                for o in (a, b)
+            )
+            assert (got - want).abs().max() < BOUND, case.key
+        longest = max(warm, key=lambda o: len(o.prompt_token_ids))
+        if len(longest.prompt_token_ids) < 200:
+            prompts.append([*longest.prompt_token_ids, *tokens(longest)])
+    assert found > 2000
