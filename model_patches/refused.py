@@ -22,7 +22,6 @@ from vllm_lora_ext.errors import AdapterError
 _STATUS = {
     "not_found": HTTPStatus.NOT_FOUND,
     "path_not_allowed": HTTPStatus.FORBIDDEN,
-    "adapter_changed": HTTPStatus.CONFLICT,
     "id_in_use": HTTPStatus.CONFLICT,
     "adapter_changed": HTTPStatus.CONFLICT,
     "slots_pinned": HTTPStatus.CONFLICT,
