@@ -34,9 +34,15 @@ class Engine:
         if self._pipe.recv() != "ready":
             raise RuntimeError(f"engine {kind} did not start")
 
-    def ask(self, what: str, prompts: Prompts, count: int) -> tuple[float, Prompts]:
-        """Seconds, and `count` greedy tokens for each prompt, of adapter `what` or of `base`."""
-        self._pipe.send((what, prompts, count))
+    def ask(
+        self, what: str, prompts: Prompts, count: int, says: dict[str, Any] | None = None
+    ) -> tuple[float, Prompts]:
+        """Seconds, and `count` greedy tokens for each prompt, of adapter `what` or of `base`.
+
+        Args:
+            says: the requests' field `lora_ext`; adapters that it names are loaded before.
+        """
+        self._pipe.send((what, prompts, count, says))
         answer: tuple[float, Prompts] = self._pipe.recv()
         return answer
 
@@ -69,8 +75,13 @@ def _serve(kind: str, base: str, adapters: dict[str, Path], pipe: Any, cores: st
     }
     pipe.send("ready")
     while (job := pipe.recv()) is not None:
-        what, prompts, count = job
-        params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+        what, prompts, count, says = job
+        params = SamplingParams(
+            temperature=0, max_tokens=count, ignore_eos=True,
+            extra_args={"lora_ext": says} if says else None,
+        )  # fmt: skip
+        for named in (says or {}).get("adapters", ()):
+            llm.llm_engine.add_lora(requests[named["name"]])
         start = time.perf_counter()
         outputs = llm.generate(
             [{"prompt_token_ids": p} for p in prompts], params,

@@ -269,7 +269,7 @@ def _names(linears: Collection[str], places: Sequence[_Place]) -> dict[str, tupl
 def _plan_names(layer: str, places: Sequence[_Place]) -> tuple[str, ...]:
     """As `kernels.gated_lora.compose` orders plans: by slice, those of no gate and of one factor
     together and first."""
-    pieces = []
+    pieces: list[tuple[int, bool, int, str]] = []
     for p in places:
         plans = p.ingredient.host.sites[layer].slices if p.ingredient.scale else ()
         for (i, plan), name in zip(plans, _own_names(layer, p), strict=False):

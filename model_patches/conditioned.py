@@ -14,6 +14,12 @@ from vllm_lora_ext.model_patches.plan import Plan, attach, plan_of
 from vllm_lora_ext.model_patches.residency import SlotPart
 
 Key = str | BlockKeys
+# Connectors that know a block by vLLM's own key, or hand over one request's blocks and keep none.
+_KEYED = frozenset({
+    "OffloadingConnector", "SimpleCPUOffloadConnector", "MooncakeStoreConnector",
+    "HF3FSKVConnector", "NixlConnector", "NixlPullConnector", "NixlPushConnector",
+    "MooncakeConnector", "P2pNcclConnector",
+})  # fmt: skip
 _OURS = "_lora_ext_attached"
 
 
@@ -26,6 +32,8 @@ class Conditions:
 
     def __init__(self, vllm_config: Any) -> None:
         self._most = vllm_config.model_config.max_model_len
+        transfer = vllm_config.kv_transfer_config
+        self._connector = getattr(transfer, "kv_connector", None)
         # Then workers know of answers only where their tokens stand at most (`rows.Span`).
         self._ahead = (
             vllm_config.speculative_config is not None
@@ -57,6 +65,13 @@ class Conditions:
             self._check_served(request, plan.columns)
 
     def _check_served(self, request: Any, columns: Sequence[Column]) -> None:
+        if self._connector is not None and self._connector not in _KEYED:
+            raise AdapterError(
+                "unsupported_feature", "what the request's adapter adds differs by token, and the"
+                " server's KV connector is not known to tell such blocks apart",
+                seen=self._connector, limit=", ".join(sorted(_KEYED)),
+                fix="start without it, or with one of these",
+            )  # fmt: skip
         if request.resumable:
             raise AdapterError(
                 "unsupported_feature", "what the request's adapter adds differs by token, and the"

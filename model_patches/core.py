@@ -149,7 +149,8 @@ class Adapters:
 
     def step(self, step: Callable[[], Any]) -> Any:
         """A step of the core, with what is done before and after it."""
-        self.loading.poll(idle=not self._scheduler.has_requests())
+        if self.loading.pending:
+            self.loading.poll(idle=not self._scheduler.has_requests())
         self.ledger.tidy()
         outputs, executed = step()
         self.gates.take(outputs)

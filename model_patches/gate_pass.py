@@ -92,12 +92,12 @@ class GatePasses:
         if not self._asked:
             return
         for mine in (outputs or {}).values():
+            if mine.finished_requests:
+                mine.finished_requests -= self._asked.keys()
             for output in [o for o in mine.outputs if o.request_id in self._asked]:
                 mine.outputs.remove(output)
                 if output.finish_reason is not None:
                     self._end(output.request_id, output.finish_reason is FinishReason.LENGTH)
-            if mine.finished_requests:
-                mine.finished_requests -= self._asked.keys()
         there = self._core.scheduler.requests
         for request_id in [r for r in self._asked if r not in there]:
             self._end(request_id, False)

@@ -149,7 +149,7 @@ def _wrap_runners() -> None:
         _wrapped.add("v2")
         execute, dispatch = v2.GPUModelRunner.execute_model, v2.dispatch_cg_and_sync_dp
         v2.GPUModelRunner.execute_model = functools.wraps(execute)(_flagging(execute))
-        v2.dispatch_cg_and_sync_dp = functools.wraps(dispatch)(_dispatching(dispatch))
+        setattr(v2, dispatch.__name__, functools.wraps(dispatch)(_dispatching(dispatch)))
 
 
 def _is_scheduled(runner: Any) -> bool:

@@ -44,7 +44,7 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
         config = copy.copy(lora_config)
         config.fully_sharded_loras = False
         kwargs |= {"source_layer": source_layer, "lora_config": config}
-        return super().can_replace_layer(*args, **kwargs)  # type: ignore[no-any-return]
+        return super().can_replace_layer(*args, **kwargs)
 
     def create_lora_weights(self, max_loras, lora_config, model_config=None) -> None:  # type: ignore[no-untyped-def]
         self.lora_config = lora_config

@@ -58,13 +58,12 @@ class Loading:
         return load.done
 
     def poll(self, idle: bool) -> None:
-        """Ends the loads that the workers are done with; to be called at every step.
+        """Ends the loads that the workers are done with; to be called at every step while any is
+        `pending`.
 
         Args:
             idle: the engine has nothing else to do, and this may take its time.
         """
-        if not self._loads:
-            return
         if idle:
             time.sleep(_IDLE)
         if time.monotonic() < self._next:

@@ -6,7 +6,7 @@ manager class.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from vllm_lora_ext.adapters.template import Template
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora.backends.base import Backend
 from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
+from vllm_lora_ext.kernels.gated_lora.sharded import may_sum
 from vllm_lora_ext.kernels.mix_mlp import warm_blocks
 from vllm_lora_ext.kernels.mix_mlp.selfcheck import selfcheck as block_selfcheck
 from vllm_lora_ext.model_patches.backend import (
@@ -31,6 +32,7 @@ from vllm_lora_ext.model_patches.backend import (
 from vllm_lora_ext.model_patches.columns import RowColumns
 from vllm_lora_ext.model_patches.composing import Composer
 from vllm_lora_ext.model_patches.config import check_config, check_trace
+from vllm_lora_ext.model_patches.graphs import capture_apart
 from vllm_lora_ext.model_patches.heap import keep_memory
 from vllm_lora_ext.model_patches.instruction import InstructionPass
 from vllm_lora_ext.model_patches.layers import RoutedLinear
@@ -52,6 +54,7 @@ class RoutedLoRAModel(LoRAModel):
     def __init__(self, lora_model_id: int, host: HostAdapter) -> None:
         super().__init__(lora_model_id, host.rank, {})
         self.host = host
+        self.sums: bool | None = None  # not known yet
 
     def clone(self, lora_model_id: int) -> RoutedLoRAModel:
         return RoutedLoRAModel(lora_model_id, self.host)
@@ -122,6 +125,9 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
             self.graphs,
         )  # fmt: skip
         self._warm(backend, vllm_config)
+        sites = [m.site for m in self.modules.values() if isinstance(m, RoutedLinear)]
+        if self.graphs and any(map(may_sum, sites)):
+            capture_apart(self, vllm_config)
         if settings.trace:
             check_trace(vllm_config, self.graphs)
             self.recorder = Recorder(self)
@@ -140,6 +146,19 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         """Bytes of A and B that an adapter of the largest rank on all layers has."""
         tables = [table for layer in self.modules.values() for table in _tables(layer)]
         return sum(table[0].nbytes for table in tables)
+
+    def sums(self, lora_ids: Iterable[int]) -> bool:
+        """Whether a gate of these adapters reads a sum over the ranks; True if one is not here."""
+        models = (self._registered_adapters.cache.get(lora_id) for lora_id in lora_ids)
+        return any(self._sums(model) for model in models)
+
+    def _sums(self, model: LoRAModel | None) -> bool:
+        if not isinstance(model, RoutedLoRAModel):
+            return model is None  # vLLM's own have no gates
+        if model.sums is None:
+            sites = model.host.sites.items()
+            model.sums = any(self.modules[n].reduces and packed.reads_x for n, packed in sites)
+        return model.sums
 
     def has_slots(self, needed: Collection[int]) -> bool:
         """Whether these adapters can be in slots at once, beside the pinned ones."""

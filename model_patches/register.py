@@ -427,6 +427,45 @@ PATCHES: tuple[Patch, ...] = (
         ),
     ),
     Patch(
+        name="graphs-without-sums",
+        module="graphs",
+        why=(
+            "Under tensor parallelism a captured step sums over the ranks what gates may read, also"
+            " where no adapter of the step has a gate."
+        ),
+        how=(
+            "Such steps have graphs of their own: one more number of adapters in the key of "
+            "vLLM's, on both runners. Only engines of several ranks with CUDA graphs."
+        ),
+        upstream="none yet",
+        remove_when="the key of a graph may hold what a plugin says of the step.",
+        targets=(
+            Target(
+                "vllm.v1.worker.lora_model_runner_mixin",
+                "LoRAModelRunnerMixin.maybe_select_dummy_loras",
+            ),
+            Target("vllm.v1.cudagraph_dispatcher", "CudagraphDispatcher._get_lora_cases"),
+            Target("vllm.v1.cudagraph_dispatcher", "CudagraphDispatcher.initialize_cudagraph_keys"),
+            Target("vllm.v1.cudagraph_dispatcher", "CudagraphDispatcher.dispatch"),
+            Target("vllm.lora.utils", "get_captured_lora_counts"),
+            Target(
+                "vllm.v1.worker.gpu_model_runner",
+                "GPUModelRunner._determine_batch_execution_and_padding",
+            ),
+            Target("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._dummy_run"),
+            Target("vllm.v1.worker.gpu.lora_utils", "get_num_active_loras_for_dispatch"),
+            Target("vllm.v1.worker.gpu.lora_utils", "get_lora_capture_cases"),
+            Target("vllm.v1.worker.gpu.lora_utils", "create_lora_capture_hook"),
+            Target(
+                "vllm.v1.worker.gpu.cudagraph_utils", "CudaGraphManager._build_lora_dispatch_map"
+            ),
+            Target("vllm.v1.worker.gpu.cudagraph_utils", "CudaGraphManager._init_candidates"),
+            Target("vllm.v1.worker.gpu.cudagraph_utils", "CudaGraphManager.dispatch"),
+            Target("vllm.v1.worker.gpu.cudagraph_utils", "ModelCudaGraphManager.__init__"),
+            Target("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.execute_model"),
+        ),
+    ),
+    Patch(
         name="instruction",
         module="instruction",
         why=(

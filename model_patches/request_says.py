@@ -65,7 +65,7 @@ class Target:
     made: bool | None = None
 
 
-class Spoken(LoRARequest):  # type: ignore[misc]
+class Spoken(LoRARequest):
     """What a server hands to its engine in an adapter's place, where a request says something.
 
     Args:

@@ -147,7 +147,8 @@ class Resident:
         return getattr(self.model, "host", None)
 
     def report(self, evicted: tuple[int, ...] = ()) -> LoadReport:
-        parts, understands = (SlotPart(self.version),), {}
+        parts: tuple[SlotPart, ...] = (SlotPart(self.version),)
+        understands: dict[str, Any] = {}
         if self.host is not None:
             parts, understands = self.host.parts, self.host.understands
         return LoadReport(

@@ -26,7 +26,7 @@ from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
-_wrapped: set[type] = set()
+_wrapped: set[tuple[Any, str]] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,22 +228,24 @@ def wrap_runners() -> None:
     # Here, not above: the front end's process has no worker, and this import is a large one.
     from vllm.v1.worker.gpu_worker import Worker
 
-    _once(Worker, execute_model=_tell_steps)
-    _once(LoRAModelRunnerMixin, set_active_loras=_tell_order_v1, _set_active_loras=_tell_slots)
+    wrap_once(Worker, execute_model=_tell_steps)
+    wrap_once(LoRAModelRunnerMixin, set_active_loras=_tell_order_v1, _set_active_loras=_tell_slots)
     v1, v2 = (sys.modules.get(name) for name in RUNNERS)  # a worker imports the one that it uses
     if v1 is not None:
-        _once(v1.GPUModelRunner, _prepare_inputs=_tell_sampled_v1,
+        wrap_once(v1.GPUModelRunner, _prepare_inputs=_tell_sampled_v1,
               _get_prompt_logprobs_dict=_tell_prompt_v1)  # fmt: skip
     if v2 is not None:
-        _once(v2.GPUModelRunner, prepare_inputs=_tell_order_v2, sample_tokens=_tell_logits_v2)
+        wrap_once(v2.GPUModelRunner, prepare_inputs=_tell_order_v2, sample_tokens=_tell_logits_v2)
 
 
-def _once(cls: type, **wrappers: Callable[[Any], Any]) -> None:
-    if cls not in _wrapped:
-        _wrapped.add(cls)
-        for name, wrapper in wrappers.items():
-            stock = getattr(cls, name)
-            setattr(cls, name, functools.wraps(stock)(wrapper(stock)))
+def wrap_once(owner: Any, **wrappers: Callable[[Any], Any]) -> None:
+    """Puts `wrapper(stock)` in the place of each named attribute of a class or module, if nobody
+    has done so in this process."""
+    for name, wrapper in wrappers.items():
+        if (owner, name) not in _wrapped:
+            _wrapped.add((owner, name))
+            stock = getattr(owner, name)
+            setattr(owner, name, functools.wraps(stock)(wrapper(stock)))
 
 
 def _rows_of(runner: Any) -> Rows | None:

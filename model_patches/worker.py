@@ -143,13 +143,14 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
 
     def _hold(self, adapter_id: int, new: Resident, in_use: Collection[int]) -> LoadReport:
         manager = self._adapter_manager
+        template = new.host.template if new.host is not None else None
+        if template is not None and template.instruction:
+            manager.expect_instructions(self._template)  # or the adapter is refused
         stay = manager.pinned.union(in_use, self._loader.uses())
         evicted = self._residency.put(adapter_id, new, stay)
         for leaving in (*evicted, adapter_id):
             manager.remove_adapter(leaving)
-        if new.host is not None and new.host.template is not None:
-            if new.host.template.instruction:
-                manager.expect_instructions(self._template)
+        if template is not None:
             return new.report(evicted)  # no slot for it
         if new.host is not None and new.host.columns:
             manager.expect_columns()

@@ -5,11 +5,11 @@
 
 Which variants there are is asked of the code that serves: the warm-up of an engine is run on
 tensors without memory, for models of several shapes, and what Triton would compile for its launches
-is kept. Of those that differ only in alignment and in how far a program walks, one is compiled;
-`--every`: all. `--here` compiles with the Triton that is installed and prints; without it each
-release of `TRITONS` is fetched into a folder of its own (`--tritons`), and the table is written.
-Exit code 1 where a variant does not compile, does not fit a multiprocessor, or has the pattern that
-ptxas gets wrong (`tuning.py`).
+is kept. Of those that differ only in alignment, in how far a program walks and in the parts that it
+sums, one with the most parts is compiled; `--every`: all. `--here` compiles with the Triton that is
+installed and prints; without it each release of `TRITONS` is fetched into a folder of its own
+(`--tritons`), and the table is written. Exit code 1 where a variant does not compile, does not fit
+a multiprocessor, or has the pattern that ptxas gets wrong (`tuning.py`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,21 +30,17 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "kernels" / "COMPILED.md"
 # Release of Triton → the torch that brings it.
-TRITONS = {"3.6.0": "2.11", "3.7.1": "2.13", "3.8.0": "2.14", "3.9.0": "none yet"}
+TRITONS = {"3.6.0": "2.11", "3.7.1": "2.13", "3.8.0": "2.14"}
 # Name, multiprocessors, KiB of shared memory that a program may have.
-GPUS = {"80": ("A100", 108, 163), "90": ("H100", 132, 227), "100": ("B200", 148, 227)}
+GPUS = {"90": ("H100", 132, 227), "100": ("B200", 148, 227), "80": ("A100", 108, 163)}
 # (most ranks, dtype) of an engine: --max-lora-rank, and fp32 to see that it is no worse.
-ENGINES = ((16, "bf16"), (64, "bf16"), (128, "bf16"), (256, "bf16"), (512, "bf16"), (64, "fp32"))
+ENGINES = ((16, "bf16"), (64, "bf16"), (128, "bf16"), (512, "bf16"), (64, "fp32"))
 # K, and N of the slices, of a decoder layer: Llama-3.1-8B, and sizes that no power of two divides.
 LLAMA = ((4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,)))
 ODD = ((2880, (4096, 512, 512)), (4096, (2880,)), (576, (1536, 1536)), (1530, (570,)))
-MAX_TOKENS, SLOTS = 8192, 8
-UNNAMED = (
-    "OPERAND",
-    "EVEN_K",
-    "EVEN_N",
-    "WALK",
-)  # the first is the dtype, the others change little
+MAX_TOKENS, SLOTS = 2048, 8  # of a step; more rows change no choice
+# The first is the dtype; the others make no other kernel of it.
+UNNAMED = ("OPERAND", "EVEN_K", "EVEN_N", "WALK", "PARTS")
 # wgmma's accumulators, then its left operand in registers where shared memory has a descriptor.
 FROM_REGISTERS = re.compile(r"wgmma\.mma_async\S*\s*\{[^}]*\},\s*\{")
 PIPELINED = re.compile(r"cp\.async(?!\.wait)")
@@ -60,18 +57,21 @@ class Variant:
     options: Any
 
     @property
-    def name(self) -> str:
-        """What the table calls it. Variants that differ in alignment only have one name."""
+    def sizes(self) -> dict[str, Any]:
+        """The constants by their names."""
         names = self.kernel.arg_names
-        by_name = {names[k[0]] if isinstance(k, tuple) else k: v for k, v in self.constants.items()}
-        sizes = [
+        return {names[k[0]] if isinstance(k, tuple) else k: v for k, v in self.constants.items()}
+
+    @property
+    def name(self) -> str:
+        """What the table calls it; several variants may have one name."""
+        shown = [
             f"{name.removeprefix('BLOCK_')} {value}"
-            for name, value in by_name.items()
+            for name, value in self.sizes.items()
             if name.isupper() and name not in UNNAMED
         ]
-        operand = by_name["OPERAND"]
         kernel = self.kernel.__name__.removesuffix("_kernel")
-        return f"{kernel} | {', '.join(sizes)} | {operand} | {self.options.num_warps}"
+        return f"{kernel} | {', '.join(shown)} | {self.sizes['OPERAND']} | {self.options.num_warps}"
 
 
 class Kept:
@@ -221,7 +221,8 @@ def compile_all(
 ) -> dict[str, Compiled]:
     """By name, with the Triton that is imported."""
     found: dict[str, Compiled] = {}
-    for variant in variants(capability, engines):
+    made = variants(capability, engines)
+    for variant in sorted(made, key=lambda v: -v.sizes.get("PARTS", 1)):
         if every or variant.name not in found:
             new = compiled(variant, capability)
             found[variant.name] = worst(found.get(variant.name), new)
@@ -261,9 +262,9 @@ INTRODUCTION = """# Compiled variants of the GPU kernels
 What Triton makes of each kernel variant that serving can reach: registers of a thread / spilled
 bytes of a thread / bytes of shared memory. By release of Triton: {tritons}. No GPU is needed.
 
-Block sizes: T rows of x or y, R rows of A or ranks, G rows of routers, K or N columns in one step;
-PARTS of the shrink that are summed. Variants that differ only in alignment and in how far a program
-walks share a row."""
+Block sizes: T rows of x or y, R rows of A or ranks, G rows of routers, K or N columns in one step.
+Variants that differ only in alignment, in how far a program walks and in how many parts of the
+shrink it sums share a row; one with the most parts was compiled."""
 
 
 def _cell(numbers: Compiled | None) -> str:
@@ -291,28 +292,29 @@ def fetched(triton: str, folder: Path) -> Path:
     return where
 
 
-def elsewhere(triton: str, folder: Path, gpus: Sequence[str]) -> dict[str, dict[str, Compiled]]:
-    """Compiles with another release in a process of its own; numbers by capability and name."""
+def elsewhere(triton: str, folder: Path, gpu: str) -> dict[str, Compiled]:
+    """Compiles with another release in a process of its own; numbers by name."""
     env = {
         **os.environ, "PYTHONPATH": str(fetched(triton, folder)), "TRITON_DEFAULT_FP_FUSION": "1",
         "TRITON_CACHE_DIR": str(folder / f"cache-{triton}"),
     }  # fmt: skip
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = [sys.executable, "-P", "-W", "ignore", __file__, "--here", "--gpus",
-                   ",".join(gpus), "--json", file.name]  # fmt: skip
+        command = [sys.executable, "-P", "-W", "ignore", __file__, "--here", "--gpus", gpu,
+                   "--json", file.name]  # fmt: skip
         subprocess.run(command, env=env, check=False, stdout=subprocess.DEVNULL)
-        found = json.loads(Path(file.name).read_text())
-    return {gpu: {n: Compiled(*values) for n, values in t.items()} for gpu, t in found.items()}
+        found = json.loads(Path(file.name).read_text())[gpu]
+    return {name: Compiled(*values) for name, values in found.items()}
 
 
 def write(folder: Path, gpus: Sequence[str]) -> int:
     """Compiles with every release, and writes the page."""
-    tables: dict[str, Table] = {gpu: {} for gpu in gpus}
-    for triton in TRITONS:
-        for gpu, numbers in elsewhere(triton, folder, gpus).items():
-            tables[gpu][triton] = numbers
-        print(f"Triton {triton}: compiled", flush=True)
-    PAGE.write_text(page(tables))
+    tables: dict[str, Table] = {}
+    for gpu in gpus:
+        with ThreadPoolExecutor(len(TRITONS)) as pool:
+            found = pool.map(lambda triton, gpu=gpu: elsewhere(triton, folder, gpu), TRITONS)
+            tables[gpu] = dict(zip(TRITONS, found, strict=True))
+        print(f"sm_{gpu}: compiled", flush=True)
+        PAGE.write_text(page(tables))
     wrong = [
         f"sm_{gpu}, Triton {triton}: {name}: {numbers.wrong}"
         for gpu, table in tables.items() for triton, by_name in table.items()

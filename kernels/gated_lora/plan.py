@@ -166,6 +166,11 @@ class PackedSite:
     shared: GateSpec | None
     plain: bool
 
+    @property
+    def reads_x(self) -> bool:
+        """Whether a gate scores what is computed from x."""
+        return len(self.router_GK) > 0 or any(p.gate.source == "self" for _, p in self.slices)
+
 
 def shared_gate(plans: Sequence[SlicePlan]) -> GateSpec | None:
     """The slices' gate when one view of u holds all their logits and all blocks are equal."""

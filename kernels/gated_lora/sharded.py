@@ -1,17 +1,19 @@
 """Layers whose A reads a shard of x, under tensor parallelism: what must be whole, and when.
 
-In a row-parallel layer x is a shard.
+In a row-parallel layer `A x` and the logits are partial sums. B is linear, so each rank adds B (g ⊙
+its own A x) to its own part of y, and the layer's sum over the ranks, which it has without LoRA
+too, completes both. Only what a *gate* reads must be whole before: the logits of a router, or the A
+x of gates that score it. So a step of the base model or of plain adapters communicates nothing, and
+a router its logits, [T, router rows] fp32, and two numbers more if it reads a normalised x. Numbers
+that come with the rows are every rank's own. All ranks hold the same bits afterwards: the same
+experts.
 
-`A x` and the logits are then partial sums. B is linear, so each rank adds B (g ⊙ its own A x) to
-its own part of y, and the layer's sum over the ranks, which it has without LoRA too, completes
-both. Only what a *gate* reads must be whole before: the logits of a router, or the A x of gates
-that score it. So a step of the base model or of plain adapters communicates nothing, and a router
-its logits, [T, router rows] fp32, and two numbers more if it reads a normalised x. Numbers that
-come with the rows are every rank's own. All ranks hold the same bits afterwards: the same experts.
-
-Where CUDA graphs are captured, what runs must not depend on the step's slots. There a step with any
-adapter sums all that a slot could need, [T, `Site.num_rows`]; nothing when the engine keeps no
-router rows at all, and then a slot takes no gate.
+A graph is captured once for steps of any adapters. What it holds is one of two (`StepMap.frozen`):
+nothing is summed, for steps in which no gate reads x (plain adapters, and gates that come with the
+rows), or all that a slot could need, [T, `Site.num_rows`]: which columns of u are a row's logits
+depends on its slot, and to gather them would be three more launches in a layer, for bytes that do
+not count at the sizes of a captured step. Steps too large for any graph run as without. An engine
+that keeps no router rows captures the first kind only, and then a slot takes no gate.
 
 Fully sharded LoRA (`Site.fully_sharded`) keeps of every A and B only a part on each rank: in a
 row-parallel layer B of a part of y, in all others A of a part of x, so that there, too, A x and the
@@ -32,6 +34,11 @@ from vllm_lora_ext.kernels.gated_lora.site import Site
 Gated = list[tuple[Any, SlotPlan]]
 
 
+def may_sum(site: Site) -> bool:
+    """Whether it hangs on the step's adapters if something is summed here."""
+    return site.reduce is not None and not site.fully_sharded and site.max_router_rows > 0
+
+
 def gated_lora_(
     y: torch.Tensor, x: torch.Tensor, u_PTR: torch.Tensor | None, site: Site
 ) -> torch.Tensor | None:
@@ -44,8 +51,11 @@ def gated_lora_(
     """
     if site.fully_sharded:
         return _fully_(y, x, u_PTR, site)
-    gated = [] if site.static else gated_rows(site)
-    if not gated and not (site.static and site.max_router_rows):
+    frozen = site.step.frozen
+    if frozen is None and x.is_cuda and torch.cuda.is_current_stream_capturing():
+        frozen = True  # nobody said that there will be no gates
+    gated = gated_rows(site) if frozen is None else []
+    if not gated and not (frozen and site.max_router_rows):
         return None
     if u_PTR is None:
         u_PTR = site.backend.shrink(x, site)
@@ -90,9 +100,10 @@ def gate_inputs(u_TR: torch.Tensor, gated: Gated, site: Site) -> torch.Tensor:
 
     Args:
         u_TR: [T, `site.num_rows`] fp32, this rank's shrink.
+        gated: rows with a gate, of `gated_rows`; none: any row may have one.
     """
     assert site.reduce is not None
-    if site.static:
+    if not gated:
         return site.reduce(u_TR)
     width = max(plan.num_inputs for _, plan in gated)
     sums_TG = u_TR.new_zeros(len(u_TR), width)

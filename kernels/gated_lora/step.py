@@ -42,6 +42,10 @@ class StepMap:
         max_tokens: most rows a step may hold.
         device: where the tables live; their addresses never change.
         tiled: whether to keep the tiles, by default on anything but a CPU.
+    Attributes:
+        frozen: what a graph that is being captured holds for whatever steps it will serve: True,
+            that gates read sums over ranks; False, that none does. None: no graph is captured, the
+            step itself says (`sharded`).
     """
 
     def __init__(
@@ -55,6 +59,7 @@ class StepMap:
         self.active_1 = np.zeros(1, dtype=np.int64)  # read by C++ at this address
         self._number = next(_numbers)
         weakref.finalize(self, inductor.set_active, self._number, False)
+        self.frozen: bool | None = None
         self._width = 0
         self._slots_T = np.empty(0, dtype=np.int64)
         self._slots: frozenset[int] | None = frozenset()
@@ -67,6 +72,7 @@ class StepMap:
         numbers lie in a pinned block of their own, which the allocator takes back in time.
         """
         self._slots_T, self._slots, self._groups = slots_T, None, None
+        self.frozen = None
         self.active_1[0] = (slots_T >= 0).any()
         inductor.set_active(self._number, self.active)
         # As wide as the last step, so that nothing of it is left behind.

@@ -68,10 +68,8 @@ def _fully_sharded(ours: dict[type, type]) -> dict[type, type]:
     from vllm.lora import layers
 
     names = [name for name in layers.__all__ if name.endswith("WithShardedLoRA")]
-    found = [
-        (getattr(layers, name), getattr(layers, name.replace("Sharded", ""))) for name in names
-    ]
-    return {sharded: ours[plain] for sharded, plain in found}
+    plain_of = {name: name.replace("Sharded", "") for name in names}
+    return {getattr(layers, name): ours[getattr(layers, of)] for name, of in plain_of.items()}
 
 
 def _logits() -> dict[type, type]:

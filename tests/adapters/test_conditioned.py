@@ -248,6 +248,13 @@ def test_an_adapter_of_some_tokens_is_not_merged(name):
     assert caught.value.code == "unsupported_feature"
 
 
+@pytest.mark.parametrize("name", [*TEMPLATES, "alora-a", "mmlora-a"])
+def test_transformers_gets_no_adapter_that_lacks_what_a_request_says(name, models):
+    with pytest.raises(AdapterError) as caught:
+        apply_adapter(models[fixture(name)[0]["base"]], adapter_of(name))
+    assert caught.value.code == "unsupported_feature"
+
+
 def derived(adapter):
     template, generator = adapter.template, torch.Generator().manual_seed(1)
     if template.instruction:

@@ -153,6 +153,25 @@ def test_a_factor_of_zero_adds_nothing_and_hides_what_is_behind_it(path):
     assert not y_TN[0].any()
 
 
+@pytest.mark.parametrize("select", ["all", "top_k"])
+def test_experts_that_no_row_opens_are_not_read(select):
+    """Theirs is NaN; one expert has all rows, one some, one none."""
+    if cpu_build.library() is None:
+        pytest.skip("no compiler")
+    layer = Layer(8, sizes=(16,))
+    more = {"k": 2, "weight": "one"} if select == "top_k" else {}
+    gate = GateSpec(source="request", blocks=(4, 4, 4), select=select, **more)
+    module = random_module(layer.rng, 24, 16, gate)
+    layer.put(0, [SlotPart([module])])
+    layer.map([0, -1, 0, 0], np.array([[2, 1, 0], [0, 0, 0], [1, 0.5, 0], [1, 2, 0]], np.float32))
+    assert layer.error(layer.run()) < 2e-5
+    want_TN = layer.run()
+    a_RK, b_NR = module.a_RK.clone(), module.b_NR.clone()
+    a_RK[8:], b_NR[:, 8:] = NAN, NAN
+    put(layer.site, 0, [SlotPart([replace(module, a_RK=a_RK, b_NR=b_NR)])])
+    torch.testing.assert_close(layer.run(), want_TN)
+
+
 def test_what_does_not_fit_is_refused_with_both_numbers():
     layer = Layer(4, sizes=(16, 8))
     one = layer.site.pack([random_module(layer.rng, 24, n, GateSpec(), 30) for n in (16, 8)])

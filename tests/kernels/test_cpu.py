@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,6 +18,7 @@ from vllm_lora_ext.adapters.model import RoutedModule
 from vllm_lora_ext.kernels.gated_lora import (
     Site,
     StepMap,
+    codes,
     gated_lora_reference,
 )
 from vllm_lora_ext.kernels.gated_lora.backends import choice, eager
@@ -266,12 +268,27 @@ def test_processes_that_start_together_build_once(tmp_path):
     assert len(list((tmp_path / "vllm-lora-ext").glob("*.so"))) == 1
 
 
+def test_c_counts_the_steps_of_a_gate_as_everybody_does():
+    """The enumerations of `cpu_gate.h` name the choices of `routing.spec`, in their order."""
+    header = next(p for p in cpu_build.SOURCES if p.name == "cpu_gate.h").read_text()
+    for name, known in (
+        ("Score", codes.SCORES),
+        ("Select", codes.SELECTS),
+        ("Weight", codes.WEIGHTS),
+    ):
+        (body,) = re.findall(rf"enum {name} : int64_t {{ (.*?) }};", header)
+        *mine, count = (n.removeprefix("k").lower() for n in body.split(", "))
+        assert count == name.lower() + "s"
+        theirs = [n.replace("_", "") for n in known]
+        assert [n.removesuffix("kept") for n in mine] == theirs
+
+
 def test_a_gate_that_the_kernels_do_not_know_runs_on_pytorch(monkeypatch, caplog):
     """With one line in the log, and the right numbers; never an error in a forward."""
     if cpu_build.library() is None:
         pytest.skip("no compiler")
     logging.getLogger("vllm").propagate = True  # vLLM turns it off once it is imported
-    monkeypatch.delitem(cpu_native._SCORES, "sigmoid")
+    monkeypatch.setattr(cpu_native, "known_codes", lambda: (2, 4, 5))
     cpu_native._say_unknown.cache_clear()
     gate = GateSpec(source="router", blocks=(3, 5), score="sigmoid")
     rng = np.random.default_rng(4)

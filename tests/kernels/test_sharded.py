@@ -69,10 +69,11 @@ class Sharded:
     def cut(self, m: Any, rank: int) -> Any:
         return _cut(m, slice(rank * K // 2, (rank + 1) * K // 2))
 
-    def check(self, slots: list[int]) -> list[tuple[int, ...]]:
+    def check(self, slots: list[int], frozen: bool | None = None) -> list[tuple[int, ...]]:
         """The ranks' sum against the reference; returns what was summed on the way."""
         slots_T, x_TK = np.array(slots), normal(self.rng, len(slots), K)
         self.step.update(slots_T)
+        self.step.frozen = frozen
         rows_TC = random_rows(self.rng, len(slots), MAX_COLUMNS)
         self.step.set_rows(rows_TC, [slice(0, len(slots))])
         before = len(self.ranks.summed)
@@ -157,15 +158,27 @@ def test_in_captured_graphs_it_does_not_depend_on_the_slots():
     for slot, spec in enumerate((PLAIN, ROUTER, HEAD, SELF)):
         layer.write(slot, spec)
     rows = layer.sites[0].num_rows
-    assert layer.check([-1] * T) == []
     for slots in ([0, -1, 0], [1, 0, 2], [3, 3, -1]):
-        assert layer.check(slots) == [(3, rows)]
+        assert layer.check(slots, frozen=True) == [(3, rows)]
+    assert layer.check([-1] * T, frozen=True) == []
+
+
+def test_a_captured_graph_for_gates_that_read_no_x_sums_nothing():
+    """And steps that no graph serves sum what their own gates read."""
+    layer = Sharded(1, static=True)
+    for slot, spec in enumerate((PLAIN, ROUTER, GIVEN)):
+        layer.write(slot, spec)
+    for slots in ([0, -1, 0], [2, 0, 2], [-1, -1, -1]):
+        assert layer.check(slots, frozen=False) == []
+    assert layer.check([0, 1, 2]) == [(3, 3)]
+    assert layer.check([0, 2, 0]) == []
 
 
 def test_an_engine_with_graphs_and_without_router_rows_sums_nothing_and_takes_no_gate():
     layer = Sharded(1, static=True, rows=0)
     layer.write(0, PLAIN)
-    assert layer.check([0, -1, 0]) == []
+    for frozen in (None, False, True):
+        assert layer.check([0, -1, 0], frozen) == []
     with pytest.raises(ValueError, match="gate"):
         layer.write(1, SELF)
     layer.write(1, GIVEN)

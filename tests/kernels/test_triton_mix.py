@@ -161,11 +161,12 @@ def test_a_graph_follows_adapters_that_it_was_not_captured_with(capture, sharded
     g = torch.Generator().manual_seed(8)
     mlp = mlp_of(24, 40, True, g, biased=False)
     if sharded:  # as a row-parallel layer of one rank
-        mlp.sites[1].reduce, mlp.sites[1].static = torch.clone, True
+        mlp.sites[1].reduce = torch.clone
     step, x = StepMap(9, DEVICE, tiled=True), torch.randn(9, 24, generator=g)
     plain = Slice(torch.randn(4, 24, generator=g), torch.randn(40, 4, generator=g))
     mlp.sites[0].write(1, [plain, None])
     mlp.map(step, [1] * 9)
+    step.frozen = sharded
     graph = capture(mlp, x.clone())
     mlp.sites[0].clear(1)
     e, slots = experts(mlp, [3, 2, 3], TOP2, g), [-1, 0, 2, 2, 0, -1, 2, 0, 1]

@@ -130,7 +130,7 @@ def test_images_are_where_their_features_say() -> None:
     plan = plan_of(made)
     assert plan is not None
     assert prompt_of(made, plan).modality == {"image": ((5, 7), (8, 11))}
-    spans = Plan(TWO.columns, {"image": [[5, 7], [8, 11]]})
+    spans = Plan(TWO.columns, {"image": ((5, 7), (8, 11))})
     by_hand = request(TEXT)
     assert prompt_of(by_hand, spans).modality == {"image": ((5, 7), (8, 11))}
     plain = request(TEXT, (TWO,), TWO.columns)

@@ -33,7 +33,7 @@ from vllm_lora_ext import plugin
 from vllm_lora_ext.conditions.column import Column
 from vllm_lora_ext.conditions.recipe import DERIVED_IDS
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.model_patches.core import ADD
+from vllm_lora_ext.model_patches.core import ADD, _adapters
 from vllm_lora_ext.model_patches.ledger import MEMORY_IDS
 from vllm_lora_ext.model_patches.plan import plan_of
 from vllm_lora_ext.model_patches.residency import Prepared, SlotPart
@@ -394,6 +394,21 @@ def test_a_derived_adapter_of_an_old_part_keeps_its_keys(core):
     assert core.finish()["other"].finish_reason is FinishReason.LENGTH
 
 
+@pytest.mark.parametrize("connector", ["LMCacheConnectorV1", "OffloadingConnector"])
+def test_connectors_with_keys_of_their_own(core, connector):
+    aloras(core)
+    core.core.add_lora(lora("a", 1))
+    core.core._lora_ext._conditions._connector = connector
+    core.add("alora", lora("a", 1))
+    core.add("plain", lora("b", 2, "/b"))
+    last = core.finish()
+    assert last["plain"].finish_reason is FinishReason.LENGTH
+    if connector == "LMCacheConnectorV1":
+        assert error_of(last, "alora") == "unsupported_feature"
+    else:
+        assert last["alora"].finish_reason is FinishReason.LENGTH
+
+
 @pytest.mark.parametrize("when", ["waiting", "running", "preempted"])
 def test_columns_that_change_under_a_request(core, when):
     """A worker that knows a request knows its old columns."""
@@ -510,6 +525,13 @@ def test_workers_that_were_called_directly(core):
     core.add("new", lora("a", 1))
     core.finish()
     assert core.hits == [0, 0]
+
+
+def test_a_step_without_a_load_under_way_asks_the_scheduler_nothing(core, monkeypatch):
+    adapters = _adapters(core.core)
+    assert not adapters.loading.pending
+    monkeypatch.setattr(core.core.scheduler, "has_requests", lambda: pytest.fail("asked"))
+    assert adapters.step(lambda: ({}, False)) == ({}, False)
 
 
 def test_the_answer_of_add_names_what_was_evicted(core):

@@ -16,7 +16,9 @@ from vllm.lora.ops.triton_ops.lora_kernel_metadata import LoRAKernelMeta
 
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
 from vllm_lora_ext.kernels.gated_lora import EmbeddingSite, StepMap
+from vllm_lora_ext.kernels.gated_lora.backends import choice
 from vllm_lora_ext.kernels.gated_lora.op import embedding_lora_static_
+from vllm_lora_ext.model_patches.backend import Building, build_with
 from vllm_lora_ext.model_patches.punica import _with_step
 
 WAITS = {"_local_scalar_dense", "is_nonzero", "nonzero", "_unique2", "unique_consecutive", "sort"}
@@ -38,7 +40,9 @@ class Calls(TorchDispatchMode):
 def wrapper(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(punica_gpu, "LoRAKernelMeta", LoRAKernelMeta, raising=False)
     config = SimpleNamespace(max_loras=2, specialize_active_lora=False)
-    return _with_step(punica_gpu.PunicaWrapperGPU)(64, 8, torch.device("cpu"), lora_config=config)
+    made, device = _with_step(punica_gpu.PunicaWrapperGPU), torch.device("cpu")
+    with build_with(Building(0, choice.without_triton("cpu"), False)):
+        return made(64, 8, device, lora_config=config)
 
 
 def update(wrapper: Any) -> set[str]:

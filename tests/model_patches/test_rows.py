@@ -36,7 +36,9 @@ class Seen:
         self.runner.schedule, self.runner.forward = self.schedule, self.forward
         self.spans: Sequence[Span] = ()
         self.takes = self.forwards = 0
-        self.rows.watch(lambda request: bool(request.sampling_params.extra_args), self.take)
+        self.watch = self.rows.watch(
+            lambda request: bool(request.sampling_params.extra_args), self.take
+        )
 
     def take(self, spans: Sequence[Span]) -> None:
         self.spans = spans
@@ -44,6 +46,7 @@ class Seen:
 
     def forward(self) -> None:
         self.forwards += 1
+        assert self.watch.scheduled == bool(self.spans)
         wanted = {s.key: s for s in self.schedule.running.values() if s.wanted}
         assert [s.request.req_id for s in self.spans] == [
             key for key in self._order() if key in wanted
@@ -75,7 +78,7 @@ class Seen:
         run(self.runner, drawn.scheduled)
         any_wanted = any(self.schedule.by_key(key).wanted for key in drawn.counts)
         assert self.takes - before == (2 if any_wanted else 0)
-        assert tuple(self.spans) == ()
+        assert tuple(self.spans) == () and not self.watch.scheduled
         self.schedule.done(drawn)
 
 

@@ -26,7 +26,7 @@ from vllm_lora_ext.model_patches.layers import RoutedLinear
 from vllm_lora_ext.model_patches.refused import RefusedRequest
 from vllm_lora_ext.model_patches.rows import Rows
 from vllm_lora_ext.model_patches.trace import Recorder
-from vllm_lora_ext.model_patches.trace_http import _mark
+from vllm_lora_ext.model_patches.trace_http import _check
 from vllm_lora_ext.trace.gates import slice_gates
 
 K, N, Q, UP = 12, 10, "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
@@ -218,18 +218,25 @@ def test_an_engine_that_keeps_traces() -> None:
     check_trace(config(), False)
 
 
+def asking(value: object) -> SimpleNamespace:
+    params = SimpleNamespace(extra_args={"lora_ext_trace": value}, skip_reading_prefix_cache=None)
+    return SimpleNamespace(
+        params=params, sampling_params=params, pooling_params=None, prompt_token_ids=[5],
+        prompt_embeds=None, mm_features=None,
+    )  # fmt: skip
+
+
 def test_a_request_is_marked_or_refused_as_the_clients_fault() -> None:
     on = SimpleNamespace(additional_config={"lora_ext": {"trace": True}})
     for value, marked in ((1, True), (0, None)):
-        params = SimpleNamespace(
-            extra_args={"lora_ext_trace": value}, skip_reading_prefix_cache=None
-        )
-        _mark(params, on)
+        request = asking(value)
+        _check(request, on)
+        params = request.sampling_params
         assert params.skip_reading_prefix_cache is marked
     for value, config, code in ((1, None, "not_traced"), ("perhaps", {}, "bad_value")):
-        params = SimpleNamespace(extra_args={"lora_ext_trace": value})
+        request = asking(value)
         with pytest.raises(RefusedRequest) as caught:
-            _mark(params, SimpleNamespace(additional_config=config))
+            _check(request, SimpleNamespace(additional_config=config))
         assert caught.value.code == code
         again = AdapterError.parse(str(caught.value))
         assert again is not None and (again.code, again.text) == (code, caught.value.text)

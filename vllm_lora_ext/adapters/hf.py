@@ -48,8 +48,16 @@ def apply_adapter(
         hf_model: its `nn.Linear` and `nn.Embedding` layers go by the adapter's module names.
         rows_TC: values of the adapter's columns at every token of the calls to come, [T, C].
     Raises:
-        AdapterError: `unknown_module`, `shape_mismatch`, `wrong_base`, `unsupported_feature`.
+        AdapterError: `unknown_module`, `shape_mismatch`, `wrong_base`; `unsupported_feature`, also
+            of an adapter whose columns or template need what is not given here.
     """
+    if adapter.template is not None or (adapter.columns and rows_TC is None):
+        raise AdapterError(
+            "unsupported_feature", "what the adapter adds depends on the request, not on its"
+            " weights and the hidden states alone", seen=adapter.system,
+            limit="adapters that act on every token alike",
+            fix="give rows_TC, derive it from its template, or ask the server",
+        )  # fmt: skip
     check_fits(adapter, model_shapes(hf_model), torch.float32)
     handles = []
     for name, block in adapter.blocks.items():

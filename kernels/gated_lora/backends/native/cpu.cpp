@@ -284,6 +284,10 @@ void expand(const Columns& c, const Lines& l, Y* y, int64_t y_stride) {
 
 }  // namespace
 
+extern "C" void known_codes(int64_t* counts) {
+  counts[0] = kScores, counts[1] = kSelects, counts[2] = kWeights;
+}
+
 extern "C" int64_t has_float16() {
 #if defined(__F16C__)
   return 1;

@@ -8,9 +8,10 @@
 
 using std::int64_t;
 
-enum Score : int64_t { kIdentity, kSoftmax, kSigmoid, kL2, kAbs };
-enum Select : int64_t { kAll, kTopK, kThreshold, kTopP };
-enum Weight : int64_t { kScore, kRenormalise, kSoftmaxKept, kOne, kSqrt };
+// In the order of ../../codes.py; the last of each is how many there are.
+enum Score : int64_t { kIdentity, kSoftmax, kSigmoid, kL2, kAbs, kScores };
+enum Select : int64_t { kAll, kTopK, kThreshold, kTopP, kSelects };
+enum Weight : int64_t { kScore, kRenormalise, kSoftmaxKept, kOne, kSqrt, kWeights };
 
 struct Gate {
   int64_t gated, self, given, score, bias, bias_value, select, key_abs, k, threshold_head;

@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 
 from vllm_lora_ext.kernels.gated_lora.backends.native import build as cpu_build
+from vllm_lora_ext.kernels.gated_lora.codes import SCORES, SELECTS, WEIGHTS
 from vllm_lora_ext.kernels.gated_lora.plan import SlicePlan, SlotPlan
 from vllm_lora_ext.routing import GateSpec, InputNorm
+from vllm_lora_ext.routing.spec import GIVEN
 
 if TYPE_CHECKING:
     from vllm_lora_ext.kernels.gated_lora.backends.native.backend import NativeStore
@@ -25,13 +27,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("vllm.lora_ext")
 
-_SOURCES = {  # gated, by A x itself, by numbers that come with the row
-    "none": (0, 0, 0), "router": (1, 0, 0), "prototype": (1, 0, 0), "self": (1, 1, 0),
-    "request": (1, 0, 1), "position": (1, 0, 1),
-}  # fmt: skip
-_SCORES = {"identity": 0, "softmax": 1, "sigmoid": 2, "l2": 3, "abs": 4}
-_SELECTS = {"all": 0, "top_k": 1, "threshold": 2, "top_p": 3}
-_WEIGHTS = {"score": 0, "renormalise": 1, "softmax": 2, "one": 3, "sqrt": 4}
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -159,6 +154,23 @@ def _say_unknown(name: str) -> None:
     )
 
 
+@functools.cache
+def known_codes() -> tuple[int, int, int]:
+    """How many scores, selections and weights C++ knows: the first so many of `codes`."""
+    library, counts = cpu_build.library(), (c_int64 * 3)()
+    assert library is not None
+    library.known_codes(counts)
+    return tuple(counts)
+
+
+def _code(kind: int, names: tuple[str, ...], name: str) -> int:
+    """The number of a gate's step; KeyError where C++ does not know it."""
+    code = names.index(name)
+    if code >= known_codes()[kind]:
+        raise KeyError(name)
+    return code
+
+
 def _slot(plan: SlotPlan) -> _Slot:
     slices = (_Slice * len(plan.slices))()
     h_start = first = 0
@@ -187,13 +199,14 @@ def _slice(index: int, p: SlicePlan, h_start: int) -> _Slice:
 
 def _gate(p: SlicePlan) -> _Gate:
     s: GateSpec = p.gate
-    gated, own, given = _SOURCES[s.source]
     starts = (c_int64 * (s.num_gates + 1))(*itertools.accumulate(s.blocks, initial=0))
     return _Gate(
-        gated=gated, self=own, given=given, score=_SCORES[s.score],
-        bias=s.bias != "none", bias_value=s.bias == "value", select=_SELECTS[s.select],
+        gated=s.source != "none", self=s.source == "self", given=s.source in GIVEN,
+        score=_code(0, SCORES, s.score),
+        bias=s.bias != "none", bias_value=s.bias == "value",
+        select=_code(1, SELECTS, s.select),
         key_abs=s.key == "abs", k=s.k, threshold_head=s.threshold_head,
-        subtract_threshold=s.subtract_threshold, weight=_WEIGHTS[s.weight],
+        subtract_threshold=s.subtract_threshold, weight=_code(2, WEIGHTS, s.weight),
         masked=s.mask_below is not None, num_gates=s.num_gates, product=s.product,
         score_temperature=s.score_temperature, threshold=s.threshold, top_p=s.top_p,
         temperature=s.temperature, mask_below=s.mask_below or 0.0, constant=s.constant,

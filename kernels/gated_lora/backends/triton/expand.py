@@ -25,7 +25,7 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_lora_ext.kernels.gated_lora import plan
+from vllm_lora_ext.kernels.gated_lora import codes, plan
 from vllm_lora_ext.kernels.gated_lora.backends.triton import tables
 from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import operand
 from vllm_lora_ext.kernels.gated_lora.backends.triton.store import store_of
@@ -35,19 +35,19 @@ from vllm_lora_ext.kernels.gated_lora.step import max_tiles
 if TYPE_CHECKING:
     from vllm_lora_ext.kernels.gated_lora.site import Site
 
-SOFTMAX_SCORE = tl.constexpr(tables.SCORES.index("softmax"))
-SIGMOID_SCORE = tl.constexpr(tables.SCORES.index("sigmoid"))
-L2_SCORE = tl.constexpr(tables.SCORES.index("l2"))
-ABS_SCORE = tl.constexpr(tables.SCORES.index("abs"))
-NO_BIAS = tl.constexpr(tables.BIASES.index("none"))
-VALUE_BIAS = tl.constexpr(tables.BIASES.index("value"))
-TOP_K = tl.constexpr(tables.SELECTS.index("top_k"))
-TOP_P = tl.constexpr(tables.SELECTS.index("top_p"))
-THRESHOLD = tl.constexpr(tables.SELECTS.index("threshold"))
-SCORE_WEIGHT = tl.constexpr(tables.WEIGHTS.index("score"))
-RENORMALISE = tl.constexpr(tables.WEIGHTS.index("renormalise"))
-SOFTMAX_WEIGHT = tl.constexpr(tables.WEIGHTS.index("softmax"))
-SQRT_WEIGHT = tl.constexpr(tables.WEIGHTS.index("sqrt"))
+SOFTMAX_SCORE = tl.constexpr(codes.SCORES.index("softmax"))
+SIGMOID_SCORE = tl.constexpr(codes.SCORES.index("sigmoid"))
+L2_SCORE = tl.constexpr(codes.SCORES.index("l2"))
+ABS_SCORE = tl.constexpr(codes.SCORES.index("abs"))
+NO_BIAS = tl.constexpr(codes.BIASES.index("none"))
+VALUE_BIAS = tl.constexpr(codes.BIASES.index("value"))
+TOP_K = tl.constexpr(codes.SELECTS.index("top_k"))
+TOP_P = tl.constexpr(codes.SELECTS.index("top_p"))
+THRESHOLD = tl.constexpr(codes.SELECTS.index("threshold"))
+SCORE_WEIGHT = tl.constexpr(codes.WEIGHTS.index("score"))
+RENORMALISE = tl.constexpr(codes.WEIGHTS.index("renormalise"))
+SOFTMAX_WEIGHT = tl.constexpr(codes.WEIGHTS.index("softmax"))
+SQRT_WEIGHT = tl.constexpr(codes.WEIGHTS.index("sqrt"))
 AS_IT_IS = tl.constexpr(tables.AFFINE.index("none"))
 NORMALISED = tl.constexpr(tables.AFFINE.index("normalised"))
 COUNTS = tl.constexpr(tables.COUNTS)

@@ -101,6 +101,10 @@ def shrink_kernel(
     length = tl.cdiv(num_k, parts * BLOCK_K) * BLOCK_K
     begin = part * length
     end = tl.minimum(begin + length, num_k)
+    if row_tile == a_tiles:  # noqa: SIM102 - nobody else needs to load that
+        if tl.load(ints_ptr + slot * stride_ints + 2) != 0:
+            _stats(u_T + num_a + num_routers, x_T, ok_T, begin, end, num_k,
+                   BLOCK_T, BLOCK_K, EVEN_K)  # fmt: skip
     if row_tile < a_tiles:
         first = row_tile * BLOCK_R
         if first < num_a:
@@ -115,10 +119,6 @@ def shrink_kernel(
             router_G = router_ptr + slot * tl.load(routers_ptr + 1) + first.to(tl.int64) * num_k
             _rows(u_T + num_a + first, x_T, router_G, ok_T, num_routers - first, begin, end, num_k,
                   BLOCK_T, BLOCK_G, BLOCK_K, EVEN_K, tl.float32)  # fmt: skip
-        if first == 0:  # noqa: SIM102 - nobody else needs to load that
-            if tl.load(ints_ptr + slot * stride_ints + 2) != 0:
-                _stats(u_T + num_a + num_routers, x_T, ok_T, begin, end, num_k,
-                       BLOCK_T, BLOCK_K, EVEN_K)  # fmt: skip
 
 
 @triton.jit

@@ -18,13 +18,12 @@ Zeros everywhere mean that the slot adds nothing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import get_args
 
 import numpy as np
 import torch
 
+from vllm_lora_ext.kernels.gated_lora.codes import BIASES, SCORES, SELECTS, WEIGHTS
 from vllm_lora_ext.kernels.gated_lora.plan import MAX_GATES, Shape, SlicePlan
-from vllm_lora_ext.routing.spec import Bias, Score, Select, Weight
 
 SLICE = ("ranks", "gates", "factors")
 RANK_INTS, RANK_FLOATS = 4, 4
@@ -39,8 +38,6 @@ VALUES = (
 )  # fmt: skip
 AFFINE = ("none", "bias", "normalised")  # what becomes of a router's logits before their score
 COUNTS = 3  # ints before the first slice's
-SCORES, BIASES = get_args(Score), get_args(Bias)
-SELECTS, WEIGHTS = get_args(Select), get_args(Weight)
 
 
 class SlotTables:

@@ -18,7 +18,7 @@ Hopper's tensor cores take products of 64 rows and more asynchronously. Where th
 one stands in registers, ptxas before 13.3 reuses these too early in a pipelined loop
 (triton-lang/triton#9433), and results are wrong. So the expand, whose left operand is made in
 registers, has one stage when its tiles have 64 rows, whatever the table says; and rows of A or of
-routers that are converted on their way come 32 at a time. `tests/kernels/triton_compile.py` looks
+routers that are converted on their way come 32 at a time. `scripts/kernels_table.py` looks
 for the pattern in the compiled code.
 """
 

@@ -1,0 +1,13 @@
+"""The numbers by which kernels know the steps of a gate: each step's place among its choices in
+`routing.spec`. A new choice goes to the end of its list there, and nowhere else."""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from vllm_lora_ext.routing.spec import Bias, Score, Select, Weight
+
+SCORES: tuple[str, ...] = get_args(Score)
+SELECTS: tuple[str, ...] = get_args(Select)
+WEIGHTS: tuple[str, ...] = get_args(Weight)
+BIASES: tuple[str, ...] = get_args(Bias)
