@@ -32,13 +32,13 @@ PAGE = ROOT / "kernels" / "COMPILED.md"
 # Release of Triton → the torch that brings it.
 TRITONS = {"3.6.0": "2.11", "3.7.1": "2.13", "3.8.0": "2.14"}
 # Name, multiprocessors, KiB of shared memory that a program may have.
-GPUS = {"80": ("A100", 108, 163), "90": ("H100", 132, 227), "100": ("B200", 148, 227)}
+GPUS = {"90": ("H100", 132, 227), "100": ("B200", 148, 227), "80": ("A100", 108, 163)}
 # (most ranks, dtype) of an engine: --max-lora-rank, and fp32 to see that it is no worse.
 ENGINES = ((16, "bf16"), (64, "bf16"), (128, "bf16"), (512, "bf16"), (64, "fp32"))
 # K, and N of the slices, of a decoder layer: Llama-3.1-8B, and sizes that no power of two divides.
 LLAMA = ((4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,)))
 ODD = ((2880, (4096, 512, 512)), (4096, (2880,)), (576, (1536, 1536)), (1530, (570,)))
-MAX_TOKENS, SLOTS = 8192, 8
+MAX_TOKENS, SLOTS = 2048, 8  # of a step; more rows change no choice
 # The first is the dtype; the others make no other kernel of it.
 UNNAMED = ("OPERAND", "EVEN_K", "EVEN_N", "WALK", "PARTS")
 # wgmma's accumulators, then its left operand in registers where shared memory has a descriptor.
@@ -292,30 +292,29 @@ def fetched(triton: str, folder: Path) -> Path:
     return where
 
 
-def elsewhere(triton: str, folder: Path, gpus: Sequence[str]) -> dict[str, dict[str, Compiled]]:
-    """Compiles with another release in a process of its own; numbers by capability and name."""
+def elsewhere(triton: str, folder: Path, gpu: str) -> dict[str, Compiled]:
+    """Compiles with another release in a process of its own; numbers by name."""
     env = {
         **os.environ, "PYTHONPATH": str(fetched(triton, folder)), "TRITON_DEFAULT_FP_FUSION": "1",
         "TRITON_CACHE_DIR": str(folder / f"cache-{triton}"),
     }  # fmt: skip
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = [sys.executable, "-P", "-W", "ignore", __file__, "--here", "--gpus",
-                   ",".join(gpus), "--json", file.name]  # fmt: skip
+        command = [sys.executable, "-P", "-W", "ignore", __file__, "--here", "--gpus", gpu,
+                   "--json", file.name]  # fmt: skip
         subprocess.run(command, env=env, check=False, stdout=subprocess.DEVNULL)
-        found = json.loads(Path(file.name).read_text())
-    return {gpu: {n: Compiled(*values) for n, values in t.items()} for gpu, t in found.items()}
+        found = json.loads(Path(file.name).read_text())[gpu]
+    return {name: Compiled(*values) for name, values in found.items()}
 
 
 def write(folder: Path, gpus: Sequence[str]) -> int:
     """Compiles with every release, and writes the page."""
-    tables: dict[str, Table] = {gpu: {} for gpu in gpus}
-    with ThreadPoolExecutor(len(TRITONS)) as pool:
-        for triton, by_gpu in zip(
-            TRITONS, pool.map(lambda triton: elsewhere(triton, folder, gpus), TRITONS), strict=True
-        ):
-            for gpu, numbers in by_gpu.items():
-                tables[gpu][triton] = numbers
-    PAGE.write_text(page(tables))
+    tables: dict[str, Table] = {}
+    for gpu in gpus:
+        with ThreadPoolExecutor(len(TRITONS)) as pool:
+            found = pool.map(lambda triton, gpu=gpu: elsewhere(triton, folder, gpu), TRITONS)
+            tables[gpu] = dict(zip(TRITONS, found, strict=True))
+        print(f"sm_{gpu}: compiled", flush=True)
+        PAGE.write_text(page(tables))
     wrong = [
         f"sm_{gpu}, Triton {triton}: {name}: {numbers.wrong}"
         for gpu, table in tables.items() for triton, by_name in table.items()

@@ -31,7 +31,7 @@ def pytest_configure(config: Any) -> None:
 
     _cpu()
     stock = {_stock_of(cls): cls for cls in utils._all_lora_classes}
-    stock |= _managers() | _step_metadata()
+    stock |= _fully_sharded(stock) | _managers() | _step_metadata()
     stock = {old: new for old, new in stock.items() if old is not new}
     for name, module in list(sys.modules.items()):
         # Not where stock's own classes find each other: a subclass must not become its own base.
@@ -59,6 +59,15 @@ def _cpu() -> None:
 def _stock_of(cls: type) -> type:
     """The class of vLLM's that `cls` stands for."""
     return next(c for c in cls.__mro__ if c.__module__.startswith("vllm.lora"))
+
+
+def _fully_sharded(ours: dict[type, type]) -> dict[type, type]:
+    """Ours stand for stock's classes of fully sharded LoRA, too."""
+    from vllm.lora import layers
+
+    names = [name for name in layers.__all__ if name.endswith("WithShardedLoRA")]
+    plain_of = {name: name.replace("Sharded", "") for name in names}
+    return {getattr(layers, name): ours[getattr(layers, of)] for name, of in plain_of.items()}
 
 
 def _managers() -> dict[type, type]:
