@@ -3,141 +3,31 @@ in chunks, after a preemption, and in one batch with other requests."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from integration_tests.engines import FIXTURES, greedy, lora, recorded, tokens, worst
+from integration_tests.conditioned import (
+    BOUND,
+    Case,
+    adapter,
+    aloras,
+    ask,
+    chain,
+    check,
+    check_beginnings,
+    images,
+    load,
+    mixes,
+    others,
+    preempted,
+)
+from integration_tests.engines import FIXTURES, tokens
+from integration_tests.spoken import examples
 
 pytestmark = pytest.mark.engine
-BOUND = 2e-3
-
-
-@dataclass(frozen=True)
-class Case:
-    """One request, and what it must answer."""
-
-    key: str
-    prompt: Any  # token ids, or embeddings [T, d]
-    answer: list[int]
-    logits: torch.Tensor  # [n, V], of the first n tokens of the answer
-    adapter: Any = None
-    says: dict[str, Any] = field(default_factory=dict)
-
-
-@cache
-def fixture(name: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-    root = FIXTURES / "conditioned" / name
-    return json.loads((root / "meta.json").read_text()), load_file(root / "expected.safetensors")
-
-
-def adapter(name: str, part: str = "") -> Any:
-    """Its name is the fixture's, so that two fixtures' `red` do not meet."""
-    folder = FIXTURES / "conditioned" / name / ("adapters" if part else "adapter") / part
-    return lora(f"{name}-{part}" if part else name, folder)
-
-
-def mixes(name: str) -> list[Case]:
-    meta, numbers = fixture(name)
-    cases = []
-    for said in meta["requests"]:
-        key = f"r{said['request']}"
-        if f"greedy_{key}" not in numbers:
-            continue
-        adapters = [a | {"name": f"{name}-{a['name']}"} for a in said["adapters"]]
-        prompt = numbers[f"prompt_{said['prompt']}"].tolist()
-        last = numbers[f"logits_{key}"][-1:]
-        logits = numbers.get(f"greedy_logits_{key}", last)
-        cases.append(Case(
-            f"{name} {key}", prompt, numbers[f"greedy_{key}"].tolist(), logits,
-            says={"adapters": adapters},
-        ))  # fmt: skip
-    return cases
-
-
-def aloras() -> list[Case]:
-    meta, numbers = fixture("alora-a")
-    cases = []
-    for i in range(len(meta["prompt_lens"])):
-        prompt, answer = numbers[f"prompt_{i}"].tolist(), numbers[f"greedy_{i}"].tolist()
-        logits = numbers.get(f"greedy_logits_{i}", numbers[f"logits_{i}"][-1:])
-        cases.append(Case(f"alora-a {i}", prompt, answer, logits, adapter("alora-a")))
-    return cases
-
-
-def chain(number: int) -> list[Case]:
-    meta, numbers = fixture("alora_chain-a")
-    cases = []
-    for step in meta["chains"][number]["steps"]:
-        key = f"c{number}_s{step['step']}"
-        own = adapter("alora_chain-a", step["adapter"]) if step["adapter"] else None
-        prompt, answer = numbers[f"input_{key}"].tolist(), numbers[f"greedy_{key}"].tolist()
-        cases.append(
-            Case(f"alora_chain-a {key}", prompt, answer, numbers[f"greedy_logits_{key}"], own)
-        )
-    return cases
-
-
-def images() -> list[Case]:
-    meta, numbers = fixture("mmlora-a")
-    cases = []
-    for i, said in enumerate(meta["requests"]):
-        embeds = said["input"] == "embeds"
-        prompt = numbers[f"embeds_{i}"] if embeds else numbers[f"prompt_{i}"].tolist()
-        spans = {"modality_spans": {"image": said["visual_spans"]}} if said["visual_spans"] else {}
-        logits = numbers.get(f"greedy_logits_{i}", numbers[f"logits_{i}"][-1:])
-        cases.append(Case(
-            f"mmlora-a {i}", prompt, numbers[f"greedy_{i}"].tolist(), logits, adapter("mmlora-a"),
-            spans,
-        ))  # fmt: skip
-    return cases
-
-
-def load(llm: Any) -> None:
-    """All that the mixes name, and that requests name themselves."""
-    for name in ("spans-a", "scales-a"):
-        for part in ("red", "green", "blue"):
-            llm.llm_engine.add_lora(adapter(name, part))
-
-
-def ask(llm: Any, cases: list[Case], **more: Any) -> list[Any]:
-    prompts = [
-        {"prompt_token_ids": c.prompt} if isinstance(c.prompt, list)
-        else {"prompt_embeds": c.prompt} for c in cases
-    ]  # fmt: skip
-    params = [
-        greedy(
-            len(c.answer), logprobs=-1, extra_args={"lora_ext": c.says} if c.says else None, **more
-        )
-        for c in cases
-    ]
-    return llm.generate(prompts, params, lora_request=[c.adapter for c in cases], use_tqdm=False)
-
-
-def check(cases: list[Case], outputs: list[Any]) -> None:
-    for case, output in zip(cases, outputs, strict=True):
-        assert tokens(output) == case.answer, case.key
-        rows = output.outputs[0].logprobs[: len(case.logits)]
-        got = torch.full(case.logits.shape, float("nan"))
-        for i, row in enumerate(rows):
-            for token, entry in row.items():
-                got[i, token] = entry.logprob
-        assert worst(got, case.logits) < BOUND, case.key
-
-
-def others() -> list[Case]:
-    """Plain, routed and base requests, by their own fixtures."""
-    cases = []
-    for name in ("plain-a", "loramoe-a", "mixlora-a"):
-        r = recorded(name)
-        cases.append(Case(name, r.prompts[1], r.greedy[1], r.logits[1][-1:], lora(name, r.folder)))
-    return cases
 
 
 def test_the_authors_numbers_in_one_batch(llama: Any) -> None:
@@ -188,32 +78,6 @@ def test_mixes_share_what_they_agree_on(llama: Any) -> None:
     assert hits({"name": red}, {"name": blue, "spans": [[128, 140]]}) == 128
     assert hits({"name": red, "scale": 0.5}) == 0
     assert hits({"name": red, "scale": 0.5}, late) == 64
-
-
-def preempted(llm: Any, cases: list[Case]) -> list[Any]:
-    """Their outputs, when all of them were put back in the midst of their answers."""
-    engine, done = llm.llm_engine, {}
-    for i, case in enumerate(cases):
-        key = "prompt_token_ids" if isinstance(case.prompt, list) else "prompt_embeds"
-        params = greedy(
-            len(case.answer) + 60, logprobs=-1, skip_reading_prefix_cache=False,
-            extra_args={"lora_ext": case.says} if case.says else None,
-        )  # fmt: skip
-        engine.add_request(str(i), {key: case.prompt}, params, lora_request=case.adapter)
-    outputs = engine.step()
-    assert engine.reset_prefix_cache(reset_running_requests=True)
-    assert engine.get_num_unfinished_requests() == len(cases)
-    while engine.has_unfinished_requests():
-        done |= {int(o.request_id.split("-")[0]): o for o in outputs if o.finished}
-        outputs = engine.step()
-    done |= {int(o.request_id.split("-")[0]): o for o in outputs if o.finished}
-    return [done[i] for i in range(len(cases))]
-
-
-def check_beginnings(cases: list[Case], outputs: list[Any]) -> None:
-    for output, case in zip(outputs, cases, strict=True):
-        output.outputs[0].token_ids = output.outputs[0].token_ids[: len(case.answer)]
-    check(cases, outputs)
 
 
 def test_after_a_preemption(llama: Any) -> None:
@@ -275,3 +139,17 @@ def test_no_block_is_stale(llama: Any) -> None:
         if len(longest.prompt_token_ids) < 200:
             prompts.append([*longest.prompt_token_ids, *tokens(longest)])
     assert found > 2000
+
+
+def test_the_offline_example_of_the_docs(llama: Any, tmp_path: Any, monkeypatch: Any) -> None:
+    folders = FIXTURES / "conditioned" / "scales-a" / "adapters"
+    (tmp_path / "adapters").symlink_to(folders)
+    monkeypatch.chdir(tmp_path)
+    (block,) = examples("requests.md", "offline")
+    prompt = {"prompt_token_ids": list(range(40, 52))}
+    scope: dict[str, Any] = {"llm": llama, "prompt": prompt}
+    block = block.replace("max_tokens=8", "max_tokens=8, detokenize=False, ignore_eos=True")
+    exec(compile(block, "docs/requests.md", "exec"), scope)
+    assert len(tokens(scope["answer"])) == 8
+    for number in (101, 102):
+        llama.llm_engine.remove_lora(number)

@@ -16,7 +16,6 @@ import pytest
 import torch
 from openai import NotFoundError, OpenAI
 
-from integration_tests.conditioned import conditioned, examples
 from integration_tests.engines import recorded
 from integration_tests.reference_model import logits
 from integration_tests.server import (
@@ -28,6 +27,7 @@ from integration_tests.server import (
     serving,
     words,
 )
+from integration_tests.spoken import conditioned, examples
 from tests.bad_adapters import BAD, GOOD, build_bad
 from vllm_lora_ext.adapters.model import RoutedAdapter
 from vllm_lora_ext.adapters.readers.native import write_native

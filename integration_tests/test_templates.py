@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from integration_tests.engines import base_path
-from integration_tests.test_conditioned import (
+from integration_tests.conditioned import (
     Case,
     adapter,
     ask,
@@ -19,6 +18,7 @@ from integration_tests.test_conditioned import (
     images,
     preempted,
 )
+from integration_tests.engines import base_path
 from vllm_lora_ext.adapters import load_adapter
 from vllm_lora_ext.adapters.hf import apply_adapter
 from vllm_lora_ext.errors import AdapterError

@@ -165,6 +165,11 @@ def test_tensors_from_memory_reach_every_rank(tp2, requests):
     assert got == {label: wanted[label] for label in got}
 
 
+def test_what_requests_say_reaches_every_rank(tp2):
+    """Each answer is compared where it is made."""
+    assert tp2.result["conditioned"] > 10
+
+
 def test_every_rank_decides_the_same(tp2):
     """The sums that enter a gate and what leaves it, bit for bit, at every layer and step."""
     first, second = tp2.result["ranks"]

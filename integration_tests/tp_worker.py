@@ -23,6 +23,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
+from integration_tests import conditioned
 from integration_tests.engines import (
     ENVIRONMENT,
     close,
@@ -77,12 +78,22 @@ def ask(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
         "tokens": [tokens(o) for o in run(llm, requests, greedy())],
     }
     result["from_memory"] = from_memory(llm, job)
+    result["conditioned"] = what_requests_say(llm)
     llm.reset_prefix_cache()
     llm.collective_rpc(watch)
     run(llm, requests, greedy(3))
     result["ranks"] = llm.collective_rpc(seen)
     result["listening"] = listening()
     return result
+
+
+def what_requests_say(llm: Any) -> int:
+    """Adapters on spans and Activated LoRAs beside others; how many requests were right."""
+    conditioned.load(llm)
+    cases = [*conditioned.mixes("spans-a"), *conditioned.aloras(), *conditioned.others()]
+    for _ in range(2):  # the second time from the prefix cache
+        conditioned.check(cases, conditioned.ask(llm, cases))
+    return len(cases)
 
 
 def from_memory(llm: Any, job: dict[str, Any]) -> dict[str, Any]:

@@ -115,9 +115,8 @@ class _Call:
         """The arguments to send the request with. Raises AdapterError."""
         lora, params = self.arguments.get(self.args, self.kwargs)
         to_send = carrying(params, target)
-        if target.made is not None:
-            made = target.made or (isinstance(lora, Spoken) and lora.made)
-            metrics.derived(made)
+        if target.made is False and not (isinstance(lora, Spoken) and lora.made):
+            metrics.hit()
         if lora is target.lora and params is to_send:
             return self.args, self.kwargs
         return self.arguments.put(target.lora, to_send, self.args, self.kwargs)

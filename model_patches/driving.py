@@ -8,10 +8,8 @@ from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches import metrics
 from vllm_lora_ext.model_patches.admitted import Admitted
 from vllm_lora_ext.model_patches.core import ADD
+from vllm_lora_ext.model_patches.gate_pass import GATE
 from vllm_lora_ext.model_patches.request_says import AskGate, Load, Steps, T
-
-GATE = "lora_ext_gate"
-"""Method of the core: the gate of an instruction, `{"gate": text}` or `{"error": text}`."""
 
 
 def run(engine: Any, steps: Steps[T]) -> T:
@@ -60,7 +58,9 @@ def _go_on(
         assert error is not None
         return steps.throw(error)
     if isinstance(step, AskGate):
-        metrics.gate_passed()
+        if reply["computed"]:
+            metrics.gate_passed()
         return steps.send(reply["gate"])
+    metrics.made(step.lora.lora_int_id)
     metrics.evicted(Admitted.of(engine).loaded(step.lora, reply))
     return steps.send(None)

@@ -33,9 +33,15 @@ def show() -> None:
         _counter(name)
 
 
-def derived(made: bool) -> None:
-    """Of a request that is sent with a derived adapter, and whether that was made for it."""
-    _counter("derived_adapters_made" if made else "derived_adapters_hit").inc()
+def made(lora_id: int) -> None:
+    """Of an adapter that the core was asked for."""
+    if lora_id >= DERIVED_IDS:
+        _counter("derived_adapters_made").inc()
+
+
+def hit() -> None:
+    """Of a request whose derived adapter was there."""
+    _counter("derived_adapters_hit").inc()
 
 
 def evicted(lora_ids: Iterable[int]) -> None:

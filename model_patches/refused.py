@@ -23,6 +23,7 @@ _STATUS = {
     "not_found": HTTPStatus.NOT_FOUND,
     "path_not_allowed": HTTPStatus.FORBIDDEN,
     "id_in_use": HTTPStatus.CONFLICT,
+    "adapter_changed": HTTPStatus.CONFLICT,
     "slots_pinned": HTTPStatus.CONFLICT,
     "host_cache_full": HTTPStatus.CONFLICT,
     "device_memory_full": HTTPStatus.CONFLICT,

@@ -91,7 +91,7 @@ def _value(request: Any, extra: Mapping[str, Any]) -> object:
 
 def _last_message(request: Any) -> str | None:
     """The text of the last message of a user, in a chat or in `input` of the Responses API."""
-    messages = getattr(request, "messages", None)
+    messages: Any = getattr(request, "messages", None)
     if messages is None:
         messages = getattr(request, "input", None)
     if isinstance(messages, str):

@@ -42,6 +42,21 @@ def usage_error(*arguments: object) -> str:
     return " ".join(done.output.replace("│", " ").split())
 
 
+@pytest.mark.parametrize("name", ["alora-a", "mmlora-a"])
+def test_verify_of_adapters_that_act_on_some_tokens(name: str) -> None:
+    folder = FIXTURES / "conditioned" / name
+    base = json.loads((folder / "meta.json").read_text())["base"]
+    code, found = run(folder / "adapter", "--base", FIXTURES / "bases" / base)
+    assert (code, found["ok"], found["largest"]) == (0, True, 0.0)
+    assert found["effect"] > 0.1  # the prompts hold the invocation
+
+
+def test_what_is_made_for_a_request_cannot_be_verified_without_one() -> None:
+    folder = FIXTURES / "conditioned/reclora-a/adapter"
+    code, found = run(folder, "--base", FIXTURES / "bases/base_llama_mha")
+    assert (code, found["error"]["code"]) == (1, "unsupported_feature")
+
+
 @pytest.mark.parametrize("name", ["plain-a", "loramoe-a", "meteora-a", "mixlora-a"])
 def test_verify_in_transformers(name: str) -> None:
     base = json.loads((ROUTED / name / "meta.json").read_text())["base"]

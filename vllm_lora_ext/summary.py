@@ -40,6 +40,9 @@ def summarise(adapter: RoutedAdapter, reader: Reader | None = None) -> dict[str,
     reserved = LoraExtSettings().router_rows(max_rank or max(adapter.rank, 1))
     if max_rank is not None and rows > reserved:
         flags.append(f'--additional-config \'{{"lora_ext": {{"max_router_rows": {rows}}}}}\'')
+    if adapter.heads:
+        labels = max(len(head.weight_NK) for head in adapter.heads.values())
+        flags.append(f"--runner pooling --max-lora-cls-labels {labels}")
     name = "adapter" if adapter.system == "plain" else "routed"
     flags.append(f"--lora-modules {name}={adapter.source}")
     gpu, cpu = (slot_bytes(adapter, max_rank or adapter.rank, on_cpu) for on_cpu in (False, True))
@@ -57,6 +60,7 @@ def summarise(adapter: RoutedAdapter, reader: Reader | None = None) -> dict[str,
         "digest": adapter.digest,
         "modules": _groups(adapter),
         "blocks": _block_groups(adapter),
+        "parts": _part_groups(adapter),
         "fields": request_fields(adapter),
         "settings": dict(reader.settings) if reader else {},
         "flags": flags,
@@ -114,6 +118,10 @@ def slot_bytes(adapter: RoutedAdapter, max_rank: int, on_cpu: bool) -> int:
         rows = adapter.template.router_rows
         for width, out in adapter.template.sizes.values():
             total += site_bytes(width, (out,), max_rank, rows, _STORED, on_cpu)
+    for experts in adapter.experts.values():
+        sizes = experts.a_QK.shape[1] + experts.b_NQ.shape[0]
+        total += _STORED.itemsize * experts.count * max_rank * sizes
+    total += sum(_STORED.itemsize * head.weight_NK.numel() for head in adapter.heads.values())
     return total + sum(ROUTER_BYTES * b.router_GK.numel() for b in adapter.blocks.values())
 
 
@@ -129,6 +137,8 @@ def adapter_bytes(adapter: RoutedAdapter) -> int:
         return adapter.template.nbytes
     layers = [layer for _, layer in _low_ranks(adapter)]
     weights = [tensor for layer in layers for tensor in (layer.a_RK, layer.b_NR)]
+    weights += [tensor for e in adapter.experts.values() for tensor in (e.a_QK, e.b_NQ)]
+    weights += [head.weight_NK for head in adapter.heads.values()]
     gates: list[torch.Tensor | None] = [block.router_GK for block in adapter.blocks.values()]
     owners = shared_routers(adapter.modules)
     for name, module in adapter.modules.items():
@@ -202,6 +212,22 @@ def _block_groups(adapter: RoutedAdapter) -> list[dict[str, Any]]:
             "activation": block.act or "the model's",
         }  # fmt: skip
         key = (short, block.gate, block.act, tuple(block.parts))
+        groups.setdefault(key, {"name": short, "layers": 0, **fields})["layers"] += 1
+    return list(groups.values())
+
+
+def _part_groups(adapter: RoutedAdapter) -> list[dict[str, Any]]:
+    """Trained heads, and LoRA on all experts of a layer."""
+    groups: dict[tuple[object, ...], dict[str, Any]] = {}
+    for name, head in adapter.heads.items():
+        out, width = head.weight_NK.shape
+        groups[name, out] = {"name": name, "layers": 1, "what": "trained head", "rank": "",
+                             "in": width, "out": out}  # fmt: skip
+    for name, experts in adapter.experts.items():
+        short, sizes = _LAYER.sub(".*.", name), (experts.a_QK.shape[1], experts.b_NQ.shape[0])
+        fields = {"what": f"{experts.count} experts of the model", "rank": experts.rank,
+                  "in": sizes[0], "out": sizes[1]}  # fmt: skip
+        key = (short, experts.count, experts.rank, sizes)
         groups.setdefault(key, {"name": short, "layers": 0, **fields})["layers"] += 1
     return list(groups.values())
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import torch
 from vllm_lora_ext.adapters import RoutedAdapter, load_adapter, write_native
 from vllm_lora_ext.adapters.hf import apply_adapter
 from vllm_lora_ext.adapters.limits import RANKS, slot_rank
+from vllm_lora_ext.conditions.column import Prompt, values
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.settings import LoraExtSettings
 
@@ -121,12 +122,14 @@ def random_prompts(model: Any, adapter: RoutedAdapter) -> list[list[int]]:
     vocabulary = model.get_input_embeddings().num_embeddings
     room = getattr(model.config, "max_position_embeddings", None) or 1 << 20
     prompts = []
-    with apply_adapter(model, adapter):
+    with _everywhere(model, adapter):
         for length in LENGTHS:
             size = (max(1, min(length, room - NEW_TOKENS)),)
             for _ in range(_TRIES):
                 ids_T = torch.randint(4, vocabulary, size, generator=generator)
-                noisy, quiet = _logits(model, ids_T, _NOISE), _logits(model, ids_T)
+                _invoke(adapter, ids_T)
+                with _by_column(model, adapter, ids_T.tolist(), len(ids_T)):
+                    noisy, quiet = _logits(model, ids_T, _NOISE), _logits(model, ids_T)
                 if (noisy - quiet).abs().max() < _STEADY:
                     break
             prompts.append(ids_T.tolist())
@@ -141,13 +144,14 @@ def follow(
 ) -> list[Sequence]:
     """What transformers computes, with an adapter or without, in float32; a step per prompt."""
     found = []
-    with nullcontext() if adapter is None else apply_adapter(model, adapter):
+    with _everywhere(model, adapter):
         for number, prompt in enumerate(prompts, 1):
             name = "base" if adapter is None else adapter.system
             step(f"transformers, {name}: prompt {number} of {len(prompts)}")
             ids = list(prompt)
             for _ in range(NEW_TOKENS):
-                logits_PV = _logits(model, torch.tensor(ids))
+                with _by_column(model, adapter, prompt, len(ids)):
+                    logits_PV = _logits(model, torch.tensor(ids))
                 ids.append(int(logits_PV[-1].argmax()))
             found.append(Sequence(prompt, ids[len(prompt) :], logits_PV.log_softmax(-1)))
     return found
@@ -258,6 +262,32 @@ def effect(with_adapter: list[Sequence], without: list[Sequence]) -> float:
         for a, b in zip(with_adapter, without, strict=True)
     ]
     return sum(diffs) / len(diffs)
+
+
+def _everywhere(model: Any, adapter: RoutedAdapter | None) -> AbstractContextManager[Any]:
+    """An adapter that acts on every token alike, for as many prompts as there are."""
+    if adapter is None or adapter.columns:
+        return nullcontext()
+    return apply_adapter(model, adapter)
+
+
+def _by_column(
+    model: Any, adapter: RoutedAdapter | None, prompt: list[int], length: int
+) -> AbstractContextManager[Any]:
+    """One whose columns say at which of a prompt's and its answer's tokens it acts."""
+    if adapter is None or not adapter.columns:
+        return nullcontext()
+    rows_TC = values(adapter.columns, Prompt(len(prompt), prompt, {}), 0, length)
+    return apply_adapter(model, adapter, torch.from_numpy(rows_TC))
+
+
+def _invoke(adapter: RoutedAdapter, ids_T: torch.Tensor) -> None:
+    """Puts invocations into the midst of a prompt that has room: an Activated LoRA without one
+    would be the base model."""
+    for column in adapter.columns:
+        count, start = len(column.invocation), len(ids_T) // 2
+        if count and start + count <= len(ids_T):
+            ids_T[start : start + count] = torch.tensor(column.invocation)
 
 
 def _logits(model: Any, ids_T: torch.Tensor, noise: float = 0.0) -> torch.Tensor:

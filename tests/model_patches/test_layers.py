@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -37,6 +38,9 @@ def row_parallel(weight_NK: torch.Tensor, rank: int) -> RowParallelLinear:
     return base
 
 
+NORMALISED = replace(router_spec(), normalise="layer", product=True)
+
+
 class Layer:
     """A row-parallel layer on two ranks, and its two collectives."""
 
@@ -65,6 +69,11 @@ class Layer:
             for slot, parts in enumerate(self.slots):
                 layer.load(slot, parts)
 
+    def put(self, slot: int, gate: GateSpec) -> None:
+        self.slots[slot] = [random_module(self.rng, K, N, gate)]
+        for layer in self.layers:
+            layer.load(slot, self.slots[slot])
+
     def check(self, slots: list[int]) -> list[tuple[int, ...]]:
         """Both ranks' output against the whole layer's; returns what was summed beside it."""
         slots_T, x_TK = np.array(slots), normal(self.rng, len(slots), K)
@@ -88,6 +97,8 @@ def test_a_row_parallel_layer_sums_no_more_than_its_gates_need(monkeypatch):
     assert layer.check([1, 0, -1]) == [(3, gates)]
     assert layer.check([2, 0]) == [(2, layer.slots[2][0].rank)]
     assert layer.check([0] * T) == []
+    layer.put(2, NORMALISED)  # beside the logits, the sum of x and of its squares
+    assert layer.check([2, 0, -1]) == [(3, NORMALISED.num_gates + 2)]
 
 
 def test_fully_sharded_it_sums_all_that_its_adapters_have(monkeypatch):
@@ -100,3 +111,6 @@ def test_fully_sharded_it_sums_all_that_its_adapters_have(monkeypatch):
     assert layer.check([0, -1, 0]) == [(3, plain.rank)]
     assert layer.check([1, 0, -1]) == [(3, max(width, plain.rank))]
     assert layer.check([2, 0]) == [(2, max(own.rank, plain.rank))]
+    layer.put(2, NORMALISED)
+    width = sum(NORMALISED.blocks) + NORMALISED.num_gates + 2
+    assert layer.check([2, 0, -1]) == [(3, max(width, plain.rank))]

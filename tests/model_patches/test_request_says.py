@@ -17,7 +17,7 @@ from vllm_lora_ext.conditions.recipe import DERIVED_IDS, Recipe
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.admission import _patch_async, _patch_sync
 from vllm_lora_ext.model_patches.core import ADD
-from vllm_lora_ext.model_patches.driving import GATE
+from vllm_lora_ext.model_patches.gate_pass import GATE
 from vllm_lora_ext.model_patches.refused import RefusedRequest
 
 ALORA = (Column(invocation=(7, 8)),)
@@ -44,7 +44,7 @@ class Core:
     def answer(self, method: str, request: LoRARequest, *args: Any) -> dict[str, Any]:
         if method == GATE:
             self.gates.append(tuple(args[1]))
-            return {"gate": "AACAPw=="}
+            return {"gate": "AACAPw==", "computed": True}
         assert method == ADD
         self.added.append(request)
         if request.lora_int_id >= DERIVED_IDS:

@@ -42,7 +42,7 @@ def inspect(
     reader = None
     try:
         reader = find_reader(AdapterFolder(folder, settings=given))
-        summary = summarise(load_adapter(folder, settings=given), reader)
+        summary = summarise(load_adapter(folder, settings=given, parts=True), reader)
     except AdapterError as error:
         known = {"system": system_row(reader)} if reader else {}
         if reader and not as_json:
@@ -57,6 +57,8 @@ def inspect(
         out.print(_modules(summary["modules"]))
     if summary["blocks"]:
         out.print(_blocks(summary["blocks"]))
+    if summary["parts"]:
+        out.print(_parts(summary["parts"]))
     for name, meaning in summary["fields"].items():
         out.print(f"lora_ext of a request: [bold]{name}[/] {escape(meaning)}", highlight=False)
     for name, meaning in summary["settings"].items():
@@ -90,6 +92,14 @@ def _blocks(groups: list[dict[str, Any]]) -> Table:
     made = table("MLP blocks", "layers", "experts", "ranks", "experts on", "gate")
     for group in groups:
         made.add_row(*_cells(group, ", ".join(group["parts"]), group["gate"]))
+    return made
+
+
+def _parts(groups: list[dict[str, Any]]) -> Table:
+    made = table("in vLLM's own layers", "layers", "what", "rank", "in → out")
+    for group in groups:
+        cells = (group["name"], group["layers"], group["what"], group["rank"])
+        made.add_row(*map(str, cells), f"{group['in']} → {group['out']}")
     return made
 
 
