@@ -9,10 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-<<<<<<< HEAD
-from integration_tests.conditioned import examples
-from integration_tests.engines import FIXTURES, greedy, lora, recorded, tokens, worst
-=======
 from integration_tests.conditioned import (
     BOUND,
     Case,
@@ -28,8 +24,8 @@ from integration_tests.conditioned import (
     others,
     preempted,
 )
-from integration_tests.engines import tokens
->>>>>>> main
+from integration_tests.engines import FIXTURES, tokens
+from integration_tests.recorded_requests import examples
 
 pytestmark = pytest.mark.engine
 
