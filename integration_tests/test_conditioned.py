@@ -25,7 +25,7 @@ from integration_tests.conditioned import (
     preempted,
 )
 from integration_tests.engines import FIXTURES, tokens
-from integration_tests.spoken import examples
+from integration_tests.recorded_requests import examples
 
 pytestmark = pytest.mark.engine
 

@@ -17,6 +17,7 @@ import torch
 from openai import NotFoundError, OpenAI
 
 from integration_tests.engines import recorded
+from integration_tests.recorded_requests import conditioned, examples
 from integration_tests.reference_model import logits
 from integration_tests.server import (
     Server,
