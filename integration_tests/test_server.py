@@ -28,7 +28,6 @@ from integration_tests.server import (
     serving,
     words,
 )
-from integration_tests.spoken import conditioned, examples
 from tests.bad_adapters import BAD, GOOD, build_bad
 from vllm_lora_ext.adapters.model import RoutedAdapter
 from vllm_lora_ext.adapters.readers.native import write_native
