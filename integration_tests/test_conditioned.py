@@ -24,7 +24,8 @@ from integration_tests.conditioned import (
     others,
     preempted,
 )
-from integration_tests.engines import tokens
+from integration_tests.engines import FIXTURES, tokens
+from integration_tests.recorded_requests import examples
 
 pytestmark = pytest.mark.engine
 
@@ -138,3 +139,17 @@ def test_no_block_is_stale(llama: Any) -> None:
         if len(longest.prompt_token_ids) < 200:
             prompts.append([*longest.prompt_token_ids, *tokens(longest)])
     assert found > 2000
+
+
+def test_the_offline_example_of_the_docs(llama: Any, tmp_path: Any, monkeypatch: Any) -> None:
+    folders = FIXTURES / "conditioned" / "scales-a" / "adapters"
+    (tmp_path / "adapters").symlink_to(folders)
+    monkeypatch.chdir(tmp_path)
+    (block,) = examples("requests.md", "offline")
+    prompt = {"prompt_token_ids": list(range(40, 52))}
+    scope: dict[str, Any] = {"llm": llama, "prompt": prompt}
+    block = block.replace("max_tokens=8", "max_tokens=8, detokenize=False, ignore_eos=True")
+    exec(compile(block, "docs/requests.md", "exec"), scope)
+    assert len(tokens(scope["answer"])) == 8
+    for number in (101, 102):
+        llama.llm_engine.remove_lora(number)

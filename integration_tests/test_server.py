@@ -16,8 +16,8 @@ import pytest
 import torch
 from openai import NotFoundError, OpenAI
 
-from integration_tests.conditioned import conditioned, examples
 from integration_tests.engines import recorded
+from integration_tests.recorded_requests import conditioned, examples
 from integration_tests.reference_model import logits
 from integration_tests.server import (
     Server,

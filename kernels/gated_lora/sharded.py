@@ -15,11 +15,11 @@ depends on its slot, and to gather them would be three more launches in a layer,
 not count at the sizes of a captured step. Steps too large for any graph run as without. An engine
 that keeps no router rows captures the first kind only, and then a slot takes no gate.
 
-Fully sharded LoRA (`Site.fully_sharded`) keeps of every A and B only a part on each rank: in a
-row-parallel layer B of a part of y, in all others A of a part of x, so that there, too, A x and the
-logits are partial sums. B then needs A x whole: all of it is summed, for plain rows as well. (Where
-vLLM's own layers split A by ranks and gather, this splits it by x and sums: the same memory and as
-many collectives, and one mechanism for every layer.)
+Fully sharded LoRA (`Site.fully_sharded`) keeps of every A and B only a part on each rank: in a row-
+parallel layer B of a part of y, in all others A of a part of x, so that of those layers, too, A x
+and the logits are partial sums. Then B needs A x whole: all of it is summed, for plain rows as
+well. (Where vLLM's own layers split A by ranks and gather, this splits it by x and sums: the same
+memory and the same number of collectives, of a layer that then has only one form.)
 """
 
 from __future__ import annotations
