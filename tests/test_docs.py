@@ -47,14 +47,19 @@ def _blocks() -> list[Block]:
 
 def _commands(block: Block) -> list[list[str]]:
     """Each command as words, without leading NAME=value, with continued lines joined."""
-    lines = block.body.replace("\\\n", " ").splitlines()
-    commands = []
-    for line in lines:
-        words = shlex.split(line, comments=True)
+    commands, line = [], ""
+    for more in block.body.replace("\\\n", " ").splitlines():
+        line = f"{line}\n{more}" if line else more
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError:  # a quotation goes on
+            continue
+        line = ""
         while words and re.fullmatch(r"\w+=.*", words[0]):
             words.pop(0)
         if words:
             commands.append([Path(words[0]).name, *words[1:]])
+    assert not line, f"{block}: a quotation does not end"
     return commands
 
 
