@@ -157,7 +157,7 @@ class Adapters:
         if self._refused:
             outputs = dict(outputs or {})
             mine = outputs.setdefault(0, EngineCoreOutputs())
-            mine.outputs = [*mine.outputs, *self._refused]
+            mine.outputs = [*self._refused, *mine.outputs]  # in the order in which they came
             self._refused = []
         return outputs, executed
 

@@ -1,6 +1,7 @@
 """Compiles the variants of the GPU kernels that serving can reach, for GPUs that are not there.
 
     python scripts/kernels_table.py            # write kernels/COMPILED.md; `make kernels-table`
+    python scripts/kernels_table.py --page     # of what runs that were ended have found
     python scripts/kernels_table.py --here [--gpus 80,90] [--ranks 64] [--dtypes bf16] [--every]
 
 Which variants there are is asked of the code that serves: the warm-up of an engine is run on
@@ -15,6 +16,7 @@ a multiprocessor, or has the pattern that ptxas gets wrong (`tuning.py`).
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -24,6 +26,7 @@ import tempfile
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -217,16 +220,44 @@ def worst(old: Compiled | None, new: Compiled) -> Compiled:
 
 
 def compile_all(
-    capability: str, engines: Iterable[tuple[int, str]], every: bool
+    capability: str, engines: Iterable[tuple[int, str]], every: bool, kept: Path | None
 ) -> dict[str, Compiled]:
-    """By name, with the Triton that is imported."""
-    found: dict[str, Compiled] = {}
+    """By name, with the Triton that is imported.
+
+    Args:
+        kept: a file that gets the numbers as they come, and has those of an earlier run.
+    """
+    found = read_kept(kept)
     made = variants(capability, engines)
+    before = set(found)
     for variant in sorted(made, key=lambda v: -v.sizes.get("PARTS", 1)):
-        if every or variant.name not in found:
-            new = compiled(variant, capability)
-            found[variant.name] = worst(found.get(variant.name), new)
-    return dict(sorted(found.items(), key=lambda item: _order(item[0])))
+        if variant.name in before or (variant.name in found and not every):
+            continue
+        new = compiled(variant, capability)
+        found[variant.name] = worst(found.get(variant.name), new)
+        if kept is not None:
+            numbers = {name: list(vars(c).values()) for name, c in found.items()}
+            kept.write_text(json.dumps({"sources": sources(), "numbers": numbers}))
+    names = {variant.name for variant in made}
+    return {name: found[name] for name in sorted(names, key=_order)}
+
+
+def read_kept(path: Path | None) -> dict[str, Compiled]:
+    """The numbers of an earlier run with the same kernels."""
+    if path is None or not path.is_file():
+        return {}
+    kept = json.loads(path.read_text())
+    if kept["sources"] != sources():
+        return {}
+    return {name: Compiled(*values) for name, values in kept["numbers"].items()}
+
+
+@cache
+def sources() -> str:
+    """Digest of all that is compiled."""
+    folders = ("kernels/gated_lora/backends/triton", "kernels/mix_mlp")
+    files = sorted(path for folder in folders for path in (ROOT / folder).glob("*.py"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
 
 def _order(name: str) -> tuple[Any, ...]:
@@ -239,15 +270,15 @@ def _order(name: str) -> tuple[Any, ...]:
 Table = dict[str, dict[str, Compiled]]  # release of Triton → name → numbers
 
 
-def page(tables: dict[str, Table]) -> str:
-    """kernels/COMPILED.md from the tables of each compute capability."""
+def page(tables: dict[str, Table], names: dict[str, list[str]]) -> str:
+    """kernels/COMPILED.md from the tables of each compute capability, and its variants' names."""
     brings = ", ".join(f"{triton} (torch {torch})" for triton, torch in TRITONS.items())
     parts = [INTRODUCTION.format(tritons=brings)]
     for capability, table in tables.items():
         name, _, shared = GPUS[capability]
         heads = ["kernel", "block sizes", "dtype", "warps", *table]
         rows = [heads, ["---"] * len(heads)]
-        for variant in next(iter(table.values())):
+        for variant in names[capability]:
             cells = [_cell(by_name.get(variant)) for by_name in table.values()]
             rows.append([*variant.split(" | "), *cells])
         lines = "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -264,7 +295,7 @@ bytes of a thread / bytes of shared memory. By release of Triton: {tritons}. No 
 
 Block sizes: T rows of x or y, R rows of A or ranks, G rows of routers, K or N columns in one step.
 Variants that differ only in alignment, in how far a program walks and in how many parts of the
-shrink it sums share a row; one with the most parts was compiled."""
+shrink it sums share a row; one with the most parts was compiled. An empty cell was not yet."""
 
 
 def _cell(numbers: Compiled | None) -> str:
@@ -292,29 +323,35 @@ def fetched(triton: str, folder: Path) -> Path:
     return where
 
 
-def elsewhere(triton: str, folder: Path, gpu: str) -> dict[str, Compiled]:
-    """Compiles with another release in a process of its own; numbers by name."""
+def elsewhere(triton: str, folder: Path, gpu: str) -> None:
+    """Compiles with another release in a process of its own, which keeps the numbers."""
     env = {
         **os.environ, "PYTHONPATH": str(fetched(triton, folder)), "TRITON_DEFAULT_FP_FUSION": "1",
         "TRITON_CACHE_DIR": str(folder / f"cache-{triton}"),
     }  # fmt: skip
-    with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = [sys.executable, "-P", "-W", "ignore", __file__, "--here", "--gpus", gpu,
-                   "--json", file.name]  # fmt: skip
-        subprocess.run(command, env=env, check=False, stdout=subprocess.DEVNULL)
-        found = json.loads(Path(file.name).read_text())[gpu]
-    return {name: Compiled(*values) for name, values in found.items()}
+    command = [sys.executable, "-P", "-W", "ignore", __file__, "--here", "--gpus", gpu,
+               "--keep", kept_in(folder, triton, gpu)]  # fmt: skip
+    subprocess.run([str(part) for part in command], env=env, check=False,
+                   stdout=subprocess.DEVNULL)  # fmt: skip
 
 
-def write(folder: Path, gpus: Sequence[str]) -> int:
+def kept_in(folder: Path, triton: str, gpu: str) -> Path:
+    return folder / f"{triton}-sm_{gpu}.json"
+
+
+def write(folder: Path, gpus: Sequence[str], only_page: bool) -> int:
     """Compiles with every release, and writes the page."""
+    folder.mkdir(parents=True, exist_ok=True)
     tables: dict[str, Table] = {}
+    names: dict[str, list[str]] = {}
     for gpu in gpus:
-        with ThreadPoolExecutor(len(TRITONS)) as pool:
-            found = pool.map(lambda triton, gpu=gpu: elsewhere(triton, folder, gpu), TRITONS)
-            tables[gpu] = dict(zip(TRITONS, found, strict=True))
-        print(f"sm_{gpu}: compiled", flush=True)
-        PAGE.write_text(page(tables))
+        if not only_page:
+            with ThreadPoolExecutor(len(TRITONS)) as pool:
+                list(pool.map(lambda triton, gpu=gpu: elsewhere(triton, folder, gpu), TRITONS))
+        names[gpu] = sorted({variant.name for variant in variants(gpu)}, key=_order)
+        kept = {triton: read_kept(kept_in(folder, triton, gpu)) for triton in TRITONS}
+        tables[gpu] = {t: {n: k[n] for n in names[gpu] if n in k} for t, k in kept.items()}
+        PAGE.write_text(page(tables, names))
     wrong = [
         f"sm_{gpu}, Triton {triton}: {name}: {numbers.wrong}"
         for gpu, table in tables.items() for triton, by_name in table.items()
@@ -334,22 +371,20 @@ def main() -> int:
     parser.add_argument("--dtypes", help="only engines of these dtypes")
     parser.add_argument("--every", action="store_true")
     parser.add_argument("--tritons", type=Path, default=Path(tempfile.gettempdir()) / "tritons")
-    parser.add_argument("--json", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--page", action="store_true", help="write what earlier runs have found")
+    parser.add_argument("--keep", type=Path, help="a file for the numbers, with --here and one GPU")
     args = parser.parse_args()
     gpus = args.gpus.split(",")
     if not args.here:
-        return write(args.tritons, gpus)
+        return write(args.tritons, gpus, args.page)
     ranks = args.ranks and [int(rank) for rank in args.ranks.split(",")]
     dtypes = args.dtypes and args.dtypes.split(",")
     engines = [(rank, dtype) for rank, dtype in ENGINES
                if (not ranks or rank in ranks) and (not dtypes or dtype in dtypes)]  # fmt: skip
-    found = {gpu: compile_all(gpu, engines, args.every) for gpu in gpus}
+    found = {gpu: compile_all(gpu, engines, args.every, args.keep) for gpu in gpus}
     for gpu, by_name in found.items():
         for name, numbers in by_name.items():
             print(f"sm_{gpu} | {name} | {_cell(numbers)}")
-    if args.json:
-        plain = {g: {n: list(vars(c).values()) for n, c in t.items()} for g, t in found.items()}
-        args.json.write_text(json.dumps(plain))
     return int(any(c.wrong for by_name in found.values() for c in by_name.values()))
 
 

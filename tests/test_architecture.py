@@ -40,7 +40,7 @@ FRONT = (
 )  # fmt: skip
 WORKER = (
     "backend", "columns", "composing", "deriving", "graphs", "heap", "layers", "loader", "logits",
-    "manager", "mlp", "placing", "punica", "residency", "stock_lane", "trace", "worker",
+    "manager", "mlp", "placing", "punica", "residency", "sleep", "stock_lane", "trace", "worker",
 )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ def pytest_configure(config: Any) -> None:
 
     _cpu()
     stock = {_stock_of(cls): cls for cls in utils._all_lora_classes}
-    stock |= _fully_sharded(stock) | _managers() | _step_metadata()
+    stock |= _fully_sharded(stock) | _logits() | _managers() | _step_metadata()
     stock = {old: new for old, new in stock.items() if old is not new}
     for name, module in list(sys.modules.items()):
         # Not where stock's own classes find each other: a subclass must not become its own base.
@@ -46,13 +46,15 @@ def _cpu() -> None:
     import torch
     import vllm.v1.worker.gpu_worker as gpu_worker
     from vllm.model_executor.layers.linear import LinearBase
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
         from vllm.v1.worker.cpu_worker import CPUWorker
 
         # Layers get it from vLLM's weight loader, which layers made by hand never see.
-        LinearBase.cpu_linear = staticmethod(torch.nn.functional.linear)
+        for layer in (LinearBase, VocabParallelEmbedding):
+            layer.cpu_linear = staticmethod(torch.nn.functional.linear)
         gpu_worker.Worker = CPUWorker
 
 
@@ -68,6 +70,24 @@ def _fully_sharded(ours: dict[type, type]) -> dict[type, type]:
     names = [name for name in layers.__all__ if name.endswith("WithShardedLoRA")]
     plain_of = {name: name.replace("Sharded", "") for name in names}
     return {getattr(layers, name): ours[getattr(layers, of)] for name, of in plain_of.items()}
+
+
+def _logits() -> dict[type, type]:
+    import torch
+    from vllm.lora.layers import LogitsProcessorWithLoRA
+
+    from vllm_lora_ext.model_patches.logits import RoutedLogits
+
+    class Rows:
+        """An engine's runner says which rows have logits; here all of the step's have."""
+
+        def logits_rows(self, x_NK: torch.Tensor) -> torch.Tensor:
+            return torch.arange(len(x_NK), device=x_NK.device)
+
+    class Logits(RoutedLogits):
+        rows: Any = Rows()
+
+    return {LogitsProcessorWithLoRA: Logits}
 
 
 def _managers() -> dict[type, type]:

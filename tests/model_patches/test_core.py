@@ -34,6 +34,7 @@ from vllm_lora_ext.conditions.column import Column
 from vllm_lora_ext.conditions.recipe import DERIVED_IDS
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.core import ADD, _adapters
+from vllm_lora_ext.model_patches.gate_pass import FINISH
 from vllm_lora_ext.model_patches.ledger import MEMORY_IDS
 from vllm_lora_ext.model_patches.plan import plan_of
 from vllm_lora_ext.model_patches.residency import Prepared, SlotPart
@@ -201,6 +202,29 @@ def test_a_refusal_alone_comes_without_a_request_to_step(core):
     (output,) = core.step()
     assert output.request_id == "bad" and output.finish_reason is FinishReason.ERROR
     assert core.step() == []
+
+
+def test_what_steps_taken_aside_put_out_comes_in_its_order(core):
+    """An engine in the front end's own process computes a gate while others answer."""
+    core.add("first", None, n=6)
+    core.add("second", None, n=2)
+    rpc = core.workers.rpc
+    core.workers.rpc = lambda method, *args: (
+        [{"gate": "g"}] if method == FINISH else rpc(method, *args)
+    )
+    core.core.step_fn, core.core.post_step = core.core.step, lambda executed: None
+    adapters, outputs = core.core._lora_ext, core.step()
+    answer = adapters.gates.ask(7, "v", PROMPT)
+    while not answer.done():
+        adapters.step_aside()
+    assert answer.result() == {"gate": "g", "computed": True}
+    while core.core.scheduler.has_requests():
+        outputs += core.step()
+    for key, count in (("first", 6), ("second", 2)):
+        mine = [o for o in outputs if o.request_id == key]
+        assert sum(len(o.new_token_ids) for o in mine) == count
+        assert [o.finish_reason is not None for o in mine] == [False] * (len(mine) - 1) + [True]
+    assert {o.request_id for o in outputs} == {"first", "second"}
 
 
 def test_a_core_of_its_own_process_sends_the_refusal_to_the_right_client():
