@@ -31,7 +31,7 @@ def test_triton_is_on_off_or_left_to_the_check(value: bool | None) -> None:
 
 def test_how_the_engine_reads_adapters(tmp_path: Path) -> None:
     assert LoraExtSettings().reading() == {
-        "roots": None, "pickle": None, "accept_config_keys": ()
+        "roots": None, "pickle": None, "accept_config_keys": (), "parts": True
     }  # fmt: skip
     settings = _read(
         adapter_roots=[str(tmp_path)], pickle="weights_only", accept_config_keys=["a", "b"]

@@ -153,8 +153,12 @@ class StepMap:
         rows_T = np.flatnonzero(self._slots_T == slot)
         start, stop = int(rows_T[0]), int(rows_T[-1]) + 1
         together = stop - start == len(rows_T)
-        index_T = None if together else torch.from_numpy(rows_T).to(self.device)
-        return Group(slot, start, stop, index_T)
+        if together:
+            return Group(slot, start, stop, None)
+        pinned = self.device.type == "cuda"
+        host_T = torch.empty(len(rows_T), dtype=torch.int64, pin_memory=pinned)
+        host_T.numpy()[:] = rows_T
+        return Group(slot, start, stop, host_T.to(self.device, non_blocking=pinned))
 
 
 def max_tiles(num_rows: int, num_slots: int, rows: int) -> int:

@@ -70,7 +70,6 @@ def test_equals_peft(case, base, bases, tmp_path):
     ("key", "settings"),
     [
         ("use_dora", {"use_dora": True}),
-        ("alora_invocation_tokens", {"alora_invocation_tokens": [5, 6]}),
         ("lora_bias", {"lora_bias": True}),
         ("bias", {"bias": "lora_only"}),
         ("init_lora_weights", {"init_lora_weights": "pissa"}),

@@ -117,6 +117,7 @@ def test_a_sharded_layer_in_graphs(launches, page_locked):  # noqa: F811
               reduce=lambda u: u.clone(), static=True)  # fmt: skip
     on.step = step_map()
     on.step.update(SLOTS)
+    on.step.frozen = True  # a graph is being captured
     x_TK = torch.empty(len(SLOTS), K, dtype=torch.bfloat16, device="meta")
     y_TN = torch.empty(len(SLOTS), sum(SIZES), dtype=torch.bfloat16, device="meta")
     with host_syncs(page_locked) as seen:

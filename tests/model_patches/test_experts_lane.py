@@ -43,14 +43,23 @@ def model_of(kind: str) -> Any:
     return AutoModelForCausalLM.from_config(config).float().eval()
 
 
+@pytest.fixture(autouse=True)
+def expert_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process whose first model had no experts has none."""
+    import vllm.distributed.parallel_state as groups
+
+    from tests.model_patches.conftest import _start
+
+    _start()
+    if groups._EP is None:
+        monkeypatch.setattr(groups, "_EP", groups._TP)
+
+
 @pytest.fixture
 def moe(
     harness: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Iterator[Callable[..., Any]]:
     """Harnesses of tiny mixture-of-experts models with the layers that they have on a GPU."""
-    from tests.model_patches.conftest import _start
-
-    _start()
     import vllm.lora.utils as lora_utils
     import vllm.model_executor.layers.fused_moe.unquantized_fused_moe_method as moe_method
     import vllm.model_executor.model_loader.utils as loading

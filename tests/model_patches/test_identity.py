@@ -90,13 +90,13 @@ def test_every_source_counts(
     assert len(changed) == 1
 
 
-def test_torchs_own_caches_have_the_plugin_in_their_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torchs_own_caches_have_the_plugin_in_their_keys() -> None:
     def key() -> str:
         return FxGraphHashDetails(None, [], {}, []).cache_key_tag
 
-    monkeypatch.setattr(torch.compiler.config, "cache_key_tag", "mine")
-    identity.tag_torch_caches()
-    once = key()
-    identity.tag_torch_caches()
-    assert key() == once
+    with torch.compiler.config.patch(cache_key_tag="mine"):
+        identity.tag_torch_caches()
+        once = key()
+        identity.tag_torch_caches()
+        assert key() == once
     assert once.startswith("mine") and identity.plugin_identity()[:16] in once
