@@ -27,7 +27,7 @@ def read_heads(folder: AdapterFolder, where: str) -> dict[str, Head]:
     Raises:
         AdapterError: `unsupported_feature`, `bad_value`, `missing_tensor`, `duplicate_tensor`.
     """
-    saved = _names(folder, "modules_to_save", where)
+    saved = names_of(folder, "modules_to_save", where)
     for name in saved:
         if name not in HEADS:
             raise AdapterError(
@@ -63,7 +63,7 @@ def read_experts(folder: AdapterFolder, config: PeftLora) -> dict[str, FusedExpe
     Raises:
         AdapterError: `unsupported_feature`, `missing_key`, `rank_mismatch`, and those of a folder.
     """
-    targets = _names(folder, "target_parameters", config.where)
+    targets = names_of(folder, "target_parameters", config.where)
     experts: dict[str, FusedExperts] = {}
     for module, layers in _wrapped(fused_modules(folder.names)).items():
         for name, parts in zip(
@@ -125,7 +125,8 @@ def _is(parameter: str, target: str) -> bool:
     return parameter == target or parameter.endswith(f".{target}")
 
 
-def _names(folder: AdapterFolder, key: str, where: str) -> list[str]:
+def names_of(folder: AdapterFolder, key: str, where: str) -> list[str]:
+    """A list of names in the config; AdapterError `bad_value` where it is something else."""
     names = folder.config.get(key) or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise bad_value(f"{key} in {where}", names, "a list of names")

@@ -56,7 +56,7 @@ def read(folder: AdapterFolder, also: Collection[str] = ()) -> RoutedAdapter:
     config, pairs = read_pairs(folder, also={*peft_parts.KEYS, *also})
     heads = peft_parts.read_heads(folder, config.where)
     experts = peft_parts.read_experts(folder, config)
-    targets = folder.config.get("target_parameters") or ()
+    targets = peft_parts.names_of(folder, "target_parameters", config.where)
     modules = {
         name: dataclasses.replace(
             pair, b_NR=pair.b_NR * config.scale(peft_parts.parameter_of(name, targets))
@@ -84,7 +84,7 @@ def read_pairs(
     fused = peft_parts.fused_modules(folder.names) if also else {}
     linear, embedding = group(folder.names, _LINEAR), group(folder.names, _EMBEDDING)
     linear = {name: parts for name, parts in linear.items() if name not in fused}
-    targets = (also and folder.config.get("target_parameters")) or ()
+    targets = peft_parts.names_of(folder, "target_parameters", where) if also else []
     both = sorted(set(linear) & set(embedding))
     if both:
         raise AdapterError(
