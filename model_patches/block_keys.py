@@ -9,6 +9,7 @@ and whole, those of its plain requests.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cached_property
 from hashlib import sha256
 from typing import Any
 
@@ -32,7 +33,12 @@ class BlockKeys:
 
     def __init__(self, parts: tuple[SlotPart, ...], plan: Plan, request: Any, most: int) -> None:
         self._parts, self._plan = parts, plan
-        self._values = Values(plan.columns, prompt_of(request, plan), most)
+        self._request, self._most = request, most
+
+    @cached_property
+    def _values(self) -> Values:
+        """Not before a block asks: a key that equals the one that a request has is dropped."""
+        return Values(self._plan.columns, prompt_of(self._request, self._plan), self._most)
 
     def __eq__(self, other: object) -> bool:
         mine = self._parts, self._plan

@@ -26,9 +26,7 @@ from weakref import WeakSet, WeakValueDictionary
 from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
-from vllm_lora_ext.model_patches.rows import wrap_once
-
-_V1, _V2 = "vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner"
+from vllm_lora_ext.model_patches.rows import RUNNERS, wrap_once
 
 
 class Engine(Protocol):
@@ -62,7 +60,7 @@ def capture_apart(engine: Engine, vllm_config: Any) -> None:
     _engines[id(lora_config)] = engine
     wrap_once(CudagraphDispatcher, _get_lora_cases=_more_cases_v1,
               initialize_cudagraph_keys=_tell_apart_v1)  # fmt: skip
-    v1, v2 = (sys.modules.get(name) for name in (_V1, _V2))  # a worker imports the one it uses
+    v1, v2 = (sys.modules.get(name) for name in RUNNERS)  # a worker imports the one it uses
     if v1 is not None:
         wrap_once(v1.GPUModelRunner, _determine_batch_execution_and_padding=_count_v1)
     if v2 is not None:

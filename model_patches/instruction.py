@@ -12,7 +12,6 @@ Targets, wrapped when a worker gets its first adapter of that kind: V1's
 from __future__ import annotations
 
 import base64
-import functools
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
@@ -26,12 +25,11 @@ from vllm.v1.core.sched.output import NewRequestData
 
 from vllm_lora_ext.adapters.template import Pooling, Template
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.model_patches.rows import RUNNERS, Rows, Span
+from vllm_lora_ext.model_patches.rows import RUNNERS, Rows, Span, wrap_once
 
 MARK = "lora_ext_gate"
 """In `extra_args` of the core's request: the id of the adapter whose gate it is for."""
 
-_wrapped: set[str] = set()
 _eager_v2 = False
 
 
@@ -140,16 +138,11 @@ def _final_norm(model: Any) -> torch.nn.Module:
 
 def _wrap_runners() -> None:
     v1, v2 = (sys.modules.get(name) for name in RUNNERS)
-    if v1 is not None and "v1" not in _wrapped:
-        _wrapped.add("v1")
-        name = "_determine_batch_execution_and_padding"
-        stock = getattr(v1.GPUModelRunner, name)
-        setattr(v1.GPUModelRunner, name, functools.wraps(stock)(_eager_v1(stock)))
-    if v2 is not None and "v2" not in _wrapped:
-        _wrapped.add("v2")
-        execute, dispatch = v2.GPUModelRunner.execute_model, v2.dispatch_cg_and_sync_dp
-        v2.GPUModelRunner.execute_model = functools.wraps(execute)(_flagging(execute))
-        setattr(v2, dispatch.__name__, functools.wraps(dispatch)(_dispatching(dispatch)))
+    if v1 is not None:
+        wrap_once(v1.GPUModelRunner, _determine_batch_execution_and_padding=_eager_v1)
+    if v2 is not None:
+        wrap_once(v2.GPUModelRunner, execute_model=_flagging)
+        wrap_once(v2, dispatch_cg_and_sync_dp=_dispatching)
 
 
 def _is_scheduled(runner: Any) -> bool:

@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 from vllm_lora_ext.conditions.column import Column, Prompt, values
+from vllm_lora_ext.conditions.said import FIELD
 from vllm_lora_ext.errors import AdapterError
-
-KEY = "lora_ext"
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def plan_of(request: Any) -> Plan | None:
     Raises:
         AdapterError: `bad_value`.
     """
-    said = (_params(request) or {}).get(KEY)
+    said = (_params(request) or {}).get(FIELD)
     if not isinstance(said, Mapping) or "columns" not in said:
         return None
     try:
@@ -77,7 +76,7 @@ def plan_of(request: Any) -> Plan | None:
 
 def attach(request: Any, columns: Sequence[Column]) -> None:
     """Has a request carry columns, beside what else it says; its parameters may be others'."""
-    said = (_params(request) or {}).get(KEY)
+    said = (_params(request) or {}).get(FIELD)
     said = {
         **(said if isinstance(said, Mapping) else {}),
         "columns": [c.to_dict() for c in columns],
@@ -86,7 +85,7 @@ def attach(request: Any, columns: Sequence[Column]) -> None:
         params = getattr(request, name)
         if params is not None:
             params = copy.copy(params)
-            setattr(params, args, {**(getattr(params, args) or {}), KEY: said})
+            setattr(params, args, {**(getattr(params, args) or {}), FIELD: said})
             setattr(request, name, params)
 
 

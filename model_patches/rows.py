@@ -26,7 +26,7 @@ from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.worker.lora_model_runner_mixin import LoRAModelRunnerMixin
 
 RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
-_wrapped: set[tuple[Any, str]] = set()
+_wrapped: set[tuple[Any, str, Any]] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,11 +239,11 @@ def wrap_runners() -> None:
 
 
 def wrap_once(owner: Any, **wrappers: Callable[[Any], Any]) -> None:
-    """Puts `wrapper(stock)` in the place of each named attribute of a class or module, if nobody
-    has done so in this process."""
+    """Puts `wrapper(stock)` in the place of each named attribute of a class or module, if this
+    wrapper does not stand there already in this process."""
     for name, wrapper in wrappers.items():
-        if (owner, name) not in _wrapped:
-            _wrapped.add((owner, name))
+        if (owner, name, wrapper) not in _wrapped:
+            _wrapped.add((owner, name, wrapper))
             stock = getattr(owner, name)
             setattr(owner, name, functools.wraps(stock)(wrapper(stock)))
 

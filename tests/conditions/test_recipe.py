@@ -14,7 +14,6 @@ RECIPES = [
     Recipe((RED,), by_row=True),
     Recipe((RED, GREEN)),
     Recipe((RED,), user=(0.5, -1.0)),
-    Recipe((RED,), instruction=(7, 5, 7)),
     Recipe((RED,), gate="AACAPw=="),
 ]
 
@@ -47,7 +46,7 @@ PART = {"name": "red", "lora_id": 3, "path": "/a", "version": "aa"}
     "no json", [], {}, {"parts": []}, {"parts": [{**PART, "lora_id": "3"}]},
     {"parts": [{**PART, "scale": "1"}]}, {"parts": [{**PART, "more": 1}]}, {"parts": ["red"]},
     {"parts": [PART], "by_row": 1}, {"parts": [PART], "user": [True]},
-    {"parts": [PART], "instruction": [1.5]}, {"parts": [PART], "gate": 3},
+    {"parts": [PART], "instruction": [1]}, {"parts": [PART], "gate": 3},
     {"parts": [PART], "more": 1},
 ])  # fmt: skip
 def test_what_is_no_recipe_is_refused(fields: object) -> None:

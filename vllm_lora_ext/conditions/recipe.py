@@ -50,14 +50,12 @@ class Recipe:
         by_row: whether each part has a column that multiplies it. Scales stand there then, so that
             requests of other scales and spans share the derived adapter; the parts' are 1.
         user: vector of the request's user, for a part that has a user gate.
-        instruction: ids from which the gate is to be computed, until it is known.
-        gate: then the gate, fp32 little-endian in base64.
+        gate: of the request's instruction, fp32 little-endian in base64.
     """
 
     parts: tuple[Part, ...]
     by_row: bool = False
     user: tuple[float, ...] | None = None
-    instruction: tuple[int, ...] | None = None
     gate: str | None = None
 
     @cached_property
@@ -65,8 +63,7 @@ class Recipe:
         """Digest of everything that the adapter's weights depend on: 64 hex digits."""
         return sha256(json.dumps({
             "parts": [[part.version, part.scale] for part in self.parts],
-            "by_row": self.by_row, "user": self.user, "instruction": self.instruction,
-            "gate": self.gate,
+            "by_row": self.by_row, "user": self.user, "gate": self.gate,
         }).encode()).hexdigest()  # fmt: skip
 
     @cached_property
@@ -96,9 +93,8 @@ class Recipe:
                 if not is_right(fields.get(name)):
                     raise ValueError(name)
             fields["parts"] = tuple(map(_part, fields["parts"]))
-            for name in ("user", "instruction"):
-                if name in fields:
-                    fields[name] = tuple(fields[name])
+            if "user" in fields:
+                fields["user"] = tuple(fields["user"])
             return cls(**fields)
         except (ValueError, TypeError, AttributeError) as error:
             raise AdapterError(
@@ -126,14 +122,11 @@ def _is_finite(value: object) -> bool:
     return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
-def _list_of(holds: Callable[[object], bool]) -> Callable[[object], bool]:
-    return lambda value: value is None or (isinstance(value, list) and all(map(holds, value)))
-
-
 _RECIPE: Mapping[str, Callable[[Any], bool]] = {
     "parts": lambda value: isinstance(value, list) and len(value) > 0,
     "by_row": lambda value: value is None or type(value) is bool,
-    "user": _list_of(_is_finite),
-    "instruction": _list_of(lambda value: type(value) is int),
+    "user": lambda value: (
+        value is None or (isinstance(value, list) and all(map(_is_finite, value)))
+    ),
     "gate": lambda value: value is None or isinstance(value, str),
 }
