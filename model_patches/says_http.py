@@ -96,7 +96,8 @@ def _last_message(request: Any) -> str | None:
         messages = getattr(request, "input", None)
     if isinstance(messages, str):
         return messages
-    for message in reversed(messages if isinstance(messages, list) else ()):
+    said: list[Any] = messages if isinstance(messages, list) else []
+    for message in reversed(said):
         if isinstance(message, Mapping) and message.get("role") == "user":
             return _text(message.get("content"))
     return None
