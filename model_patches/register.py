@@ -567,4 +567,19 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.pooling_params", "PoolingParams"),
         ),
     ),
+    Patch(
+        name="pooling-without-tokenizer",
+        module="scoring",
+        why=(
+            "An engine for embeddings with `skip_tokenizer_init` does not start: the scores of "
+            "pairs of texts, which it offers too, ask for the tokenizer."
+        ),
+        how="They are left out where there is no tokenizer.",
+        upstream="none yet",
+        remove_when="vLLM starts such an engine.",
+        targets=(
+            Target("vllm.entrypoints.pooling.utils", "enable_scoring_api"),
+            Target("vllm.entrypoints.pooling.factories", "init_pooling_io_processors"),
+        ),
+    ),
 )
