@@ -86,11 +86,8 @@ def test_the_command(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     file.write_text("\n".join(map(json.dumps, lines())))
     folder = FIXTURES / "conditioned" / MENTA / "adapter"
     asked = ["label", str(folder), "--base", str(base_path("base_llama")), "--input", str(file)]
-    for by, name in (
-        ("first", "argmax_first_token"),
-        ("sum", "argmax_sum"),
-        ("mean", "argmax_mean"),
-    ):
+    names = {"first": "argmax_first_token", "sum": "argmax_sum", "mean": "argmax_mean"}
+    for by, name in names.items():
         done = CliRunner().invoke(app, [*asked, "--by", by])
         assert done.exit_code == 0, done.output
         found = [json.loads(line) for line in done.stdout.splitlines()]
