@@ -16,7 +16,8 @@ import pytest
 import torch
 from openai import NotFoundError, OpenAI
 
-from integration_tests.engines import recorded
+from integration_tests.conditioned import fixture
+from integration_tests.engines import FIXTURES, recorded
 from integration_tests.recorded_requests import conditioned, examples
 from integration_tests.reference_model import logits
 from integration_tests.server import (
@@ -496,6 +497,28 @@ def test_the_page_of_requests_is_true(client, mixed):
         scope: dict[str, Any] = {"client": client, "prompt": fx.prompt(fx.requests[0])}
         exec(compile(block, "docs/requests.md", "exec"), scope)
         assert scope["answer"].choices[0].finish_reason == "length"
+
+
+def test_the_page_of_labels_is_true(server, client, places):
+    """Its example of a client gives Menta's numbers."""
+    meta, numbers = fixture("menta-a")
+    folder = shutil.copytree(
+        FIXTURES / "conditioned" / "menta-a" / "adapter", places.adapters / "menta"
+    )
+    assert load(server, "menta", folder).status_code == 200
+    (block,) = examples("rewards_and_labels.md", "labels")
+    for task in meta["tasks"]:
+        for said in task["prompts"]:
+            key = said["prompt"]
+            scope: dict[str, Any] = {
+                "client": client, "model": "menta", "labels": task["labels"],
+                "prompt": numbers[f"prompt_{key}"].tolist(),
+            }  # fmt: skip
+            exec(compile(block, "docs/rewards_and_labels.md", "exec"), scope)
+            got = torch.tensor([t for label in scope["tokens"] for t in label])
+            assert (got - numbers[f"token_logprobs_{key}"]).abs().max() < BOUND
+            assert scope["best"] == said["argmax_first_token"]
+    assert unload(server, "menta").status_code == 200
 
 
 @pytest.mark.slow

@@ -546,4 +546,40 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc"),
         ),
     ),
+    Patch(
+        name="reward-route",
+        module="rewards",
+        why=(
+            "A reward model of several adapters is one request to a client and many to the "
+            "engine; stock loads plugin routes only when VLLM_PLUGINS names them."
+        ),
+        how="A POST route is added to the app that is handed to endpoint plugins.",
+        upstream="none yet",
+        remove_when="vLLM loads endpoint plugins that an operator's setting turns on.",
+        targets=(
+            Target("vllm.plugins.endpoint_plugins.interface", "attach_endpoint_plugins"),
+            Target("vllm.entrypoints.launchers.app", "build_app"),
+            Target("vllm.entrypoints.serve.utils.api_utils", "with_cancellation"),
+            Target("vllm.inputs.engine", "tokens_input"),
+            Target("vllm.v1.engine.async_llm", "AsyncLLM.encode"),
+            Target("vllm.v1.engine.async_llm", "AsyncLLM.get_supported_tasks"),
+            Target("vllm.config.model", "ModelConfig.get_pooling_task"),
+            Target("vllm.pooling_params", "PoolingParams"),
+        ),
+    ),
+    Patch(
+        name="pooling-without-tokenizer",
+        module="scoring",
+        why=(
+            "An engine for embeddings with `skip_tokenizer_init` does not start: the scores of "
+            "pairs of texts, which it offers too, ask for the tokenizer."
+        ),
+        how="They are left out where there is no tokenizer.",
+        upstream="none yet",
+        remove_when="vLLM starts such an engine.",
+        targets=(
+            Target("vllm.entrypoints.pooling.utils", "enable_scoring_api"),
+            Target("vllm.entrypoints.pooling.factories", "init_pooling_io_processors"),
+        ),
+    ),
 )

@@ -23,7 +23,7 @@ DISABLE_ENV = "VLLM_LORA_EXT_DISABLE"
 ROUTER_ROWS_LIMIT = 512
 ROUTER_ROWS_DEFAULT = 64
 
-_MERGE = "merge"
+_MERGE, _REWARD = "merge", "reward"
 _EXAMPLE = f'--additional-config \'{{"{KEY}": {{"host_cache_mb": 4096}}}}\''
 _ALLOWED = {
     "adapter_roots": "a list of existing folders, or null for no limit",
@@ -36,6 +36,11 @@ _ALLOWED = {
     "max_request_adapters": "a whole number, 1 or more",
     "max_request_spans": "a whole number, 1 or more",
     "merge": "an object, or null for no merged adapters by name",
+    "reward": "an object, or null for no reward models",
+}
+_ALLOWED_REWARD = {
+    "models": "an object of name: existing folder",
+    "router_device": "a device of torch, cpu or cuda",
 }
 _ALLOWED_MERGE = {
     "enabled": "true or false",
@@ -148,6 +153,21 @@ class MergeSettings(BaseModel):
             yield ("describe", "model"), self.describe.model, "folder"
 
 
+class RewardSettings(BaseModel):
+    """Reward models (DMoERM) of a pooling server: `POST /v1/lora_ext/reward`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    models: dict[_Name, _FrontPath] = Field(min_length=1)
+    """Name in a request → folder."""
+
+    router_device: str = Field(default="cpu", min_length=1)
+    """Where the routers run, in the server's front end."""
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
+
 class LoraExtSettings(BaseModel):
     """Everything under the key `lora_ext` of vLLM's `--additional-config`."""
 
@@ -186,6 +206,9 @@ class LoraExtSettings(BaseModel):
     merge: MergeSettings | None = None
     """Merged adapters by name in a request. None: such names are unknown models."""
 
+    reward: RewardSettings | None = None
+    """Reward models by name in a request. None: there are none."""
+
     @field_validator("accept_config_keys", mode="before")
     @classmethod
     def _as_tuple(cls, value: object) -> object:
@@ -205,6 +228,10 @@ class LoraExtSettings(BaseModel):
         for name, path, kind in () if self.merge is None else self.merge._paths():
             if wrong := _missing(path, kind):
                 raise _wrong_value([_MERGE, *name], wrong, str(path), _ALLOWED_MERGE.get(name[0]))
+        for model, path in ({} if self.reward is None else self.reward.models).items():
+            if wrong := _missing(path, "folder"):
+                name = ("models", model)
+                raise _wrong_value([_REWARD, *name], wrong, str(path), _ALLOWED_REWARD["models"])
 
     def readable_roots(self) -> tuple[Path, ...] | None:
         """Where the engine may read adapters: `adapter_roots`, and what was merged from there."""
@@ -273,8 +300,9 @@ def _as_adapter_error(error: ValidationError) -> AdapterError:
     first = error.errors()[0]
     *parents, last = [str(part) for part in first["loc"]] or [KEY]
     allowed, known = (_ALLOWED, parents[:1] or [last])
-    if parents[:1] == [_MERGE]:
-        allowed, known = _ALLOWED_MERGE, [*parents[1:2], last]
+    if parents[:1] in ([_MERGE], [_REWARD]):
+        allowed = _ALLOWED_MERGE if parents[0] == _MERGE else _ALLOWED_REWARD
+        known = [*parents[1:2], last]
     if first["type"] == "extra_forbidden":
         return AdapterError(
             "bad_settings",
