@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter as Tally
 from collections.abc import Mapping
 from functools import cache
 from typing import Any
@@ -48,5 +49,6 @@ def show(state: Mapping[str, Any]) -> None:
     for name in _COUNTERS:
         _counter(name).inc(state["counts"][name])
     _resident().clear()
-    for row in state["adapters"]:
-        _resident().labels(row["residency"], row["system"]).inc()
+    held = Tally((row["residency"], row["system"]) for row in state["adapters"])
+    for labels, count in held.items():
+        _resident().labels(*labels).set(count)

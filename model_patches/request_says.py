@@ -466,7 +466,7 @@ def carrying(params: Any, target: Target) -> Any:
         )  # fmt: skip
     if target.trace:
         extras[EXTRA_ARG] = True
-    if extras == before:
+    if extras == before or params is None:  # a prompt that carries its own
         return params
     params = copy.copy(params)
     setattr(params, "extra_args" if sampling else "extra_kwargs", extras or None)

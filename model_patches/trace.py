@@ -78,11 +78,11 @@ class Recorder:
         host = None if lora is None else self._manager.list_adapters()[lora.lora_int_id].host
         if span.first:
             params = span.request.sampling_params
+            said = (params and params.extra_args) or {}
             self.store.start(
                 span.request.req_id, span.request.prompt_token_ids or [],
-                ((params and params.extra_args) or {}).get(OWNER, ""),
                 lora.lora_name if lora else "", host.system if host else "",
-                self._manager.base_name,
+                self._manager.base_name, said.get(OWNER, ""),
             )  # fmt: skip
         return Traced(span, host)
 

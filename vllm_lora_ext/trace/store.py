@@ -18,10 +18,10 @@ class _Record:
     """One request: pieces of [n, E] gates and of n token ids, each with its first position."""
 
     prompt: list[int]
-    owner: str
     adapter: str
     system: str
     base: str
+    owner: str
     ids: list[tuple[int, torch.Tensor]] = field(default_factory=list)
     gates: dict[str, list[tuple[int, torch.Tensor]]] = field(default_factory=dict)
     stop: int = 0
@@ -46,8 +46,8 @@ class TraceStore:
         self._bytes = 0
 
     def start(
-        self, key: str, prompt: Sequence[int], owner: str = "", adapter: str = "",
-        system: str = "", base: str = "",
+        self, key: str, prompt: Sequence[int], adapter: str = "", system: str = "",
+        base: str = "", owner: str = "",
     ) -> None:  # fmt: skip
         """Begins a trace; one that goes on after a preemption keeps what it has.
 
@@ -56,7 +56,7 @@ class TraceStore:
         """
         if key in self._records:
             return
-        self._records[key] = _Record(list(prompt), owner, adapter, system, base)
+        self._records[key] = _Record(list(prompt), adapter, system, base, owner)
         while len(self._records) > self.max_requests:
             self._drop_oldest()
 
