@@ -363,6 +363,55 @@ PATCHES: tuple[Patch, ...] = (
         ),
     ),
     Patch(
+        name="exchange",
+        module="exchange",
+        why="An answer does not say which content of its adapter gave it.",
+        how=(
+            "`system_fingerprint` of the classes that answer ends with the adapter's version, and a"
+            " middleware puts it into a header."
+        ),
+        upstream="none yet",
+        remove_when="vLLM's answers carry the version of their adapter.",
+        targets=(
+            Target("vllm.entrypoints.generate.base.serving", "GenerateBaseServing.__init__"),
+            Target("vllm.entrypoints.serve.utils.fingerprint", "get_system_fingerprint"),
+        ),
+    ),
+    Patch(
+        name="adapter-routes",
+        module="adapters_http",
+        why=(
+            "Stock lists adapters without their versions and loads them without comparing; its "
+            "metrics cannot be extended from the engine's side."
+        ),
+        how=(
+            "Two routes and two middlewares on the app that is handed to endpoint plugins, and one "
+            "more field in the body of the load route."
+        ),
+        upstream="vllm-project/vllm#45820 (what a metric touches)",
+        remove_when="vLLM loads endpoint plugins that an operator's setting turns on.",
+        targets=(
+            Target("vllm.plugins.endpoint_plugins.interface", "attach_endpoint_plugins"),
+            Target("vllm.entrypoints.launchers.app", "build_app"),
+            Target("vllm.entrypoints.serve.lora.api_router", "_attach_router"),
+            Target("vllm.entrypoints.serve.lora.protocol", "LoadLoRAAdapterRequest"),
+            Target("vllm.v1.engine.core_client", "AsyncMPClient.call_utility_async"),
+        ),
+    ),
+    Patch(
+        name="versioned-outputs",
+        module="versioned",
+        why="An output does not say which content of its adapter gave it.",
+        how="Requests carry the version they were promised, and their outputs get it.",
+        upstream="vllm's own `weight_versions` (of base weights)",
+        remove_when="vLLM's outputs carry the version of their adapter.",
+        targets=(
+            Target("vllm.v1.engine.output_processor", "RequestState.from_new_request"),
+            Target("vllm.v1.engine.output_processor", "RequestState._new_request_output"),
+            Target("vllm.v1.engine.output_processor", "OutputProcessor.add_request"),
+        ),
+    ),
+    Patch(
         name="request-field",
         module="says_http",
         why="Stock drops fields of a request's body that it does not know, and one adapter is all.",

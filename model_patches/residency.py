@@ -175,6 +175,14 @@ class Residency:
             self._held.move_to_end(adapter_id)
         return self._held.get(adapter_id)
 
+    def find(self, version: str) -> tuple[int, Resident] | None:
+        """What is held of a version, which now is the last to go, and its id."""
+        found = next((i for i, held in self._held.items() if held.version == version), None)
+        if found is None:
+            return None
+        self._held.move_to_end(found)
+        return found, self._held[found]
+
     def all(self) -> dict[int, Resident]:
         """Everything held, by id."""
         return dict(self._held)

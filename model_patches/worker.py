@@ -7,6 +7,7 @@ both model runners take their manager.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Collection
 from typing import Any
 
@@ -40,6 +41,7 @@ from vllm_lora_ext.model_patches.residency import (
     Resident,
 )
 from vllm_lora_ext.model_patches.sleep import kept_asleep
+from vllm_lora_ext.model_patches.traffic import Stats, Traffic
 from vllm_lora_ext.settings import LoraExtSettings
 
 _LEAST = 2048 << 20  # bytes of host memory by default
@@ -61,6 +63,7 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         self._head_size = vllm_config.model_config.get_head_size()
         self.settings = LoraExtSettings.from_additional_config(vllm_config.additional_config)
         self._loader = Loader(self._plan)
+        self._traffic = Traffic()
 
     def create_lora_manager(self, model: Any, vllm_config: Any) -> Any:
         with kept_asleep(vllm_config):
@@ -156,7 +159,7 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
             manager.expect_columns()
         free = None in manager.lora_index_to_id and manager.has_slots({adapter_id})
         if manager.register(new.model, manager.active_ids()) and free:
-            manager.activate_adapter(adapter_id)
+            self._into_slot(adapter_id, new.nbytes)
         return new.report(evicted)
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
@@ -176,13 +179,14 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
             manager.touch(adapter_id)
             if not manager.is_active(adapter_id):
                 away.append(adapter_id)
+        self._traffic.steps += bool(needed)
         for adapter_id in away:
             self._activate(adapter_id, needed)
 
     def _activate(self, adapter_id: int, needed: Collection[int]) -> None:
         manager = self._adapter_manager
+        held = self._residency.get(adapter_id)
         if manager.get_adapter(adapter_id) is None:
-            held = self._residency.get(adapter_id)
             if held is None:
                 raise AdapterError(
                     "not_found", "a step needs an adapter that is not loaded", seen=adapter_id,
@@ -193,7 +197,14 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
             registered = manager.register(held.model, needed)
             assert registered, "vLLM's cache is at least as large as its slots"
         manager.make_slot(needed)
-        manager.activate_adapter(adapter_id)
+        self._into_slot(adapter_id, 0 if held is None else held.nbytes)
+
+    def _into_slot(self, adapter_id: int, nbytes: int) -> None:
+        began = time.perf_counter()
+        if self._adapter_manager.activate_adapter(adapter_id):
+            self._traffic.activations += 1
+            self._traffic.bytes += nbytes
+            self._traffic.seconds += time.perf_counter() - began
 
     def _template(self, adapter_id: int) -> Template | None:
         held = self._residency.get(adapter_id)
@@ -203,6 +214,12 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         """As `InstructionPass.finish`; None before there is one."""
         found = self._adapter_manager.rows.instruction
         return None if found is None else found.finish(request_id)
+
+    def stats(self) -> Stats:
+        """What is in slots and in host memory, and what went into slots so far."""
+        manager, host = self._adapter_manager, self._residency
+        active = tuple(sorted(manager.active_ids()))
+        return Stats(active, manager.lora_slots, host.nbytes, host.limit, self._traffic)
 
     def versions(self) -> dict[int, LoadReport]:
         """Everything that is held, by id."""
