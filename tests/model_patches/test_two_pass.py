@@ -93,10 +93,11 @@ class Twice:
     def __call__(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         context, step = get_forward_context(), step_of(self.h)
         layers = {name: context.no_compile_layers[name] for name in ATTENTION}
+        slots_T, first = step.token_slots_T[:3].tolist(), self.h.manager.rows.in_first_pass
+        metadata = dict(context.attn_metadata or {})
         self.passes.append(
-            (step.active, step.token_slots_T[:3].tolist(), layers, dict(context.attn_metadata or {}),
-             dict(context.slot_mapping), self.h.manager.rows.in_first_pass, kwargs)
-        )  # fmt: skip
+            (step.active, slots_T, layers, metadata, dict(context.slot_mapping), first, kwargs)
+        )
         return self.hidden_TK
 
 
