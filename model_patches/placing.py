@@ -13,15 +13,18 @@ from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from vllm_lora_ext.adapters.checks import BLOCK_PARTS, check_fits
+from vllm_lora_ext.adapters.classifier import Classifier
 from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora.plan import Shape
 from vllm_lora_ext.model_patches.layers import RoutedLinear
+from vllm_lora_ext.model_patches.logits import RoutedLogits
 from vllm_lora_ext.model_patches.mlp import Block
 from vllm_lora_ext.model_patches.positions import Positions
 from vllm_lora_ext.model_patches.residency import HostAdapter, SlotPart, bytes_of, flat_views
 from vllm_lora_ext.model_patches.scope import Scope
 from vllm_lora_ext.model_patches.stock_lane import StockLane, refuse_gate
+from vllm_lora_ext.model_patches.two_pass import TwoPass
 from vllm_lora_ext.routing import GateSpec
 
 Fill = Callable[[list[torch.Tensor]], Any]
@@ -42,6 +45,7 @@ class Placer:
         pinned: whether host copies are page-locked.
         graphs: whether the engine captures CUDA graphs.
         positions: where something may differ by token.
+        two_pass: computes what a classifier reads; None: this server does not.
         pooling: whether the model is served for pooling; adapters may then have been trained on
             the bare model, whose layers' names lack `model.`.
     """
@@ -62,13 +66,14 @@ class Placer:
         graphs: bool,
         pooling: bool,
         positions: Positions,
+        two_pass: TwoPass | None,
     ) -> None:
         self._model_name = type(model).__name__
         self._modules, self._packed, self._blocks = modules, packed, blocks
         self._max_rank, self._router_rows = max_rank, router_rows
         self._dtype, self._base_name, self._pinned = dtype, base_name, pinned
         self._graphs, self._pooling, self._scope = graphs, pooling, scope
-        self.lane, self._positions = lane, positions
+        self.lane, self._positions, self._two_pass = lane, positions, two_pass
         mapper = getattr(model, "hf_to_vllm_mapper", None)
         self._mapper = mapper and mapper.get_rename_mapper()
         # Prefixes of the layers that live on another pipeline rank.
@@ -105,6 +110,7 @@ class Placer:
                 gates stand where none are computed, or the device has no room for routers.
         """
         template = adapter.template
+        self._check_passes(adapter)
         every = (
             *adapter.modules, *_block_layers(adapter), *(template.sizes if template else ()),
         )  # fmt: skip
@@ -142,13 +148,37 @@ class Placer:
         self, adapter: RoutedAdapter, name_of: Mapping[str, str], away: set[str]
     ) -> None:
         """What differs by token must meet rows that are positions of a request, and are known."""
-        if not adapter.columns:
+        if not adapter.columns and adapter.classifier is None:
             return
         layer_of = {part: name for name, parts in self._packed.items() for part in parts}
         for name, module in adapter.modules.items():
-            layer = layer_of.get(name_of[name], name_of[name])
-            if module.gate.columns and name not in away:
-                self._positions.check(name, self._modules[layer])
+            if not module.gate.columns or name in away:
+                continue
+            layer = self._modules[layer_of.get(name_of[name], name_of[name])]
+            if not isinstance(layer, RoutedLogits):  # that knows its rows by itself
+                self._positions.check(name, layer)
+            if module.kind == "embedding" and self._graphs:
+                raise AdapterError(
+                    "unsupported_feature", "what the adapter adds to the embedding differs by"
+                    " token, which no CUDA graph holds", seen=name,
+                    limit="gates in linear layers and the output matrix",
+                    fix="start with --enforce-eager",
+                )  # fmt: skip
+
+    def _check_passes(self, adapter: RoutedAdapter) -> None:
+        """That the engine runs the pass that the adapter's gates come from, if there is one."""
+        if adapter.classifier is None:
+            return
+        if self._two_pass is None:
+            raise AdapterError(
+                "unsupported_feature", "the adapter's gates come from the base model's last hidden"
+                " state of the token, for which every step with it runs the model twice and every"
+                " token has a second KV cache", seen=adapter.system,
+                limit='servers with the setting "two_pass"', fix="start the server with"
+                " --additional-config '{\"lora_ext\": {\"two_pass\": true}}', or with the adapter"
+                " in --lora-modules",
+            )  # fmt: skip
+        self._two_pass.check(adapter.classifier)
 
     def reserve(self, host: HostAdapter) -> None:
         """Slots have rows for routers from the first adapter on that needs them."""
@@ -197,16 +227,24 @@ class Placer:
         left = iter(views)
         packed = [{name: fill(next(left)) for name, (_, fill) in kind.items()} for kind in kinds]
         experts, heads = self.lane.pack(adapter, name_of, away)
+        classifier = self._classifier(adapter)
         return HostAdapter(
             system=adapter.system, source=adapter.source, rank=adapter.rank,
             version=adapter.digest,
-            nbytes=nbytes + bytes_of(experts.values()) + bytes_of(heads.values()), names=names,
+            nbytes=nbytes + bytes_of(experts.values()) + bytes_of(heads.values())
+            + (classifier.nbytes if classifier else 0), names=names,
             sites=packed[0], stock=packed[1] | experts, blocks=packed[2], heads=heads,
             parts=(SlotPart(
                 adapter.digest, columns=adapter.columns, linear=_is_linear(adapter),
                 blocks=bool(blocks),
             ),),
+            factors={n: _factors(found[n][1]) for n in stock if n in found and classifier},
+            classifier=classifier,
         )  # fmt: skip
+
+    def _classifier(self, adapter: RoutedAdapter) -> Classifier | None:
+        pin = (lambda t: t.pin_memory()) if self._pinned else (lambda t: t)
+        return None if adapter.classifier is None else adapter.classifier.map(pin)
 
     def _block(self, name: str, vllm_name: str, experts: MixBlock) -> Block:
         if vllm_name not in self._blocks:
@@ -269,7 +307,8 @@ def _stock(
     a classification head."""
     (part,) = modules
     assert part is not None
-    refuse_gate(name, part)
+    if part.gate.source != "classifier":
+        refuse_gate(name, part)
     embedding = isinstance(layer, VocabParallelEmbeddingWithLoRA)
     a = part.a_RK.t() if embedding else part.a_RK
 
@@ -278,6 +317,15 @@ def _stock(
         return (a_out.t() if embedding else a_out), b_out
 
     return [(tuple(a.shape), dtype), (tuple(part.b_NR.shape), dtype)], fill
+
+
+def _factors(module: RoutedModule) -> torch.Tensor:
+    """int64 [R]: the number of a row that multiplies each rank, -1: none; of a classifier's gates,
+    which are taken as they are."""
+    blocks = torch.tensor(module.gate.blocks or (module.rank,))
+    first = module.row_start if module.gate.columns else -1
+    columns = first + torch.arange(len(blocks))
+    return columns.repeat_interleave(blocks)
 
 
 def _block(block: Block, experts: MixBlock) -> tuple[list[Shape], Fill]:

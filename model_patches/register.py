@@ -183,10 +183,16 @@ PATCHES: tuple[Patch, ...] = (
         name="settings",
         module="config",
         why="A wrong setting would end the start in every worker, after the weights were read.",
-        how="Where the engine's configuration is made, the settings are checked against it.",
+        how=(
+            "Where the engine's configuration is made, the settings are checked against it; and a "
+            "server sets `two_pass` where its own adapters need it."
+        ),
         upstream="none yet",
         remove_when="vLLM lets a plugin check its part of the additional config.",
-        targets=(Target("vllm.engine.arg_utils", "EngineArgs.create_engine_config"),),
+        targets=(
+            Target("vllm.engine.arg_utils", "EngineArgs.create_engine_config"),
+            Target("vllm.engine.arg_utils", "EngineArgs.from_cli_args"),
+        ),
     ),
     Patch(
         name="compile-key",
@@ -538,6 +544,40 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.forward_context", "ForwardContext"),
             Target("vllm.v1.engine", "EngineCoreRequest"),
             Target("vllm.model_executor.models.llama", "LlamaModel.forward"),
+        ),
+    ),
+    Patch(
+        name="two-pass",
+        module="two_pass",
+        why=(
+            "A gate that the base model's last hidden state of the same token gives (X-LoRA) needs "
+            "a pass without adapters, and a KV cache for it, in the same step."
+        ),
+        how=(
+            "With the setting `two_pass`: a twin of each attention layer in vLLM's table of layers,"
+            " and a hook on the model that runs it once more, before, with the twins in their "
+            "place."
+        ),
+        upstream="none yet",
+        remove_when="vLLM runs a model twice in a step, with two KV caches for one block table.",
+        targets=(
+            Target("vllm.model_executor.layers.attention.attention", "Attention.__init__"),
+            Target("vllm.model_executor.layers.attention.attention", "Attention.forward"),
+            Target("vllm.model_executor.layers.attention.attention", "Attention.get_kv_cache_spec"),
+            Target("vllm.model_executor.layers.attention.attention", "get_attention_context"),
+            Target("vllm.model_executor.layers.attention.attention", "unified_kv_cache_update"),
+            Target(
+                "vllm.model_executor.layers.attention.attention", "unified_attention_with_output"
+            ),
+            Target("vllm.forward_context", "ForwardContext"),
+            Target("vllm.forward_context", "override_forward_context"),
+            Target("vllm.v1.worker.utils", "bind_kv_cache"),
+            Target("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.get_kv_cache_spec"),
+            Target("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.execute_model"),
+            Target("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._model_forward"),
+            Target("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.execute_model"),
+            Target("vllm.v1.worker.gpu.attn_utils", "get_kv_cache_spec"),
+            Target("vllm.model_executor.models.llama", "LlamaForCausalLM.forward"),
         ),
     ),
     Patch(

@@ -22,6 +22,8 @@ KEY = "lora_ext"
 DISABLE_ENV = "VLLM_LORA_EXT_DISABLE"
 ROUTER_ROWS_LIMIT = 512
 ROUTER_ROWS_DEFAULT = 64
+GATES_LIMIT = 1 << 16
+USUAL_EXPERTS = 16
 
 _MERGE, _REWARD = "merge", "reward"
 _TOKEN_LENGTH = 16
@@ -33,6 +35,8 @@ _ALLOWED = {
     "triton": "true, false, or null",
     "trace": "true or false",
     "pickle": '"weights_only", or null for no pickles',
+    "two_pass": "true or false, or null for what --lora-modules needs",
+    "max_gates": f"a whole number from 1 to {GATES_LIMIT}, or null",
     "accept_config_keys": "a list of keys of adapter_config.json",
     "max_request_adapters": "a whole number, 1 or more",
     "max_request_spans": "a whole number, 1 or more",
@@ -192,6 +196,14 @@ class LoraExtSettings(BaseModel):
     trace: bool = False
     """Whether a request may ask what its adapter's gates decided. Needs an engine without CUDA
     graphs; off, nothing of it is there."""
+
+    two_pass: bool | None = None
+    """Whether X-LoRA is served: steps with it run the model twice, and every token takes twice the
+    KV cache. None: where `--lora-modules` has such a folder."""
+
+    max_gates: int | None = Field(default=None, ge=1, le=GATES_LIMIT)
+    """With `two_pass`: gates that a classifier may give a token, layers times experts. None: 16
+    experts for each linear layer. It costs 4 bytes for each token of `--max-num-batched-tokens`."""
 
     pickle: Literal["weights_only"] | None = None
     """Whether `adapter_model.bin` is read where there is no safetensors file. None: refused."""

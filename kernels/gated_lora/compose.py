@@ -24,7 +24,6 @@ from vllm_lora_ext.kernels.gated_lora.plan import (
     is_plain,
     shared_gate,
 )
-from vllm_lora_ext.kernels.gated_lora.step import MAX_COLUMNS
 
 if TYPE_CHECKING:
     from vllm_lora_ext.kernels.gated_lora.site import Site
@@ -96,8 +95,8 @@ def _check(site: Site, groups: Sequence[_Group]) -> None:
     if rows > site.most_routers:
         raise ValueError(f"router rows {rows} of {site.most_routers}")
     columns = max((_plan_of(group).columns for group in groups), default=0)
-    if columns > MAX_COLUMNS:
-        raise ValueError(f"numbers that come with a row {columns} of {MAX_COLUMNS}")
+    if columns > site.step.columns:
+        raise ValueError(f"numbers that come with a row {columns} of {site.step.columns}")
 
 
 def _ranks(groups: Sequence[_Group]) -> list[tuple[int, int]]:

@@ -77,6 +77,7 @@ def _part(
 ) -> torch.Tensor:
     if rows_TC is None:
         return part.scale * delta_reference(s, x_TK)
-    own_TG = rows_TC[:, part.row_start : part.row_start + s.gate.columns]
+    start = part.row_start + s.row_start
+    own_TG = rows_TC[:, start : start + s.gate.columns]
     delta_TN = part.scale * delta_reference(s, x_TK, own_TG)
     return delta_TN if part.factor_at < 0 else delta_TN * rows_TC[:, part.factor_at, None]

@@ -40,6 +40,7 @@ class Part:
     head_bias: float = 0.0
     logit_bias_G: torch.Tensor | None = None
     norm: InputNorm | None = None
+    row_start: int = 0
 
 
 def selfcheck(

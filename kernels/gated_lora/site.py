@@ -19,7 +19,7 @@ from vllm_lora_ext.kernels.gated_lora.plan import (
     is_plain,
     shared_gate,
 )
-from vllm_lora_ext.kernels.gated_lora.step import MAX_COLUMNS, StepMap
+from vllm_lora_ext.kernels.gated_lora.step import StepMap
 from vllm_lora_ext.routing import GatedSlice
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
@@ -232,7 +232,7 @@ class Site:
                 a_start=a_start, a_stop=a_stop, router_start=num_ranks + g_start,
                 head_at=num_ranks + g_start + s.gate.router_rows, bt_RN=bt_RN,
                 bias_G=_own(s.bias_G), head_bias=s.head_bias, logit_bias_G=_own(s.logit_bias_G),
-                norm=s.norm and s.norm.map(_own),
+                norm=s.norm and s.norm.map(_own), row_start=s.row_start,
             ))  # fmt: skip
             a_start, g_start = a_stop, g_stop
         packed = PackedSite(
@@ -302,9 +302,10 @@ class Site:
                 f"slice {i}: rank {rank} of {self.max_rank}, router rows {router_rows} of "
                 f"{self.max_router_rows}"
             )
-        if s.gate.columns > MAX_COLUMNS:
+        columns = s.row_start + s.gate.columns if s.gate.columns else 0
+        if columns > self.step.columns:
             raise ValueError(
-                f"slice {i}: {s.gate.columns} gates that come with a row, of {MAX_COLUMNS}"
+                f"slice {i}: {columns} numbers that come with a row, of {self.step.columns}"
             )
         reads_x = s.gate.source != "none" and not s.gate.columns
         sums = self.reduce is None or self.fully_sharded or self.max_router_rows > 0

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from vllm_lora_ext.adapters.classifier import Classifier
 from vllm_lora_ext.adapters.template import Template
 from vllm_lora_ext.conditions.column import Column
 from vllm_lora_ext.routing import GateSpec, InputNorm
@@ -29,6 +30,7 @@ class RoutedModule:
         head_K: [in], weight of a learned threshold head; head_bias is its bias.
         logit_bias_G: [G], added to the router's logits before they are scored.
         norm: when gate.normalise is not `none`.
+        row_start: first of the numbers that come with each row which the gate reads.
     """
 
     a_RK: torch.Tensor
@@ -41,6 +43,7 @@ class RoutedModule:
     kind: Kind = "linear"
     logit_bias_G: torch.Tensor | None = None
     norm: InputNorm | None = None
+    row_start: int = 0
 
     @property
     def rank(self) -> int:
@@ -136,6 +139,8 @@ class RoutedAdapter:
         columns: of what a gate with source `position` or `request` reads: gate i reads column i,
             which says at which tokens it is open.
         template: makes the adapter for a user or an instruction; nothing else is adapted then.
+        classifier: gives what gates with source `classifier` read, from the base model's own last
+            hidden state of the token: what the adapter adds needs a pass without it first.
     """
 
     modules: dict[str, RoutedModule] = field(repr=False)
@@ -148,6 +153,7 @@ class RoutedAdapter:
     template: Template | None = field(default=None, repr=False)
     heads: dict[str, Head] = field(default_factory=dict, repr=False)
     experts: dict[str, FusedExperts] = field(default_factory=dict, repr=False)
+    classifier: Classifier | None = field(default=None, repr=False)
 
     @property
     def rank(self) -> int:

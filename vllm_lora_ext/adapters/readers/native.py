@@ -85,8 +85,15 @@ def fill_native(folder: Path, adapter: RoutedAdapter, dtype: torch.dtype | None 
     """The files of `write_native` into a folder of `adapters.output`.
 
     Raises:
-        AdapterError: `unsupported_feature`, a template: the native format has adapters only.
+        AdapterError: `unsupported_feature`, a template or a classifier: the native format has
+            ready adapters with gates of single layers only.
     """
+    if adapter.classifier is not None:
+        raise AdapterError(
+            "unsupported_feature", f"adapters of {adapter.system} have a classifier, and the native"
+            " format holds gates of single layers only", seen=adapter.source or adapter.system,
+            limit="adapters without a classifier", fix="serve the folder as it is",
+        )  # fmt: skip
     if adapter.template is not None:
         raise AdapterError(
             "unsupported_feature", f"adapters of {adapter.system} are made for a request, and the"
