@@ -74,6 +74,9 @@ class HostAdapter:
         factors: name of an embedding or output matrix → int64 [R], the column that multiplies each
             rank, -1: none; where a column does.
         template: it goes into no slot before it is derived, and has nothing of the above.
+        on_base: whether it holds what was computed from the base weights (DoRA).
+        norms: name of a linear layer → this rank's part of a sum over the ranks without which its
+            site is not ready (`dora`).
     """
 
     system: str
@@ -89,6 +92,8 @@ class HostAdapter:
     parts: tuple[SlotPart, ...] = ()
     factors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     template: Template | None = field(default=None, repr=False)
+    on_base: bool = False
+    norms: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def columns(self) -> int:
