@@ -17,6 +17,7 @@ from vllm_lora_ext.adapters.classifier import Classifier
 from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora.plan import Shape
+from vllm_lora_ext.model_patches.dora import begun, finish_all, squares_of
 from vllm_lora_ext.model_patches.layers import RoutedLinear
 from vllm_lora_ext.model_patches.logits import RoutedLogits
 from vllm_lora_ext.model_patches.mlp import Block
@@ -181,15 +182,17 @@ class Placer:
         self._two_pass.check(adapter.classifier)
 
     def reserve(self, host: HostAdapter) -> None:
-        """Slots have rows for routers from the first adapter on that needs them."""
+        """Slots have room for routers and scales from the first adapter on that needs them."""
         sites = [(self._modules[name].site, packed) for name, packed in host.sites.items()]
         sites += [(self._blocks[n].first.site, packed.first) for n, packed in host.blocks.items()]
         try:
             for site, packed in sites:
                 site.reserve_routers(len(packed.router_GK))
+                if packed.rescale_2N is not None:
+                    site.reserve_rescale()
         except MemoryError as error:
             raise AdapterError(
-                "device_memory_full", "the slots have no room for the adapter's routers",
+                "device_memory_full", "the slots have no room for the adapter's routers or scales",
                 seen=str(error), limit="what the device has left",
                 fix="start with the setting max_router_rows, which reserves them before the KV"
                 " cache takes the rest, or with a smaller --max-loras",
@@ -202,6 +205,7 @@ class Placer:
         sites: Layout = {}
         stock: Layout = {}
         blocks: Layout = {}
+        norms: dict[str, torch.Tensor] = {}
         names: dict[str, tuple[str, ...]] = {}
         for layer_name, layer in self._modules.items():
             parts = [found.get(n) for n in self._packed.get(layer_name, [layer_name])]
@@ -212,7 +216,11 @@ class Placer:
             if isinstance(layer, RoutedLinear):
                 covered = zip(parts, layer.part_sizes(len(parts)), strict=True)
                 names[layer_name] = tuple(p[0] for p, sizes in covered if p for _ in sizes)
-                sites[layer_name] = _site(layer, modules)
+                slices = layer.sharded(modules)
+                squares_N = squares_of(layer_name, layer, slices)
+                if squares_N is not None:
+                    norms[layer_name] = squares_N
+                sites[layer_name] = _site(layer, begun(slices))
             elif not self.lane.packs(layer_name):
                 stock[layer_name] = _stock(names[layer_name][0], layer, modules, self._dtype)
         for name, block in adapter.blocks.items():
@@ -226,6 +234,8 @@ class Placer:
         nbytes, views = flat_views(groups, self._pinned)
         left = iter(views)
         packed = [{name: fill(next(left)) for name, (_, fill) in kind.items()} for kind in kinds]
+        whole = {n: norms.pop(n) for n in list(norms) if not self._modules[n].x_is_shard}
+        finish_all(self._modules, packed[0], whole)
         experts, heads = self.lane.pack(adapter, name_of, away)
         classifier = self._classifier(adapter)
         return HostAdapter(
@@ -234,6 +244,7 @@ class Placer:
             nbytes=nbytes + bytes_of(experts.values()) + bytes_of(heads.values())
             + (classifier.nbytes if classifier else 0), names=names,
             sites=packed[0], stock=packed[1] | experts, blocks=packed[2], heads=heads,
+            on_base=bool(adapter.dora), norms=norms,
             parts=(SlotPart(
                 adapter.digest, columns=adapter.columns, linear=_is_linear(adapter),
                 blocks=bool(blocks),
@@ -292,8 +303,7 @@ def _is_linear(adapter: RoutedAdapter) -> bool:
     return not adapter.columns or (multiplied and not own)
 
 
-def _site(layer: RoutedLinear, modules: Sequence[RoutedModule | None]) -> tuple[list[Shape], Fill]:
-    slices = layer.sharded(modules)
+def _site(layer: RoutedLinear, slices: Sequence[RoutedModule | None]) -> tuple[list[Shape], Fill]:
     return layer.site.shapes(slices), lambda out: layer.site.pack(slices, out)
 
 
