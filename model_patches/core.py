@@ -28,6 +28,7 @@ from vllm_lora_ext.adapters.memory import MemorySource
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.block_keys import BlockKeys
 from vllm_lora_ext.model_patches.conditioned import Conditions, Key
+from vllm_lora_ext.model_patches.encoder_keys import key_by_version
 from vllm_lora_ext.model_patches.gate_pass import GATE, GatePasses
 from vllm_lora_ext.model_patches.ledger import Held, Ledger
 from vllm_lora_ext.model_patches.loading import Loading
@@ -54,6 +55,7 @@ class Adapters:
             return answers
 
         self._conditions = Conditions(core.vllm_config)
+        self._towers = core.vllm_config.lora_config.enable_tower_connector_lora
         self.gates = GatePasses(core, rpc)
         self.loading = Loading(rpc, self.add)
         self.ledger = Ledger(
@@ -90,13 +92,14 @@ class Adapters:
         lora: LoRARequest = request.lora_request
         try:
             self.ledger.add(lora)
-            self._conditions.complete(request, self._held(lora.lora_int_id), sent=False)
+            held = self._held(lora.lora_int_id)
+            self._conditions.complete(request, held, sent=False)
         except AdapterError as error:
             self._refuse(request, error)
             return False
         if lora.load_inplace:  # done
             request.lora_request = msgspec.structs.replace(lora, load_inplace=False)
-        self._rekey(request, self._conditions.key(request, self._held(lora.lora_int_id)))
+        self._rekey(request, held, sent=False)
         return True
 
     def gate(self, lora: LoRARequest, version: str, ids: list[int]) -> Future[dict[str, Any]]:
@@ -170,18 +173,23 @@ class Adapters:
         held = self._held(lora_id)
         for request in self._requests(lora_id):
             started = Scheduler._holds_kv_blocks(request)
+            sent = started or request.num_preemptions > 0
             try:
-                self._conditions.complete(
-                    request, held, sent=started or request.num_preemptions > 0
-                )
+                self._conditions.complete(request, held, sent)
             except AdapterError as error:
                 self._end(request, error)
                 continue
-            salt = request.request_id if started else ""
-            self._rekey(request, self._conditions.key(request, held, salt))
+            self._rekey(request, held, sent, salt=request.request_id if started else "")
 
-    def _rekey(self, request: Any, key: Key | None) -> None:
-        if getattr(request, _KEY, None) != key:
+    def _rekey(self, request: Any, held: Held, sent: bool, salt: str = "") -> None:
+        """Has a request's blocks and images known by what its adapter is now.
+
+        Args:
+            sent: whether workers have the request, and the names of its images.
+        """
+        key: Key = self._conditions.key(request, held, salt)
+        renamed = self._towers and not sent and key_by_version(request, held.version)
+        if renamed or getattr(request, _KEY, None) != key:
             setattr(request, _KEY, key)
             request.block_hashes.clear()
             request.update_block_hashes()

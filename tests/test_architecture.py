@@ -35,8 +35,8 @@ OUTSIDE_EXCEPTIONS = {
 }
 # Inside model_patches: the API server's process must not load what runs on a worker's device.
 FRONT = (
-    "admission", "admitted", "driving", "frontend", "metrics", "mixes", "request_says", "says_http",
-    "trace_http",
+    "admission", "admitted", "driving", "frontend", "metrics", "mixes", "request_classes",
+    "request_says", "says_http", "trace_http",
 )  # fmt: skip
 WORKER = (
     "backend", "columns", "composing", "deriving", "graphs", "heap", "layers", "loader", "logits",
