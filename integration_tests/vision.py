@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -122,7 +123,7 @@ def in_language_model(adapter: RoutedAdapter) -> RoutedAdapter:
     """The adapter of a language model, by the names that transformers has in the whole model."""
 
     def name(own: str) -> str:
-        return own.replace("model.layers.", "model.language_model.layers.", 1)
+        return re.sub(r"^model\.layers\.", "model.language_model.layers.", own)
 
     return replace(
         adapter,
