@@ -31,7 +31,9 @@ from vllm_lora_ext.errors import AdapterError
 
 pytestmark = pytest.mark.engine
 PATTERN = r".*language_model.*\.(q_proj|v_proj|down_proj|gate_proj)"
-SPLIT = {"adapters": [{"name": "seer", "modality": "image"}, {"name": "reader", "modality": "text"}]}
+SPLIT = {
+    "adapters": [{"name": "seer", "modality": "image"}, {"name": "reader", "modality": "text"}]
+}
 
 
 def text(seed: int, length: int) -> tuple[int, ...]:
@@ -117,7 +119,7 @@ def test_the_cases_tell_adapters_and_images_apart(cases: list[Case]) -> None:
 
 
 def test_numbers_of_transformers(llm: Any, cases: list[Case]) -> None:
-    """Everybody in one batch, with more adapters than slots, then alone; prompts of several steps."""
+    """Everybody in one batch, more adapters than slots, then alone; prompts of several steps."""
     shuffled = [cases[i] for i in np.random.default_rng(0).permutation(len(cases))]
     check(shuffled, ask(llm, shuffled, skip_reading_prefix_cache=True))
     for case in cases[-8:]:
@@ -175,7 +177,9 @@ def test_the_authors_numbers_on_the_language_model(llm: Any) -> None:
     check(recorded, ask(llm, recorded))
 
 
-def test_what_is_wrong_is_refused(llm: Any, seer: Seer, looks: Any, cases: Any, tmp_path: Any) -> None:
+def test_what_is_wrong_is_refused(
+    llm: Any, seer: Seer, looks: Any, cases: Any, tmp_path: Any
+) -> None:
     says = {"modality_spans": {"image": [[1, 3]]}}
     with pytest.raises(Exception, match="beside inputs of that kind") as caught:
         adapter = conditioned.adapter("mmlora-a")

@@ -478,7 +478,9 @@ def test_routes_that_are_not_openais_refuse_too(server, client, mixed, route):
         ("plain", {"user": [0.5]}, "lora_ext.user has no use here"),
     ):
         for stream in (False, True):
-            answer = post(server, route, {**body, "model": model, "lora_ext": said, "stream": stream})
+            answer = post(
+                server, route, {**body, "model": model, "lora_ext": said, "stream": stream}
+            )
             error = answer.json()["error"]
             assert (answer.status_code, error["type"]) == (400, "bad_value")
             assert words_of_it in error["message"], error

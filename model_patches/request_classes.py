@@ -1,9 +1,9 @@
 """Requests of APIs whose classes would drop the field `lora_ext` of a body without a word.
 
-Targets: `AnthropicMessagesRequest` (`/v1/messages`), `GenerateRequest` (`/inference/v1/generate`) and
-`CohereEmbedRequest` (`/v2/embed`), which from now on keep fields that they do not know, as those of
-the OpenAI routes do; and `AnthropicServingMessages._build_base_request`, which makes a request for
-a chat of the first.
+Targets: `AnthropicMessagesRequest` (`/v1/messages`), `GenerateRequest` (`/inference/v1/generate`)
+and `CohereEmbedRequest` (`/v2/embed`), which from now on keep fields that they do not know, as
+those of the OpenAI routes do; and `AnthropicServingMessages._build_base_request`, which makes a
+request for a chat of the first.
 """
 
 from __future__ import annotations
