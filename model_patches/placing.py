@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA
-from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from vllm_lora_ext.adapters.checks import BLOCK_PARTS, check_fits
@@ -21,6 +20,7 @@ from vllm_lora_ext.model_patches.dora import begun, finish_all, squares_of
 from vllm_lora_ext.model_patches.layers import RoutedLinear
 from vllm_lora_ext.model_patches.logits import RoutedLogits
 from vllm_lora_ext.model_patches.mlp import Block
+from vllm_lora_ext.model_patches.names import Names
 from vllm_lora_ext.model_patches.positions import Positions
 from vllm_lora_ext.model_patches.residency import HostAdapter, SlotPart, bytes_of, flat_views
 from vllm_lora_ext.model_patches.scope import Scope
@@ -73,18 +73,18 @@ class Placer:
         self._modules, self._packed, self._blocks = modules, packed, blocks
         self._max_rank, self._router_rows = max_rank, router_rows
         self._dtype, self._base_name, self._pinned = dtype, base_name, pinned
-        self._graphs, self._pooling, self._scope = graphs, pooling, scope
+        self._graphs, self._scope = graphs, scope
         self.lane, self._positions, self._two_pass = lane, positions, two_pass
-        mapper = getattr(model, "hf_to_vllm_mapper", None)
-        self._mapper = mapper and mapper.get_rename_mapper()
         # Prefixes of the layers that live on another pipeline rank.
         self._missing = tuple(
             f"{name}." for name, m in model.named_modules() if isinstance(m, PPMissingLayer)
         )
         self._shapes = _shapes(modules, packed) | lane.shapes
         # Layers that an adapter can name, those with adapted parameters among them.
-        self._known = self._shapes.keys() | {name.rpartition(".")[0] for name in lane.experts}
-        self._vllm_names: dict[str, str] = {}
+        known = self._shapes.keys() | {name.rpartition(".")[0] for name in lane.experts}
+        self._names = Names(
+            model, lambda name: name in known or name.startswith(self._missing), pooling
+        )
 
     def knows(self, vllm_name: str) -> bool:
         """Whether a layer, or a slice of one, can be adapted in our form."""
@@ -115,8 +115,9 @@ class Placer:
         every = (
             *adapter.modules, *_block_layers(adapter), *(template.sizes if template else ()),
         )  # fmt: skip
-        name_of = {n: n if renamed else self._vllm_name(n) for n in every}
-        name_of |= {n: n if renamed else self._vllm_parameter(n) for n in adapter.experts}
+        name_of = {n: n if renamed else self._names.layer(n) for n in every}
+        name_of |= {n: n if renamed else self._names.parameter(n) for n in adapter.experts}
+        _check_once(name_of)
         away = {n for n, v in name_of.items() if v.startswith(self._missing)}
         known = self._shapes.keys() | self.lane.experts.keys()
         has = away.union(n for n, v in name_of.items() if v in known)
@@ -275,20 +276,17 @@ class Placer:
             )  # fmt: skip
         return block
 
-    def _vllm_parameter(self, name: str) -> str:
-        module, _, parameter = name.rpartition(".")
-        return f"{self._vllm_name(module)}.{parameter}"
 
-    def _vllm_name(self, module: str) -> str:
-        """Besides vLLM's own renaming: transformers 5 spells Mixtral's blocks `mlp`."""
-        if module not in self._vllm_names:
-            full = f"base_model.model.{module}.lora_A.weight"
-            name = parse_fine_tuned_lora_name(full, self._mapper)[0]
-            spellings = [name, name.replace(".mlp.", ".block_sparse_moe.")]
-            if self._pooling:
-                spellings += [f"model.{spelling}" for spelling in spellings]
-            self._vllm_names[module] = next((s for s in spellings if s in self._known), name)
-        return self._vllm_names[module]
+def _check_once(name_of: Mapping[str, str]) -> None:
+    """Raises AdapterError `duplicate_tensor` where two names of an adapter mean one layer."""
+    first: dict[str, str] = {}
+    for name, vllm_name in name_of.items():
+        if first.setdefault(vllm_name, name) != name:
+            raise AdapterError(
+                "duplicate_tensor", "two names of the adapter mean one layer of the model",
+                seen=f"{first[vllm_name]}, {name}", limit=vllm_name,
+                fix="remove one of them from the adapter",
+            )  # fmt: skip
 
 
 def _is_linear(adapter: RoutedAdapter) -> bool:

@@ -436,6 +436,29 @@ PATCHES: tuple[Patch, ...] = (
         ),
     ),
     Patch(
+        name="request-classes",
+        module="request_classes",
+        why="Classes of requests outside of OpenAI's API drop fields that they do not know.",
+        how=(
+            "They allow extra fields and are rebuilt, before FastAPI makes routes of them; what "
+            "makes a chat of Anthropic's messages hands `lora_ext` on."
+        ),
+        upstream="none yet",
+        remove_when="vLLM hands a request's extra fields to plugins.",
+        targets=(
+            Target("vllm.entrypoints.anthropic.protocol", "AnthropicMessagesRequest"),
+            Target(
+                "vllm.entrypoints.anthropic.serving", "AnthropicServingMessages._build_base_request"
+            ),
+            Target("vllm.entrypoints.scale_out.token_in_token_out.protocol", "GenerateRequest"),
+            Target(
+                "vllm.entrypoints.scale_out.token_in_token_out.serving",
+                "ServingTokens.serve_tokens",
+            ),
+            Target("vllm.entrypoints.pooling.embed.protocol", "CohereEmbedRequest"),
+        ),
+    ),
+    Patch(
         name="mixes",
         module="mixes",
         why="A LoRA resolver of vLLM's sees a name only, and caches under the spelling it got.",
