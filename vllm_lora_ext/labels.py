@@ -91,7 +91,7 @@ class Scores:
     def as_dict(self, question: Question, how: str) -> dict[str, Any]:
         """As a line of JSON. Args: how: what `label` is chosen by."""
         key = {} if question.key is None else {"id": question.key}
-        best = {by: self.best(by) for by in BY}
+        best: dict[str, int] = {by: self.best(by) for by in BY}
         return key | {
             "label": question.names[best[how]], "by": how, "best": best,
             "scores": {by: self.by(by) for by in BY}, "token_logprobs": self.tokens,

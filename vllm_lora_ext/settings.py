@@ -22,8 +22,11 @@ KEY = "lora_ext"
 DISABLE_ENV = "VLLM_LORA_EXT_DISABLE"
 ROUTER_ROWS_LIMIT = 512
 ROUTER_ROWS_DEFAULT = 64
+GATES_LIMIT = 1 << 16
+USUAL_EXPERTS = 16
 
 _MERGE, _REWARD = "merge", "reward"
+_TOKEN_LENGTH = 16
 _EXAMPLE = f'--additional-config \'{{"{KEY}": {{"host_cache_mb": 4096}}}}\''
 _ALLOWED = {
     "adapter_roots": "a list of existing folders, or null for no limit",
@@ -32,11 +35,14 @@ _ALLOWED = {
     "triton": "true, false, or null",
     "trace": "true or false",
     "pickle": '"weights_only", or null for no pickles',
+    "two_pass": "true or false, or null for what --lora-modules needs",
+    "max_gates": f"a whole number from 1 to {GATES_LIMIT}, or null",
     "accept_config_keys": "a list of keys of adapter_config.json",
     "max_request_adapters": "a whole number, 1 or more",
     "max_request_spans": "a whole number, 1 or more",
     "merge": "an object, or null for no merged adapters by name",
     "reward": "an object, or null for no reward models",
+    "admin_token_file": "an existing file, or null for no token",
 }
 _ALLOWED_REWARD = {
     "models": "an object of name: existing folder",
@@ -191,6 +197,14 @@ class LoraExtSettings(BaseModel):
     """Whether a request may ask what its adapter's gates decided. Needs an engine without CUDA
     graphs; off, nothing of it is there."""
 
+    two_pass: bool | None = None
+    """Whether X-LoRA is served: steps with it run the model twice, and every token takes twice the
+    KV cache. None: where `--lora-modules` has such a folder."""
+
+    max_gates: int | None = Field(default=None, ge=1, le=GATES_LIMIT)
+    """With `two_pass`: gates that a classifier may give a token, layers times experts. None: 16
+    experts for each linear layer. It costs 4 bytes for each token of `--max-num-batched-tokens`."""
+
     pickle: Literal["weights_only"] | None = None
     """Whether `adapter_model.bin` is read where there is no safetensors file. None: refused."""
 
@@ -209,6 +223,10 @@ class LoraExtSettings(BaseModel):
     reward: RewardSettings | None = None
     """Reward models by name in a request. None: there are none."""
 
+    admin_token_file: _FrontPath | None = None
+    """A file whose one line is the token without which a client may load, replace and unload no
+    adapter (header `X-Lora-Ext-Token`). None: whoever reaches the load routes may."""
+
     @field_validator("accept_config_keys", mode="before")
     @classmethod
     def _as_tuple(cls, value: object) -> object:
@@ -225,6 +243,8 @@ class LoraExtSettings(BaseModel):
 
     def check_front_end(self) -> None:
         """Raises AdapterError `bad_settings` where a folder that the front end uses is missing."""
+        if self.admin_token_file is not None:
+            read_token(self.admin_token_file)
         for name, path, kind in () if self.merge is None else self.merge._paths():
             if wrong := _missing(path, kind):
                 raise _wrong_value([_MERGE, *name], wrong, str(path), _ALLOWED_MERGE.get(name[0]))
@@ -270,6 +290,29 @@ class LoraExtSettings(BaseModel):
                 fix=_EXAMPLE,
             )
         return _read(json.dumps(dict(section), default=str))
+
+
+def read_token(path: Path) -> str:
+    """The token in a file.
+
+    Raises:
+        AdapterError: `bad_settings`, there is none, or one that is easily guessed.
+    """
+    try:
+        token = path.read_text().strip()
+    except (OSError, ValueError) as error:
+        raise _bad_token(f"{path} cannot be read: {error}", None) from None
+    if len(token) < _TOKEN_LENGTH or not token.isascii() or len(token.split()) != 1:
+        raise _bad_token(f"{path} holds no token", f"{len(token)} characters")
+    return token
+
+
+def _bad_token(what: str, seen: str | None) -> AdapterError:
+    return AdapterError(
+        "bad_settings", f"setting {KEY}.admin_token_file is wrong ({what})", seen=seen,
+        limit=f"one ASCII word of {_TOKEN_LENGTH} characters or more",
+        fix="openssl rand -hex 32 > FILE; chmod 600 FILE",
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=8)

@@ -358,10 +358,11 @@ class _Settings:
 
 
 def _names(field_name: str, value: object) -> tuple[str, ...]:
-    names = isinstance(value, list) and all(isinstance(n, str) and n for n in value)
-    if not names or not value or len(set(value)) < len(value):  # type: ignore[arg-type]
+    names: list[Any] = value if isinstance(value, list) else []
+    named = all(isinstance(n, str) and n for n in names)
+    if not names or not named or len(set(names)) < len(names):
         raise bad_value(f"{field_name} in {SIDECAR}", value, "a list of different names")
-    return tuple(value)  # type: ignore[arg-type]
+    return tuple(names)
 
 
 def _alpha(value: object) -> float:

@@ -182,6 +182,15 @@ def read_adapter(folder: AdapterFolder, *, parts: bool = False) -> RoutedAdapter
     return adapter
 
 
+def needs_two_passes(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds an adapter whose steps run the model twice; False where it cannot be
+    told, which loading it then tells."""
+    try:
+        return find_reader(AdapterFolder(path)).two_pass
+    except AdapterError:
+        return False
+
+
 def find_reader(folder: AdapterFolder) -> Reader:
     """The one reader whose format the folder has.
 
