@@ -18,8 +18,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
+    LlamaForSequenceClassification,
+    LlamaModel,
     Qwen2Config,
-    Qwen2ForSequenceClassification,
     Qwen2ForTokenClassification,
     Qwen2Model,
 )
@@ -51,6 +52,8 @@ PROMPTS = ([5, 17, 33, 101, 7], [9], [12, 13, 280] * 9, [int(7 * i % 290) + 4 fo
 
 class RewardOfTokens(nn.Module):
     """Qwen2ForRewardModel, which transformers does not have: two linears over every token."""
+
+    config_class = Qwen2Config
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -188,7 +191,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Any]]:
 
 def made(kind: Any, **config: Any) -> Any:
     torch.manual_seed(0)
-    model = kind(Qwen2Config(**CONFIG, **config)).float().eval()
+    model = kind(kind.config_class(**CONFIG, **config)).float().eval()
     with torch.no_grad():
         for weights in model.parameters():
             weights.add_(0.03 * torch.randn_like(weights))
@@ -199,7 +202,7 @@ def test_embeddings_of_a_bare_model_and_their_similarity(start: Any, tmp_path: P
     def read(output: Any) -> torch.Tensor:
         return nn.functional.normalize(output.last_hidden_state[0, -1], dim=-1)
 
-    model = made(Qwen2Model)
+    model = made(LlamaModel)
     cases = [*make_cases(model, tmp_path, "", read), base_case(model, read)]
     llm = start(model)
     compare("embed", cases, asking(llm, "embed"))
@@ -215,7 +218,7 @@ def test_scores_of_a_cross_encoder(start: Any, tmp_path: Path) -> None:
     def read(output: Any) -> torch.Tensor:
         return output.logits[0].sigmoid()
 
-    model = made(Qwen2ForSequenceClassification, num_labels=1)
+    model = made(LlamaForSequenceClassification, num_labels=1)
     cases = [*make_cases(model, tmp_path, "model.", read), base_case(model, read)]
     llm = start(model)
     compare("score", cases, asking(llm, "classify"))
