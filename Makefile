@@ -7,7 +7,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 GPU_PYTHON ?= python3
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
-PINS   := requirements/cpu.txt requirements/cpu-engine.txt requirements/vllm-metadata/pyproject.toml
+PINS   := requirements/cpu.txt requirements/cpu-engine.txt requirements/torchvision-cpu.pth \
+          requirements/vllm-metadata/pyproject.toml
 
 VERSION ?= 0.33.0
 # Not `python -m pytest`: that would put the checkout, and so a top-level `kernels`, on the path.

@@ -7,27 +7,33 @@ import pytest
 
 from integration_tests.engines import close, make_engine
 
+TWO_PASS = {"lora_ext": {"two_pass": True}}
+
 
 @pytest.fixture(scope="session")
 def llama() -> Iterator[Any]:
-    """Tiny Llama under vLLM's default compile mode."""
-    llm = make_engine("base_llama")
+    """Tiny Llama under vLLM's default compile mode, open to the folders that settings allow."""
+    allowed = {"pickle": "weights_only", "accept_config_keys": ["newest_option"]}
+    llm = make_engine("base_llama", additional_config={"lora_ext": allowed})
     yield llm
     close(llm)
 
 
 @pytest.fixture(scope="session")
 def llama_eager() -> Iterator[Any]:
-    """The same without a compiler, and with prompts prefilled in one piece."""
-    llm = make_engine("base_llama", enforce_eager=True, max_num_batched_tokens=512, max_loras=6)
+    """The same without a compiler, with prompts prefilled in one piece, and with two passes."""
+    llm = make_engine(
+        "base_llama", enforce_eager=True, max_num_batched_tokens=512, max_loras=6,
+        additional_config=TWO_PASS,
+    )  # fmt: skip
     yield llm
     close(llm)
 
 
 @pytest.fixture(scope="session")
 def qwen2() -> Iterator[Any]:
-    """Tiny Qwen2: biases on q, k, v; one key/value head; tied output matrix."""
-    llm = make_engine("base_qwen2")
+    """Tiny Qwen2: biases on q, k, v; one key/value head; tied output matrix; with two passes."""
+    llm = make_engine("base_qwen2", additional_config=TWO_PASS)
     yield llm
     close(llm)
 

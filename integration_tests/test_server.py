@@ -16,8 +16,10 @@ import httpx
 import pytest
 import torch
 from openai import NotFoundError, OpenAI
+from typer.testing import CliRunner
 
-from integration_tests.engines import recorded
+from integration_tests.conditioned import fixture
+from integration_tests.engines import FIXTURES, recorded
 from integration_tests.recorded_requests import conditioned, examples
 from integration_tests.reference_model import logits
 from integration_tests.server import (
@@ -34,6 +36,7 @@ from tests.bad_adapters import BAD, GOOD, build_bad
 from vllm_lora_ext.adapters.model import RoutedAdapter
 from vllm_lora_ext.adapters.readers.native import write_native
 from vllm_lora_ext.adapters.registry import load_adapter
+from vllm_lora_ext.cli import app
 
 pytestmark = pytest.mark.engine
 BOUND = 2e-3
@@ -75,6 +78,7 @@ def server(places) -> Iterator[Server]:
     }  # fmt: skip
     argv = command(
         places.base, free_port(), settings,
+        "--enable-scale-out",  # the route that takes tokens and gives some
         "--lora-modules", f"plain={places.adapters}/plain", f"loramoe={places.adapters}/loramoe",
     )  # fmt: skip
     with serving(argv, places.base.parent / "server.log", **LOADING, **CALLING) as running:
@@ -507,6 +511,10 @@ def test_the_log_names_the_code_of_a_refusal(server, places):
     assert "'logged': [lora_ext:path_not_allowed]" in server.log.read_text()
 
 
+def send(server: Server, route: str, body: dict[str, Any]) -> httpx.Response:
+    return httpx.post(f"{server.url}/{route}", json=body, timeout=60, trust_env=False)
+
+
 @pytest.fixture(scope="module")
 def mixed(server, places) -> Iterator[dict[str, Any]]:
     """The fixtures of several adapters in one request, their adapters loaded: name → fixture."""
@@ -549,6 +557,112 @@ def test_several_adapters_in_one_request(client, mixed):
         assert one.token_ids == two.token_ids == fx.greedy(request)
     assert neighbour.result() == fingerprint(client) == before
     assert names(client) == models, "derived adapters are no models"
+
+
+def test_routes_that_are_not_openais(server, mixed):
+    """Anthropic's messages, and tokens in, tokens out."""
+    for fx in mixed.values():
+        for request in fx.requests:
+            said, prompt, greedy = said_in(fx, request), fx.prompt(request), fx.greedy(request)
+            parameters = {"max_tokens": len(greedy), "temperature": 0, "ignore_eos": True}
+            tokens = {"model": "base", "token_ids": prompt}
+            for body in (
+                {"lora_ext": said, "sampling_params": parameters},
+                {"sampling_params": {**parameters, "extra_args": {"lora_ext": said}}},
+            ):
+                answer = send(server, "inference/v1/generate", {**tokens, **body})
+                assert answer.status_code == 200, answer.text
+                assert answer.json()["choices"][0]["token_ids"] == greedy
+            messages = {
+                "model": "base", "max_tokens": len(greedy), "temperature": 0, "lora_ext": said,
+                "messages": [{"role": "user", "content": words(prompt)}],
+            }  # fmt: skip
+            answer = send(server, "v1/messages", messages)
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["content"][0]["text"].split() == words(greedy).split()
+
+
+@pytest.mark.parametrize("route", ["v1/messages", "inference/v1/generate"])
+def test_routes_that_are_not_openais_refuse_too(server, client, mixed, route):
+    body = {
+        "v1/messages": {"messages": [{"role": "user", "content": "t1"}], "max_tokens": 1},
+        "inference/v1/generate": {"token_ids": [5], "sampling_params": {"max_tokens": 1}},
+    }[route]
+    before = fingerprint(client)
+    for model, said, words_of_it in (
+        ("base", {"adapters": [{"name": "none"}]}, "lora_ext.adapters[0].name"),
+        ("base", {"adapter": []}, "lora_ext.adapter is unknown"),
+        ("plain", {"user": [0.5]}, "lora_ext.user has no use here"),
+    ):
+        for stream in (False, True):
+            answer = send(
+                server, route, {**body, "model": model, "lora_ext": said, "stream": stream}
+            )
+            error = answer.json()["error"]
+            assert (answer.status_code, error["type"]) == (400, "bad_value")
+            assert words_of_it in error["message"], error
+    assert fingerprint(client) == before
+
+
+@pytest.fixture(scope="module")
+def library(server, places) -> Iterator[str]:
+    """The adapters of a fixture as one, whose gates come with each request."""
+    folders = conditioned("scales-a").adapters
+    named = [word for folder in folders for word in ("--adapter", f"{folder.name}={folder}")]
+    out = places.adapters / "library"
+    made = CliRunner().invoke(app, ["bundle", *named, "--router", "request", "--out", str(out)])
+    assert made.exit_code == 0, made.output
+    assert load(server, "library", out).status_code == 200
+    yield "library"
+    assert unload(server, "library").status_code == 200
+
+
+def test_gates_that_come_with_the_request(client, library):
+    """Weights of a library's experts are scales of its adapters: the fixture's numbers, all in
+    flight at once and again from the prefix cache, by name and by number."""
+    fx = conditioned("scales-a")
+    order = [folder.name for folder in fx.adapters]
+    gates = [{a["name"]: a["scale"] for a in request["adapters"]} for request in fx.requests]
+    numbered = [{str(order.index(name)): w for name, w in g.items()} for g in gates]
+
+    def send(job: tuple[dict[str, Any], dict[str, Any]], **more: Any) -> Any:
+        request, said = job
+        return ask(
+            of_its_own(client), library, fx.prompt(request), lora_ext={"gates": said}, **more
+        )
+
+    with ThreadPoolExecutor(len(gates)) as pool:
+        jobs = list(zip(fx.requests, gates, strict=True))
+        first = list(pool.map(lambda job: send(job, prompt_logprobs=5), jobs))
+        again = list(pool.map(send, zip(fx.requests, numbered, strict=True)))
+    diffs = [worst_prompt(c, fx.logits(r)) for c, r in zip(first, fx.requests, strict=True)]
+    print(f"gates of a request: max |dlogp| {max(diffs):.1e}")
+    assert max(diffs) < BOUND
+    for one, two, request in zip(first, again, fx.requests, strict=True):
+        assert one.token_ids == two.token_ids == fx.greedy(request)
+
+
+def test_gates_that_are_wrong(server, client, library):
+    before = fingerprint(client)
+    for model, said, words_of_it in (
+        (library, {"gates": {"red": 1, "pink": 1}}, "lora_ext.gates.pink is no expert of library"),
+        (library, {"gates": {"0": 1, "blue": 1}}, "is said twice, by name and by number"),
+        (library, {"gates": {"red": "much"}}, "lora_ext.gates.red"),
+        (library, {"gates": {"red": 1e999}}, "lora_ext.gates.red"),
+        (library, {"gates": [1, 2]}, "lora_ext.gates"),
+        (library, {}, "lora_ext.gates is missing: adapter library needs it"),
+        (library, None, "lora_ext.gates is missing: adapter library needs it"),
+        ("plain", {"gates": {"red": 1}}, "lora_ext.gates has no use here"),
+    ):
+        body = {"model": model, "prompt": [5, 6], "max_tokens": 1, "lora_ext": said}
+        url = f"{server.url}/v1/completions"
+        answer = httpx.post(url, content=json.dumps(body), timeout=60, trust_env=False, headers={
+            "Content-Type": "application/json"
+        })  # fmt: skip
+        error = answer.json()["error"]
+        assert (answer.status_code, error["type"]) == (400, "bad_value"), answer.text
+        assert words_of_it in error["message"], error
+    assert fingerprint(client) == before
 
 
 def test_derived_adapters_are_counted(server, client, mixed):
@@ -635,6 +749,28 @@ def test_the_page_of_requests_is_true(client, mixed):
         scope: dict[str, Any] = {"client": client, "prompt": fx.prompt(fx.requests[0])}
         exec(compile(block, "docs/requests.md", "exec"), scope)
         assert scope["answer"].choices[0].finish_reason == "length"
+
+
+def test_the_page_of_labels_is_true(server, client, places):
+    """Its example of a client gives Menta's numbers."""
+    meta, numbers = fixture("menta-a")
+    folder = shutil.copytree(
+        FIXTURES / "conditioned" / "menta-a" / "adapter", places.adapters / "menta"
+    )
+    assert load(server, "menta", folder).status_code == 200
+    (block,) = examples("rewards_and_labels.md", "labels")
+    for task in meta["tasks"]:
+        for said in task["prompts"]:
+            key = said["prompt"]
+            scope: dict[str, Any] = {
+                "client": client, "model": "menta", "labels": task["labels"],
+                "prompt": numbers[f"prompt_{key}"].tolist(),
+            }  # fmt: skip
+            exec(compile(block, "docs/rewards_and_labels.md", "exec"), scope)
+            got = torch.tensor([t for label in scope["tokens"] for t in label])
+            assert (got - numbers[f"token_logprobs_{key}"]).abs().max() < BOUND
+            assert scope["best"] == said["argmax_first_token"]
+    assert unload(server, "menta").status_code == 200
 
 
 @pytest.mark.slow

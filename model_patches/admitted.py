@@ -131,11 +131,6 @@ class Admitted:
         """Of what was loaded last under an id."""
         return self._known[lora_id].understands
 
-    def needs_words(self, request: LoRARequest) -> bool:
-        """Whether a request for an adapter must say something; also of one that was evicted."""
-        known = self._known.get(request.lora_int_id)
-        return known is not None and known.understands.needs
-
     def gate(self, version: str, ids: tuple[int, ...]) -> str | None:
         """The gate of an instruction, if it was computed before."""
         found = self._gates.get((version, ids))

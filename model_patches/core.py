@@ -29,6 +29,7 @@ from vllm_lora_ext.adapters.memory import MemorySource
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.block_keys import BlockKeys
 from vllm_lora_ext.model_patches.conditioned import Conditions, Key
+from vllm_lora_ext.model_patches.encoder_keys import key_by_version
 from vllm_lora_ext.model_patches.gate_pass import GATE, GatePasses
 from vllm_lora_ext.model_patches.ledger import Held, Ledger
 from vllm_lora_ext.model_patches.loading import Loading
@@ -64,6 +65,7 @@ class Adapters:
 
         self._rpc, self._counted = rpc, Traffic()
         self._conditions = Conditions(core.vllm_config)
+        self._towers = core.vllm_config.lora_config.enable_tower_connector_lora
         self.gates = GatePasses(core, rpc)
         self.loading = Loading(rpc, self.add, lambda lora_id: self.ledger.place(lora_id))
         self.ledger = Ledger(
@@ -147,7 +149,7 @@ class Adapters:
             request.lora_request = msgspec.structs.replace(
                 lora, lora_int_id=at, lora_name=f"{lora.lora_name}@{held.version[:12]}"
             )
-        self._rekey(request, self._conditions.key(request, held))
+        self._rekey(request, held, sent=False)
         return True
 
     def gate(self, lora: LoRARequest, version: str, ids: list[int]) -> Future[dict[str, Any]]:
@@ -218,18 +220,23 @@ class Adapters:
         held = self._held(at)
         for request in self._requests(at):
             started = Scheduler._holds_kv_blocks(request)
+            sent = started or request.num_preemptions > 0
             try:
-                self._conditions.complete(
-                    request, held, sent=started or request.num_preemptions > 0
-                )
+                self._conditions.complete(request, held, sent)
             except AdapterError as error:
                 self._end(request, error)
                 continue
-            salt = request.request_id if started else ""
-            self._rekey(request, self._conditions.key(request, held, salt))
+            self._rekey(request, held, sent, salt=request.request_id if started else "")
 
-    def _rekey(self, request: Any, key: Key | None) -> None:
-        if getattr(request, _KEY, None) != key:
+    def _rekey(self, request: Any, held: Held, sent: bool, salt: str = "") -> None:
+        """Has a request's blocks and images known by what its adapter is now.
+
+        Args:
+            sent: whether workers have the request, and the names of its images.
+        """
+        key: Key = self._conditions.key(request, held, salt)
+        renamed = self._towers and not sent and key_by_version(request, held.version)
+        if renamed or getattr(request, _KEY, None) != key:
             setattr(request, _KEY, key)
             request.block_hashes.clear()
             request.update_block_hashes()

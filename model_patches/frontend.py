@@ -25,6 +25,7 @@ from vllm_lora_ext.model_patches.admitted import Admitted
 from vllm_lora_ext.model_patches.exchange import note_version
 from vllm_lora_ext.model_patches.mixes import Front, hook_requests
 from vllm_lora_ext.model_patches.refused import to_response
+from vllm_lora_ext.model_patches.rewards import Rewards
 from vllm_lora_ext.settings import LoraExtSettings
 
 logger = init_logger(f"vllm.{__name__}")
@@ -80,6 +81,8 @@ def apply() -> None:
         if config.lora_config is not None:
             metrics.show()
             Admitted.of(engine_client).list_by(self.lora_requests)
+        if settings.reward is not None:
+            Rewards.of(engine_client)  # what is wrong with them ends the start
         _warn_of_open_door(config, settings)
 
     @functools.wraps(load)

@@ -19,6 +19,7 @@ from vllm.v1.engine.output_processor import EMPTY_CPU_TENSOR, OutputProcessor
 
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches import metrics
+from vllm_lora_ext.model_patches.admitted import Admitted
 
 _STATUS = {
     "not_found": HTTPStatus.NOT_FOUND,
@@ -72,7 +73,7 @@ def _end(processor: Any, output: EngineCoreOutput, error: AdapterError) -> list[
     state = processor.request_states.get(output.request_id)
     if state is None:  # aborted
         return []
-    admitted = getattr(processor, "_lora_ext_admitted", None)
+    admitted: Admitted | None = getattr(processor, "_lora_ext_admitted", None)
     if admitted is not None and state.lora_request is not None:
         admitted.doubt(state.lora_request.lora_int_id)
     pooling = state.detokenizer is None

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from vllm_lora_ext.adapters.classifier import Classifier
 from vllm_lora_ext.adapters.template import Template
 from vllm_lora_ext.conditions.column import Column
 from vllm_lora_ext.errors import AdapterError
@@ -74,6 +75,10 @@ class HostAdapter:
         factors: name of an embedding or output matrix → int64 [R], the column that multiplies each
             rank, -1: none; where a column does.
         template: it goes into no slot before it is derived, and has nothing of the above.
+        classifier: gives the gates of its rows, from a first pass of the step.
+        on_base: whether it holds what was computed from the base weights (DoRA).
+        norms: name of a linear layer → this rank's part of a sum over the ranks without which its
+            site is not ready (`dora`).
     """
 
     system: str
@@ -89,6 +94,9 @@ class HostAdapter:
     parts: tuple[SlotPart, ...] = ()
     factors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     template: Template | None = field(default=None, repr=False)
+    classifier: Classifier | None = field(default=None, repr=False)
+    on_base: bool = False
+    norms: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def columns(self) -> int:

@@ -24,8 +24,6 @@ from vllm_lora_ext.model_patches.exchange import note_version
 from vllm_lora_ext.model_patches.refused import RefusedRequest, to_response
 from vllm_lora_ext.model_patches.request_says import Spoken, Target, resolve, said_by
 
-_XARGS = "vllm_xargs"
-
 
 @dataclass(frozen=True)
 class _Heard:
@@ -72,13 +70,18 @@ def speaking(models: Any, request: Any, own: LoRARequest | None) -> LoRARequest 
 
 def _value(request: Any, extra: Mapping[str, Any]) -> object:
     value = extra.get(FIELD)
-    xargs = getattr(request, _XARGS, None) or {}
-    if FIELD in xargs:
-        if value is not None:
-            raise AdapterError(
-                "bad_value", f"{FIELD} stands in the body and in {_XARGS}", fix="keep one of them"
-            )
-        value = xargs.pop(FIELD)
+    params = getattr(request, "sampling_params", None)  # of requests that are tokens
+    for place, args in (
+        ("vllm_xargs", getattr(request, "vllm_xargs", None)),
+        ("sampling_params.extra_args", getattr(params, "extra_args", None)),
+    ):
+        if args and FIELD in args:
+            if value is not None:
+                raise AdapterError(
+                    "bad_value", f"{FIELD} stands in the body and in {place}",
+                    fix="keep one of them",
+                )  # fmt: skip
+            value = args.pop(FIELD)
     return value
 
 

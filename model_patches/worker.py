@@ -24,6 +24,7 @@ from vllm_lora_ext.conditions.recipe import is_recipe
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches import foreign
 from vllm_lora_ext.model_patches.adapter_paths import find_folder
+from vllm_lora_ext.model_patches.agreement import with_ranks
 from vllm_lora_ext.model_patches.deriving import Deriver
 from vllm_lora_ext.model_patches.identity import tag_torch_caches
 from vllm_lora_ext.model_patches.ledger import incomplete
@@ -93,14 +94,16 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
             in_use: ids that must stay in host memory; pinned ones do anyway.
         Raises:
             AdapterError: the adapter cannot be served, or `host_cache_full`; what was held under
-                the id still is. `adapter_changed`: a part is not what the recipe was made for.
+                the id still is. `ranks_differ`: it needs what other ranks do not have.
+                `adapter_changed`: a part is not what the recipe was made for.
         """
         held = self._residency.get(request.lora_int_id)
+        modules = self._adapter_manager.modules
         if held is not None and source is None and not request.load_inplace:
             self.forget(request.lora_int_id)
-            return held.report()
+            return with_ranks(lambda: held, modules).report()
         with gpu_sync_allowed():
-            new = self._loader.take(request, source)
+            new = with_ranks(lambda: self._loader.take(request, source), modules)
             return self._hold(request.lora_int_id, new, in_use)
 
     def prepare(self, request: LoRARequest, source: MemorySource | None) -> None:
@@ -257,6 +260,12 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         super().remove_all_adapters()
         self._adapter_manager.follow_base()
 
+    def base_replaced(self) -> None:
+        """Base weights are new: what was computed from the old ones is not held any more."""
+        for adapter_id, held in self._residency.all().items():
+            if held.host is not None and held.host.on_base:
+                self.remove_adapter(adapter_id)
+
 
 def _resident(adapter_id: int, host: HostAdapter) -> Resident:
     return Resident(RoutedLoRAModel(adapter_id, host), host.version, host.nbytes, host.system)
@@ -267,5 +276,17 @@ def _fail(error: AdapterError) -> Resident:
 
 
 def apply() -> None:
-    """Both runners build this manager from now on."""
+    """Both runners build this manager from now on, and tell it of new base weights."""
     runner_mixin.LRUCacheWorkerLoRAManager = RoutedWorkerLoRAManager
+    mixin = runner_mixin.LoRAModelRunnerMixin
+    reset_lora_state = mixin.reset_lora_state
+    if hasattr(reset_lora_state, "__wrapped__"):
+        return
+
+    @functools.wraps(reset_lora_state)
+    def new_reset_lora_state(self: Any) -> None:
+        reset_lora_state(self)
+        if self.lora_config:
+            self.lora_manager.base_replaced()
+
+    mixin.reset_lora_state = new_reset_lora_state

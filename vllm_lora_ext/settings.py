@@ -22,8 +22,10 @@ KEY = "lora_ext"
 DISABLE_ENV = "VLLM_LORA_EXT_DISABLE"
 ROUTER_ROWS_LIMIT = 512
 ROUTER_ROWS_DEFAULT = 64
+GATES_LIMIT = 1 << 16
+USUAL_EXPERTS = 16
 
-_MERGE = "merge"
+_MERGE, _REWARD = "merge", "reward"
 _TOKEN_LENGTH = 16
 _EXAMPLE = f'--additional-config \'{{"{KEY}": {{"host_cache_mb": 4096}}}}\''
 _ALLOWED = {
@@ -33,11 +35,18 @@ _ALLOWED = {
     "triton": "true, false, or null",
     "trace": "true or false",
     "pickle": '"weights_only", or null for no pickles',
+    "two_pass": "true or false, or null for what --lora-modules needs",
+    "max_gates": f"a whole number from 1 to {GATES_LIMIT}, or null",
     "accept_config_keys": "a list of keys of adapter_config.json",
     "max_request_adapters": "a whole number, 1 or more",
     "max_request_spans": "a whole number, 1 or more",
     "merge": "an object, or null for no merged adapters by name",
+    "reward": "an object, or null for no reward models",
     "admin_token_file": "an existing file, or null for no token",
+}
+_ALLOWED_REWARD = {
+    "models": "an object of name: existing folder",
+    "router_device": "a device of torch, cpu or cuda",
 }
 _ALLOWED_MERGE = {
     "enabled": "true or false",
@@ -150,6 +159,21 @@ class MergeSettings(BaseModel):
             yield ("describe", "model"), self.describe.model, "folder"
 
 
+class RewardSettings(BaseModel):
+    """Reward models (DMoERM) of a pooling server: `POST /v1/lora_ext/reward`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    models: dict[_Name, _FrontPath] = Field(min_length=1)
+    """Name in a request → folder."""
+
+    router_device: str = Field(default="cpu", min_length=1)
+    """Where the routers run, in the server's front end."""
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
+
 class LoraExtSettings(BaseModel):
     """Everything under the key `lora_ext` of vLLM's `--additional-config`."""
 
@@ -173,6 +197,14 @@ class LoraExtSettings(BaseModel):
     """Whether a request may ask what its adapter's gates decided. Needs an engine without CUDA
     graphs; off, nothing of it is there."""
 
+    two_pass: bool | None = None
+    """Whether X-LoRA is served: steps with it run the model twice, and every token takes twice the
+    KV cache. None: where `--lora-modules` has such a folder."""
+
+    max_gates: int | None = Field(default=None, ge=1, le=GATES_LIMIT)
+    """With `two_pass`: gates that a classifier may give a token, layers times experts. None: 16
+    experts for each linear layer. It costs 4 bytes for each token of `--max-num-batched-tokens`."""
+
     pickle: Literal["weights_only"] | None = None
     """Whether `adapter_model.bin` is read where there is no safetensors file. None: refused."""
 
@@ -187,6 +219,9 @@ class LoraExtSettings(BaseModel):
 
     merge: MergeSettings | None = None
     """Merged adapters by name in a request. None: such names are unknown models."""
+
+    reward: RewardSettings | None = None
+    """Reward models by name in a request. None: there are none."""
 
     admin_token_file: _FrontPath | None = None
     """A file whose one line is the token without which a client may load, replace and unload no
@@ -213,6 +248,10 @@ class LoraExtSettings(BaseModel):
         for name, path, kind in () if self.merge is None else self.merge._paths():
             if wrong := _missing(path, kind):
                 raise _wrong_value([_MERGE, *name], wrong, str(path), _ALLOWED_MERGE.get(name[0]))
+        for model, path in ({} if self.reward is None else self.reward.models).items():
+            if wrong := _missing(path, "folder"):
+                name = ("models", model)
+                raise _wrong_value([_REWARD, *name], wrong, str(path), _ALLOWED_REWARD["models"])
 
     def readable_roots(self) -> tuple[Path, ...] | None:
         """Where the engine may read adapters: `adapter_roots`, and what was merged from there."""
@@ -304,8 +343,9 @@ def _as_adapter_error(error: ValidationError) -> AdapterError:
     first = error.errors()[0]
     *parents, last = [str(part) for part in first["loc"]] or [KEY]
     allowed, known = (_ALLOWED, parents[:1] or [last])
-    if parents[:1] == [_MERGE]:
-        allowed, known = _ALLOWED_MERGE, [*parents[1:2], last]
+    if parents[:1] in ([_MERGE], [_REWARD]):
+        allowed = _ALLOWED_MERGE if parents[0] == _MERGE else _ALLOWED_REWARD
+        known = [*parents[1:2], last]
     if first["type"] == "extra_forbidden":
         return AdapterError(
             "bad_settings",
