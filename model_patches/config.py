@@ -16,6 +16,8 @@ from vllm_lora_ext.model_patches.backend import asks_for_triton, check_graphs
 from vllm_lora_ext.model_patches.rows import unknown_rows
 from vllm_lora_ext.settings import LoraExtSettings
 
+_BY_TOKENS = "ExampleConnector"
+
 
 def check_config(vllm_config: Any, lora_config: Any) -> LoraExtSettings:
     """The settings of an engine with LoRA.
@@ -31,7 +33,20 @@ def check_config(vllm_config: Any, lora_config: Any) -> LoraExtSettings:
     graphs = check_graphs(mode and mode.name, device_type, triton)
     if settings.trace:
         check_trace(vllm_config, graphs)
+    _check_connector(vllm_config.kv_transfer_config)
     return settings
+
+
+def _check_connector(transfer: Any) -> None:
+    """KV of other weights must not be taken for a request's own: most connectors know it by vLLM's
+    block hashes, where an adapter's digest is."""
+    if transfer is not None and transfer.has_connector(_BY_TOKENS):
+        raise AdapterError(
+            "bad_settings", "this KV connector names what it keeps by the tokens alone, so that one"
+            " adapter's requests would get another's", seen=_BY_TOKENS,
+            limit="connectors that use vLLM's block hashes, as OffloadingConnector does",
+            fix="choose another connector, or start without LoRA",
+        )  # fmt: skip
 
 
 def check_trace(vllm_config: Any, graphs: bool) -> None:
