@@ -123,6 +123,27 @@ def answer(llm: Any, cases: Sequence[Case], **more: Any) -> list[Any]:
     return conditioned.ask(llm, list(cases), **more)
 
 
+def adapters(found: Mapping[str, Row]) -> dict[str, str]:
+    """Name → folder of all that requests name."""
+    named = [c.adapter for c in every(found) if c.adapter is not None]
+    named += [
+        conditioned.adapter(name, part)
+        for name in ("spans-a", "scales-a")
+        for part in ("red", "green", "blue")
+    ]
+    return {a.lora_name: a.lora_path for a in named}
+
+
+def http_error(case: Case, choice: dict[str, Any]) -> float:
+    """As `error`, of the log-probabilities that an HTTP answer has: those of its own tokens."""
+    if choice["token_ids"] != case.answer:
+        return float("inf")
+    logp = torch.log_softmax(case.logits.double(), -1)
+    got = (choice.get("logprobs") or {}).get("token_logprobs") or []
+    pairs = zip(got, logp, case.answer, strict=False)
+    return max((abs(value - row[token].item()) for value, row, token in pairs), default=0.0)
+
+
 def error(case: Case, output: Any, choice: int = 0) -> float:
     """Largest difference of a log-probability; infinite where a token differs."""
     made = output.outputs[choice]
