@@ -16,7 +16,7 @@ import pytest
 import torch
 from openai import NotFoundError, OpenAI
 
-from integration_tests.engines import recorded
+from integration_tests.engines import FIXTURES, recorded
 from integration_tests.recorded_requests import conditioned, examples
 from integration_tests.reference_model import logits
 from integration_tests.server import (
@@ -350,6 +350,16 @@ def test_an_adapter_of_another_base(server, client, places):
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] in ("wrong_base", "shape_mismatch", "unknown_module")
     refused(client, "of-qwen2")
+
+
+def test_two_passes_are_a_setting(server, client, places):
+    xlora = FIXTURES / "conditioned" / "xlora_topk-a" / "adapter"
+    shutil.copytree(xlora, places.adapters / "xlora")
+    answer = load(server, "xlora", places.adapters / "xlora")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"]) == (400, "unsupported_feature")
+    assert '"two_pass": true' in error["message"]
+    refused(client, "xlora")
 
 
 def test_a_mended_adapter_loads_under_the_name_that_failed(server, client, places):
