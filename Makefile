@@ -7,7 +7,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 GPU_PYTHON ?= python3
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.installed
-PINS   := requirements/cpu.txt requirements/cpu-engine.txt requirements/vllm-metadata/pyproject.toml
+PINS   := requirements/cpu.txt requirements/cpu-engine.txt requirements/torchvision-cpu.pth \
+          requirements/vllm-metadata/pyproject.toml
 
 VERSION ?= 0.33.0
 # Not `python -m pytest`: that would put the checkout, and so a top-level `kernels`, on the path.
@@ -15,7 +16,7 @@ PYTEST  := $(BIN)/pytest
 # A test's tensors are small: a core for each worker is worth more than threads.
 UNIT    := OMP_NUM_THREADS=1 $(PYTEST) tests --numprocesses auto --maxprocesses 4 --dist loadfile
 # Engines start mostly on one core; two at a time fit into 16 GB.
-ENGINE  := $(PYTEST) integration_tests --numprocesses auto --maxprocesses 2 --dist loadfile
+ENGINE  := $(PYTEST) integration_tests --numprocesses auto --maxprocesses 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-fast test-upstream lint types format docs check-vllm bench bench-base bench-kernels bench-merging gpu gpu-report gpu-bundle kernels-table dist clean

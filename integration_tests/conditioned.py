@@ -20,11 +20,19 @@ class Case:
     """One request, and what it must answer."""
 
     key: str
-    prompt: Any  # token ids, or embeddings [T, d]
+    prompt: Any  # token ids, embeddings [T, d], or a prompt of vLLM's
     answer: list[int]
     logits: torch.Tensor  # [n, V], of the first n tokens of the answer
     adapter: Any = None
     says: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """The prompt as vLLM takes it."""
+        if isinstance(self.prompt, dict):
+            return self.prompt
+        ids = isinstance(self.prompt, list)
+        return {"prompt_token_ids" if ids else "prompt_embeds": self.prompt}
 
 
 @cache
@@ -114,10 +122,7 @@ def load(llm: Any) -> None:
 
 
 def ask(llm: Any, cases: list[Case], **more: Any) -> list[Any]:
-    prompts = [
-        {"prompt_token_ids": c.prompt} if isinstance(c.prompt, list)
-        else {"prompt_embeds": c.prompt} for c in cases
-    ]  # fmt: skip
+    prompts = [c.given for c in cases]
     params = [
         greedy(
             len(c.answer), logprobs=-1, extra_args={"lora_ext": c.says} if c.says else None, **more
@@ -151,12 +156,11 @@ def preempted(llm: Any, cases: list[Case]) -> list[Any]:
     """Their outputs, when all of them were put back in the midst of their answers."""
     engine, done = llm.llm_engine, {}
     for i, case in enumerate(cases):
-        key = "prompt_token_ids" if isinstance(case.prompt, list) else "prompt_embeds"
         params = greedy(
             len(case.answer) + 60, logprobs=-1, skip_reading_prefix_cache=False,
             extra_args={"lora_ext": case.says} if case.says else None,
         )  # fmt: skip
-        engine.add_request(str(i), {key: case.prompt}, params, lora_request=case.adapter)
+        engine.add_request(str(i), case.given, params, lora_request=case.adapter)
     outputs = engine.step()
     assert engine.reset_prefix_cache(reset_running_requests=True)
     assert engine.get_num_unfinished_requests() == len(cases)

@@ -7,6 +7,9 @@ import pytest
 
 from integration_tests.engines import close, make_engine
 
+_COMPILED = {"llama", "llama_mha"}
+_ENGINES = _COMPILED | {"llama_eager", "qwen2"}
+
 TWO_PASS = {"lora_ext": {"two_pass": True}}
 
 
@@ -44,3 +47,17 @@ def llama_mha() -> Iterator[Any]:
     llm = make_engine("base_llama_mha", enable_prompt_embeds=True)
     yield llm
     close(llm)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file's tests run in one process, and so do all files whose engines are compiled: a start
+    less for each engine. Those that share only cheap ones make the second process's first."""
+    shared: dict[str, set[str]] = {}
+    for item in items:
+        fixtures = getattr(item, "fixturenames", ())
+        shared.setdefault(item.path.name, set()).update(_ENGINES.intersection(fixtures))
+    for item in items:
+        used = shared[item.path.name]
+        group = "compiled" if used & _COMPILED else "eager" if used else item.path.name
+        item.add_marker(pytest.mark.xdist_group(group))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -10,8 +11,10 @@ import numpy as np
 import torch
 
 from integration_tests.engines import base_path
-from vllm_lora_ext.adapters.hf import apply_adapter
+from vllm_lora_ext.adapters.hf import AppliedAdapter, apply_adapter
 from vllm_lora_ext.adapters.model import RoutedAdapter
+from vllm_lora_ext.conditions.column import Column, Prompt, values
+from vllm_lora_ext.routing import GateSpec
 
 
 @cache
@@ -45,3 +48,20 @@ def steady_prompt(base: str, adapter: RoutedAdapter, length: int, seed: int) -> 
         if (quiet - noisy).abs().max() < 5e-4:
             return prompt
     raise AssertionError("every prompt sits on a routing tie")
+
+
+def where(adapter: RoutedAdapter, column: Column) -> RoutedAdapter:
+    """A plain adapter that is multiplied by a column's number at each token."""
+    modules = {
+        n: replace(m, gate=GateSpec("position", blocks=(m.rank,)))
+        for n, m in adapter.modules.items()
+    }
+    return replace(adapter, modules=modules, columns=(column,))
+
+
+def worn(net: Any, adapter: RoutedAdapter, prompt: Prompt) -> AppliedAdapter:
+    """An adapter's hooks on a transformers model, for one call with this prompt."""
+    if not adapter.columns:
+        return apply_adapter(net, adapter)
+    rows_TC = values(adapter.columns, prompt, 0, prompt.length)
+    return apply_adapter(net, adapter, torch.from_numpy(rows_TC))

@@ -58,6 +58,27 @@ def traced(server: Server, request_id: str, **query: int) -> httpx.Response:
     return httpx.get(url, params=query, timeout=60, trust_env=False)
 
 
+def test_a_trace_is_its_clients_own(server):
+    """Two clients with keys of their own, who give their requests the same id."""
+
+    def of(client: str) -> dict[str, str]:
+        return {"authorization": f"Bearer {client}", "x-request-id": "mine"}
+
+    for client, prompt in (("a", [5, 6, 7]), ("b", [8, 9])):
+        body = {"model": "loramoe", "prompt": prompt, "max_tokens": 2, "vllm_xargs": TRACED}
+        answer = httpx.post(
+            f"{server.url}/v1/completions", json=body, headers=of(client), timeout=60,
+            trust_env=False,
+        )  # fmt: skip
+        assert answer.status_code == 200, answer.text
+    url = f"{server.url}/v1/lora_ext/trace/{answer.json()['id']}"
+    found = {c: httpx.get(url, headers=of(c), timeout=60, trust_env=False) for c in "abc"}
+    assert Trace.from_json(found["a"].text).token_ids[:3] == [5, 6, 7]
+    assert Trace.from_json(found["b"].text).token_ids[:2] == [8, 9]
+    for answer in (found["c"], traced(server, "cmpl-mine")):
+        assert (answer.status_code, answer.json()["error"]["type"]) == (404, "not_found")
+
+
 def check(text: str, model: str, ids: list[int], prompt_tokens: int) -> float:
     """Largest difference of a gate from what transformers computes for the same tokens."""
     got = Trace.from_json(text)

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA
-from vllm.lora.utils import parse_fine_tuned_lora_name
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from vllm_lora_ext.adapters.checks import BLOCK_PARTS, check_fits
@@ -17,9 +16,11 @@ from vllm_lora_ext.adapters.classifier import Classifier
 from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora.plan import Shape
+from vllm_lora_ext.model_patches.dora import begun, finish_all, squares_of
 from vllm_lora_ext.model_patches.layers import RoutedLinear
 from vllm_lora_ext.model_patches.logits import RoutedLogits
 from vllm_lora_ext.model_patches.mlp import Block
+from vllm_lora_ext.model_patches.names import Names
 from vllm_lora_ext.model_patches.positions import Positions
 from vllm_lora_ext.model_patches.residency import HostAdapter, SlotPart, bytes_of, flat_views
 from vllm_lora_ext.model_patches.scope import Scope
@@ -72,18 +73,18 @@ class Placer:
         self._modules, self._packed, self._blocks = modules, packed, blocks
         self._max_rank, self._router_rows = max_rank, router_rows
         self._dtype, self._base_name, self._pinned = dtype, base_name, pinned
-        self._graphs, self._pooling, self._scope = graphs, pooling, scope
+        self._graphs, self._scope = graphs, scope
         self.lane, self._positions, self._two_pass = lane, positions, two_pass
-        mapper = getattr(model, "hf_to_vllm_mapper", None)
-        self._mapper = mapper and mapper.get_rename_mapper()
         # Prefixes of the layers that live on another pipeline rank.
         self._missing = tuple(
             f"{name}." for name, m in model.named_modules() if isinstance(m, PPMissingLayer)
         )
         self._shapes = _shapes(modules, packed) | lane.shapes
         # Layers that an adapter can name, those with adapted parameters among them.
-        self._known = self._shapes.keys() | {name.rpartition(".")[0] for name in lane.experts}
-        self._vllm_names: dict[str, str] = {}
+        known = self._shapes.keys() | {name.rpartition(".")[0] for name in lane.experts}
+        self._names = Names(
+            model, lambda name: name in known or name.startswith(self._missing), pooling
+        )
 
     def knows(self, vllm_name: str) -> bool:
         """Whether a layer, or a slice of one, can be adapted in our form."""
@@ -114,8 +115,9 @@ class Placer:
         every = (
             *adapter.modules, *_block_layers(adapter), *(template.sizes if template else ()),
         )  # fmt: skip
-        name_of = {n: n if renamed else self._vllm_name(n) for n in every}
-        name_of |= {n: n if renamed else self._vllm_parameter(n) for n in adapter.experts}
+        name_of = {n: n if renamed else self._names.layer(n) for n in every}
+        name_of |= {n: n if renamed else self._names.parameter(n) for n in adapter.experts}
+        _check_once(name_of)
         away = {n for n, v in name_of.items() if v.startswith(self._missing)}
         known = self._shapes.keys() | self.lane.experts.keys()
         has = away.union(n for n, v in name_of.items() if v in known)
@@ -181,15 +183,17 @@ class Placer:
         self._two_pass.check(adapter.classifier)
 
     def reserve(self, host: HostAdapter) -> None:
-        """Slots have rows for routers from the first adapter on that needs them."""
+        """Slots have room for routers and scales from the first adapter on that needs them."""
         sites = [(self._modules[name].site, packed) for name, packed in host.sites.items()]
         sites += [(self._blocks[n].first.site, packed.first) for n, packed in host.blocks.items()]
         try:
             for site, packed in sites:
                 site.reserve_routers(len(packed.router_GK))
+                if packed.rescale_2N is not None:
+                    site.reserve_rescale()
         except MemoryError as error:
             raise AdapterError(
-                "device_memory_full", "the slots have no room for the adapter's routers",
+                "device_memory_full", "the slots have no room for the adapter's routers or scales",
                 seen=str(error), limit="what the device has left",
                 fix="start with the setting max_router_rows, which reserves them before the KV"
                 " cache takes the rest, or with a smaller --max-loras",
@@ -202,6 +206,7 @@ class Placer:
         sites: Layout = {}
         stock: Layout = {}
         blocks: Layout = {}
+        norms: dict[str, torch.Tensor] = {}
         names: dict[str, tuple[str, ...]] = {}
         for layer_name, layer in self._modules.items():
             parts = [found.get(n) for n in self._packed.get(layer_name, [layer_name])]
@@ -212,7 +217,11 @@ class Placer:
             if isinstance(layer, RoutedLinear):
                 covered = zip(parts, layer.part_sizes(len(parts)), strict=True)
                 names[layer_name] = tuple(p[0] for p, sizes in covered if p for _ in sizes)
-                sites[layer_name] = _site(layer, modules)
+                slices = layer.sharded(modules)
+                squares_N = squares_of(layer_name, layer, slices)
+                if squares_N is not None:
+                    norms[layer_name] = squares_N
+                sites[layer_name] = _site(layer, begun(slices))
             elif not self.lane.packs(layer_name):
                 stock[layer_name] = _stock(names[layer_name][0], layer, modules, self._dtype)
         for name, block in adapter.blocks.items():
@@ -226,6 +235,8 @@ class Placer:
         nbytes, views = flat_views(groups, self._pinned)
         left = iter(views)
         packed = [{name: fill(next(left)) for name, (_, fill) in kind.items()} for kind in kinds]
+        whole = {n: norms.pop(n) for n in list(norms) if not self._modules[n].x_is_shard}
+        finish_all(self._modules, packed[0], whole)
         experts, heads = self.lane.pack(adapter, name_of, away)
         classifier = self._classifier(adapter)
         return HostAdapter(
@@ -234,6 +245,7 @@ class Placer:
             nbytes=nbytes + bytes_of(experts.values()) + bytes_of(heads.values())
             + (classifier.nbytes if classifier else 0), names=names,
             sites=packed[0], stock=packed[1] | experts, blocks=packed[2], heads=heads,
+            on_base=bool(adapter.dora), norms=norms,
             parts=(SlotPart(
                 adapter.digest, columns=adapter.columns, linear=_is_linear(adapter),
                 blocks=bool(blocks),
@@ -264,20 +276,17 @@ class Placer:
             )  # fmt: skip
         return block
 
-    def _vllm_parameter(self, name: str) -> str:
-        module, _, parameter = name.rpartition(".")
-        return f"{self._vllm_name(module)}.{parameter}"
 
-    def _vllm_name(self, module: str) -> str:
-        """Besides vLLM's own renaming: transformers 5 spells Mixtral's blocks `mlp`."""
-        if module not in self._vllm_names:
-            full = f"base_model.model.{module}.lora_A.weight"
-            name = parse_fine_tuned_lora_name(full, self._mapper)[0]
-            spellings = [name, name.replace(".mlp.", ".block_sparse_moe.")]
-            if self._pooling:
-                spellings += [f"model.{spelling}" for spelling in spellings]
-            self._vllm_names[module] = next((s for s in spellings if s in self._known), name)
-        return self._vllm_names[module]
+def _check_once(name_of: Mapping[str, str]) -> None:
+    """Raises AdapterError `duplicate_tensor` where two names of an adapter mean one layer."""
+    first: dict[str, str] = {}
+    for name, vllm_name in name_of.items():
+        if first.setdefault(vllm_name, name) != name:
+            raise AdapterError(
+                "duplicate_tensor", "two names of the adapter mean one layer of the model",
+                seen=f"{first[vllm_name]}, {name}", limit=vllm_name,
+                fix="remove one of them from the adapter",
+            )  # fmt: skip
 
 
 def _is_linear(adapter: RoutedAdapter) -> bool:
@@ -292,8 +301,7 @@ def _is_linear(adapter: RoutedAdapter) -> bool:
     return not adapter.columns or (multiplied and not own)
 
 
-def _site(layer: RoutedLinear, modules: Sequence[RoutedModule | None]) -> tuple[list[Shape], Fill]:
-    slices = layer.sharded(modules)
+def _site(layer: RoutedLinear, slices: Sequence[RoutedModule | None]) -> tuple[list[Shape], Fill]:
     return layer.site.shapes(slices), lambda out: layer.site.pack(slices, out)
 
 

@@ -369,6 +369,55 @@ PATCHES: tuple[Patch, ...] = (
         ),
     ),
     Patch(
+        name="exchange",
+        module="exchange",
+        why="An answer does not say which content of its adapter gave it.",
+        how=(
+            "`system_fingerprint` of the classes that answer ends with the adapter's version, and a"
+            " middleware puts it into a header."
+        ),
+        upstream="none yet",
+        remove_when="vLLM's answers carry the version of their adapter.",
+        targets=(
+            Target("vllm.entrypoints.generate.base.serving", "GenerateBaseServing.__init__"),
+            Target("vllm.entrypoints.serve.utils.fingerprint", "get_system_fingerprint"),
+        ),
+    ),
+    Patch(
+        name="adapter-routes",
+        module="adapters_http",
+        why=(
+            "Stock lists adapters without their versions and loads them without comparing; its "
+            "metrics cannot be extended from the engine's side."
+        ),
+        how=(
+            "Two routes and two middlewares on the app that is handed to endpoint plugins, and one "
+            "more field in the body of the load route."
+        ),
+        upstream="vllm-project/vllm#45820 (what a metric touches)",
+        remove_when="vLLM loads endpoint plugins that an operator's setting turns on.",
+        targets=(
+            Target("vllm.plugins.endpoint_plugins.interface", "attach_endpoint_plugins"),
+            Target("vllm.entrypoints.launchers.app", "build_app"),
+            Target("vllm.entrypoints.serve.lora.api_router", "_attach_router"),
+            Target("vllm.entrypoints.serve.lora.protocol", "LoadLoRAAdapterRequest"),
+            Target("vllm.v1.engine.core_client", "AsyncMPClient.call_utility_async"),
+        ),
+    ),
+    Patch(
+        name="versioned-outputs",
+        module="versioned",
+        why="An output does not say which content of its adapter gave it.",
+        how="Requests carry the version they were promised, and their outputs get it.",
+        upstream="vllm's own `weight_versions` (of base weights)",
+        remove_when="vLLM's outputs carry the version of their adapter.",
+        targets=(
+            Target("vllm.v1.engine.output_processor", "RequestState.from_new_request"),
+            Target("vllm.v1.engine.output_processor", "RequestState._new_request_output"),
+            Target("vllm.v1.engine.output_processor", "OutputProcessor.add_request"),
+        ),
+    ),
+    Patch(
         name="request-field",
         module="says_http",
         why="Stock drops fields of a request's body that it does not know, and one adapter is all.",
@@ -384,6 +433,29 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.entrypoints.pooling.base.serving", "PoolingBaseServing._check_model"),
             Target("vllm.entrypoints.pooling.base.serving", "PoolingBaseServing._init_ctx"),
             Target("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.model_name"),
+        ),
+    ),
+    Patch(
+        name="request-classes",
+        module="request_classes",
+        why="Classes of requests outside of OpenAI's API drop fields that they do not know.",
+        how=(
+            "They allow extra fields and are rebuilt, before FastAPI makes routes of them; what "
+            "makes a chat of Anthropic's messages hands `lora_ext` on."
+        ),
+        upstream="none yet",
+        remove_when="vLLM hands a request's extra fields to plugins.",
+        targets=(
+            Target("vllm.entrypoints.anthropic.protocol", "AnthropicMessagesRequest"),
+            Target(
+                "vllm.entrypoints.anthropic.serving", "AnthropicServingMessages._build_base_request"
+            ),
+            Target("vllm.entrypoints.scale_out.token_in_token_out.protocol", "GenerateRequest"),
+            Target(
+                "vllm.entrypoints.scale_out.token_in_token_out.serving",
+                "ServingTokens.serve_tokens",
+            ),
+            Target("vllm.entrypoints.pooling.embed.protocol", "CohereEmbedRequest"),
         ),
     ),
     Patch(
@@ -584,6 +656,42 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.plugins.endpoint_plugins.interface", "attach_endpoint_plugins"),
             Target("vllm.entrypoints.launchers.app", "build_app"),
             Target("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc"),
+        ),
+    ),
+    Patch(
+        name="reward-route",
+        module="rewards",
+        why=(
+            "A reward model of several adapters is one request to a client and many to the "
+            "engine; stock loads plugin routes only when VLLM_PLUGINS names them."
+        ),
+        how="A POST route is added to the app that is handed to endpoint plugins.",
+        upstream="none yet",
+        remove_when="vLLM loads endpoint plugins that an operator's setting turns on.",
+        targets=(
+            Target("vllm.plugins.endpoint_plugins.interface", "attach_endpoint_plugins"),
+            Target("vllm.entrypoints.launchers.app", "build_app"),
+            Target("vllm.entrypoints.serve.utils.api_utils", "with_cancellation"),
+            Target("vllm.inputs.engine", "tokens_input"),
+            Target("vllm.v1.engine.async_llm", "AsyncLLM.encode"),
+            Target("vllm.v1.engine.async_llm", "AsyncLLM.get_supported_tasks"),
+            Target("vllm.config.model", "ModelConfig.get_pooling_task"),
+            Target("vllm.pooling_params", "PoolingParams"),
+        ),
+    ),
+    Patch(
+        name="pooling-without-tokenizer",
+        module="scoring",
+        why=(
+            "An engine for embeddings with `skip_tokenizer_init` does not start: the scores of "
+            "pairs of texts, which it offers too, ask for the tokenizer."
+        ),
+        how="They are left out where there is no tokenizer.",
+        upstream="none yet",
+        remove_when="vLLM starts such an engine.",
+        targets=(
+            Target("vllm.entrypoints.pooling.utils", "enable_scoring_api"),
+            Target("vllm.entrypoints.pooling.factories", "init_pooling_io_processors"),
         ),
     ),
 )

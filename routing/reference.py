@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from vllm_lora_ext.routing.norm import InputNorm
+from vllm_lora_ext.routing.rescale import Rescale
 from vllm_lora_ext.routing.spec import GIVEN, GateSpec
 
 
@@ -16,7 +17,8 @@ class GatedSlice(Protocol):
     a_RK [R, in], b_NR [out, R] with every scale folded in, router_GK [G, in], bias_G [G],
     head_K [in], norm; the last four where the gate asks for them. logit_bias_G [G] is added to a
     router's logits. a_RK has R / n rows when n experts share one A. row_start is the first of the
-    numbers that come with each row which the gate reads.
+    numbers that come with each row which the gate reads. rescale is what happens to the layer's own
+    output, if anything does.
     """
 
     @property
@@ -39,6 +41,8 @@ class GatedSlice(Protocol):
     def norm(self) -> InputNorm | None: ...
     @property
     def row_start(self) -> int: ...
+    @property
+    def rescale(self) -> Rescale | None: ...
 
 
 def delta_reference(

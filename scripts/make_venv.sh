@@ -35,6 +35,8 @@ install "$torch" 2>/dev/null ||
 say "installing $engine"
 install "$engine"
 say "installing this package (editable) and the vllm metadata"
+cp requirements/torchvision-cpu.pth \
+  "$("$venv/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 install --no-build-isolation ./requirements/vllm-metadata
 install --no-build-isolation -e .
 

@@ -41,6 +41,9 @@ def _changed(machine: Machine, **versions: str | None) -> Machine:
     return dataclasses.replace(machine, versions={**machine.versions, **versions})
 
 
+SEES = dataclasses.replace(_changed(CPU, torchvision="0.30.0"), vision=True)
+
+
 def _with(machine: Machine, **environ: str) -> Machine:
     return dataclasses.replace(machine, environ=environ)
 
@@ -73,6 +76,7 @@ def test_gpu_without_triton_takes_the_v1_runner() -> None:
         (dataclasses.replace(GPU, gpus=()), "device", "problem", "no GPU"),
         (dataclasses.replace(CPU, plugins=("other",)), "plugin", "problem", "other"),
         (_changed(CPU, torchvision="0.30.0"), "torchvision", "problem", "uninstall"),
+        (SEES, "torchvision", "ok", "without its kernels"),
         (dataclasses.replace(CPU, compiler=None), "compiler", "problem", "g++"),
         (_with(CPU, VLLM_PLUGINS="other"), "VLLM_PLUGINS", "problem", "lora_ext"),
         (_with(CPU, VLLM_PLUGINS=""), "VLLM_PLUGINS", "problem", "lora_ext"),
@@ -115,6 +119,19 @@ def test_doctor_on_this_machine_imports_no_vllm() -> None:
     found = json.loads(done.stdout)
     assert set(found["versions"]) == set(DISTRIBUTIONS)
     assert found["patches"] and all(row["state"] == "ok" for row in found["patches"])
+
+
+def test_torchvision_and_transformers_import_in_this_environment() -> None:
+    """In a process that has imported nothing of ours."""
+    code = (
+        "import torchvision.transforms.v2, transformers\n"
+        "assert transformers.utils.is_torchvision_available()\n"
+        "from transformers import CLIPImageProcessor, Qwen2_5_VLProcessor"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_doctor_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,8 @@ class Machine:
     plugins: tuple[str, ...] = ()
     python: tuple[int, ...] = tuple(sys.version_info[:3])
     compiler: str | None = "g++"
+    vision: bool = False
+    """Whether torchvision gets by without its kernels."""
 
     @property
     def cpu_build(self) -> bool:
@@ -96,6 +98,7 @@ def this_machine() -> Machine:
         gpus=_gpus(),
         plugins=tuple(p.name for p in importlib.metadata.entry_points(group=GROUP)),
         compiler=shutil.which(os.environ.get("CXX", "g++")),
+        vision="torchvision._meta_registrations" in sys.modules,
     )
 
 
@@ -225,15 +228,18 @@ def _patches(machine: Machine, patches: tuple[Finding, ...]) -> Check:
 
 
 def _torchvision(machine: Machine) -> list[Check]:
-    """pip resolves the CPU build's torchvision to a CUDA one."""
+    """PyPI's is a CUDA build, whose registrations of kernels fail beside a CPU torch."""
     seen = machine.versions.get("torchvision")
     if not machine.cpu_build or seen is None or "+cpu" in seen:
         return []
+    if machine.vision:
+        return [Check("torchvision", "ok", f"{seen}, without its kernels")]
     return [
         Check(
             "torchvision", "problem", f"torchvision {seen} is no CPU build: transformers fails"
             " to import beside a CPU torch",
-            "pip uninstall torchvision torchaudio torchcodec (vLLM runs without them)",
+            "copy requirements/torchvision-cpu.pth of a checkout into site-packages, or pip"
+            " uninstall torchvision, which only models of images and video need",
         )
     ]  # fmt: skip
 

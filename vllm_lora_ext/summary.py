@@ -159,7 +159,7 @@ def adapter_bytes(adapter: RoutedAdapter) -> int:
     gates: list[torch.Tensor | None] = [block.router_GK for block in adapter.blocks.values()]
     owners = shared_routers(adapter.modules)
     for name, module in adapter.modules.items():
-        gates += [module.head_K]
+        gates += [module.head_K, *2 * [module.magnitude_N]]
         if name not in owners:
             gates += [module.router_GK, module.bias_G, module.logit_bias_G]
     rest = sum(t.numel() * ROUTER_BYTES for t in gates if t is not None)
@@ -197,9 +197,9 @@ def _groups(adapter: RoutedAdapter) -> list[dict[str, Any]]:
         a, b = module.a_RK, module.b_NR
         fields = _gate_fields(module.gate, module.rank) | {
             "in": a.shape[1], "out": b.shape[0], "shared_a": a.shape[0] != b.shape[1],
-            "router_of": router_of,
+            "router_of": router_of, "dora": module.magnitude_N is not None,
         }  # fmt: skip
-        key = (short, tuple(a.shape), tuple(b.shape), module.gate, router_of)
+        key = (short, tuple(a.shape), tuple(b.shape), module.gate, router_of, fields["dora"])
         groups.setdefault(key, {"name": short, "layers": 0, **fields})["layers"] += 1
     return list(groups.values())
 

@@ -7,6 +7,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
+from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
@@ -15,8 +17,9 @@ from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 from vllm.entrypoints.pooling.base.protocol import PoolingBasicRequestMixin
 from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
 from vllm.entrypoints.pooling.classify.protocol import ClassificationCompletionRequest
-from vllm.entrypoints.pooling.embed.protocol import EmbeddingCompletionRequest
+from vllm.entrypoints.pooling.embed.protocol import CohereEmbedRequest, EmbeddingCompletionRequest
 from vllm.entrypoints.pooling.scoring.protocol import ScoreTextRequest
+from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
@@ -38,12 +41,25 @@ GENERATING = {
         ], **more,
     ),
     "responses": lambda **more: ResponsesRequest(input="last", **more),
+    "messages": lambda **more: AnthropicServingMessages.to_chat_completion_request(
+        AnthropicMessagesRequest(
+            messages=[{"role": "user", "content": [{"type": "text", "text": "last"}]}],
+            max_tokens=1, **more,
+        )
+    ),
+}  # fmt: skip
+TOKENS = {
+    "tokens": lambda **more: GenerateRequest(
+        token_ids=[5], sampling_params=SamplingParams(), **more
+    ),
 }  # fmt: skip
 POOLING = {
+    "embed, Cohere": lambda **more: CohereEmbedRequest(texts=["hi"], **more),
     "embed": lambda **more: EmbeddingCompletionRequest(input="hi", **more),
     "classify": lambda **more: ClassificationCompletionRequest(input="hi", **more),
     "score": lambda **more: ScoreTextRequest(text_1="hi", text_2="ho", **more),
 }
+ALL = GENERATING | TOKENS | POOLING
 
 
 class Engine(AsyncEngine):
@@ -84,19 +100,21 @@ class Pooler(PoolingBaseServing):
 
 def send(models: Any, request: Any) -> tuple[str, LoRARequest | None, Any]:
     """The model that the answer names; the adapter and the plan that reach the engine's core."""
-    pooling = isinstance(request, PoolingBasicRequestMixin)
+    pooling = isinstance(request, (PoolingBasicRequestMixin, CohereEmbedRequest))
     server = Pooler(models) if pooling else BaseServing(models, models.engine.model_config)
     answer = asyncio.run(server._check_model(request))
     assert answer is None, answer
     given = server._maybe_get_adapters(request)
     asyncio.run(models.engine.add_request("r", "p", SamplingParams(), lora_request=given))
     params, adapter = models.engine.sent[-1]
-    return models.model_name(given), adapter, (params.extra_args or {}).get("lora_ext")
+    plan = dict((params.extra_args or {}).get("lora_ext") or {})
+    assert bool(plan.pop("version", "")) == (adapter is not None)
+    return models.model_name(given), adapter, plan or None
 
 
-@pytest.mark.parametrize("kind", [*GENERATING, *POOLING])
+@pytest.mark.parametrize("kind", ALL)
 def test_the_body_field_reaches_the_engine(models, kind):
-    make = {**GENERATING, **POOLING}[kind]
+    make = ALL[kind]
     name, adapter, plan = send(models, make(model="base", lora_ext=BOTH))
     assert (name, parts(adapter), plan) == ("base", [("a", 1.0), ("b", 0.5)], None)
     name, adapter, plan = send(models, make(model="mm", lora_ext={"modality_spans": {"image": []}}))
@@ -121,7 +139,7 @@ def test_who_says_nothing_is_not_looked_at(models):
         assert send(models, request) == (model, own, None)
 
 
-@pytest.mark.parametrize("kind", [*GENERATING, *POOLING])
+@pytest.mark.parametrize("kind", ALL)
 @pytest.mark.parametrize(
     ("model", "value", "words"),
     [
@@ -134,7 +152,7 @@ def test_who_says_nothing_is_not_looked_at(models):
     ],
 )
 def test_what_is_wrong_is_answered_before_anything_is_computed(models, kind, model, value, words):
-    request = {**GENERATING, **POOLING}[kind](model=model, lora_ext=value)
+    request = ALL[kind](model=model, lora_ext=value)
     if kind in POOLING:
         with pytest.raises(RefusedRequest) as caught:
             send(models, request)
@@ -149,13 +167,29 @@ def test_what_is_wrong_is_answered_before_anything_is_computed(models, kind, mod
     assert models.engine.sent == []
 
 
-def test_it_is_said_once(models):
-    request = GENERATING["chat"](model="base", lora_ext={}, vllm_xargs={"lora_ext": "{}"})
+def test_tokens_say_it_in_their_sampling_parameters_too(models):
+    params = SamplingParams(extra_args={"lora_ext": BOTH})
+    request = GenerateRequest(token_ids=[5], model="base", sampling_params=params)
+    name, adapter, _ = send(models, request)
+    assert (name, parts(adapter)) == ("base", [("a", 1.0), ("b", 0.5)])
+    assert not request.sampling_params.extra_args
+
+
+@pytest.mark.parametrize("kind", ["chat", "messages", "tokens"])
+def test_it_is_said_once(models, kind):
+    if kind == "tokens":
+        params = SamplingParams(extra_args={"lora_ext": {}})
+        request = GenerateRequest(
+            token_ids=[5], sampling_params=params, model="base", lora_ext={}
+        )  # fmt: skip
+    else:
+        request = GENERATING[kind](model="base", lora_ext={}, vllm_xargs={"lora_ext": "{}"})
     answer = asyncio.run(BaseServing(models, models.engine.model_config)._check_model(request))
-    assert answer.error.type == "bad_value" and "vllm_xargs" in answer.error.message
+    place = "extra_args" if kind == "tokens" else "vllm_xargs"
+    assert answer.error.type == "bad_value" and place in answer.error.message
 
 
-@pytest.mark.parametrize("kind", ["chat", "responses"])
+@pytest.mark.parametrize("kind", ["chat", "responses", "messages"])
 def test_the_last_message_is_the_instruction(models, kind):
     models.engine.vllm_config.model_config.get_vocab_size = lambda: 256
     _, adapter, _ = send(models, GENERATING[kind](model="wavllm"))

@@ -18,6 +18,7 @@ from vllm_lora_ext.adapters.hf import apply_adapter
 from vllm_lora_ext.adapters.model import RoutedAdapter
 from vllm_lora_ext.adapters.readers.native import write_native
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.routing import GateSpec, delta_reference
 
 IMAGE, PATCH, HIDDEN, MERGED = 56, 14, 64, 2
 PATCHES = (IMAGE // PATCH) ** 2
@@ -173,3 +174,29 @@ def test_without_the_flag_the_refusal_names_it(
     trained(towers[0], h.folder / "text", r".*text_model.*(q|o)_proj")
     assert h.worker.add_adapter(LoRARequest("text", 2, str(h.folder / "text")))
     assert h.worker.list_adapters() == {2}
+
+
+def test_the_language_models_own_names(
+    harness_of: Callable[..., Harness], towers: tuple[Any, Path]
+) -> None:
+    """As an adapter has them that was trained on the language model alone: plain and routed; two
+    names for one layer, and a layer that it does not have, are refused."""
+    from vllm.lora.request import LoRARequest
+
+    h, rng, x_TK = harness_of(), np.random.default_rng(5), torch.randn(5, HIDDEN)
+    whole, own = "model.text_model.layers.0.self_attn.o_proj", "model.layers.0.self_attn.o_proj"
+    for i, spec in enumerate((GateSpec(), router_spec()), 1):
+        module = random_module(rng, HIDDEN, HIDDEN, spec)
+        write_native(RoutedAdapter({own: module}, "random"), h.folder / str(i))
+        request = LoRARequest(str(i), i, str(h.folder / str(i)))
+        h.worker.add_adapter(request)
+        want = delta_reference(module, x_TK)
+        torch.testing.assert_close(h.delta(whole, request, x_TK), want, atol=1e-4, rtol=1e-4)
+    for wrong, code in (
+        ({own: module, whole: module}, "duplicate_tensor"),
+        ({own.replace("layers.0", "layers.7"): module}, "unknown_module"),
+    ):
+        write_native(RoutedAdapter(wrong, "random"), h.folder / code)
+        with pytest.raises(AdapterError) as caught:
+            h.worker.add_adapter(LoRARequest(code, 9, str(h.folder / code)))
+        assert caught.value.code == code

@@ -49,6 +49,7 @@ def check_adapter(adapter: RoutedAdapter) -> None:
         _check_matrices(name, module)
         _check_gate_tensors(name, module)
         _check_columns(name, module, adapter)
+        _check_magnitude(name, module)
         _check_finite(name, module)
     for name, block in adapter.blocks.items():
         _check_block(name, block)
@@ -261,12 +262,30 @@ def _check_classified(name: str, module: RoutedModule, adapter: RoutedAdapter) -
         )  # fmt: skip
 
 
+def _check_magnitude(name: str, module: RoutedModule) -> None:
+    """DoRA's norm is that of all that a layer adds, which may hang on nothing else."""
+    magnitude_N, out = module.magnitude_N, module.b_NR.shape[0]
+    if magnitude_N is None:
+        return
+    if module.gate.source != "none" or module.kind != "linear":
+        raise AdapterError(
+            "unsupported_feature", f"{name} has DoRA's magnitudes and is no ordinary LoRA of a"
+            " linear layer", seen=module.gate.source if module.kind == "linear" else module.kind,
+            limit="linear layers without a gate", fix="train it without DoRA",
+        )  # fmt: skip
+    if list(magnitude_N.shape) != [out]:
+        raise AdapterError(
+            "bad_shape", f"the magnitudes of {name} have the wrong shape",
+            seen=list(magnitude_N.shape), limit=[out], fix="save the adapter again",
+        )  # fmt: skip
+
+
 def _check_finite(name: str, module: RoutedModule) -> None:
     tensors = {
         "A": module.a_RK, "B times its scale": module.b_NR, "router": module.router_GK,
         "bias": module.bias_G, "threshold head": module.head_K,
         "threshold head's bias": torch.tensor(module.head_bias),
-        "logit bias": module.logit_bias_G,
+        "logit bias": module.logit_bias_G, "magnitude": module.magnitude_N,
     }  # fmt: skip
     if module.norm is not None:
         norm = module.norm

@@ -14,6 +14,7 @@ from vllm_lora_ext import routing
 from vllm_lora_ext.adapters.blocks import activation
 from vllm_lora_ext.adapters.checks import BLOCK_PARTS, check_fits
 from vllm_lora_ext.adapters.classifier import Classifier
+from vllm_lora_ext.adapters.dora import rescaled
 from vllm_lora_ext.adapters.model import MixBlock, RoutedAdapter, RoutedModule
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.routing.mix import mix_reference
@@ -52,7 +53,8 @@ class AppliedAdapter:
 def apply_adapter(
     hf_model: nn.Module, adapter: RoutedAdapter, rows_TC: torch.Tensor | None = None
 ) -> AppliedAdapter:
-    """Add `B (g(x) ⊙ (A x))` to every adapted layer of a transformers model, in fp32.
+    """Add `B (g(x) ⊙ (A x))` to every adapted layer of a transformers model, in fp32; rescale
+    its own output before, where the adapter is a DoRA.
 
     An adapter with a classifier (X-LoRA) has every call of the model run twice, and raises
     `unsupported_feature` at a call that goes on from a KV cache: it would need two of them.
@@ -83,7 +85,8 @@ def apply_adapter(
         handles.append(mlp.register_forward_hook(_block_hook(name, block, mlp)))
     for name, module in adapter.modules.items():
         layer = hf_model.get_submodule(name)
-        handles.append(layer.register_forward_hook(_hook(_to(module, layer), rows)))
+        moved = _rescaled(name, _to(module, layer), layer)
+        handles.append(layer.register_forward_hook(_hook(moved, rows)))
     return AppliedAdapter(handles, rows)
 
 
@@ -164,9 +167,19 @@ def _hook(module: RoutedModule, rows: _Rows) -> Any:
         x = args[0]
         flat = x.reshape(-1) if module.kind == "embedding" else x.reshape(-1, x.shape[-1])
         delta = delta_reference(module, flat, rows.of(module)).reshape(output.shape)
-        return (output.float() + delta).to(output.dtype)
+        y = output.float()
+        if module.rescale is not None:
+            y = y * module.rescale.scale_N + module.rescale.shift_N
+        return (y + delta).to(output.dtype)
 
     return add
+
+
+def _rescaled(name: str, module: RoutedModule, layer: Any) -> RoutedModule:
+    if module.magnitude_N is None:
+        return module
+    weight = layer.weight.t() if type(layer).__name__ == "Conv1D" else layer.weight
+    return rescaled(name, module, weight, layer.bias)
 
 
 def _block_hook(name: str, block: MixBlock, mlp: nn.Module) -> Any:

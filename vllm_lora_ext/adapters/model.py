@@ -10,7 +10,7 @@ import torch
 from vllm_lora_ext.adapters.classifier import Classifier
 from vllm_lora_ext.adapters.template import Template
 from vllm_lora_ext.conditions.column import Column
-from vllm_lora_ext.routing import GateSpec, InputNorm
+from vllm_lora_ext.routing import GateSpec, InputNorm, Rescale
 
 Kind = Literal["linear", "embedding"]
 NO_GATE = GateSpec()  # a plain LoRA
@@ -31,6 +31,9 @@ class RoutedModule:
         logit_bias_G: [G], added to the router's logits before they are scored.
         norm: when gate.normalise is not `none`.
         row_start: first of the numbers that come with each row which the gate reads.
+        magnitude_N: [out], of DoRA: `y = m / |W + B A| * (W x + B A x)`, the norm that of each row
+            of the weight. Only of linear layers without a gate.
+        rescale: what comes of it where the base weights are known (`dora.rescaled`), B scaled too.
     """
 
     a_RK: torch.Tensor
@@ -44,6 +47,8 @@ class RoutedModule:
     logit_bias_G: torch.Tensor | None = None
     norm: InputNorm | None = None
     row_start: int = 0
+    magnitude_N: torch.Tensor | None = None
+    rescale: Rescale | None = None
 
     @property
     def rank(self) -> int:
@@ -154,6 +159,11 @@ class RoutedAdapter:
     heads: dict[str, Head] = field(default_factory=dict, repr=False)
     experts: dict[str, FusedExperts] = field(default_factory=dict, repr=False)
     classifier: Classifier | None = field(default=None, repr=False)
+
+    @property
+    def dora(self) -> list[str]:
+        """Layers with DoRA's magnitudes, whose output the adapter rescales."""
+        return [name for name, m in self.modules.items() if m.magnitude_N is not None]
 
     @property
     def rank(self) -> int:

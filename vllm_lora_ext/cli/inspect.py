@@ -84,6 +84,7 @@ def _modules(groups: list[dict[str, Any]]) -> Table:
     for group in groups:
         shape = f"{group['in']} → {group['out']}" + (", one A" if group["shared_a"] else "")
         of = f", router of {group['router_of']}" if group["router_of"] else ""
+        of += ", DoRA" if group.get("dora") else ""
         made.add_row(*_cells(group, shape, group["gate"] + of))
     return made
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from vllm_lora_ext.cli.lines import EngineArgs, parse_object
 from vllm_lora_ext.cli.output import (
     Dtype,
     Json,
@@ -33,12 +33,7 @@ def verify(
     engine: Annotated[
         bool, typer.Option("--engine", help="run it in a vLLM engine too (20 s and more)")
     ] = False,
-    engine_args: Annotated[
-        str,
-        typer.Option(
-            metavar="JSON", help='more options of vLLM\'s LLM, as {"tensor_parallel_size": 2}'
-        ),
-    ] = "{}",
+    engine_args: EngineArgs = "{}",
     dtype: Annotated[Dtype, typer.Option(help="of the engine")] = Dtype.float32,
     prompts: Annotated[
         str,
@@ -73,7 +68,7 @@ def verify(
     `vllm-lora-ext verify adapters/routed --base models/base --engine --dtype bfloat16
     --prompts questions.txt --json`
     """
-    given, more = parse_settings(settings), _object(engine_args)
+    given, more = parse_settings(settings), parse_object(engine_args, "--engine-args")
     if importlib.util.find_spec("transformers") is None:
         raise typer.BadParameter(
             "needs transformers: pip install transformers", param_hint="verify"
@@ -140,31 +135,19 @@ def _verify(
 def _ask_engine(
     options: dict[str, Any], served: Path, with_adapter: Any, without: Any, step: Any
 ) -> list[Any]:
-    # vLLM logs to stdout, where the result belongs; both are read when vLLM is imported.
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    # On a CPU the default is a share of the whole memory; these few prompts need little.
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    from vllm import LLM
-    from vllm.lora.request import LoRARequest
-
+    from vllm_lora_ext.engines import log_elsewhere, start_engine, stop_engine
     from vllm_lora_ext.verify import compare_engine
 
-    try:
-        llm = LLM(**options)
-    except Exception as error:  # vLLM raises many kinds, and has logged the cause
-        if (known := AdapterError.parse(str(error))) is not None:
-            raise known from error
-        raise AdapterError(
-            "engine_failed", f"the vLLM engine does not start: {str(error)[:300]}",
-            fix="look at vLLM's log above; options go into --engine-args",
-        ) from error  # fmt: skip
+    log_elsewhere()
+    llm = start_engine(options)
+    from vllm.lora.request import LoRARequest
+
     try:
         step("asking the engine")
         lora = LoRARequest("verified", 1, str(served.resolve()))
         return compare_engine(llm, lora, with_adapter, without)
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        stop_engine(llm)
 
 
 def _lines(file: Path) -> list[str]:
@@ -195,16 +178,6 @@ def _token_ids(lines: list[str], base: str) -> list[list[int]]:
             ids = tokenizer(line)["input_ids"]
         prompts.append(ids)
     return prompts
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"not JSON: {error}", param_hint="--engine-args") from error
-    if not isinstance(value, dict):
-        raise typer.BadParameter("must be a JSON object", param_hint="--engine-args")
-    return value
 
 
 def _show(verdict: Any, engine: bool) -> None:

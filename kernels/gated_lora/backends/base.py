@@ -65,6 +65,9 @@ class Store:
     def routers_moved(self, router_SGK: torch.Tensor) -> None:
         """The routers of all slots have new memory."""
 
+    def rescale_made(self, rescale_S2N: torch.Tensor) -> None:
+        """Slots have memory for scale and shift of the layer's own output: [slots, 2, N] fp32."""
+
     def changed(self) -> None:
         """What was made of the site's plans, its step or who listens holds no more."""
 
@@ -110,7 +113,8 @@ class Backend(Protocol):
         site: Site,
         v_PTR: torch.Tensor | None = None,
     ) -> None:
-        """Second launch: adds `B (g ⊙ A x)` to y in place; gates read v, by default u."""
+        """Second launch: adds `B (g ⊙ A x)` to y in place, which a plan's `rescale` has changed
+        before; gates read v, by default u."""
 
     def gated_lora_(self, y_TN: torch.Tensor, x_TK: torch.Tensor, site: Site) -> None:
         """Both, where nobody needs to know what is between them."""

@@ -217,6 +217,11 @@ def _expand_(
                 h = (g_TR * h).unflatten(1, (p.gate.num_gates, -1)).sum(dim=1)
             h = read.times_factor_(g_TR * h.repeat(1, g_TR.shape[1] // h.shape[1]), p)
         y = y_TN[:, p.y_start : p.y_stop]
+        if p.rescale is not None:
+            rows = slice(start, stop) if index_T is None else index_T
+            own_TN = y[rows].float() * p.rescale.scale_N + p.rescale.shift_N
+            y[rows] = (own_TN + torch.mm(h, p.bt_RN.float())).to(y.dtype)
+            continue
         if index_T is not None:
             y.index_add_(0, index_T, torch.mm(h, p.bt_RN.float()).to(y.dtype))
         elif y.dtype is torch.float32:

@@ -117,9 +117,9 @@ def read(folder: AdapterFolder) -> RoutedAdapter:
 def _peft(folder: AdapterFolder) -> tuple[_Config, _Source]:
     config = _config(folder, folder.config, CONFIG)
     given = folder.config.get("adapters")
-    count = len(given) if isinstance(given, dict) else 0
-    names = [str(i) for i in range(count)]
-    if not count or set(given) != set(names):
+    found = set(given) if isinstance(given, dict) else set()
+    names = [str(i) for i in range(len(found))]
+    if not found or found != set(names):
         raise bad_value(f"adapters in {CONFIG}", given, 'an object of experts "0", "1", "2", ...')
     names = expert_names(folder, names, f"adapters in {CONFIG}")
     dropout = folder.config.get("xlora_dropout_p", 0.2)

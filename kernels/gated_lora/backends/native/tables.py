@@ -48,7 +48,7 @@ class _Gate(Structure):
 class _Slice(Structure):
     _fields_ = (
         ("gate", _Gate),
-        ("bt_RN", c_void_p),
+        *((name, c_void_p) for name in ("bt_RN", "scale_N", "shift_N")),
         *((name, c_int64) for name in (
             "index", "ranks", "a_start", "a_rows", "router_start", "head_at", "y_start", "n",
             "h_start", "row_start", "factor_at", "parts",
@@ -194,6 +194,7 @@ def _slice(index: int, p: SlicePlan, h_start: int) -> _Slice:
         a_start=p.a_start, a_rows=p.a_stop - p.a_start, router_start=p.router_start,
         head_at=p.head_at, y_start=p.y_start, n=p.bt_RN.shape[1], h_start=h_start,
         row_start=p.row_start, factor_at=p.factor_at,
+        **({} if p.rescale is None else {n: t.data_ptr() for n, t in p.rescale._asdict().items()}),
     )  # fmt: skip
 
 
