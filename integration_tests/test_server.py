@@ -472,6 +472,16 @@ def test_an_adapter_of_another_base(server, client, places):
     refused(client, "of-qwen2")
 
 
+def test_two_passes_are_a_setting(server, client, places):
+    xlora = FIXTURES / "conditioned" / "xlora_topk-a" / "adapter"
+    shutil.copytree(xlora, places.adapters / "xlora")
+    answer = load(server, "xlora", places.adapters / "xlora")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"]) == (400, "unsupported_feature")
+    assert '"two_pass": true' in error["message"]
+    refused(client, "xlora")
+
+
 def test_a_mended_adapter_loads_under_the_name_that_failed(server, client, places):
     folder = places.adapters / "mended"
     build_bad("router_nan", folder)

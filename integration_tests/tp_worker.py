@@ -60,7 +60,8 @@ def main(job_file: str, result_file: str) -> None:
     with shared_memory_removed() as files, cluster:
         llm = make_engine(
             job["base"], tensor_parallel_size=2, distributed_executor_backend=job["backend"],
-            max_loras=6, max_num_batched_tokens=256, **job["options"],
+            max_loras=6, max_num_batched_tokens=256,
+            additional_config={"lora_ext": {"two_pass": True}}, **job["options"],
         )  # fmt: skip
         try:
             started = time.time()
@@ -99,9 +100,10 @@ def refusal(llm: Any, folder: str) -> str:
 
 
 def what_requests_say(llm: Any) -> int:
-    """Adapters on spans and Activated LoRAs beside others; how many requests were right."""
+    """Adapters on spans, Activated LoRAs and X-LoRA beside others; how many requests were right."""
     conditioned.load(llm)
     cases = [*conditioned.mixes("spans-a"), *conditioned.aloras(), *conditioned.others()]
+    cases += conditioned.xloras("xlora_topk-a", "xlora_lw_topk-a")
     for _ in range(2):  # the second time from the prefix cache
         conditioned.check(cases, conditioned.ask(llm, cases))
     return len(cases)
