@@ -10,8 +10,9 @@ from integration_tests.engines import close, make_engine
 
 @pytest.fixture(scope="session")
 def llama() -> Iterator[Any]:
-    """Tiny Llama under vLLM's default compile mode."""
-    llm = make_engine("base_llama")
+    """Tiny Llama under vLLM's default compile mode, open to the folders that settings allow."""
+    allowed = {"pickle": "weights_only", "accept_config_keys": ["newest_option"]}
+    llm = make_engine("base_llama", additional_config={"lora_ext": allowed})
     yield llm
     close(llm)
 

@@ -148,6 +148,8 @@ KINDS = {
     "a drafter": Kind(with_drafter),
     "training": Kind(lora={"lora_dropout": 0.5, "init_lora_weights": "orthogonal"}),
     "neutral keys": Kind(lambda folder: peft_folders.set_config(folder, newer=None, other=False)),
+    "an accepted key": Kind(lambda folder: peft_folders.set_config(folder, newest_option=16)),
+    "a pickle": Kind(peft_folders.as_pickle),
 }  # fmt: skip
 
 

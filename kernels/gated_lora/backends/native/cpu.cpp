@@ -248,17 +248,27 @@ void gate_slice(const Slot& slot, const Slice& s, const float* u, const float* v
   list[-1] = used;
 }
 
+// B's columns of a part, over the ranks in use.
+template <int V, typename... Count>
+inline void add_part(Vec (&acc)[V], const Slice& s, const float* h, const int32_t* ranks, int64_t n,
+                     Count... count) {
+  const int32_t* list = ranks + s.h_start + s.index;
+  h += s.h_start;
+  for (int32_t j = 1; j <= list[0]; j++) {
+    const float* row = s.bt_RN + list[j] * s.n + n;
+    for (int v = 0; v < V; v++) acc[v] += h[list[j]] * load(row + v * W, count...);
+  }
+}
+
 template <int V, typename Y, typename... Count>
 void add_columns(const Slice* slice, const float* h, const int32_t* ranks, int64_t n, Y* y,
                  Count... count) {
   Vec acc[V] = {};
-  for (const Slice* s = slice; s < slice + slice->parts; s++) {
-    const int32_t* list = ranks + s->h_start + s->index;
-    for (int32_t j = 1; j <= list[0]; j++) {
-      const float* row = s->bt_RN + list[j] * s->n + n;
-      const float value = h[s->h_start + list[j]];
-      for (int v = 0; v < V; v++) acc[v] += value * load(row + v * W, count...);
-    }
+  if (slice->parts == 1) {  // in registers all along
+    add_part(acc, *slice, h, ranks, n, count...);
+  } else {
+    for (const Slice* s = slice; s < slice + slice->parts; s++)
+      add_part(acc, *s, h, ranks, n, count...);
   }
   for (int v = 0; v < V; v++)
     store(y + n + v * W, load(y + n + v * W, count...) + acc[v], count...);
