@@ -462,7 +462,8 @@ def test_routes_that_are_not_openais(server, mixed):
             }  # fmt: skip
             answer = post(server, "v1/messages", messages)
             assert answer.status_code == 200, answer.text
-            assert answer.json()["content"][0]["text"].split() == words(greedy).split()
+            said_words = [w for w in words(greedy).split() if w != "t0"]  # a special token
+            assert answer.json()["content"][0]["text"].split() == said_words
 
 
 @pytest.mark.parametrize("route", ["v1/messages", "inference/v1/generate"])
