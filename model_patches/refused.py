@@ -2,7 +2,7 @@
 
 Targets: `OutputProcessor.process_outputs`, where a request that the engine core refused ends. Stock
 answers it with 500, whatever the reason, and a pooling request ends the front end. And the server's
-handler of vLLM's own errors, which names every one of a status alike.
+handler of a `ValueError`, which ours are: it names every one of a status alike.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _end(processor: Any, output: EngineCoreOutput, error: AdapterError) -> list[
 
 def apply() -> None:
     """Wraps what turns the core's outputs into answers, and errors into answers of a server."""
-    stock, stock_handler = OutputProcessor.process_outputs, handlers.vllm_error_handler
+    stock, stock_handler = OutputProcessor.process_outputs, handlers.exception_handler
 
     @functools.wraps(stock)
     def new_process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -108,4 +108,4 @@ def apply() -> None:
         return JSONResponse(answer.model_dump(), status_code=answer.error.code)
 
     OutputProcessor.process_outputs = new_process_outputs
-    handlers.vllm_error_handler = new_handler
+    handlers.exception_handler = new_handler

@@ -281,7 +281,7 @@ PATCHES: tuple[Patch, ...] = (
         ),
         how=(
             "`process_outputs` hands the error's own text and status to the caller; the handler "
-            "of vLLM's errors answers ours with their stable code as the type."
+            "of a ValueError answers ours with their stable code as the type."
         ),
         upstream="none yet",
         remove_when="vLLM's core can say why it refused a request (0.33 begins to).",
@@ -298,8 +298,7 @@ PATCHES: tuple[Patch, ...] = (
                 "vllm.entrypoints.serve.exception_handling.register", "init_exception_handler"
             ),
             Target(
-                "vllm.entrypoints.serve.exception_handling.handlers.vllm_error",
-                "vllm_error_handler",
+                "vllm.entrypoints.serve.exception_handling.handlers.exception", "exception_handler"
             ),
         ),
     ),
