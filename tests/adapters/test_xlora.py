@@ -16,7 +16,9 @@ from vllm_lora_ext.adapters.registry import needs_two_passes
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging.factors import load_factors
 from vllm_lora_ext.merging.routed import concat_routed
+from vllm_lora_ext.summary import summarise
 from vllm_lora_ext.trace import record
+from vllm_lora_ext.verify import engine_options
 
 ROOT = FIXTURES / "conditioned"
 NAMES = sorted(path.name for path in ROOT.glob("xlora_*"))
@@ -335,3 +337,15 @@ def test_who_needs_two_passes(folder, tmp_path):
     assert needs_two_passes(folder)
     assert not needs_two_passes(folder / "0")
     assert not needs_two_passes(tmp_path / "nothing")
+
+
+def test_what_an_operator_is_told(folder):
+    adapter = load_adapter(folder)
+    summary = summarise(adapter)
+    assert summary["classifier"] == "96 → 20 → 32, ReLU, softmax / 1; two passes"
+    assert summary["fields"] == {"adapters": "its name, alone"}
+    options = engine_options("base_qwen2", adapter, "float32", 384, 20)
+    assert options["additional_config"] == {"lora_ext": {"two_pass": True, "max_gates": 32}}
+    flat = load_adapter(ROOT / "xlora_topk-a" / "adapter")
+    text = summarise(flat)["classifier"]
+    assert text == "128 → 24 → 24 → 3, ReLU, softmax / 0.5, top 2; two passes"

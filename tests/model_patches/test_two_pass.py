@@ -13,7 +13,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.lora.request import LoRARequest
 
-from tests.make_adapters import FIXTURES
+from tests.make_adapters import BASE_LLAMA, FIXTURES
 from vllm_lora_ext.adapters import load_adapter
 from vllm_lora_ext.conditions.recipe import Part, Recipe
 from vllm_lora_ext.errors import AdapterError
@@ -180,7 +180,7 @@ class TestAServersOwnAdapters:
 
         def make(*paths: Path | str, **given: Any) -> Any:
             modules = [Namespace(name="a", path=str(path)) for path in paths]
-            args = Namespace(model="base", lora_modules=modules or None, **given)
+            args = Namespace(model=str(BASE_LLAMA), lora_modules=modules or None, **given)
             return AsyncEngineArgs.from_cli_args(args).additional_config
 
         return make

@@ -14,8 +14,8 @@ from vllm_lora_ext.cli.output import Json, Set, fail, parse_settings, print_json
 from vllm_lora_ext.errors import AdapterError
 
 _FACTS = (
-    "system", "format", "paper", "base_model", "rank", "router_rows", "slot_mib", "slot_mib_cpu",
-    "adapter_mib", "digest",
+    "system", "format", "paper", "base_model", "rank", "router_rows", "classifier",
+    "slot_mib", "slot_mib_cpu", "adapter_mib", "digest",
 )  # fmt: skip
 
 

@@ -54,10 +54,10 @@ def verify(
 ) -> None:
     """Run an adapter on its base model in several ways, and print how far they are apart.
 
-    transformers in float32 is the yardstick. The adapter's copy in the native format must give the
-    same; with --engine a vLLM engine answers too, rows of the adapter and of the base model in one
-    batch, and every log-probability and greedy token is compared (of large vocabularies, the 20
-    likeliest tokens).
+    transformers in float32 is the yardstick. The adapter's copy in the native format, where there
+    is one (X-LoRA has none), must give the same; with --engine a vLLM engine answers too, rows of
+    the adapter and of the base model in one batch, and every log-probability and greedy token is
+    compared (of large vocabularies, the 20 likeliest tokens).
 
     Exit code 0: all within the tolerance. 1: beyond it, or the adapter is refused. 2: wrong usage.
 
@@ -98,6 +98,12 @@ def _verify(
     from vllm_lora_ext.adapters.limits import DTYPES
 
     loaded = load_adapter(folder, settings=settings)
+    copied = loaded.classifier is None  # the native format has none
+    if not copied and not engine:
+        raise typer.BadParameter(
+            f"{loaded.system} has no copy in the native format to be compared with",
+            param_hint="--engine",
+        )
     texts = None if prompts_from == "random" else _lines(Path(prompts_from))
     with steps(2 + 3 * len(texts or v.LENGTHS) + 2 * engine) as step:
         step("loading the base model")
@@ -108,7 +114,7 @@ def _verify(
         prompts = v.random_prompts(model, loaded) if texts is None else _token_ids(texts, base)
         without = v.follow(model, None, prompts, step)
         with_adapter = v.follow(model, loaded, prompts, step)
-        comparisons = [v.compare_copy(model, loaded, with_adapter, step)]
+        comparisons = [v.compare_copy(model, loaded, with_adapter, step)] if copied else []
         del model
         if engine:
             with tempfile.TemporaryDirectory(prefix="vllm-lora-ext-") as scratch:
