@@ -22,7 +22,7 @@ pytestmark = pytest.mark.engine
 
 
 def test_pefts_numbers_in_one_batch(qwen2: Any, tmp_path: Path) -> None:
-    """Two DoRAs (biases on q, k, v; own scales), a plain and a routed adapter, the base."""
+    """Two DoRAs on a base with biases, a plain and a routed adapter, the base."""
     net, config = model(BASE), AutoConfig.from_pretrained(base_path(BASE))
     routed = random_adapter(config, 1)
     prompts = [steady_prompt(BASE, routed, n, n) for n in (5, 90)]  # the second in two chunks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from vllm_lora_ext.cli import app
 from vllm_lora_ext.labels import BY, Question, score_labels
 
 pytestmark = pytest.mark.engine
+command = importlib.import_module("vllm_lora_ext.cli.label")
 BOUND, MENTA = 1e-3, "menta-a"
 META, NUMBERS = fixture(MENTA)
 
@@ -82,6 +84,7 @@ def test_labels_find_their_prompt_in_the_prefix_cache(llama_eager: Any) -> None:
 def test_the_command(llama: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engines, "start_engine", lambda options: llama)
     monkeypatch.setattr(engines, "stop_engine", lambda llm: None)
+    monkeypatch.setattr(command, "_lora", lambda folder: adapter(MENTA))
     file = tmp_path / "lines.jsonl"
     file.write_text("\n".join(map(json.dumps, lines())))
     folder = FIXTURES / "conditioned" / MENTA / "adapter"

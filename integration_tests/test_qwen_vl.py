@@ -113,7 +113,7 @@ def test_the_cases_tell_adapters_apart(cases: list[Case]) -> None:
 
 
 def test_numbers_of_transformers(llm: Any, cases: list[Case]) -> None:
-    """All in one batch, with more adapters than slots, then alone; prompts of several steps."""
+    """Everybody in one batch, more adapters than slots, then alone; prompts of several steps."""
     shuffled = [cases[i] for i in np.random.default_rng(0).permutation(len(cases))]
     check(shuffled, ask(llm, shuffled, skip_reading_prefix_cache=True))
     for case in cases[:6]:

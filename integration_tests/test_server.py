@@ -369,7 +369,7 @@ def test_an_adapter_that_is_gone_when_it_is_asked_for(server, client, places):
         base = pool.submit(ask, client, "base", PLAIN.prompts[0], 1)
         with pytest.raises(NotFoundError) as caught:
             going.result()
-        assert "lora_ext:not_found" in str(caught.value)
+        assert caught.value.type == "not_found"
         assert plain.result().token_ids == PLAIN.greedy[0] and len(base.result().token_ids) == 1
     shutil.copytree(MOE.folder, places.adapters / "going")
     assert ask(client, "going", MOE.prompts[0]).token_ids == MOE.greedy[0]
@@ -589,7 +589,8 @@ def test_routes_that_are_not_openais(server, mixed):
             }  # fmt: skip
             answer = send(server, "v1/messages", messages)
             assert answer.status_code == 200, answer.text
-            assert answer.json()["content"][0]["text"].split() == words(greedy).split()
+            said_words = [w for w in words(greedy).split() if w != "t0"]  # a special token
+            assert answer.json()["content"][0]["text"].split() == said_words
 
 
 @pytest.mark.parametrize("route", ["v1/messages", "inference/v1/generate"])

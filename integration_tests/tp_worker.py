@@ -34,6 +34,7 @@ from integration_tests.engines import (
     run,
     tokens,
 )
+from vllm_lora_ext.errors import AdapterError
 
 MARK = "VLLM_LORA_EXT_TP_RUN"
 HOST = "127.0.0.1"
@@ -78,6 +79,7 @@ def ask(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
         "logprobs": prompt_logprobs(llm, requests, job["vocabulary"]),
         "tokens": [tokens(o) for o in run(llm, requests, greedy())],
     }
+    result["refused"] = [refusal(llm, folder) for folder in job["refused"]]
     result["from_memory"] = from_memory(llm, job)
     result["conditioned"] = what_requests_say(llm)
     llm.reset_prefix_cache()
@@ -86,6 +88,15 @@ def ask(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     result["ranks"] = llm.collective_rpc(seen)
     result["listening"] = listening()
     return result
+
+
+def refusal(llm: Any, folder: str) -> str:
+    """The code with which an adapter is refused."""
+    try:
+        llm.llm_engine.add_lora(lora("refused", folder))
+    except AdapterError as error:
+        return error.code
+    return "served"
 
 
 def what_requests_say(llm: Any) -> int:

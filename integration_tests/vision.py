@@ -1,4 +1,4 @@
-"""Tiny vision-language models made from configs, and what transformers says about images."""
+"""Tiny vision-language models made from configs, and what transformers answers in their place."""
 
 from __future__ import annotations
 

@@ -22,6 +22,8 @@ from vllm_lora_ext.settings import KEY, LoraExtSettings
 
 logger = logging.getLogger("vllm.lora_ext")
 
+_BY_TOKENS = "ExampleConnector"
+
 
 def check_config(vllm_config: Any, lora_config: Any) -> LoraExtSettings:
     """The settings of an engine with LoRA.
@@ -39,6 +41,7 @@ def check_config(vllm_config: Any, lora_config: Any) -> LoraExtSettings:
         check_trace(vllm_config, graphs)
     if settings.two_pass:
         check_two_pass(vllm_config)
+    _check_connector(vllm_config.kv_transfer_config)
     return settings
 
 
@@ -82,6 +85,18 @@ def _without_full_graphs(vllm_config: Any) -> None:
     if compilation.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE:
         compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
         logger.info("vllm-lora-ext: two_pass: cudagraph_mode is PIECEWISE, not FULL_AND_PIECEWISE")
+
+
+def _check_connector(transfer: Any) -> None:
+    """KV of other weights must not be taken for a request's own: most connectors know it by vLLM's
+    block hashes, where an adapter's digest is."""
+    if transfer is not None and transfer.has_connector(_BY_TOKENS):
+        raise AdapterError(
+            "bad_settings", "this KV connector names what it keeps by the tokens alone, so that one"
+            " adapter's requests would get another's", seen=_BY_TOKENS,
+            limit="connectors that use vLLM's block hashes, as OffloadingConnector does",
+            fix="choose another connector, or start without LoRA",
+        )  # fmt: skip
 
 
 def check_trace(vllm_config: Any, graphs: bool) -> None:

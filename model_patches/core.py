@@ -143,8 +143,12 @@ class Adapters:
         except AdapterError as error:
             self._refuse(request, error)
             return False
-        if lora.load_inplace or lora.lora_int_id != at:
-            request.lora_request = msgspec.structs.replace(lora, lora_int_id=at, load_inplace=False)
+        if lora.load_inplace:  # done
+            request.lora_request = lora = msgspec.structs.replace(lora, load_inplace=False)
+        if lora.lora_int_id != at:  # in a step, vLLM takes adapters of one name for one adapter
+            request.lora_request = msgspec.structs.replace(
+                lora, lora_int_id=at, lora_name=f"{lora.lora_name}@{held.version[:12]}"
+            )
         self._rekey(request, held, sent=False)
         return True
 

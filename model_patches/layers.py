@@ -157,18 +157,15 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
             if module is None or len(sizes) == 1:
                 slices += [module] * len(sizes)
             else:
-                ends = itertools.accumulate(sizes)
-                slices += [
-                    _outputs(module, operator.itemgetter(slice(end - n, end)))
-                    for end, n in zip(ends, sizes, strict=True)
-                ]
+                for end, size in zip(itertools.accumulate(sizes), sizes, strict=True):
+                    slices.append(_outputs(module, operator.itemgetter(slice(end - size, end))))
         return slices
 
     def _shard(self, i: int, m: RoutedModule) -> RoutedModule:
         """This rank's part of slice `i`, by stock's own slicing."""
         if self.x_is_shard:
             rows = slice(None) if self.site.y_part is None else self.site.y_part
-            return _outputs(_cut_x(m, self.slice_lora_a), lambda b: b[rows])
+            return _outputs(_cut_x(m, self.slice_lora_a), operator.itemgetter(rows))
         m = _cut_x(m, self.site.own_x)
         if self.n_slices == 1:
             return _outputs(m, self.slice_lora_b)

@@ -1,7 +1,8 @@
 """An `AdapterError` as vLLM's front ends understand it, and as an HTTP answer.
 
-Target: `OutputProcessor.process_outputs`, where a request that the engine core refused ends. Stock
-answers it with 500, whatever the reason, and a pooling request ends the front end.
+Targets: `OutputProcessor.process_outputs`, where a request that the engine core refused ends. Stock
+answers it with 500, whatever the reason, and a pooling request ends the front end. And the server's
+handler of a `ValueError`, which ours are: it names every one of a status alike.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ import functools
 from http import HTTPStatus
 from typing import Any
 
+import vllm.entrypoints.serve.exception_handling.register as handlers
+from fastapi.responses import JSONResponse
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import GracefulHTTPError
@@ -17,6 +20,7 @@ from vllm.outputs import RequestError
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.engine.output_processor import EMPTY_CPU_TENSOR, OutputProcessor
 
+from vllm_lora_ext.conditions.said import FIELD
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches import metrics
 from vllm_lora_ext.model_patches.admitted import Admitted
@@ -54,7 +58,7 @@ class RefusedRequest(AdapterError, GracefulHTTPError):
         metrics.refused(error.code)
 
 
-def to_response(error: AdapterError, param: str = "lora_path") -> ErrorResponse:
+def to_response(error: AdapterError, param: str | None = "lora_path") -> ErrorResponse:
     """The error as an OpenAI-style body: `type` is the stable code."""
     metrics.refused(error.code)
     return create_error_response(
@@ -90,8 +94,8 @@ def _end(processor: Any, output: EngineCoreOutput, error: AdapterError) -> list[
 
 
 def apply() -> None:
-    """Wraps what turns the core's outputs into answers."""
-    stock = OutputProcessor.process_outputs
+    """Wraps what turns the core's outputs into answers, and errors into answers of a server."""
+    stock, stock_handler = OutputProcessor.process_outputs, handlers.exception_handler
 
     @functools.wraps(stock)
     def new_process_outputs(self: Any, engine_core_outputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -106,4 +110,12 @@ def apply() -> None:
                 done.request_outputs += _end(self, output, errors[output.request_id])
         return done
 
+    @functools.wraps(stock_handler)
+    async def new_handler(req: Any, exc: Exception) -> Any:
+        if not isinstance(exc, RefusedRequest):
+            return await stock_handler(req, exc)
+        answer = to_response(exc, FIELD if exc.code == "bad_value" else None)
+        return JSONResponse(answer.model_dump(), status_code=answer.error.code)
+
     OutputProcessor.process_outputs = new_process_outputs
+    handlers.exception_handler = new_handler

@@ -285,7 +285,10 @@ PATCHES: tuple[Patch, ...] = (
             "A request that the core ends with an error is answered with 500, and one to a "
             "pooling model ends the front end."
         ),
-        how=("`process_outputs` hands the error's own text and status to the caller."),
+        how=(
+            "`process_outputs` hands the error's own text and status to the caller; the handler "
+            "of a ValueError answers ours with their stable code as the type."
+        ),
         upstream="none yet",
         remove_when="vLLM's core can say why it refused a request (0.33 begins to).",
         targets=(
@@ -296,6 +299,12 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.exceptions", "GracefulHTTPError"),
             Target(
                 "vllm.entrypoints.serve.exception_handling.error_response", "create_error_response"
+            ),
+            Target(
+                "vllm.entrypoints.serve.exception_handling.register", "init_exception_handler"
+            ),
+            Target(
+                "vllm.entrypoints.serve.exception_handling.handlers.exception", "exception_handler"
             ),
         ),
     ),

@@ -177,6 +177,14 @@ class PackedSite:
     plain: bool
     rescale_2N: torch.Tensor | None = None
 
+    @cached_property
+    def plan(self) -> SlotPlan:
+        """For a slot that reads all of it where it is."""
+        return SlotPlan(
+            self.a_RK, self.router_GK, tuple(plan for _, plan in self.slices), self.shared,
+            self.plain,
+        )  # fmt: skip
+
     @property
     def reads_x(self) -> bool:
         """Whether a gate scores what is computed from x."""

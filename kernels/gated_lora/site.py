@@ -165,7 +165,7 @@ class Site:
         new_SGK[:, :had] = self.router_SGK
         self.router_SGK = new_SGK
         for slot, plan in enumerate(self.plans):
-            if plan is not None:
+            if plan is not None and not self.store.in_place:
                 router_GK = new_SGK[slot, : len(plan.router_GK)]
                 self.plans[slot] = replace(plan, router_GK=router_GK)
         self.store.routers_moved(new_SGK)
@@ -188,9 +188,10 @@ class Site:
 
     def clear(self, slot: int) -> None:
         """The slot adds nothing any more. Its weights stay: nothing reads a slot without a plan."""
-        self.plans[slot] = None
-        self._reads_rows.discard(slot)
-        self.changed()
+        if self.plans[slot] is not None:
+            self.plans[slot] = None
+            self._reads_rows.discard(slot)
+            self.store.slot_changed(self, slot)
         self.store.clear(slot)
 
     def write(self, slot: int, slices: Sequence[GatedSlice | None]) -> None:
@@ -303,12 +304,15 @@ class Site:
             plan = self.plans[slot] = self.hold(slot, packed)
             if plan.columns:
                 self._reads_rows.add(slot)
+            self.store.slot_changed(self, slot)
             self.store.load(slot, packed.stored)
 
     def hold(self, slot: int, packed: PackedSite) -> SlotPlan:
-        """Copies a slot's weights and says where they stand, without the slot adding anything:
-        for blocks of layers that use them in their own way."""
+        """Copies a slot's weights, where they cannot stay, and says where they stand, without the
+        slot adding anything: for blocks of layers that use them in their own way."""
         self.reserve_routers(len(packed.router_GK))  # if it was not done when it was packed
+        if self.store.in_place:
+            return packed.plan
         if packed.rescale_2N is not None:
             self.reserve_rescale()
             assert self.rescale_S2N is not None

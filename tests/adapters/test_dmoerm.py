@@ -216,6 +216,7 @@ def test_files_that_are_refused(tmp_path: Path, file: str, how: Any, code: str) 
         ({"points": []}, "bad_value"),
         ({"target_modules": ["q_proj"]}, "setting_mismatch"),
         ({"extra": 1}, "unknown_key"),
+        ({"system": "reclora"}, "bad_value"),
         (["lora_alpha"], "missing_setting"),
         (["points"], "missing_setting"),
         (["categories"], "missing_setting"),
@@ -235,6 +236,11 @@ def test_settings_may_be_given(tmp_path: Path) -> None:
     given = read_reward_model(folder, META["user_args"])
     assert given.digest == read_reward_model(FOLDER).digest
     assert refusal(FOLDER, {"lora_alpha": 8}) == "setting_mismatch"
+
+
+def test_the_system_may_be_named(tmp_path: Path) -> None:
+    given = META["user_args"] | {"system": "dmoerm"}
+    assert read_reward_model(FOLDER, given).digest == read_reward_model(FOLDER).digest
 
 
 def test_folders_that_are_refused(tmp_path: Path) -> None:

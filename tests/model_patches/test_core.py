@@ -340,6 +340,8 @@ def test_two_versions_share_a_step(core):
     core.write("/a", "v2")
     core.core.add_lora(lora("a", 1, inplace=True))
     core.add("new", lora("a", 1), n=20)
+    adapters = {request.lora_request for request in core.core.scheduler.requests.values()}
+    assert len(adapters) == 2, "vLLM's runners keep those of a step in a set, by name"
     last = core.finish()
     assert {o.finish_reason for o in last.values()} == {FinishReason.LENGTH}
     assert max(len(batch) for batch in core.batches) == 2 and versions(core) == {"v1", "v2"}

@@ -6,6 +6,9 @@ import asyncio
 from typing import Any
 
 import pytest
+import vllm.entrypoints.serve.exception_handling.register as register
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
 from vllm import PoolingParams, SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
@@ -99,3 +102,19 @@ def test_all_choices_of_a_request_end():
         asyncio.run(queue.get())
     processor.process_outputs([refused(keys[1])])
     assert not processor.has_unfinished_requests() and not processor.parent_requests
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "param"), [("bad_value", 400, "lora_ext"), ("not_found", 404, None)]
+)
+def test_a_server_answers_with_the_stable_code(code: str, status: int, param: str | None) -> None:
+    app = FastAPI()
+    register.init_exception_handler(app)
+
+    @app.get("/")
+    async def route() -> None:
+        raise RefusedRequest(AdapterError(code, "it cannot be", fix="leave it"))
+
+    answer = TestClient(app).get("/")
+    want = {"message": "it cannot be; fix: leave it", "type": code, "param": param, "code": status}
+    assert (answer.status_code, answer.json()) == (status, {"error": want})

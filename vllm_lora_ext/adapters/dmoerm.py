@@ -312,6 +312,8 @@ class _Settings:
     @classmethod
     def read(cls, root: Path, given: Mapping[str, Any], roots: Roots | None) -> _Settings:
         said = said_settings(root, given, roots)
+        if (system := said.pop("system", NAME)) != NAME:
+            raise bad_value(f"system in {SIDECAR}", system, NAME)
         if unknown := sorted(said.keys() - SETTINGS.keys()):
             raise AdapterError(
                 "unknown_key", f"{SIDECAR} holds a key that this format does not use",

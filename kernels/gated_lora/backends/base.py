@@ -30,7 +30,10 @@ class Store:
     Attributes:
         dtype: of A and B.
         bt_SRN: B of each slice, transposed: [slots, max_rank, N], in any strides.
+        in_place: whether a slot may be an adapter's host copy where it stands, with nothing copied.
     """
+
+    in_place = False
 
     def __init__(self, dtype: torch.dtype, bt_SRN: Iterable[torch.Tensor]) -> None:
         self.dtype, self.bt_SRN = dtype, tuple(bt_SRN)
@@ -70,6 +73,10 @@ class Store:
 
     def changed(self) -> None:
         """What was made of the site's plans, its step or who listens holds no more."""
+
+    def slot_changed(self, site: Site, slot: int) -> None:
+        """Another plan stands in a slot, or none."""
+        self.changed()
 
     def asked(self, number: int, site: Site) -> None:
         """After a call of the op in C++ that had to ask Python (`native.op`); `number` is the

@@ -39,7 +39,8 @@ class SliceStore(Store):
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        if torch.device(device).type == "cpu":
+        self.in_place = torch.device(device).type == "cpu"
+        if self.in_place:
             dtype = torch.float32
         b_SRN = (
             torch.zeros(num_slots, max_rank, n, dtype=dtype, device=device) for n in slice_sizes
