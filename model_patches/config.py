@@ -59,8 +59,9 @@ def check_two_pass(vllm_config: Any) -> None:
          "start one server for each"),
         (parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
          "an engine whose ranks have all tokens of a request", "start without context parallelism"),
-        (vllm_config.kv_transfer_config, "an engine that hands no KV blocks to others, which would"
-         " take the second cache for the first", "start without a KV connector"),
+        (getattr(vllm_config.kv_transfer_config, "kv_connector", None),
+         "an engine that hands no KV blocks to others, which would take the second cache for the"
+         " first", "start without a KV connector"),
         (vllm_config.cache_config.kv_sharing_fast_prefill,
          "an engine that computes every token in every layer",
          "start without --kv-sharing-fast-prefill"),
