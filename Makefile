@@ -16,10 +16,10 @@ PYTEST  := $(BIN)/pytest
 # A test's tensors are small: a core for each worker is worth more than threads.
 UNIT    := OMP_NUM_THREADS=1 $(PYTEST) tests --numprocesses auto --maxprocesses 4 --dist loadfile
 # Engines start mostly on one core; two at a time fit into 16 GB.
-ENGINE  := $(PYTEST) integration_tests --numprocesses auto --maxprocesses 2 --dist loadfile
+ENGINE  := $(PYTEST) integration_tests --numprocesses auto --maxprocesses 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-upstream lint types format docs check-vllm bench bench-base bench-kernels bench-merging gpu gpu-report gpu-bundle kernels-table dist clean
+.PHONY: help venv demo test test-fast test-upstream matrix lint types format docs check-vllm bench bench-base bench-kernels bench-merging gpu gpu-report gpu-bundle kernels-table dist clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,10 @@ test-fast: $(READY) ## unit tests only, no engine
 
 test-upstream: $(READY) ## vLLM's own LoRA tests with the plugin's classes in place of stock's
 	$(BIN)/python scripts/test_upstream.py
+
+matrix: $(READY) ## kinds of adapters × features of the engine: ask all, write docs/matrix.md
+	VLLM_LORA_EXT_MATRIX=$(CURDIR)/docs/matrix.json $(PYTEST) integration_tests/test_matrix.py
+	$(BIN)/python scripts/matrix_page.py
 
 lint: $(READY) ## ruff: rules and format; nothing that only tests call
 	$(BIN)/ruff check .

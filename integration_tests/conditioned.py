@@ -103,6 +103,17 @@ def images() -> list[Case]:
     return cases
 
 
+def xloras(*names: str) -> list[Case]:
+    cases = []
+    for name in names:
+        meta, numbers = fixture(name)
+        for i in range(len(meta["prompt_lens"])):
+            prompt, answer = numbers[f"prompt_{i}"].tolist(), numbers[f"greedy_{i}"].tolist()
+            logits = numbers.get(f"greedy_logits_{i}", numbers[f"logits_{i}"][-1:])
+            cases.append(Case(f"{name} {i}", prompt, answer, logits, adapter(name)))
+    return cases
+
+
 def load(llm: Any) -> None:
     """All that the mixes name, and that requests name themselves."""
     for name in ("spans-a", "scales-a"):

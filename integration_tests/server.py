@@ -38,19 +38,23 @@ def words(ids: list[int]) -> str:
 
 def base_with_tokenizer(dst: Path, base: str = "base_llama") -> Path:
     """A tiny base model with a tokenizer of one word per token: `t17` is token 17."""
+    shutil.copytree(base_path(base), dst)
+    add_tokenizer(dst, json.loads((dst / "config.json").read_text())["vocab_size"])
+    return dst
+
+
+def add_tokenizer(folder: Path, size: int) -> None:
+    """Of `size` words, one per token, beside a model that is there."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
-    shutil.copytree(base_path(base), dst)
-    size = json.loads((dst / "config.json").read_text())["vocab_size"]
     tokenizer = Tokenizer(WordLevel({f"t{i}": i for i in range(size)}, unk_token="t0"))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0")
     fast.chat_template = CHAT
-    fast.save_pretrained(dst)
-    return dst
+    fast.save_pretrained(folder)
 
 
 def command(base: Path, port: int, lora_ext: dict[str, Any] | None, *flags: str) -> list[str]:

@@ -93,6 +93,40 @@ def test_tensors_by_the_same_name_replace(llama):
     assert llama.llm_engine.remove_lora(first.lora_int_id)
 
 
+def test_requests_in_flight_keep_their_version(llama):
+    """Added before and after a replacement, computed in the same steps."""
+    engine = llama.llm_engine
+    request = engine.add_adapter("going-on", *content(PLAIN))
+    first = engine.adapter_version(request)
+    done: dict[str, Any] = {}
+    for turn in range(2):
+        engine.add_request(f"old-{turn}", {"prompt_token_ids": PLAIN.prompts[turn]}, greedy(12),
+                           lora_request=request)  # fmt: skip
+    for _ in range(3):
+        engine.step()
+    engine.add_adapter("going-on", *content(MOE), expected_version=first)
+    second = engine.adapter_version(request)
+    assert (
+        code(lambda: engine.add_adapter("going-on", *content(PLAIN), expected_version=first))
+        == "version_conflict"
+    )
+    for turn in range(2):
+        engine.add_request(f"new-{turn}", {"prompt_token_ids": MOE.prompts[turn]}, greedy(12),
+                           lora_request=request)  # fmt: skip
+    while engine.has_unfinished_requests():
+        done |= {out.request_id: out for out in engine.step() if out.finished}
+    for turn in range(2):
+        for which, fx, version in (("old", PLAIN, first), ("new", MOE, second)):
+            out = done[f"{which}-{turn}"]
+            assert tokens(out) == fx.greedy[turn] and out.adapter_version == version
+    back = engine.roll_back_adapter(request, first)
+    (out,) = run(llama, [(PLAIN.prompts[2], back)], greedy(12))
+    assert tokens(out) == PLAIN.greedy[2] and out.adapter_version == first
+    (base,) = run(llama, [([1, 2], None)], greedy(1))
+    assert base.adapter_version is None
+    assert engine.remove_lora(request.lora_int_id)
+
+
 def test_bad_tensors_change_nothing(llama):
     add = llama.llm_engine.add_adapter
     request = add("steady", *content(PLAIN))
@@ -164,8 +198,7 @@ def test_a_request_that_the_core_refuses_ends_alone(llama, tmp_path):
     assert refusal is not None and refusal.code == "not_found"
     assert tokens(outs[0]) == MOE.greedy[0] and tokens(outs[1]) == []
     build_bad("a_nan", tmp_path / "gone")
-    (out,) = run(llama, [(PLAIN.prompts[0], gone)], greedy(12))
-    assert "not_finite" in out.outputs[0].stop_reason
+    assert code(run, llama, [(PLAIN.prompts[0], gone)], greedy(12)) == "not_finite"
     shutil.rmtree(tmp_path / "gone")
     shutil.copytree(PLAIN.folder, tmp_path / "gone")
     assert tokens(run(llama, [(PLAIN.prompts[0], gone)], greedy(12))[0]) == PLAIN.greedy[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import threading
 from collections.abc import Iterator
@@ -17,7 +18,8 @@ import torch
 from openai import NotFoundError, OpenAI
 from typer.testing import CliRunner
 
-from integration_tests.engines import recorded
+from integration_tests.conditioned import fixture
+from integration_tests.engines import FIXTURES, recorded
 from integration_tests.recorded_requests import conditioned, examples
 from integration_tests.reference_model import logits
 from integration_tests.server import (
@@ -29,6 +31,7 @@ from integration_tests.server import (
     serving,
     words,
 )
+from scripts.dashboard import metric_names
 from tests.bad_adapters import BAD, GOOD, build_bad
 from vllm_lora_ext.adapters.model import RoutedAdapter
 from vllm_lora_ext.adapters.readers.native import write_native
@@ -40,6 +43,8 @@ BOUND = 2e-3
 LOADING = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 # The route that calls the workers directly: a test takes an adapter away as an eviction would.
 CALLING = {"VLLM_SERVER_DEV_MODE": "1"}
+TOKEN = "the-operators-token-of-this-test"
+ADMIN = {"x-lora-ext-token": TOKEN}
 STATUS = {"not_found": 404, "path_not_allowed": 403}
 PLAIN, MOE = recorded("plain-a"), recorded("loramoe-a")
 
@@ -49,6 +54,7 @@ class Places:
     base: Path
     adapters: Path
     outside: Path
+    token: Path
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +66,18 @@ def places(tmp_path_factory) -> Places:
     shutil.copytree(MOE.folder, adapters / "loramoe")
     write_native(load_adapter(MOE.folder), adapters / "native")
     shutil.copytree(PLAIN.folder, outside / "plain")
-    return Places(base_with_tokenizer(root / "base_llama"), adapters, outside)
+    (root / "token").write_text(f"{TOKEN}\n")
+    return Places(base_with_tokenizer(root / "base_llama"), adapters, outside, root / "token")
 
 
 @pytest.fixture(scope="module")
 def server(places) -> Iterator[Server]:
+    settings = {
+        "adapter_roots": [str(places.adapters)], "max_router_rows": 8,
+        "admin_token_file": str(places.token),
+    }  # fmt: skip
     argv = command(
-        places.base, free_port(), {"adapter_roots": [str(places.adapters)], "max_router_rows": 8},
+        places.base, free_port(), settings,
         "--enable-scale-out",  # the route that takes tokens and gives some
         "--lora-modules", f"plain={places.adapters}/plain", f"loramoe={places.adapters}/loramoe",
     )  # fmt: skip
@@ -93,13 +104,30 @@ def ask(client: OpenAI, model: str, prompt: Any, n: int = 12, **extra: Any) -> A
 
 
 def load(server: Server, name: str, path: Path | str, **more: Any) -> httpx.Response:
-    body = {"lora_name": name, "lora_path": str(path), **more}
-    return httpx.post(f"{server.url}/v1/load_lora_adapter", json=body, timeout=60, trust_env=False)
+    return post(server, "load_lora_adapter", lora_name=name, lora_path=str(path), **more)
 
 
 def unload(server: Server, name: str) -> httpx.Response:
-    url = f"{server.url}/v1/unload_lora_adapter"
-    return httpx.post(url, json={"lora_name": name}, timeout=60, trust_env=False)
+    return post(server, "unload_lora_adapter", lora_name=name)
+
+
+def post(
+    server: Server, route: str, headers: dict[str, str] = ADMIN, **body: Any
+) -> httpx.Response:
+    url = f"{server.url}/v1/{route}"
+    return httpx.post(url, json=body, headers=headers, timeout=60, trust_env=False)
+
+
+def listed(server: Server, name: str) -> dict[str, Any]:
+    """What the server says of an adapter."""
+    answer = httpx.get(f"{server.url}/v1/lora_ext/adapters", timeout=60, trust_env=False)
+    (row,) = [row for row in answer.json()["data"] if row["name"] == name]
+    return row
+
+
+def version_of(answer: httpx.Response) -> str:
+    assert answer.status_code == 200, answer.text
+    return answer.headers["x-lora-ext-version"]
 
 
 def names(client: OpenAI) -> set[str]:
@@ -216,6 +244,95 @@ def test_another_adapter_behind_the_same_name_and_path(server, client, places):
     shutil.rmtree(moving)
     assert ask(client, "moving", MOE.prompts[1]).token_ids == MOE.greedy[1]
     assert unload(server, "moving").status_code == 200
+
+
+LONG = {"max_tokens": 200, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+
+
+def test_replaced_while_it_answers(server, client, places):
+    """A stream that began on the old version ends on it, beside one of the new."""
+    first = version_of(load(server, "live", places.adapters / "plain"))
+    wanted = ask(client, "plain", PLAIN.prompts[0], LONG["max_tokens"]).token_ids
+    body = {"model": "live", "prompt": PLAIN.prompts[0], "stream": True, **LONG}
+    got: list[int] = []
+    with httpx.stream(
+        "POST", f"{server.url}/v1/completions", json=body, timeout=60, trust_env=False
+    ) as stream:
+        assert stream.headers["x-lora-ext-version"] == first
+        lines = (line for line in stream.iter_lines() if line.startswith("data: {"))
+        got += json.loads(next(lines)[6:])["choices"][0]["token_ids"]
+        loaded = load(server, "live", places.adapters / "loramoe", expected_version=first)
+        second = version_of(loaded)
+        assert second != first
+        row = listed(server, "live")
+        assert (row["version"], row["system"], row["rank"]) == (second, "loramoe", row["rank"])
+        assert row["older"] == [{"version": first, "in_flight": 1}], "it must still be running"
+        assert ask(client, "live", MOE.prompts[1]).token_ids == MOE.greedy[1]
+        for line in lines:
+            got += json.loads(line[6:])["choices"][0]["token_ids"] or []
+    assert got == wanted
+    assert listed(server, "live")["older"] == [{"version": first, "in_flight": 0}]
+    conflict = load(server, "live", places.adapters / "plain", expected_version=first)
+    assert (conflict.status_code, conflict.json()["error"]["type"]) == (409, "version_conflict")
+    back = post(server, "lora_ext/rollback", lora_name="live", version=first)
+    assert version_of(back) == first
+    assert ask(client, "live", PLAIN.prompts[0]).token_ids == PLAIN.greedy[0]
+    assert {c.root for c in client.models.list() if c.id == "live"} == {f"{places.adapters}/plain"}
+    gone = post(server, "lora_ext/rollback", lora_name="live", version="0" * 64)
+    assert (gone.status_code, gone.json()["error"]["type"]) == (404, "not_found")
+    late = post(
+        server, "lora_ext/rollback", lora_name="live", version=second, expected_version=second
+    )
+    assert (late.status_code, late.json()["error"]["type"]) == (409, "version_conflict")
+    assert unload(server, "live").status_code == 200
+
+
+@pytest.mark.parametrize("route", ["completions", "chat/completions", "responses", "embeddings"])
+def test_every_answer_says_which_version_gave_it(server, route):
+    said = {
+        "completions": {"prompt": "t1"}, "responses": {"input": "t1"},
+        "chat/completions": {"messages": [{"role": "user", "content": "t1"}]},
+        "embeddings": {"input": "t1"},
+    }[route]  # fmt: skip
+    version = listed(server, "plain")["version"]
+    for model, wanted in (("plain", version), ("base", None)):
+        answer = post(server, route, model=model, max_tokens=2, headers={}, **said)
+        if route == "embeddings":
+            assert answer.status_code == 404  # no route of a model that generates
+            continue
+        assert answer.status_code == 200, answer.text
+        assert answer.headers.get("x-lora-ext-version") == wanted
+        fingerprint = answer.json().get("system_fingerprint")
+        if route != "responses":
+            assert fingerprint.endswith(f"-{version}") == (wanted is not None)
+
+
+def test_only_the_operator_changes_what_is_loaded(server, client, places):
+    before = names(client)
+    routes = [
+        ("load_lora_adapter", {"lora_name": "x", "lora_path": f"{places.adapters}/plain"}),
+        ("unload_lora_adapter", {"lora_name": "plain"}),
+        ("lora_ext/rollback", {"lora_name": "plain", "version": "0"}),
+    ]
+    for route, body in routes:
+        for headers, seen in (
+            ({}, (401, "no_token")), ({"x-lora-ext-token": "wrong"}, (403, "wrong_token")),
+        ):  # fmt: skip
+            answer = post(server, route, headers=headers, **body)
+            assert (answer.status_code, answer.json()["error"]["type"]) == seen, answer.text
+            assert TOKEN not in answer.text
+    sagemaker = {"name": "x", "src": f"{places.adapters}/plain"}
+    answer = httpx.post(f"{server.url}/adapters", json=sagemaker, timeout=60, trust_env=False)
+    assert answer.status_code in (401, 404), answer.text
+    assert names(client) == before
+    assert ask(client, "plain", PLAIN.prompts[0]).token_ids == PLAIN.greedy[0]
+
+
+def test_errors_name_no_place_of_the_server(server, places):
+    for path in (places.outside / "none", "none", "plain/none", "../outside/plain"):
+        answer = load(server, "nowhere", path)
+        said = answer.json()["error"]["message"].replace(str(path), "")
+        assert answer.status_code in (403, 404) and str(places.base.parent) not in said, said
 
 
 def test_models_show_the_path_that_was_given(server, client, places):
@@ -355,6 +472,16 @@ def test_an_adapter_of_another_base(server, client, places):
     refused(client, "of-qwen2")
 
 
+def test_two_passes_are_a_setting(server, client, places):
+    xlora = FIXTURES / "conditioned" / "xlora_topk-a" / "adapter"
+    shutil.copytree(xlora, places.adapters / "xlora")
+    answer = load(server, "xlora", places.adapters / "xlora")
+    error = answer.json()["error"]
+    assert (answer.status_code, error["type"]) == (400, "unsupported_feature")
+    assert '"two_pass": true' in error["message"]
+    refused(client, "xlora")
+
+
 def test_a_mended_adapter_loads_under_the_name_that_failed(server, client, places):
     folder = places.adapters / "mended"
     build_bad("router_nan", folder)
@@ -394,7 +521,7 @@ def test_the_log_names_the_code_of_a_refusal(server, places):
     assert "'logged': [lora_ext:path_not_allowed]" in server.log.read_text()
 
 
-def post(server: Server, route: str, body: dict[str, Any]) -> httpx.Response:
+def send(server: Server, route: str, body: dict[str, Any]) -> httpx.Response:
     return httpx.post(f"{server.url}/{route}", json=body, timeout=60, trust_env=False)
 
 
@@ -453,14 +580,14 @@ def test_routes_that_are_not_openais(server, mixed):
                 {"lora_ext": said, "sampling_params": parameters},
                 {"sampling_params": {**parameters, "extra_args": {"lora_ext": said}}},
             ):
-                answer = post(server, "inference/v1/generate", {**tokens, **body})
+                answer = send(server, "inference/v1/generate", {**tokens, **body})
                 assert answer.status_code == 200, answer.text
                 assert answer.json()["choices"][0]["token_ids"] == greedy
             messages = {
                 "model": "base", "max_tokens": len(greedy), "temperature": 0, "lora_ext": said,
                 "messages": [{"role": "user", "content": words(prompt)}],
             }  # fmt: skip
-            answer = post(server, "v1/messages", messages)
+            answer = send(server, "v1/messages", messages)
             assert answer.status_code == 200, answer.text
             said_words = [w for w in words(greedy).split() if w != "t0"]  # a special token
             assert answer.json()["content"][0]["text"].split() == said_words
@@ -479,7 +606,7 @@ def test_routes_that_are_not_openais_refuse_too(server, client, mixed, route):
         ("plain", {"user": [0.5]}, "lora_ext.user has no use here"),
     ):
         for stream in (False, True):
-            answer = post(
+            answer = send(
                 server, route, {**body, "model": model, "lora_ext": said, "stream": stream}
             )
             error = answer.json()["error"]
@@ -568,8 +695,31 @@ COUNTERS = (
 
 def counters(server: Server) -> dict[str, float]:
     text = httpx.get(f"{server.url}/metrics", timeout=60, trust_env=False).text
-    lines = (line.split() for line in text.splitlines() if line.startswith("lora_ext:"))
+    lines = (line.rsplit(" ", 1) for line in text.splitlines() if line.startswith("lora_ext:"))
     return {name: float(value) for name, value in lines}
+
+
+def test_the_engines_numbers_stand_on_metrics(server, client, places):
+    """What went into slots and what clients were refused; every name of the dashboard is there."""
+    before = counters(server)
+    assert (before["lora_ext:slots"], before["lora_ext:slots_used"]) == (2, 2)
+    assert load(server, "seen", places.adapters / "native").status_code == 200
+    assert load(server, "unseen", places.adapters / "none").status_code == 404
+    for model in ("plain", "loramoe", "seen", "plain"):  # two slots: each finds its own taken
+        ask(client, model, PLAIN.prompts[0], 1)
+    after = counters(server)
+    grown = {name: after[name] - before.get(name, 0) for name in after}
+    assert grown["lora_ext:activations_total"] >= 3
+    assert grown["lora_ext:adapter_steps_total"] >= 4
+    assert grown["lora_ext:activation_bytes_total"] > 0
+    assert grown["lora_ext:load_seconds_count"] == 1
+    assert grown['lora_ext:refusals_total{code="not_found"}'] == 1
+    assert 0 < after["lora_ext:resident_bytes"] <= after["lora_ext:limit_bytes"]
+    assert unload(server, "seen").status_code == 200
+    assert counters(server)["lora_ext:resident_bytes"] < after["lora_ext:resident_bytes"]
+    text = httpx.get(f"{server.url}/metrics", timeout=60, trust_env=False).text
+    there = set(re.findall(r"^([a-z_]+:\w+)", text, re.MULTILINE))
+    assert metric_names() <= there, metric_names() - there
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -610,6 +760,28 @@ def test_the_page_of_requests_is_true(client, mixed):
         scope: dict[str, Any] = {"client": client, "prompt": fx.prompt(fx.requests[0])}
         exec(compile(block, "docs/requests.md", "exec"), scope)
         assert scope["answer"].choices[0].finish_reason == "length"
+
+
+def test_the_page_of_labels_is_true(server, client, places):
+    """Its example of a client gives Menta's numbers."""
+    meta, numbers = fixture("menta-a")
+    folder = shutil.copytree(
+        FIXTURES / "conditioned" / "menta-a" / "adapter", places.adapters / "menta"
+    )
+    assert load(server, "menta", folder).status_code == 200
+    (block,) = examples("rewards_and_labels.md", "labels")
+    for task in meta["tasks"]:
+        for said in task["prompts"]:
+            key = said["prompt"]
+            scope: dict[str, Any] = {
+                "client": client, "model": "menta", "labels": task["labels"],
+                "prompt": numbers[f"prompt_{key}"].tolist(),
+            }  # fmt: skip
+            exec(compile(block, "docs/rewards_and_labels.md", "exec"), scope)
+            got = torch.tensor([t for label in scope["tokens"] for t in label])
+            assert (got - numbers[f"token_logprobs_{key}"]).abs().max() < BOUND
+            assert scope["best"] == said["argmax_first_token"]
+    assert unload(server, "menta").status_code == 200
 
 
 @pytest.mark.slow

@@ -20,9 +20,11 @@ import torch
 from transformers import AutoConfig
 
 from integration_tests.engines import base_path, recorded, worst
-from integration_tests.reference_model import logits, steady_prompt
+from integration_tests.reference_model import logits, model, steady_prompt
 from integration_tests.tp_worker import MARK, TP_ENVIRONMENT, ours
+from tests import dora_folders
 from tests.make_adapters import random_adapter, random_spec
+from vllm_lora_ext.adapters import load_adapter
 from vllm_lora_ext.adapters.readers.native import write_native
 from vllm_lora_ext.routing import GateSpec
 
@@ -75,11 +77,31 @@ def requests(tmp_path_factory) -> list[Request]:
     return rows
 
 
-def start(backend: str, requests: list[Request], folder: Path, **options: Any) -> tuple[int, str]:
-    """Runs `tp_worker` to its end; everything it started is gone afterwards, or the test fails."""
+@pytest.fixture(scope="module")
+def dora(tmp_path_factory) -> Request:
+    """Its norms are sums over the ranks in row-parallel layers."""
+    folder = tmp_path_factory.mktemp("dora")
+    tuned = dora_folders.make(folder, model(BASE))
+    prompt = ids = steady_prompt(BASE, load_adapter(folder), 24, 5)
+    with torch.no_grad():
+        for _ in range(12):
+            ids = [*ids, int(tuned(torch.tensor([ids])).logits[0, -1].argmax())]
+        wanted = tuned(torch.tensor([prompt])).logits[0]
+    return Request("dora", prompt, folder, wanted, ids[len(prompt) :])
+
+
+def start(
+    backend: str, requests: list[Request], refused: list[str], folder: Path, **options: Any
+) -> tuple[int, str]:
+    """Runs `tp_worker` to its end; everything it started is gone afterwards, or the test fails.
+
+    Args:
+        refused: folders that it tries to load.
+    """
     job = {
         "backend": backend, "base": BASE, "vocabulary": VOCABULARY, "options": options,
         "requests": [(r.prompt, r.folder and r.label, str(r.folder)) for r in requests],
+        "refused": refused,
     }  # fmt: skip
     (folder / "job.json").write_text(json.dumps(job))
     mark = uuid.uuid4().hex
@@ -122,34 +144,37 @@ def end_all(mark: str, session: int) -> list[str]:
 class Run:
     backend: str
     result: dict[str, Any]
+    requests: list[Request]
 
 
 @pytest.fixture(scope="module", params=["mp", "ray"])
-def tp2(request, requests, tmp_path_factory) -> Iterator[Run]:
+def tp2(request, requests, dora, tmp_path_factory) -> Iterator[Run]:
     """mp compiles, as a server does by default; Ray does not, which is quicker, and its ranks have
-    half of every A and B (`--fully-sharded-loras`)."""
+    half of every A and B (`--fully-sharded-loras`), where DoRA is refused."""
     backend = request.param
     if backend == "ray":
         pytest.importorskip("ray")
     folder = tmp_path_factory.mktemp(backend)
     began = time.monotonic()
     ray = backend == "ray"
-    code, log = start(backend, requests, folder, enforce_eager=ray, fully_sharded_loras=ray)
+    asked, refused = (requests, [str(dora.folder)]) if ray else ([*requests, dora], [])
+    code, log = start(backend, asked, refused, folder, enforce_eager=ray, fully_sharded_loras=ray)
     assert code == 0, log[-6000:]
     result = torch.load(folder / "result.pt", weights_only=False)
     print(
         f"TP=2 {backend}: {result['executor']}, engine up after {result['started']:.0f} s, "
         f"{time.monotonic() - began:.0f} s in all"
     )
-    yield Run(backend, result)
+    yield Run(backend, result, asked)
 
 
-def test_log_probabilities_and_greedy_tokens_are_those_of_one_rank(tp2, requests):
+def test_log_probabilities_and_greedy_tokens_are_those_of_one_rank(tp2):
     """In one batch: base rows, plain and routed adapters on all seven linears."""
     assert (
         tp2.result["executor"] == {"mp": "MultiprocExecutor", "ray": "RayExecutorV2"}[tp2.backend]
     )
     got = tp2.result["logprobs"]
+    requests = tp2.requests
     diffs = [worst(g, r.logits) for g, r in zip(got, requests, strict=True)]
     print(f"TP=2 {tp2.backend}: max |dlogp| {max(diffs):.1e}; ", end="")
     print(", ".join(f"{r.label} {d:.1e}" for r, d in zip(requests, diffs, strict=True)))
@@ -158,8 +183,12 @@ def test_log_probabilities_and_greedy_tokens_are_those_of_one_rank(tp2, requests
         assert tokens == r.greedy or not r.greedy, r.label
 
 
-def test_tensors_from_memory_reach_every_rank(tp2, requests):
-    wanted = {r.label: r.greedy for r in requests}  # of the last prompt of each
+def test_what_every_rank_refuses_is_refused(tp2):
+    assert tp2.result["refused"] == (["unsupported_feature"] if tp2.backend == "ray" else [])
+
+
+def test_tensors_from_memory_reach_every_rank(tp2):
+    wanted = {r.label: r.greedy for r in tp2.requests}  # of the last prompt of each
     got = tp2.result["from_memory"]
     assert {"plain-a", "any-gate", "self-gated"} <= set(got)
     assert got == {label: wanted[label] for label in got}

@@ -14,14 +14,15 @@ import httpx
 import pytest
 
 from integration_tests import reference_model
-from integration_tests.engines import greedy, lora, recorded, run
+from integration_tests.engines import FIXTURES, greedy, lora, recorded, run
 from integration_tests.server import Server, base_with_tokenizer, command, free_port, serving, words
 from vllm_lora_ext.adapters import load_adapter
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.trace import Trace, fetch, record
 
 pytestmark = pytest.mark.engine
-NAMES = {"loramoe": "loramoe-a", "mixlora": "mixlora-a", "plain": "plain-a"}
+FOLDERS = {name: recorded(f"{name}-a").folder for name in ("loramoe", "mixlora", "plain")}
+FOLDERS["xlora"] = FIXTURES / "conditioned" / "xlora_lw_topk-a" / "adapter"  # two passes
 TRACED = {"lora_ext_trace": 1}
 BOUND = 1e-4
 
@@ -33,9 +34,9 @@ def base(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(base) -> Iterator[Server]:
-    modules = [f"{name}={recorded(fx).folder}" for name, fx in NAMES.items()]
+    modules = [f"{name}={folder}" for name, folder in FOLDERS.items()]
     argv = command(
-        base, free_port(), {"trace": True}, "--lora-modules", *modules, "--max-loras", "3",
+        base, free_port(), {"trace": True}, "--lora-modules", *modules, "--max-loras", "4",
         "--max-num-batched-tokens", "64",
     )  # fmt: skip
     with serving(argv, base.parent / "server.log") as running:
@@ -57,10 +58,31 @@ def traced(server: Server, request_id: str, **query: int) -> httpx.Response:
     return httpx.get(url, params=query, timeout=60, trust_env=False)
 
 
+def test_a_trace_is_its_clients_own(server):
+    """Two clients with keys of their own, who give their requests the same id."""
+
+    def of(client: str) -> dict[str, str]:
+        return {"authorization": f"Bearer {client}", "x-request-id": "mine"}
+
+    for client, prompt in (("a", [5, 6, 7]), ("b", [8, 9])):
+        body = {"model": "loramoe", "prompt": prompt, "max_tokens": 2, "vllm_xargs": TRACED}
+        answer = httpx.post(
+            f"{server.url}/v1/completions", json=body, headers=of(client), timeout=60,
+            trust_env=False,
+        )  # fmt: skip
+        assert answer.status_code == 200, answer.text
+    url = f"{server.url}/v1/lora_ext/trace/{answer.json()['id']}"
+    found = {c: httpx.get(url, headers=of(c), timeout=60, trust_env=False) for c in "abc"}
+    assert Trace.from_json(found["a"].text).token_ids[:3] == [5, 6, 7]
+    assert Trace.from_json(found["b"].text).token_ids[:2] == [8, 9]
+    for answer in (found["c"], traced(server, "cmpl-mine")):
+        assert (answer.status_code, answer.json()["error"]["type"]) == (404, "not_found")
+
+
 def check(text: str, model: str, ids: list[int], prompt_tokens: int) -> float:
     """Largest difference of a gate from what transformers computes for the same tokens."""
     got = Trace.from_json(text)
-    adapter = load_adapter(recorded(NAMES[model]).folder)
+    adapter = load_adapter(FOLDERS[model])
     want = record(reference_model.model("base_llama"), adapter, ids)
     assert (got.token_ids, got.prompt_tokens) == (ids, prompt_tokens)
     assert (got.adapter, got.system) == (model, adapter.system)
@@ -71,7 +93,7 @@ def check(text: str, model: str, ids: list[int], prompt_tokens: int) -> float:
 
 
 def steady(model: str, length: int, seed: int) -> list[int]:
-    adapter = load_adapter(recorded(NAMES[model]).folder)
+    adapter = load_adapter(FOLDERS[model])
     return reference_model.steady_prompt("base_llama", adapter, length, seed)
 
 
@@ -79,7 +101,9 @@ def test_traced_and_untraced_requests_in_one_batch(server):
     """Prompts of one chunk and of several; the second round could come from the prefix cache."""
     jobs = [
         (model, steady(model, length, seed), xargs)
-        for seed, (model, length) in enumerate([("loramoe", 9), ("mixlora", 90), ("loramoe", 70)])
+        for seed, (model, length) in enumerate(
+            [("loramoe", 9), ("mixlora", 90), ("loramoe", 70), ("xlora", 80)]
+        )
         for xargs in (TRACED, None)
     ]
     jobs += [("plain", steady("plain", 20, 7), TRACED), ("base", list(range(5, 40)), None)]

@@ -34,6 +34,7 @@ from integration_tests.engines import (
     run,
     tokens,
 )
+from vllm_lora_ext.errors import AdapterError
 
 MARK = "VLLM_LORA_EXT_TP_RUN"
 HOST = "127.0.0.1"
@@ -59,7 +60,8 @@ def main(job_file: str, result_file: str) -> None:
     with shared_memory_removed() as files, cluster:
         llm = make_engine(
             job["base"], tensor_parallel_size=2, distributed_executor_backend=job["backend"],
-            max_loras=6, max_num_batched_tokens=256, **job["options"],
+            max_loras=6, max_num_batched_tokens=256,
+            additional_config={"lora_ext": {"two_pass": True}}, **job["options"],
         )  # fmt: skip
         try:
             started = time.time()
@@ -77,6 +79,7 @@ def ask(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
         "logprobs": prompt_logprobs(llm, requests, job["vocabulary"]),
         "tokens": [tokens(o) for o in run(llm, requests, greedy())],
     }
+    result["refused"] = [refusal(llm, folder) for folder in job["refused"]]
     result["from_memory"] = from_memory(llm, job)
     result["conditioned"] = what_requests_say(llm)
     llm.reset_prefix_cache()
@@ -87,10 +90,20 @@ def ask(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def refusal(llm: Any, folder: str) -> str:
+    """The code with which an adapter is refused."""
+    try:
+        llm.llm_engine.add_lora(lora("refused", folder))
+    except AdapterError as error:
+        return error.code
+    return "served"
+
+
 def what_requests_say(llm: Any) -> int:
-    """Adapters on spans and Activated LoRAs beside others; how many requests were right."""
+    """Adapters on spans, Activated LoRAs and X-LoRA beside others; how many requests were right."""
     conditioned.load(llm)
     cases = [*conditioned.mixes("spans-a"), *conditioned.aloras(), *conditioned.others()]
+    cases += conditioned.xloras("xlora_topk-a", "xlora_lw_topk-a")
     for _ in range(2):  # the second time from the prefix cache
         conditioned.check(cases, conditioned.ask(llm, cases))
     return len(cases)

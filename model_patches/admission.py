@@ -1,18 +1,20 @@
 """An adapter that fails, fails its own request, before the request reaches the engine.
 
 Targets: `LLMEngine.{add_request, add_lora, remove_lora, pin_lora}` and the same of `AsyncLLM`; both
-get `add_adapter` for adapters that are tensors. The first request that names an adapter has it
-loaded and checked by `add_lora`, whose error comes back to the caller as an `AdapterError`. This is
-a shortcut for early errors: the engine core checks every request again (`core`), for it alone knows
-what was evicted meanwhile. Here also a request's own words (`request_says`) become what it is sent
-with.
+get `add_adapter` for adapters that are tensors, `roll_back_adapter`, `adapter_version`. The first
+request that names an adapter has it loaded and checked by `add_lora`, whose error comes back to the
+caller as an `AdapterError`. This is a shortcut for early errors: the engine core checks every
+request again (`core`), for it alone knows what was evicted meanwhile. Here also a request's own
+words (`request_says`) become what it is sent with.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -42,6 +44,7 @@ from vllm_lora_ext.model_patches.request_says import (
     load_first,
     no_adapters,
     resolve,
+    roll_back,
     said_by,
 )  # fmt: skip
 
@@ -98,28 +101,41 @@ class _Call:
     args: Any
     kwargs: Any
 
-    def begin(self) -> Steps[Target] | None:
-        """What is to be done before the request is sent; None: nothing.
+    def begin(self) -> Target | Steps[Target]:
+        """What the request is to be sent with, or what must be done to know.
 
         Raises:
             AdapterError: what the request says is malformed.
         """
         lora, params = self.arguments.get(self.args, self.kwargs)
         if isinstance(lora, Spoken):
-            return resolve(self.engine, lora.said, lora.own, lora.message)
+            return lora.target
         value = extras_of(params).get(FIELD)
         said = None if value is None else said_by(self.engine, value)
-        return None if lora is said is None else resolve(self.engine, said, lora)
+        return Target(None) if lora is said is None else resolve(self.engine, said, lora)
 
     def end(self, target: Target) -> tuple[Any, Any]:
         """The arguments to send the request with. Raises AdapterError."""
         lora, params = self.arguments.get(self.args, self.kwargs)
         to_send = carrying(params, target)
-        if target.made is False and not (isinstance(lora, Spoken) and lora.made):
+        if target.made is False:
             metrics.hit()
         if lora is target.lora and params is to_send:
             return self.args, self.kwargs
         return self.arguments.put(target.lora, to_send, self.args, self.kwargs)
+
+
+_expected: ContextVar[str | None] = ContextVar("lora_ext_expected_version", default=None)
+
+
+@contextmanager
+def expecting(version: str | None) -> Iterator[None]:
+    """Inside, `add_lora` may only replace this version; None: any."""
+    token = _expected.set(version)
+    try:
+        yield
+    finally:
+        _expected.reset(token)
 
 
 def _check_on(engine: Any) -> None:
@@ -152,15 +168,14 @@ def _patch_sync(cls: type[Any]) -> None:
     def new_add_lora(self: Any, lora_request: LoRARequest) -> bool:
         if self.vllm_config.lora_config is None:
             return add_lora(self, lora_request)
-        run(self, load_first([lora_request]))
+        run(self, load_first([lora_request], expected=_expected.get()))
         return True
 
     @functools.wraps(add_request)
     def new_add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
         call = _Call(self, arguments, args, kwargs)
-        steps = call.begin()
-        if steps is not None:
-            args, kwargs = call.end(run(self, steps))
+        target = call.begin()
+        args, kwargs = call.end(target if isinstance(target, Target) else run(self, target))
         return add_request(self, *args, **kwargs)
 
     @functools.wraps(remove_lora)
@@ -178,27 +193,53 @@ def _patch_sync(cls: type[Any]) -> None:
     def add_adapter(
         self: Any, name: str, tensors: Mapping[str, torch.Tensor],
         config: Mapping[str, Any] | None, settings: Mapping[str, Any] | None = None,
+        expected_version: str | None = None,
     ) -> LoRARequest:  # fmt: skip
-        """Load an adapter that is tensors; by a name that was added before, it replaces that one.
+        """Load an adapter that is tensors; by a name that was added before, it is that adapter's
+        next version: requests that are there already end on the one they began with.
 
         Args:
             name: what the answer is named by; its id follows from it.
             tensors: as the adapter's safetensors file would name them.
             config: what `adapter_config.json` would hold; None for a format without one.
             settings: what `routing.json` would hold, if anything.
+            expected_version: the version that this one follows (`adapter_version`); None: any.
         Returns:
             What requests are sent with. The engine keeps the adapter until `remove_lora`.
         Raises:
-            AdapterError: what a folder of these files would raise.
+            AdapterError: what a folder of these files would raise; `version_conflict`, another
+                version stands there. The version that was there goes on serving.
         """
         _check_on(self)
         source = _source(tensors, config, settings)
-        request = run(self, load_first(_requests(name), source))
+        request = run(self, load_first(_requests(name), source, expected_version))
         return msgspec.structs.replace(request, load_inplace=False)
+
+    def roll_back_adapter(
+        self: Any, request: LoRARequest, version: str, expected_version: str | None = None
+    ) -> LoRARequest:
+        """Have new requests get an older version of an adapter, if it is still held.
+
+        Args:
+            request: as of any version; version: the digest.
+            expected_version: as of `add_adapter`.
+        Returns:
+            What requests are sent with from now on.
+        Raises:
+            AdapterError: `not_found`, `version_conflict`.
+        """
+        _check_on(self)
+        return run(self, roll_back(request, version, expected_version))
+
+    def adapter_version(self: Any, request: LoRARequest) -> str:
+        """The digest of an adapter's content, which the next request for it is computed with; empty
+        for one that was not loaded yet."""
+        return Admitted.of(self).version(request.lora_int_id)
 
     cls.add_request, cls.add_lora = new_add_request, new_add_lora
     cls.remove_lora, cls.pin_lora = new_remove_lora, new_pin_lora
-    cls.add_adapter = add_adapter
+    cls.add_adapter, cls.roll_back_adapter = add_adapter, roll_back_adapter
+    cls.adapter_version = adapter_version
 
 
 def _patch_async(cls: type[Any]) -> None:
@@ -210,16 +251,17 @@ def _patch_async(cls: type[Any]) -> None:
     async def new_add_lora(self: Any, lora_request: LoRARequest) -> bool:
         if self.vllm_config.lora_config is None:
             return await add_lora(self, lora_request)
-        await run_async(self, load_first([lora_request]))
+        await run_async(self, load_first([lora_request], expected=_expected.get()))
         return True
 
     @functools.wraps(add_request)
     async def new_add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
         call = _Call(self, arguments, args, kwargs)
         try:
-            steps = call.begin()
-            if steps is not None:
-                args, kwargs = call.end(await run_async(self, steps))
+            target = call.begin()
+            if not isinstance(target, Target):
+                target = await run_async(self, target)
+            args, kwargs = call.end(target)
         except AdapterError as error:
             raise RefusedRequest(error) from None
         return await add_request(self, *args, **kwargs)
@@ -239,16 +281,29 @@ def _patch_async(cls: type[Any]) -> None:
     async def add_adapter(
         self: Any, name: str, tensors: Mapping[str, torch.Tensor],
         config: Mapping[str, Any] | None, settings: Mapping[str, Any] | None = None,
+        expected_version: str | None = None,
     ) -> LoRARequest:  # fmt: skip
         """As `LLMEngine.add_adapter`."""
         _check_on(self)
         source = _source(tensors, config, settings)
-        request = await run_async(self, load_first(_requests(name), source))
+        request = await run_async(self, load_first(_requests(name), source, expected_version))
         return msgspec.structs.replace(request, load_inplace=False)
+
+    async def roll_back_adapter(
+        self: Any, request: LoRARequest, version: str, expected_version: str | None = None
+    ) -> LoRARequest:
+        """As `LLMEngine.roll_back_adapter`."""
+        _check_on(self)
+        return await run_async(self, roll_back(request, version, expected_version))
+
+    def adapter_version(self: Any, request: LoRARequest) -> str:
+        """As `LLMEngine.adapter_version`."""
+        return Admitted.of(self).version(request.lora_int_id)
 
     cls.add_request, cls.add_lora = new_add_request, new_add_lora
     cls.remove_lora, cls.pin_lora = new_remove_lora, new_pin_lora
-    cls.add_adapter = add_adapter
+    cls.add_adapter, cls.roll_back_adapter = add_adapter, roll_back_adapter
+    cls.adapter_version = adapter_version
 
 
 def apply() -> None:

@@ -71,9 +71,13 @@ class Admitted:
     @classmethod
     def of(cls, engine: Any) -> Admitted:
         """Those of an `LLMEngine` or `AsyncLLM`."""
-        if not hasattr(engine, "_lora_ext_admitted"):
-            engine._lora_ext_admitted = cls()
-        return engine._lora_ext_admitted
+        found: Admitted | None = getattr(engine, "_lora_ext_admitted", None)
+        if found is None:
+            found = engine._lora_ext_admitted = cls()
+            processor = getattr(engine, "output_processor", None)
+            if processor is not None:  # it hears when the core knows better
+                processor._lora_ext_admitted = found
+        return found
 
     def needs_load(self, request: LoRARequest) -> bool:
         """Whether the core must be asked before a request with it is sent."""
@@ -105,6 +109,10 @@ class Admitted:
         if name in self._named and self._named[name].lora_int_id == lora_id:
             del self._named[name]
 
+    def doubt(self, lora_id: int) -> None:
+        """The core has refused a request for an adapter: ask it before the next one is sent."""
+        self._held.discard(lora_id)
+
     def list_by(self, models: Mapping[str, LoRARequest]) -> None:
         """From now on a name is what a server's list of models says, which unloads without a word
         to its engine."""
@@ -122,11 +130,6 @@ class Admitted:
     def understands(self, lora_id: int) -> Understands:
         """Of what was loaded last under an id."""
         return self._known[lora_id].understands
-
-    def needs_words(self, request: LoRARequest) -> bool:
-        """Whether a request for an adapter must say something; also of one that was evicted."""
-        known = self._known.get(request.lora_int_id)
-        return known is not None and known.understands.needs
 
     def gate(self, version: str, ids: tuple[int, ...]) -> str | None:
         """The gate of an instruction, if it was computed before."""

@@ -108,6 +108,7 @@ class Composer:
         starts = list(accumulate((part.width for part in parts), initial=0))
         _check_columns(starts[-1])
         self._check_blocks(ingredients)
+        self._check_dora(ingredients)
         for ingredient in ingredients:
             self._check_own(ingredient)
         places = [
@@ -137,6 +138,7 @@ class Composer:
             sites={n: packed for n, packed in sites.items() if packed is not None},
             stock={n: m.into(*next(left)) for n, m in matrices.items()},
             blocks=blocks, heads={}, names=_names(linears, places), parts=parts,
+            on_base=any(i.host.on_base for i in ingredients),
             factors={n: torch.tensor(m.factors) for n, m in matrices.items() if starts[-1]},
         )  # fmt: skip
 
@@ -225,6 +227,25 @@ class Composer:
                     meets = name in other.host.blocks or inside & set(other.host.sites)
                     if other is not ingredient and meets:
                         raise _whole_block(name, f"{ingredient.name} and {other.name}")
+
+    def _check_dora(self, ingredients: Sequence[Ingredient]) -> None:
+        """What rescales a layer's output is the only adapter there, as it was trained."""
+        for ingredient in ingredients:
+            host = ingredient.host
+            layer = next((n for n, p in host.sites.items() if p.rescale_2N is not None), None)
+            if layer is None:
+                continue
+            others = [i for i in ingredients if i is not ingredient]
+            meets = [i.name for i in others if host.sites.keys() & i.host.sites.keys()]
+            if ingredient.scale != 1.0 or ingredient.by_row or meets:
+                how = meets or (["spans"] if ingredient.by_row else [f"scale {ingredient.scale}"])
+                raise AdapterError(
+                    "unsupported_feature", "a DoRA is no difference: it cannot be scaled, come and"
+                    " go with the tokens, nor share a layer with another adapter",
+                    seen=f"{ingredient.name} with {', '.join(how)}",
+                    limit="scale 1, no spans, layers of its own",
+                    fix="name it alone, as the request's model",
+                )  # fmt: skip
 
 
 def _whole_block(block: str, seen: str) -> AdapterError:

@@ -1,20 +1,28 @@
 """The settings and what they ask of the engine are checked when its configuration is made.
 
-Target: `EngineArgs.create_engine_config`, the way in of servers and of offline engines, so that a
-typo or two options that exclude each other end the start with one error before a weight is read.
+Targets: `EngineArgs.create_engine_config`, the way in of servers and of offline engines, so that a
+typo or two options that exclude each other end the start with one error before a weight is read;
+and `EngineArgs.from_cli_args`, of servers alone, where the adapters are known.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
+from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 
+from vllm_lora_ext.adapters.registry import needs_two_passes
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.backend import asks_for_triton, check_graphs
 from vllm_lora_ext.model_patches.rows import unknown_rows
-from vllm_lora_ext.settings import LoraExtSettings
+from vllm_lora_ext.settings import KEY, LoraExtSettings
+
+logger = logging.getLogger("vllm.lora_ext")
+
+_BY_TOKENS = "ExampleConnector"
 
 
 def check_config(vllm_config: Any, lora_config: Any) -> LoraExtSettings:
@@ -31,7 +39,63 @@ def check_config(vllm_config: Any, lora_config: Any) -> LoraExtSettings:
     graphs = check_graphs(mode and mode.name, device_type, triton)
     if settings.trace:
         check_trace(vllm_config, graphs)
+    if settings.two_pass:
+        check_two_pass(vllm_config)
+    _check_connector(vllm_config.kv_transfer_config)
     return settings
+
+
+def check_two_pass(vllm_config: Any) -> None:
+    """Raises AdapterError `bad_settings` where an engine cannot run its model twice in a step."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    mode = vllm_config.compilation_config.cudagraph_mode
+    for seen, limit, fix in (
+        (mode.name if mode and mode.has_full_cudagraphs() else None,
+         "an engine whose CUDA graphs are PIECEWISE: a FULL one holds one pass",
+         """start with --compilation-config '{"cudagraph_mode": "PIECEWISE"}'"""),
+        (parallel.pipeline_parallel_size > 1, "one pipeline stage: gates come from the last one",
+         "start with --tensor-parallel-size instead"),
+        (parallel.data_parallel_size > 1, "an engine that no other one steps with",
+         "start one server for each"),
+        (parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
+         "an engine whose ranks have all tokens of a request", "start without context parallelism"),
+        (vllm_config.kv_transfer_config, "an engine that hands no KV blocks to others, which would"
+         " take the second cache for the first", "start without a KV connector"),
+        (vllm_config.cache_config.kv_sharing_fast_prefill,
+         "an engine that computes every token in every layer",
+         "start without --kv-sharing-fast-prefill"),
+        (model.runner_type != "generate", "an engine that generates", "start without --runner"),
+        (model.is_multimodal_model or model.is_encoder_decoder,
+         "a decoder of text, whose inputs outlive a pass", "serve another model"),
+        (unknown_rows(vllm_config), "an engine that knows on the host which rows are whose",
+         "start without it"),
+    ):  # fmt: skip
+        if seen:
+            raise AdapterError(
+                "bad_settings", "the setting two_pass is true, and this engine cannot run its model"
+                " twice in a step", seen=None if seen is True else seen, limit=limit,
+                fix=f"{fix}, or leave the setting two_pass out",
+            )  # fmt: skip
+
+
+def _without_full_graphs(vllm_config: Any) -> None:
+    """vLLM's default on a GPU captures each decode step whole, beside the pieces."""
+    compilation = vllm_config.compilation_config
+    if compilation.cudagraph_mode == CUDAGraphMode.FULL_AND_PIECEWISE:
+        compilation.cudagraph_mode = CUDAGraphMode.PIECEWISE
+        logger.info("vllm-lora-ext: two_pass: cudagraph_mode is PIECEWISE, not FULL_AND_PIECEWISE")
+
+
+def _check_connector(transfer: Any) -> None:
+    """KV of other weights must not be taken for a request's own: most connectors know it by vLLM's
+    block hashes, where an adapter's digest is."""
+    if transfer is not None and transfer.has_connector(_BY_TOKENS):
+        raise AdapterError(
+            "bad_settings", "this KV connector names what it keeps by the tokens alone, so that one"
+            " adapter's requests would get another's", seen=_BY_TOKENS,
+            limit="connectors that use vLLM's block hashes, as OffloadingConnector does",
+            fix="choose another connector, or start without LoRA",
+        )  # fmt: skip
 
 
 def check_trace(vllm_config: Any, graphs: bool) -> None:
@@ -69,7 +133,28 @@ def apply() -> None:
             settings.check_front_end()
         config = create(self, usage_context, headless)
         if config.lora_config is not None:
+            if settings.two_pass:
+                _without_full_graphs(config)
             check_config(config, config.lora_config)
         return config
 
     EngineArgs.create_engine_config = create_engine_config
+    EngineArgs.from_cli_args = _finding_two_pass(EngineArgs.from_cli_args)
+
+
+def _finding_two_pass(stock: Any) -> Any:
+    """A server turns the setting on by itself where an adapter that it starts with needs it."""
+
+    @functools.wraps(stock.__func__)
+    def from_cli_args(cls: type[EngineArgs], args: Any) -> Any:
+        made = stock.__func__(cls, args)
+        paths = [module.path for module in getattr(args, "lora_modules", None) or ()]
+        settings = LoraExtSettings.from_additional_config(made.additional_config)
+        needing = [path for path in paths if needs_two_passes(path)]
+        if settings.two_pass is None and needing:
+            logger.info("vllm-lora-ext: two_pass is on, for %s in --lora-modules", needing[0])
+            given = dict(made.additional_config or {})
+            made.additional_config = given | {KEY: {**given.get(KEY, {}), "two_pass": True}}
+        return made
+
+    return classmethod(from_cli_args)

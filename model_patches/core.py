@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import threading
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
@@ -32,9 +33,17 @@ from vllm_lora_ext.model_patches.encoder_keys import key_by_version
 from vllm_lora_ext.model_patches.gate_pass import GATE, GatePasses
 from vllm_lora_ext.model_patches.ledger import Held, Ledger
 from vllm_lora_ext.model_patches.loading import Loading
+from vllm_lora_ext.model_patches.plan import promised
+from vllm_lora_ext.model_patches.traffic import STATS, Traffic, total
 
 ADD = "lora_ext_add"
 """Method of the core: what `add_lora` does, and the answer says what was evicted."""
+
+STATE = "lora_ext_state"
+"""Method of the core: what it holds, and what its workers count."""
+
+ROLL_BACK = "lora_ext_roll_back"
+"""Method of the core: new requests get an older version again."""
 
 _OURS = "lora_ext"
 _KEY = "_lora_ext_key"
@@ -54,19 +63,20 @@ class Adapters:
             answers: list[Any] = core.model_executor.collective_rpc(method, args=args)
             return answers
 
+        self._rpc, self._counted = rpc, Traffic()
         self._conditions = Conditions(core.vllm_config)
         self._towers = core.vllm_config.lora_config.enable_tower_connector_lora
         self.gates = GatePasses(core, rpc)
-        self.loading = Loading(rpc, self.add)
+        self.loading = Loading(rpc, self.add, lambda lora_id: self.ledger.place(lora_id))
         self.ledger = Ledger(
             rpc,
             core.vllm_config.lora_config.max_loras,
             self._named, self._running, self._replaced, self._lost,
         )  # fmt: skip
 
-    def _requests(self, lora_id: int) -> list[Any]:
+    def _requests(self, at: int) -> list[Any]:
         requests = self._scheduler.requests.values()
-        return [r for r in requests if _id_of(r) == lora_id and not r.is_finished()]
+        return [r for r in requests if _id_of(r) == at and not r.is_finished()]
 
     def _named(self) -> set[int]:
         requests = self._scheduler.requests.values()
@@ -75,30 +85,70 @@ class Adapters:
     def _running(self) -> set[int]:
         return {_id_of(r) for r in self._scheduler.running} - {0}
 
-    def add(self, lora: LoRARequest, source: Any) -> dict[str, Any]:
-        """Has an adapter loaded: `{"version": digest, "evicted": ids, "understands": what a request
-        may say to it}`, or `{"error": text}`."""
+    def add(
+        self, lora: LoRARequest, source: Any, at: int | None = None, expected: str | None = None
+    ) -> dict[str, Any]:
+        """Has an adapter loaded (`Ledger.add`): `{"version": digest, "path": where it is from,
+        "evicted": ids, "understands": what a request may say to it}`, or `{"error": text}`."""
         try:
-            evicted = self.ledger.add(lora, source)
+            evicted = self.ledger.add(lora, source, at, expected)
         except AdapterError as error:
             return {"error": str(error)}
-        held = self.ledger.held(lora.lora_int_id)
-        assert held is not None
-        return {"version": held.version, "evicted": evicted, "understands": held.understands}
+        return self._reply(lora.lora_int_id, evicted)
+
+    def roll_back(self, lora: LoRARequest, version: str, expected: str | None) -> dict[str, Any]:
+        """As `Ledger.roll_back`; answers as `add`."""
+        try:
+            self.ledger.roll_back(lora, version, expected)
+        except AdapterError as error:
+            return {"error": str(error)}
+        return self._reply(lora.lora_int_id, [])
+
+    def _reply(self, lora_id: int, evicted: list[int]) -> dict[str, Any]:
+        held = self.ledger.current(lora_id)
+        assert held is not None, "it was just loaded"
+        return {
+            "version": held.version, "path": held.path, "evicted": evicted,
+            "understands": held.understands,
+        }  # fmt: skip
+
+    def state(self, count: bool) -> dict[str, Any]:
+        """What is held and where, as plain values.
+
+        Args:
+            count: also what the workers have counted since the last time that somebody asked so.
+        """
+        ranks: list[dict[str, Any]] = self._rpc(STATS)
+        in_flight = Counter(map(_id_of, self._scheduler.requests.values()))
+        state = {
+            "adapters": self.ledger.listing(set(ranks[0]["active"]), in_flight),
+            "slots": ranks[0]["slots"], "slots_used": len(ranks[0]["active"]),
+            "resident_bytes": sum(rank["resident_bytes"] for rank in ranks),
+            "limit_bytes": sum(rank["limit_bytes"] for rank in ranks),
+        }  # fmt: skip
+        if count:
+            now = total(rank["traffic"] for rank in ranks)
+            state["counts"], self._counted = now.since(self._counted), now
+        return state
 
     def admit(self, request: Any) -> bool:
         """Has the adapter of a new request loaded; the request is refused when it cannot be, or
-        when what the request says does not fit the adapter."""
+        when what the request says does not fit the adapter. From here on the request names the
+        version that it is computed with."""
         lora: LoRARequest = request.lora_request
         try:
-            self.ledger.add(lora)
-            held = self._held(lora.lora_int_id)
+            at = self.ledger.enter(lora, promised(request))
+            held = self._held(at)
             self._conditions.complete(request, held, sent=False)
         except AdapterError as error:
             self._refuse(request, error)
             return False
         if lora.load_inplace:  # done
-            request.lora_request = msgspec.structs.replace(lora, load_inplace=False)
+            request.lora_request = lora = msgspec.structs.replace(lora, load_inplace=False)
+        if lora.lora_int_id != at:  # in a step, vLLM takes adapters of one name for one adapter
+            request.lora_request = msgspec.structs.replace(
+                lora, lora_int_id=at, lora_name=f"{lora.lora_name}@{held.version[:12]}"
+            )
         self._rekey(request, held, sent=False)
         return True
 
@@ -109,19 +159,14 @@ class Adapters:
             AdapterError: it cannot be loaded, is no such template or another one by now, or the
                 ids are none that the model computes.
         """
-        self.ledger.add(lora)
-        held = self._held(lora.lora_int_id)
+        at = self.ledger.enter(lora, version)
+        held = self._held(at)
         if not held.understands.get("instruction"):
             raise AdapterError(
                 "bad_value", "the adapter has no use for an 'instruction'", seen=lora.lora_name,
                 fix="leave 'instruction' away",
             )  # fmt: skip
-        if held.version != version:
-            raise AdapterError(
-                "adapter_changed", "the adapter was replaced while the request was on its way",
-                seen=lora.lora_name, fix="send the request again",
-            )  # fmt: skip
-        return self.gates.ask(lora.lora_int_id, version, ids)
+        return self.gates.ask(at, version, ids)
 
     def step_aside(self) -> None:
         """A step of a core in the front end's own process, which is not waiting for its outputs
@@ -131,8 +176,8 @@ class Adapters:
         for mine in (outputs or {}).values():
             self._refused += mine.outputs
 
-    def _held(self, lora_id: int) -> Held:
-        held = self.ledger.held(lora_id)
+    def _held(self, at: int) -> Held:
+        held = self.ledger.held(at)
         assert held is not None, "what was added is held"
         return held
 
@@ -144,7 +189,8 @@ class Adapters:
 
         def keyed_hasher(request: Any) -> Any:
             if request.lora_request is not None and not hasattr(request, _KEY):
-                held = self.ledger.held(request.lora_request.lora_int_id)
+                at = self.ledger.find(request.lora_request.lora_int_id, promised(request))
+                held = None if at is None else self.ledger.held(at)
                 setattr(request, _KEY, held and self._conditions.early_key(request, held))
             return hasher(request)
 
@@ -164,14 +210,15 @@ class Adapters:
             self._refused = []
         return outputs, executed
 
-    def _replaced(self, lora_id: int) -> None:
-        """Other weights stand under an id: no block that they compute may be found as the old's.
+    def _replaced(self, at: int) -> None:
+        """Somebody has put other weights into a version's place, behind the ledger's back: no block
+        that they compute may be found as the old's.
 
         What a request has computed so far comes from the old weights. Its blocks from here on
         belong to neither version; their key is the request's own.
         """
-        held = self._held(lora_id)
-        for request in self._requests(lora_id):
+        held = self._held(at)
+        for request in self._requests(at):
             started = Scheduler._holds_kv_blocks(request)
             sent = started or request.num_preemptions > 0
             try:
@@ -194,8 +241,8 @@ class Adapters:
             request.block_hashes.clear()
             request.update_block_hashes()
 
-    def _lost(self, lora_id: int, error: AdapterError) -> None:
-        for request in self._requests(lora_id):
+    def _lost(self, at: int, error: AdapterError) -> None:
+        for request in self._requests(at):
             self._end(request, error)
 
     def _end(self, request: Any, error: AdapterError) -> None:
@@ -286,6 +333,8 @@ def _patch_core() -> None:
     EngineCore.list_loras, EngineCore.pin_lora = new_list_loras, new_pin_lora
     EngineCore.collective_rpc = new_collective_rpc
     setattr(EngineCore, ADD, _add)
+    setattr(EngineCore, ROLL_BACK, _roll_back)
+    setattr(EngineCore, STATE, _state)
     setattr(EngineCore, GATE, _gate)
     has_work = EngineCoreProc.has_work
 
@@ -309,7 +358,7 @@ def _stepping(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return new_step
 
 
-def _add(self: Any, request: Any, source: Any = None) -> Any:
+def _add(self: Any, request: Any, source: Any = None, expected: str | None = None) -> Any:
     """As `Adapters.add`; from a core in a process of its own, whose loop must not wait for a disk,
     a future of it.
 
@@ -317,13 +366,38 @@ def _add(self: Any, request: Any, source: Any = None) -> Any:
         request: a `LoRARequest`, or what the wire made of it.
         source: `[tensors, config, settings]` of one that is handed over as tensors.
     """
-    adapters = _adapters(self)
-    assert adapters is not None, "the front end asks only where LoRA is on"
-    lora = request if isinstance(request, LoRARequest) else msgspec.convert(request, LoRARequest)
+    adapters, lora = _asked(self, request)
     given = source and MemorySource(*source)
     if isinstance(self, EngineCoreProc) and adapters.ledger.reads(lora, given):
-        return adapters.loading.begin(lora, given)
-    return adapters.add(lora, given)
+        try:
+            adapters.ledger.check_expected(lora, expected)  # before anything is read for it
+        except AdapterError as error:
+            return {"error": str(error)}
+        return adapters.loading.begin(lora, given, expected)
+    return adapters.add(lora, given, None, expected)
+
+
+def _roll_back(self: Any, request: Any, version: str, expected: str | None = None) -> Any:
+    """As `Adapters.roll_back`."""
+    adapters, lora = _asked(self, request)
+    return adapters.roll_back(lora, version, expected)
+
+
+def _state(self: Any, count: bool) -> Any:
+    """As `Adapters.state`."""
+    adapters = _adapters(self)
+    assert adapters is not None, "the front end asks only where LoRA is on"
+    return adapters.state(count)
+
+
+def _asked(core: Any, request: Any) -> tuple[Adapters, LoRARequest]:
+    """Of a call by a front end: a core's adapters, and the `LoRARequest` that may have come over
+    the wire."""
+    adapters = _adapters(core)
+    assert adapters is not None, "the front end asks only where LoRA is on"
+    if not isinstance(request, LoRARequest):
+        request = msgspec.convert(request, LoRARequest)
+    return adapters, request
 
 
 def _gate(self: Any, request: Any, version: str, ids: list[int]) -> Any:
@@ -333,9 +407,7 @@ def _gate(self: Any, request: Any, version: str, ids: list[int]) -> Any:
     Args:
         request: the template's `LoRARequest`, or what the wire made of it; version: its content.
     """
-    adapters = _adapters(self)
-    assert adapters is not None, "the front end asks only where LoRA is on"
-    lora = request if isinstance(request, LoRARequest) else msgspec.convert(request, LoRARequest)
+    adapters, lora = _asked(self, request)
     try:
         answer = adapters.gate(lora, version, ids)
     except AdapterError as error:

@@ -48,11 +48,10 @@ class Deriver:
             AdapterError: `bad_value`, it is no recipe.
         """
         recipe = Recipe.parse(request.lora_path)
-        parts = [self._held.get(part.lora_id) for part in recipe.parts]
-        return Reading(
-            functools.partial(self._make, request, recipe, parts),
-            frozenset(part.lora_id for part in recipe.parts),
-        )
+        found = [self._held.find(part.version) for part in recipe.parts]
+        parts = [held and held[1] for held in found]
+        uses = frozenset(held[0] for held in found if held)
+        return Reading(functools.partial(self._make, request, recipe, parts), uses)
 
     def _make(
         self, request: LoRARequest, recipe: Recipe, held: Sequence[Resident | None]
@@ -79,7 +78,7 @@ class Deriver:
                 " on its way", seen=part.name, fix="send the request again",
             )  # fmt: skip
         host, version = resident.host, part.version
-        if host is None or part.lora_id >= DERIVED_IDS:
+        if host is None or host.classifier is not None or part.lora_id >= DERIVED_IDS:
             raise AdapterError(
                 "unsupported_feature", f"adapter {part.name} cannot be one of several, or scaled",
                 seen=resident.system, limit="adapters of linear layers, embedding and output"
@@ -97,8 +96,8 @@ class Deriver:
         """Of one that was evicted since the request was taken; it stays evicted."""
         if from_memory(part.lora_id):
             raise AdapterError(
-                "not_found", "an adapter of the request was handed over as tensors and is no longer"
-                " loaded", seen=part.name, fix="hand it over again with add_adapter",
+                "adapter_changed", "an adapter of the request was handed over as tensors, and this"
+                " version of it is no longer held", seen=part.name, fix="send the request again",
             )  # fmt: skip
         return self._read(LoRARequest(part.name, part.lora_id, part.path))
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
+
+import msgspec
 
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches import metrics
 from vllm_lora_ext.model_patches.admitted import Admitted
-from vllm_lora_ext.model_patches.core import ADD
+from vllm_lora_ext.model_patches.core import ADD, ROLL_BACK
 from vllm_lora_ext.model_patches.gate_pass import GATE
-from vllm_lora_ext.model_patches.request_says import AskGate, Load, Steps, T
+from vllm_lora_ext.model_patches.request_says import AskGate, Load, RollBack, Step, Steps, T
 
 
 def run(engine: Any, steps: Steps[T]) -> T:
@@ -24,8 +27,9 @@ def run(engine: Any, steps: Steps[T]) -> T:
         step = next(steps)
         while True:
             method, *args = _call(step)
+            began = time.monotonic()
             reply = getattr(core, method)(*args) if core else client.call_utility(method, *args)
-            step = _go_on(engine, steps, step, reply)
+            step = _go_on(engine, steps, step, reply, began)
     except StopIteration as done:
         result: T = done.value
         return result
@@ -36,22 +40,23 @@ async def run_async(engine: Any, steps: Steps[T]) -> T:
     try:
         step = next(steps)
         while True:
+            began = time.monotonic()
             reply = await engine.engine_core.call_utility_async(*_call(step))
-            step = _go_on(engine, steps, step, reply)
+            step = _go_on(engine, steps, step, reply, began)
     except StopIteration as done:
         result: T = done.value
         return result
 
 
-def _call(step: Load | AskGate) -> tuple[Any, ...]:
+def _call(step: Step) -> tuple[Any, ...]:
     if isinstance(step, Load):
-        return ADD, step.lora, step.source
+        return ADD, step.lora, step.source, step.expected
+    if isinstance(step, RollBack):
+        return ROLL_BACK, step.lora, step.version, step.expected
     return GATE, step.lora, step.version, list(step.ids)
 
 
-def _go_on(
-    engine: Any, steps: Steps[Any], step: Load | AskGate, reply: dict[str, Any]
-) -> Load | AskGate:
+def _go_on(engine: Any, steps: Steps[Any], step: Step, reply: dict[str, Any], began: float) -> Step:
     """The next step, after the core's reply to one."""
     if "error" in reply:
         error = AdapterError.parse(reply["error"])
@@ -61,6 +66,9 @@ def _go_on(
         if reply["computed"]:
             metrics.gate_passed()
         return steps.send(reply["gate"])
-    metrics.made(step.lora.lora_int_id)
-    metrics.evicted(Admitted.of(engine).loaded(step.lora, reply))
-    return steps.send(None)
+    lora = msgspec.structs.replace(step.lora, lora_path=reply["path"])
+    evicted = Admitted.of(engine).loaded(lora, reply)
+    if isinstance(step, Load):
+        metrics.made(step.lora.lora_int_id, time.monotonic() - began)
+    metrics.evicted(evicted)
+    return steps.send(reply["path"])

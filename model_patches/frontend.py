@@ -20,9 +20,12 @@ from vllm.logger import init_logger
 
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches import metrics
+from vllm_lora_ext.model_patches.admission import expecting
 from vllm_lora_ext.model_patches.admitted import Admitted
+from vllm_lora_ext.model_patches.exchange import note_version
 from vllm_lora_ext.model_patches.mixes import Front, hook_requests
 from vllm_lora_ext.model_patches.refused import to_response
+from vllm_lora_ext.model_patches.rewards import Rewards
 from vllm_lora_ext.settings import LoraExtSettings
 
 logger = init_logger(f"vllm.{__name__}")
@@ -78,11 +81,20 @@ def apply() -> None:
         if config.lora_config is not None:
             metrics.show()
             Admitted.of(engine_client).list_by(self.lora_requests)
+        if settings.reward is not None:
+            Rewards.of(engine_client)  # what is wrong with them ends the start
         _warn_of_open_door(config, settings)
 
     @functools.wraps(load)
     async def new_load(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         front, name, entry = self._lora_ext_front, request.lora_name, None
+        try:
+            front.guard()
+        except AdapterError as error:
+            return _refusal(name, error)
+        expected = getattr(request, "expected_version", None)
+        if expected is not None:
+            request = request.model_copy(update={"load_inplace": True})
         if _is_recipe(request.lora_path):
             try:
                 entry = await front.mixes.build_recipe(request.lora_path)
@@ -90,7 +102,8 @@ def apply() -> None:
                 return _refusal(name, error)
             request = request.model_copy(update={"lora_path": str(entry.path)})
         try:
-            answer = _typed(name, await load(self, request, *args, **kwargs))
+            with expecting(expected):
+                answer = _typed(name, await load(self, request, *args, **kwargs))
         except asyncio.CancelledError:
             answer = None
             raise
@@ -99,15 +112,27 @@ def apply() -> None:
                 front.mixes.discard(entry)
         if isinstance(answer, str):
             _loaded_once(self, name)
+            loaded = self.lora_requests.get(name)
+            if loaded is not None:
+                note_version(Admitted.of(front.engine).version(loaded.lora_int_id))
             if front.used:
                 front.mixes.loaded(name, entry)
         return answer
 
     @functools.wraps(unload)
     async def new_unload(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        front, name = self._lora_ext_front, request.lora_name
+        try:
+            front.guard()
+        except AdapterError as error:
+            return _refusal(name, error)
+        loaded = self.lora_requests.get(name)
         answer = await unload(self, request, *args, **kwargs)
-        if isinstance(answer, str) and self._lora_ext_front.used:
-            self._lora_ext_front.mixes.unloaded(request.lora_name)
+        if isinstance(answer, str):
+            if loaded is not None:  # stock keeps it until others need the room
+                await front.engine.remove_lora(loaded.lora_int_id)
+            if front.used:
+                front.mixes.unloaded(name)
         return answer
 
     OpenAIServingModels.__init__ = new_init

@@ -57,7 +57,7 @@ class InstructionPass:
         self, rows: Rows, model: torch.nn.Module, template_of: Callable[[int], Template | None]
     ) -> None:
         norm = _final_norm(model)
-        self._template_of = template_of
+        self._template_of, self._rows = template_of, rows
         self._passes: dict[str, _Pass] = {}
         self._spans: Sequence[Span] = ()
         self._watch = rows.watch(_wants, self._take)
@@ -106,7 +106,7 @@ class InstructionPass:
             get_forward_context().skip_compiled = True
 
     def _see(self, norm: torch.nn.Module, args: tuple[Any, ...]) -> None:
-        for span in self._spans:
+        for span in () if self._rows.in_first_pass else self._spans:
             found = self._passes.get(span.request.req_id)
             count = found.length - span.at if found is not None else 0
             if found is None or found.seen != span.at or count <= 0:

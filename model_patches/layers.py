@@ -8,6 +8,8 @@ layer a class may replace, tensor-parallel slicing and `forward` stay stock.
 from __future__ import annotations
 
 import copy
+import itertools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -155,20 +157,26 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
             if module is None or len(sizes) == 1:
                 slices += [module] * len(sizes)
             else:
-                slices += [replace(module, b_NR=b) for b in torch.split(module.b_NR, list(sizes))]
+                for end, size in zip(itertools.accumulate(sizes), sizes, strict=True):
+                    slices.append(_outputs(module, operator.itemgetter(slice(end - size, end))))
         return slices
 
     def _shard(self, i: int, m: RoutedModule) -> RoutedModule:
         """This rank's part of slice `i`, by stock's own slicing."""
         if self.x_is_shard:
             rows = slice(None) if self.site.y_part is None else self.site.y_part
-            return replace(_cut_x(m, self.slice_lora_a), b_NR=m.b_NR[rows])
+            return _outputs(_cut_x(m, self.slice_lora_a), operator.itemgetter(rows))
         m = _cut_x(m, self.site.own_x)
         if self.n_slices == 1:
-            return replace(m, b_NR=self.slice_lora_b(m.b_NR))
-        only: list[torch.Tensor | None] = [None] * self.n_slices
-        only[i] = m.b_NR
-        return replace(m, b_NR=self.slice_lora_b(only)[i])
+            return _outputs(m, self.slice_lora_b)
+
+        def cut(b: torch.Tensor) -> torch.Tensor:
+            only: list[torch.Tensor | None] = [None] * self.n_slices
+            only[i] = b
+            part: torch.Tensor = self.slice_lora_b(only)[i]
+            return part
+
+        return _outputs(m, cut)
 
     def _apply_sync(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         base = self if self.has_product else self.base_layer
@@ -237,6 +245,14 @@ class RoutedEmbedding(VocabParallelEmbeddingWithLoRA):
 def _part_of(size: int, rank: int, ranks: int) -> slice:
     """The columns of one rank, as even as they can be."""
     return slice(rank * size // ranks, (rank + 1) * size // ranks)
+
+
+def _outputs(m: RoutedModule, cut: Callable[[torch.Tensor], torch.Tensor]) -> RoutedModule:
+    """The module for a part of its outputs: rows of B, and their magnitudes."""
+    magnitude_N = m.magnitude_N
+    if magnitude_N is not None:
+        magnitude_N = cut(magnitude_N[:, None])[:, 0]
+    return replace(m, b_NR=cut(m.b_NR), magnitude_N=magnitude_N)
 
 
 def _cut_x(m: RoutedModule, cut: Callable[[torch.Tensor], torch.Tensor]) -> RoutedModule:

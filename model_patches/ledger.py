@@ -3,17 +3,24 @@
 The core alone knows both sides: what the workers hold (they report it with every load) and which
 adapters unfinished requests name. So it is the core that says what may be evicted, that has an
 adapter loaded before a request for it is scheduled, and that knows an adapter's version, which is
-its identity in the prefix cache. One thread uses a ledger; `version` may be read from others.
+its identity in the prefix cache. One thread uses a ledger; others may call `find` and `held`.
+
+An adapter is replaced by one more version beside the old one (`versions`): requests keep the one
+with which they came in. `lora_id` is an adapter's id; `at` is the id under which the workers hold
+one of its versions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from vllm_lora_ext.conditions.recipe import DERIVED_IDS
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches.residency import Prepared
+from vllm_lora_ext.model_patches.versions import Versions
 
 LOAD, VERSIONS = "lora_ext_load", "lora_ext_versions"
 """Methods of the worker (`worker_rpc`)."""
@@ -39,15 +46,37 @@ class Adapter(Protocol):
 
 @dataclass
 class Held:
-    """An adapter that every worker holds."""
+    """A version of an adapter that every worker holds.
 
+    Args:
+        lora_id: the adapter's; given: as tensors, which nobody else has.
+        parts: `SlotPart`, of what stands in a slot; none for a template.
+    """
+
+    lora_id: int
     name: str
     path: str
+    given: bool
     version: str
     bytes: int
-    parts: tuple[Any, ...]  # `SlotPart`: of what stands in a slot; none for a template
+    system: str
+    rank: int
+    parts: tuple[Any, ...]
     understands: dict[str, Any]
     pinned: bool = False
+
+    @classmethod
+    def of(cls, adapter: Adapter | Held, reports: list[Any], given: bool) -> Held:
+        """What an adapter's `LoRARequest`, or a version before, and the workers say."""
+        one, first = adapter, reports[0]
+        named = (
+            (one.lora_id, one.name, one.path) if isinstance(one, Held)
+            else (one.lora_int_id, one.lora_name, one.lora_path)
+        )  # fmt: skip
+        return cls(
+            *named, given, first.version, max(r.bytes for r in reports), first.system, first.rank,
+            first.parts, first.understands,
+        )  # fmt: skip
 
 
 class Ledger:
@@ -56,11 +85,11 @@ class Ledger:
     Args:
         rpc: calls a method of every worker with these arguments and returns all answers.
         slots: adapters that one step can use.
-        named: ids that unfinished requests name.
+        named: `at` of what unfinished requests use.
         running: those of them whose requests are being computed.
-        replaced: called with an id when other content stands under it than before.
-        lost: called with an id and the reason when nothing stands under it any more although
-            unfinished requests name it.
+        replaced: called with `at` when somebody else has put other content there.
+        lost: called with `at` and the reason when nothing stands there any more although unfinished
+            requests use it.
     """
 
     def __init__(
@@ -76,71 +105,203 @@ class Ledger:
         self._named, self._running = named, running
         self._replaced, self._lost = replaced, lost
         self._held: dict[int, Held] = {}
+        self._versions = Versions()
+        self._last: dict[int, str] = {}  # of every adapter the current version, held or evicted
         self._pinned: frozenset[int] = frozenset()
-        self._leaving: set[int] = set()  # removed by their users while requests still name them
+        self._pinning: set[int] = set()  # as soon as older versions have left their pinned slots
+        self._leaving: set[int] = set()  # dropped as soon as no request uses them
         self._unsure = False
 
-    def version(self, lora_id: int) -> str | None:
-        """The digest of what is held under an id; None when nothing is."""
-        held = self._held.get(lora_id)
-        return held.version if held is not None else None
+    def find(self, lora_id: int, version: str | None = None) -> int | None:
+        """Where a version is held; None when it is not.
 
-    def held(self, lora_id: int) -> Held | None:
-        """What is held under an id."""
-        return self._held.get(lora_id)
+        Args:
+            version: its digest; None: the current one.
+        """
+        if version is None:
+            return self._versions.current(lora_id)
+        for at in self._versions.all(lora_id):
+            held = self._held.get(at)
+            if held is not None and held.version == version:
+                return at
+        return None
+
+    def held(self, at: int) -> Held | None:
+        """What is held there."""
+        return self._held.get(at)
+
+    def current(self, lora_id: int) -> Held | None:
+        """The version that new requests get."""
+        at = self._versions.current(lora_id)
+        return None if at is None else self._held.get(at)
+
+    def older(self, lora_id: int) -> list[int]:
+        """Where other versions are held."""
+        current = self._versions.current(lora_id)
+        return [at for at in self._versions.all(lora_id) if at != current]
 
     def ids(self) -> set[int]:
-        """What is held, and was not removed."""
+        """Adapters that are held, and were not removed."""
         self._refresh()
-        return set(self._held) - self._leaving
+        ats = set(self._held) - self._leaving
+        return {self._held[at].lora_id for at in ats if self._is_current(at)}
 
-    def add(self, adapter: Adapter, source: Any = None) -> list[int]:
+    def listing(
+        self, active: Collection[int], in_flight: Mapping[int, int]
+    ) -> list[dict[str, Any]]:
+        """What is held of each adapter, as plain values.
+
+        Args:
+            active: `at` of what is in slots; in_flight: requests by `at`.
+        """
+        lora_ids = {h.lora_id for h in self._held.values() if h.lora_id < DERIVED_IDS}
+        rows = []
+        for lora_id in sorted(lora_ids):
+            at, held = self._versions.current(lora_id), self.current(lora_id)
+            older = [
+                {"version": self._held[i].version, "in_flight": in_flight.get(i, 0)}
+                for i in self.older(lora_id)
+            ]
+            if at is not None and held is not None:
+                rows.append({
+                    "id": lora_id, "name": held.name, "version": held.version, "rank": held.rank,
+                    "system": held.system, "bytes": held.bytes, "pinned": held.pinned,
+                    "residency": "slot" if at in active else "host",
+                    "in_flight": in_flight.get(at, 0), "older": older,
+                })  # fmt: skip
+        return rows
+
+    def enter(self, adapter: Adapter, version: str | None) -> int:
+        """Where a new request finds its adapter, which is loaded if need be.
+
+        Args:
+            version: the digest that the request was promised; None: none.
+        Raises:
+            AdapterError: as `add`; `adapter_changed`, that version cannot be had any more.
+        """
+        lora_id = adapter.lora_int_id
+        at = self.find(lora_id, version) if version and not adapter.load_inplace else None
+        if at is None and version and lora_id < DERIVED_IDS and lora_id not in self._last:
+            raise AdapterError(
+                "not_found", "the adapter was unloaded while the request was on its way",
+                seen=adapter.lora_name, fix="load it again",
+            )  # fmt: skip
+        if at is None or self._unsure:
+            self.add(adapter)
+            at = self.find(lora_id, version)
+        if at is None:
+            raise AdapterError(
+                "adapter_changed", "the adapter was replaced while the request was on its way",
+                seen=adapter.lora_name, fix="send the request again",
+            )  # fmt: skip
+        self._check_slot(at)
+        return at
+
+    def add(
+        self,
+        adapter: Adapter,
+        source: Any = None,
+        at: int | None = None,
+        expected: str | None = None,
+    ) -> list[int]:
         """Has an adapter loaded, if it is not held already or is to be replaced.
 
         Args:
             source: its tensors; None: they are in a folder.
+            at: where workers have begun to read it (`place`); None: nowhere.
+            expected: the version that it may replace; None: any.
         Returns:
             Ids of the adapters that were evicted for it.
         Raises:
-            AdapterError: it cannot be served; whatever was held before still is.
+            AdapterError: it cannot be served, or `version_conflict`; whatever was held before still
+                is.
         """
         self._refresh()
         lora_id = adapter.lora_int_id
         self._make_way(adapter)
-        held = self._held.get(lora_id)
-        if held is not None and not adapter.load_inplace and source is None:
-            self._check_same(adapter, held)
-            self._leaving.discard(lora_id)
-            self._check_slot(lora_id)
-            return []
-        replaceable = source is None and lora_id not in self._leaving
-        if held is not None and held.name != adapter.lora_name and not replaceable:
-            raise _id_in_use(adapter, held)
-        self._check_slot(lora_id)
+        self.check_expected(adapter, expected)
+        current, held = self._versions.current(lora_id), self.current(lora_id)
+        if current is not None and held is not None:
+            if not self.reads(adapter, source):
+                self._check_same(adapter, held)
+                self._check_slot(current)
+                self._leaving.discard(current)
+                return []
+            replaceable = source is None and current not in self._leaving
+            if held.name != adapter.lora_name and not replaceable:
+                raise _id_in_use(adapter, held)
+        self._check_slot(lora_id if current is None else current)
         if source is None and from_memory(lora_id):
             raise AdapterError(
                 "not_found", "this adapter was handed over as tensors and is no longer loaded",
                 seen=adapter.lora_name, fix="hand it over again with add_adapter",
             )  # fmt: skip
-        return self._load(adapter, source)
+        ahead = at is not None and at not in self._held
+        place = at if at is not None and ahead else self.place(lora_id)
+        return self._load(adapter, Prepared() if source and ahead else source, place)
 
     def reads(self, adapter: Adapter, source: Any) -> bool:
         """Whether `add` would have the workers read an adapter."""
-        return source is not None or adapter.load_inplace or adapter.lora_int_id not in self._held
+        held = self._versions.current(adapter.lora_int_id) is not None
+        return source is not None or adapter.load_inplace or not held
+
+    def place(self, lora_id: int) -> int:
+        """Where the next version of an adapter can be loaded."""
+        return self._versions.place(lora_id, self._held)
+
+    def check_expected(self, adapter: Adapter, expected: str | None) -> None:
+        """Raises AdapterError `version_conflict` when the current version is another one."""
+        last = self._last.get(adapter.lora_int_id)
+        if expected is not None and expected != last:
+            raise AdapterError(
+                "version_conflict", f"adapter {adapter.lora_name} is not at the expected version",
+                seen=last or "not loaded", limit=expected,
+                fix="read its version again, and decide anew",
+            )  # fmt: skip
+
+    def roll_back(self, adapter: Adapter, version: str, expected: str | None) -> None:
+        """New requests get an older version again.
+
+        Args:
+            version: its digest; expected: as in `add`.
+        Raises:
+            AdapterError: `not_found`, it is not held any more; `version_conflict`.
+        """
+        self._refresh()
+        self.check_expected(adapter, expected)
+        lora_id = adapter.lora_int_id
+        at = self.find(lora_id, version)
+        if at is None:
+            held = [self._held[i].version for i in self._versions.all(lora_id) if i in self._held]
+            raise AdapterError(
+                "not_found", f"this version of {adapter.lora_name} is not held", seen=version,
+                limit=", ".join(held) or "none is", fix="load it again from its files",
+            )  # fmt: skip
+        self._switch(lora_id, at)
 
     def remove(self, lora_id: int) -> bool:
-        """Drops an adapter; one that unfinished requests name, as soon as they are done."""
-        if lora_id in self._held and lora_id in self._named():
-            self._leaving.add(lora_id)
-            return True
-        return self._drop(lora_id)
+        """Drops an adapter; versions that unfinished requests use, as soon as they are done."""
+        ats, named = self._versions.all(lora_id), self._named()
+        self._last.pop(lora_id, None)
+        for at in ats:
+            if at in named:
+                self._leaving.add(at)
+            else:
+                self._drop(at)
+        return bool(ats) or self._drop(lora_id)
 
     def tidy(self) -> None:
-        """Drops what was removed and is no longer named. To be called before every step."""
+        """Drops what was removed and is not used any more. To be called before every step."""
         self._refresh()
         if self._leaving:
-            for lora_id in self._leaving - self._named():
-                self._drop(lora_id)
+            for at in self._leaving - self._named():
+                self._drop(at)
+        for at in list(self._pinning):
+            rivals = [i for i in self.older(self._held[at].lora_id) if i in self._pinned]
+            if not rivals:
+                self._pinning.discard(at)
+                self._held[at].pinned = all(self._rpc("pin_lora", at))
+                self._pin()
 
     def pin(self, lora_id: int) -> bool:
         """Keeps an adapter in its slot for good.
@@ -150,17 +311,17 @@ class Ledger:
                 need the slot.
         """
         self._refresh()
-        held = self._held.get(lora_id)
-        if held is None:
+        at, held = self._versions.current(lora_id), self.current(lora_id)
+        if at is None or held is None:
             raise AdapterError(
                 "not_found", "an adapter that is not loaded cannot be pinned", seen=lora_id,
                 fix="load it first",
             )  # fmt: skip
         if not held.parts:
             raise incomplete(held.name, held.understands)
-        if held.pinned:
+        if held.pinned or at in self._pinning:
             return True
-        pinned = self._pinned | {lora_id}
+        pinned = self._pinned | {at}
         free = self._slots - len(pinned)
         if (
             free < 0
@@ -168,20 +329,19 @@ class Ledger:
             or len(self._running() - pinned) > free
         ):
             raise self._slots_pinned("the slot is needed by requests that are not finished")
-        done = all(self._rpc("pin_lora", lora_id))
-        held.pinned = done
+        held.pinned = all(self._rpc("pin_lora", at))
         self._pin()
-        return done
+        return held.pinned
 
-    def admits(self, lora_id: int) -> bool:
+    def admits(self, at: int) -> bool:
         """Whether a request for an adapter may join those that are being computed.
 
         The pinned adapters have their slots in every step; the scheduler does not know.
         """
-        if not self._pinned or lora_id in self._pinned:
+        if not self._pinned or at in self._pinned:
             return True
         others = self._running() - self._pinned
-        return lora_id in others or len(others) < self._slots - len(self._pinned)
+        return at in others or len(others) < self._slots - len(self._pinned)
 
     def doubt(self) -> None:
         """Somebody called the workers behind the ledger's back: it asks them before it answers."""
@@ -193,18 +353,28 @@ class Ledger:
         self._unsure = False
         ranks: list[dict[int, Any]] = self._rpc(VERSIONS)
         held_by_all = set(ranks[0]).intersection(*ranks[1:])
-        for lora_id in set(self._held) - held_by_all:
-            self._forget(lora_id)
-            self._lose(lora_id, AdapterError(
-                "not_found", "the adapter was taken from the workers", seen=lora_id,
-                fix="load it again",
+        for at in set(self._held) - held_by_all:
+            self._forget(at)
+            self._lose(at, AdapterError(
+                "not_found", "the adapter was taken from the workers", seen=at, fix="load it again",
             ))  # fmt: skip
-        for lora_id, report in ranks[0].items():
-            held = self._held.get(lora_id)
-            if held is not None and held.version != report.version:
-                held.version, held.bytes = report.version, report.bytes
-                held.parts, held.understands = report.parts, report.understands
-                self._replaced(lora_id)
+        for at, report in ranks[0].items():
+            self._believe(at, report)
+
+    def _believe(self, at: int, report: Any) -> None:
+        """What a worker says it holds; under an adapter's own id it is the adapter's newest."""
+        held = self._held.get(at)
+        if held is not None and held.version == report.version:
+            return
+        known = held or self.current(at)
+        if known is None:
+            return  # not of the ledger's adapters
+        self._held[at] = Held.of(known, [report], known.given)
+        if held is not None:
+            self._held[at].pinned = held.pinned
+            self._replaced(at)
+        if at == known.lora_id or self._is_current(at):
+            self._switch(known.lora_id, at)
 
     def _make_way(self, adapter: Adapter) -> None:
         """A derived adapter's id follows from what it is made of: another's may be the same."""
@@ -213,17 +383,13 @@ class Ledger:
         if lora_id >= DERIVED_IDS and other and lora_id not in self._named() | self._pinned:
             self._drop(lora_id)
 
-    def _load(self, adapter: Adapter, source: Any) -> list[int]:
-        lora_id = adapter.lora_int_id
-        kept = set(filter(from_memory, self._held)) | self._pinned | self._named()
-        answers = self._rpc(LOAD, adapter, source, frozenset(kept | {lora_id}))
+    def _load(self, adapter: Adapter, source: Any, at: int) -> list[int]:
+        there = copy.copy(adapter)
+        there.lora_int_id = at
+        answers = self._rpc(LOAD, there, source, frozenset(self._kept(adapter.lora_int_id) | {at}))
         errors = [a for a in answers if isinstance(a, str)]
         reports = [a for a in answers if not isinstance(a, str)]
-        evicted = set().union(*(r.evicted for r in reports)) - {lora_id}
-        for other in evicted:
-            self._forget(other)
-            if errors or any(other not in r.evicted for r in reports):
-                self._rpc("remove_lora", other)  # every worker holds the same
+        evicted = self._take_out(reports, at, bool(errors))
         if len({r.version for r in reports}) > 1:
             errors.append(str(AdapterError(
                 "ranks_differ", "the workers read different files under the adapter's path",
@@ -233,37 +399,72 @@ class Ledger:
             error = AdapterError.parse(errors[0])
             assert error is not None, errors[0]
             if reports:  # some workers hold it, some do not, or not the same
-                self._drop(lora_id)
-                self._lose(lora_id, error)
+                self._drop(at)
             raise error
-        self._note(adapter, reports)
-        return sorted(evicted)
+        self._note(adapter, reports, at, given=source is not None)
+        return evicted
 
-    def _note(self, adapter: Adapter, reports: list[Any]) -> None:
-        lora_id, before = adapter.lora_int_id, self._held.get(adapter.lora_int_id)
-        self._leaving.discard(lora_id)
-        first, version = reports[0], reports[0].version
-        self._held[lora_id] = Held(
-            adapter.lora_name, adapter.lora_path, version, max(r.bytes for r in reports),
-            first.parts, first.understands,
-        )  # fmt: skip
-        if before is not None and before.pinned:
-            self._held[lora_id].pinned = all(self._rpc("pin_lora", lora_id))
+    def _kept(self, lora_id: int) -> set[int]:
+        """What stays in host memory while an adapter is loaded: its current version too, which goes
+        on serving when the next one is refused."""
+        given = {at for at, held in self._held.items() if held.given and self._is_current(at)}
+        current = self._versions.current(lora_id)
+        return given | self._pinned | self._named() | ({current} if current is not None else set())
+
+    def _take_out(self, reports: list[Any], at: int, failed: bool) -> list[int]:
+        """Forgets what the workers have evicted; ids of the adapters that are gone."""
+        gone = []
+        for other in set().union(*(r.evicted for r in reports)) - {at}:
+            held = self._held.get(other)
+            if held is not None and self._is_current(other):
+                gone.append(held.lora_id)
+            self._forget(other)
+            if failed or any(other not in r.evicted for r in reports):
+                self._rpc("remove_lora", other)  # every worker holds the same
+        return sorted(gone)
+
+    def _note(self, adapter: Adapter, reports: list[Any], at: int, given: bool) -> None:
+        lora_id, held = adapter.lora_int_id, Held.of(adapter, reports, given)
+        same = self.find(lora_id, held.version)
+        if same is not None and same != at:  # one copy of it is enough
+            self._rpc("remove_lora", at)
+            held.pinned, at = self._held[same].pinned, same
+        self._held[at] = held
+        self._switch(lora_id, at)
+
+    def _switch(self, lora_id: int, at: int) -> None:
+        """From now on new requests get the version held there."""
+        before, held = self.current(lora_id), self._held[at]
+        old = self._versions.current(lora_id)
+        self._leaving.update(self._versions.switch(lora_id, at))
+        self._leaving.discard(at)
+        if lora_id < DERIVED_IDS:
+            self._last[lora_id] = held.version
+        pins = before is not None and (before.pinned or old in self._pinning)
+        if old is not None and old != at and pins:  # an old version has no slot to itself
+            self._pinning.discard(old)
+            self._pinning.add(at)
+            self._leaving.add(old)
         self._pin()
-        if before is not None and before.version != version:
-            self._replaced(lora_id)
+        self.tidy()
 
-    def _drop(self, lora_id: int) -> bool:
-        self._forget(lora_id)
-        return all(self._rpc("remove_lora", lora_id))
+    def _is_current(self, at: int) -> bool:
+        return self._versions.current(self._held[at].lora_id) == at
 
-    def _lose(self, lora_id: int, error: AdapterError) -> None:
-        if lora_id in self._named():
-            self._lost(lora_id, error)
+    def _drop(self, at: int) -> bool:
+        self._forget(at)
+        return all(self._rpc("remove_lora", at))
 
-    def _forget(self, lora_id: int) -> None:
-        self._held.pop(lora_id, None)
-        self._leaving.discard(lora_id)
+    def _lose(self, at: int, error: AdapterError) -> None:
+        if at in self._named():
+            self._lost(at, error)
+
+    def _forget(self, at: int) -> None:
+        held = self._held.pop(at, None)
+        if held is not None:
+            self._versions.forget(held.lora_id, at)
+        self._leaving.discard(at)
+        self._pinning.discard(at)
         self._pin()
 
     def _pin(self) -> None:
@@ -273,8 +474,8 @@ class Ledger:
         if (held.name, held.path) != (adapter.lora_name, adapter.lora_path):
             raise _id_in_use(adapter, held)
 
-    def _check_slot(self, lora_id: int) -> None:
-        if lora_id not in self._pinned and len(self._pinned) >= self._slots:
+    def _check_slot(self, at: int) -> None:
+        if len(self._pinned) >= self._slots and at not in self._pinned | self._pinning:
             raise self._slots_pinned("every adapter slot is pinned to another adapter")
 
     def _slots_pinned(self, message: str) -> AdapterError:

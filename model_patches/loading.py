@@ -6,13 +6,12 @@ the adapter loaded when they are, which then takes copies only.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
-
-from vllm_lora_ext.model_patches.residency import Prepared
 
 PREPARE, PREPARED, FORGET = "lora_ext_prepare", "lora_ext_prepared", "lora_ext_forget"
 """Methods of the worker (`worker_rpc`)."""
@@ -25,6 +24,8 @@ _IDLE = 0.005
 class _Load:
     request: Any
     source: Any
+    expected: str | None
+    at: int = 0  # where the workers read it
     done: Future[Any] = field(default_factory=Future)
     begun: bool = False
 
@@ -34,14 +35,18 @@ class Loading:
 
     Args:
         rpc: calls a method of every worker with these arguments and returns all answers.
-        add: takes a request and its source, what the workers have read already, and returns what
-            the future of `begin` is to hold, with the key `error` if it failed.
+        add: takes a request and its source, where the workers have read it, and the version that it
+            may replace; returns what the future of `begin` is to hold.
+        place: where the next version of an adapter can be read.
     """
 
     def __init__(
-        self, rpc: Callable[..., list[Any]], add: Callable[[Any, Any], dict[str, Any]]
+        self,
+        rpc: Callable[..., list[Any]],
+        add: Callable[[Any, Any, int, str | None], dict[str, Any]],
+        place: Callable[[int], int],
     ) -> None:
-        self._rpc, self._add = rpc, add
+        self._rpc, self._add, self._place = rpc, add, place
         self._loads: list[_Load] = []
         self._next = 0.0
 
@@ -50,9 +55,9 @@ class Loading:
         """Whether `poll` has to be called again."""
         return bool(self._loads)
 
-    def begin(self, request: Any, source: Any) -> Future[Any]:
+    def begin(self, request: Any, source: Any, expected: str | None) -> Future[Any]:
         """Begins a load; `poll` ends it."""
-        load = _Load(request, source)
+        load = _Load(request, source, expected)
         self._loads.append(load)
         self._start()
         return load.done
@@ -70,11 +75,10 @@ class Loading:
             return
         self._next = time.monotonic() + _EVERY
         for load in [load for load in self._loads if load.begun]:
-            if all(self._rpc(PREPARED, load.request.lora_int_id)):
+            if all(self._rpc(PREPARED, load.at)):
                 self._loads.remove(load)
-                answer = self._add(load.request, load.source and Prepared())
-                if "error" in answer:
-                    self._rpc(FORGET, load.request.lora_int_id)
+                answer = self._add(load.request, load.source, load.at, load.expected)
+                self._rpc(FORGET, load.at)  # what was refused, or is there by now
                 load.done.set_result(answer)
         self._start()
 
@@ -83,5 +87,7 @@ class Loading:
         for load in self._loads:
             if load.request.lora_int_id not in busy:
                 busy.add(load.request.lora_int_id)
-                load.begun = True
-                self._rpc(PREPARE, load.request, load.source)
+                load.begun, load.at = True, self._place(load.request.lora_int_id)
+                there = copy.copy(load.request)
+                there.lora_int_id = load.at
+                self._rpc(PREPARE, there, load.source)

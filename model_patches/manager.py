@@ -21,6 +21,7 @@ from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora.backends.base import Backend
 from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
 from vllm_lora_ext.kernels.gated_lora.sharded import may_sum
+from vllm_lora_ext.kernels.gated_lora.step import MAX_COLUMNS
 from vllm_lora_ext.kernels.mix_mlp import warm_blocks
 from vllm_lora_ext.kernels.mix_mlp.selfcheck import selfcheck as block_selfcheck
 from vllm_lora_ext.model_patches.backend import (
@@ -46,6 +47,8 @@ from vllm_lora_ext.model_patches.rows import Rows, unknown_rows
 from vllm_lora_ext.model_patches.scope import Scope
 from vllm_lora_ext.model_patches.stock_lane import StockLane
 from vllm_lora_ext.model_patches.trace import Recorder
+from vllm_lora_ext.model_patches.two_pass import TwoPass
+from vllm_lora_ext.settings import USUAL_EXPERTS
 
 
 class RoutedLoRAModel(LoRAModel):
@@ -100,6 +103,12 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         if settings.max_router_rows is not None:  # asked for: before the KV cache takes the rest
             _reserve_routers(self.modules)
         self.rows = Rows(self)
+        step = next(iter(self.punica_wrapper_mapping.values())).step_map  # the language model's
+        self._two_pass: TwoPass | None = None
+        if settings.two_pass:
+            step.columns = settings.max_gates or _usual_gates(self.modules.values())
+            assert len(step.rows_TC)  # made now, before the KV cache takes the rest
+            self._two_pass = TwoPass(self.model, step, self.rows, vllm_config)
         self._columns: RowColumns | None = None
         self._max_model_len = vllm_config.model_config.max_model_len
         follow_rows(self.rows, self.modules)
@@ -118,7 +127,7 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
             StockLane(self),
             lora_config.max_lora_rank, router_rows, lora_config.lora_dtype, self.base_name,
             pinned=pinned, graphs=self.graphs,
-            pooling=self.is_pooling_model, positions=positions,
+            pooling=self.is_pooling_model, positions=positions, two_pass=self._two_pass,
         )  # fmt: skip
         self.composer = Composer(
             self.modules, self.blocks, lora_config.max_lora_rank, router_rows, positions, pinned,
@@ -263,6 +272,8 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
                 _set_head(layer, slot, host.heads.get(name))
         for name, block in host.blocks.items():
             self.blocks[name].site.load(slot, block)
+        if self._two_pass is not None:
+            self._two_pass.load(slot, host.classifier)
 
     def pin_adapter(self, lora_id: int) -> bool:
         """Keeps a registered adapter in its slot.
@@ -302,6 +313,14 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
                 layer.reset_module_to_save(slot)
         for block in self.blocks.values():
             block.site.clear(slot)
+        if self._two_pass is not None:
+            self._two_pass.load(slot, None)
+
+
+def _usual_gates(layers: Iterable[BaseLayerWithLoRA]) -> int:
+    """Numbers that come with a row: 16 experts for each layer that an adapter can name."""
+    slices = [len(m.site.slice_sizes) for m in layers if isinstance(m, RoutedLinear)]
+    return max(MAX_COLUMNS, USUAL_EXPERTS * sum(slices))
 
 
 def _tables(layer: Any) -> list[torch.Tensor]:

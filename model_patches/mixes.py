@@ -19,7 +19,9 @@ from vllm.lora.request import LoRARequest
 
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.adapter_paths import find_folder
+from vllm_lora_ext.model_patches.admin import AdminToken
 from vllm_lora_ext.model_patches.admitted import Admitted
+from vllm_lora_ext.model_patches.exchange import current, note_version
 from vllm_lora_ext.model_patches.refused import RefusedRequest, to_response
 from vllm_lora_ext.model_patches.says_http import speaking
 from vllm_lora_ext.serving import Mix, Mixes, from_lorax, is_mix_name, parse
@@ -37,6 +39,8 @@ class Front:
         self.settings, merge = settings, settings.merge
         self.by_name = self._lora is not None and merge is not None and merge.enabled
         self._given: dict[int, LoRARequest] = {}
+        token = settings.admin_token_file
+        self._token = None if token is None else AdminToken(token)
         processes = config.parallel_config._api_process_count
         if self.by_name and processes > 1:
             raise AdapterError(
@@ -48,6 +52,11 @@ class Front:
     def mixes(self) -> Mixes:
         """Made when first needed: it has folders on disk."""
         return Mixes(self.settings, self)
+
+    def guard(self) -> None:
+        """Raises AdapterError where a client may not change what is loaded (`AdminToken`)."""
+        if self._token is not None:
+            self._token.check(current())
 
     @property
     def used(self) -> bool:
@@ -73,6 +82,24 @@ class Front:
         request = LoRARequest(name, self._models.lora_id_counter.inc(1), str(path))
         await self.engine.add_lora(request)
         return request
+
+    async def roll_back(self, name: str, version: str, expected: str | None) -> ErrorResponse | str:
+        """Has new requests by a name get an older version of its adapter."""
+        models = self._models
+        async with models.lora_resolver_lock[name]:
+            try:
+                self.guard()
+                loaded = models.lora_requests.get(name)
+                if loaded is None:
+                    raise AdapterError(
+                        "not_found", "no adapter of this name is loaded", seen=name, fix="load it"
+                    )
+                back = await self.engine.roll_back_adapter(loaded, version, expected)
+            except AdapterError as error:
+                return to_response(error, "version")
+            models.lora_requests[name] = back
+        note_version(version)
+        return f"Success: LoRA adapter '{name}' is at version {version}."
 
     def show(self, model: str, loaded: object) -> None:
         self._models.lora_requests[model] = loaded

@@ -12,16 +12,20 @@ from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWith
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from vllm_lora_ext.adapters.checks import BLOCK_PARTS, check_fits
+from vllm_lora_ext.adapters.classifier import Classifier
 from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora.plan import Shape
+from vllm_lora_ext.model_patches.dora import begun, finish_all, squares_of
 from vllm_lora_ext.model_patches.layers import RoutedLinear
+from vllm_lora_ext.model_patches.logits import RoutedLogits
 from vllm_lora_ext.model_patches.mlp import Block
 from vllm_lora_ext.model_patches.names import Names
 from vllm_lora_ext.model_patches.positions import Positions
 from vllm_lora_ext.model_patches.residency import HostAdapter, SlotPart, bytes_of, flat_views
 from vllm_lora_ext.model_patches.scope import Scope
 from vllm_lora_ext.model_patches.stock_lane import StockLane, refuse_gate
+from vllm_lora_ext.model_patches.two_pass import TwoPass
 from vllm_lora_ext.routing import GateSpec
 
 Fill = Callable[[list[torch.Tensor]], Any]
@@ -42,6 +46,7 @@ class Placer:
         pinned: whether host copies are page-locked.
         graphs: whether the engine captures CUDA graphs.
         positions: where something may differ by token.
+        two_pass: computes what a classifier reads; None: this server does not.
         pooling: whether the model is served for pooling; adapters may then have been trained on
             the bare model, whose layers' names lack `model.`.
     """
@@ -62,13 +67,14 @@ class Placer:
         graphs: bool,
         pooling: bool,
         positions: Positions,
+        two_pass: TwoPass | None,
     ) -> None:
         self._model_name = type(model).__name__
         self._modules, self._packed, self._blocks = modules, packed, blocks
         self._max_rank, self._router_rows = max_rank, router_rows
         self._dtype, self._base_name, self._pinned = dtype, base_name, pinned
         self._graphs, self._scope = graphs, scope
-        self.lane, self._positions = lane, positions
+        self.lane, self._positions, self._two_pass = lane, positions, two_pass
         # Prefixes of the layers that live on another pipeline rank.
         self._missing = tuple(
             f"{name}." for name, m in model.named_modules() if isinstance(m, PPMissingLayer)
@@ -105,6 +111,7 @@ class Placer:
                 gates stand where none are computed, or the device has no room for routers.
         """
         template = adapter.template
+        self._check_passes(adapter)
         every = (
             *adapter.modules, *_block_layers(adapter), *(template.sizes if template else ()),
         )  # fmt: skip
@@ -143,24 +150,50 @@ class Placer:
         self, adapter: RoutedAdapter, name_of: Mapping[str, str], away: set[str]
     ) -> None:
         """What differs by token must meet rows that are positions of a request, and are known."""
-        if not adapter.columns:
+        if not adapter.columns and adapter.classifier is None:
             return
         layer_of = {part: name for name, parts in self._packed.items() for part in parts}
         for name, module in adapter.modules.items():
-            layer = layer_of.get(name_of[name], name_of[name])
-            if module.gate.columns and name not in away:
-                self._positions.check(name, self._modules[layer])
+            if not module.gate.columns or name in away:
+                continue
+            layer = self._modules[layer_of.get(name_of[name], name_of[name])]
+            if not isinstance(layer, RoutedLogits):  # that knows its rows by itself
+                self._positions.check(name, layer)
+            if module.kind == "embedding" and self._graphs:
+                raise AdapterError(
+                    "unsupported_feature", "what the adapter adds to the embedding differs by"
+                    " token, which no CUDA graph holds", seen=name,
+                    limit="gates in linear layers and the output matrix",
+                    fix="start with --enforce-eager",
+                )  # fmt: skip
+
+    def _check_passes(self, adapter: RoutedAdapter) -> None:
+        """That the engine runs the pass that the adapter's gates come from, if there is one."""
+        if adapter.classifier is None:
+            return
+        if self._two_pass is None:
+            raise AdapterError(
+                "unsupported_feature", "the adapter's gates come from the base model's last hidden"
+                " state of the token, for which every step with it runs the model twice and every"
+                " token has a second KV cache", seen=adapter.system,
+                limit='servers with the setting "two_pass"', fix="start the server with"
+                " --additional-config '{\"lora_ext\": {\"two_pass\": true}}', or with the adapter"
+                " in --lora-modules",
+            )  # fmt: skip
+        self._two_pass.check(adapter.classifier)
 
     def reserve(self, host: HostAdapter) -> None:
-        """Slots have rows for routers from the first adapter on that needs them."""
+        """Slots have room for routers and scales from the first adapter on that needs them."""
         sites = [(self._modules[name].site, packed) for name, packed in host.sites.items()]
         sites += [(self._blocks[n].first.site, packed.first) for n, packed in host.blocks.items()]
         try:
             for site, packed in sites:
                 site.reserve_routers(len(packed.router_GK))
+                if packed.rescale_2N is not None:
+                    site.reserve_rescale()
         except MemoryError as error:
             raise AdapterError(
-                "device_memory_full", "the slots have no room for the adapter's routers",
+                "device_memory_full", "the slots have no room for the adapter's routers or scales",
                 seen=str(error), limit="what the device has left",
                 fix="start with the setting max_router_rows, which reserves them before the KV"
                 " cache takes the rest, or with a smaller --max-loras",
@@ -173,6 +206,7 @@ class Placer:
         sites: Layout = {}
         stock: Layout = {}
         blocks: Layout = {}
+        norms: dict[str, torch.Tensor] = {}
         names: dict[str, tuple[str, ...]] = {}
         for layer_name, layer in self._modules.items():
             parts = [found.get(n) for n in self._packed.get(layer_name, [layer_name])]
@@ -183,7 +217,11 @@ class Placer:
             if isinstance(layer, RoutedLinear):
                 covered = zip(parts, layer.part_sizes(len(parts)), strict=True)
                 names[layer_name] = tuple(p[0] for p, sizes in covered if p for _ in sizes)
-                sites[layer_name] = _site(layer, modules)
+                slices = layer.sharded(modules)
+                squares_N = squares_of(layer_name, layer, slices)
+                if squares_N is not None:
+                    norms[layer_name] = squares_N
+                sites[layer_name] = _site(layer, begun(slices))
             elif not self.lane.packs(layer_name):
                 stock[layer_name] = _stock(names[layer_name][0], layer, modules, self._dtype)
         for name, block in adapter.blocks.items():
@@ -197,17 +235,28 @@ class Placer:
         nbytes, views = flat_views(groups, self._pinned)
         left = iter(views)
         packed = [{name: fill(next(left)) for name, (_, fill) in kind.items()} for kind in kinds]
+        whole = {n: norms.pop(n) for n in list(norms) if not self._modules[n].x_is_shard}
+        finish_all(self._modules, packed[0], whole)
         experts, heads = self.lane.pack(adapter, name_of, away)
+        classifier = self._classifier(adapter)
         return HostAdapter(
             system=adapter.system, source=adapter.source, rank=adapter.rank,
             version=adapter.digest,
-            nbytes=nbytes + bytes_of(experts.values()) + bytes_of(heads.values()), names=names,
+            nbytes=nbytes + bytes_of(experts.values()) + bytes_of(heads.values())
+            + (classifier.nbytes if classifier else 0), names=names,
             sites=packed[0], stock=packed[1] | experts, blocks=packed[2], heads=heads,
+            on_base=bool(adapter.dora), norms=norms,
             parts=(SlotPart(
                 adapter.digest, columns=adapter.columns, linear=_is_linear(adapter),
                 blocks=bool(blocks),
             ),),
+            factors={n: _factors(found[n][1]) for n in stock if n in found and classifier},
+            classifier=classifier,
         )  # fmt: skip
+
+    def _classifier(self, adapter: RoutedAdapter) -> Classifier | None:
+        pin = (lambda t: t.pin_memory()) if self._pinned else (lambda t: t)
+        return None if adapter.classifier is None else adapter.classifier.map(pin)
 
     def _block(self, name: str, vllm_name: str, experts: MixBlock) -> Block:
         if vllm_name not in self._blocks:
@@ -252,8 +301,7 @@ def _is_linear(adapter: RoutedAdapter) -> bool:
     return not adapter.columns or (multiplied and not own)
 
 
-def _site(layer: RoutedLinear, modules: Sequence[RoutedModule | None]) -> tuple[list[Shape], Fill]:
-    slices = layer.sharded(modules)
+def _site(layer: RoutedLinear, slices: Sequence[RoutedModule | None]) -> tuple[list[Shape], Fill]:
     return layer.site.shapes(slices), lambda out: layer.site.pack(slices, out)
 
 
@@ -267,7 +315,8 @@ def _stock(
     a classification head."""
     (part,) = modules
     assert part is not None
-    refuse_gate(name, part)
+    if part.gate.source != "classifier":
+        refuse_gate(name, part)
     embedding = isinstance(layer, VocabParallelEmbeddingWithLoRA)
     a = part.a_RK.t() if embedding else part.a_RK
 
@@ -276,6 +325,15 @@ def _stock(
         return (a_out.t() if embedding else a_out), b_out
 
     return [(tuple(a.shape), dtype), (tuple(part.b_NR.shape), dtype)], fill
+
+
+def _factors(module: RoutedModule) -> torch.Tensor:
+    """int64 [R]: the number of a row that multiplies each rank, -1: none; of a classifier's gates,
+    which are taken as they are."""
+    blocks = torch.tensor(module.gate.blocks or (module.rank,))
+    first = module.row_start if module.gate.columns else -1
+    columns = first + torch.arange(len(blocks))
+    return columns.repeat_interleave(blocks)
 
 
 def _block(block: Block, experts: MixBlock) -> tuple[list[Shape], Fill]:

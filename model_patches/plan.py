@@ -74,6 +74,13 @@ def plan_of(request: Any) -> Plan | None:
     return Plan(columns, spans)
 
 
+def promised(request: Any) -> str | None:
+    """The version of its adapter that the front end has told a request's sender; None: none."""
+    said = (_params(request) or {}).get(FIELD)
+    version = said.get("version") if isinstance(said, Mapping) else None
+    return version if isinstance(version, str) else None
+
+
 def attach(request: Any, columns: Sequence[Column]) -> None:
     """Has a request carry columns, beside what else it says; its parameters may be others'."""
     said = (_params(request) or {}).get(FIELD)

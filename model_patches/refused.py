@@ -22,12 +22,17 @@ from vllm.v1.engine.output_processor import EMPTY_CPU_TENSOR, OutputProcessor
 
 from vllm_lora_ext.conditions.said import FIELD
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches import metrics
+from vllm_lora_ext.model_patches.admitted import Admitted
 
 _STATUS = {
     "not_found": HTTPStatus.NOT_FOUND,
     "path_not_allowed": HTTPStatus.FORBIDDEN,
     "id_in_use": HTTPStatus.CONFLICT,
     "adapter_changed": HTTPStatus.CONFLICT,
+    "version_conflict": HTTPStatus.CONFLICT,
+    "no_token": HTTPStatus.UNAUTHORIZED,
+    "wrong_token": HTTPStatus.FORBIDDEN,
     "slots_pinned": HTTPStatus.CONFLICT,
     "host_cache_full": HTTPStatus.CONFLICT,
     "device_memory_full": HTTPStatus.CONFLICT,
@@ -50,10 +55,12 @@ class RefusedRequest(AdapterError, GracefulHTTPError):
         Exception.__init__(self, str(error))
         self.code, self.message, self.text = error.code, error.message, error.text
         self.http_status = status_of(error.code)
+        metrics.refused(error.code)
 
 
 def to_response(error: AdapterError, param: str | None = "lora_path") -> ErrorResponse:
     """The error as an OpenAI-style body: `type` is the stable code."""
+    metrics.refused(error.code)
     return create_error_response(
         message=error.text, err_type=error.code, status_code=status_of(error.code), param=param
     )
@@ -70,6 +77,9 @@ def _end(processor: Any, output: EngineCoreOutput, error: AdapterError) -> list[
     state = processor.request_states.get(output.request_id)
     if state is None:  # aborted
         return []
+    admitted: Admitted | None = getattr(processor, "_lora_ext_admitted", None)
+    if admitted is not None and state.lora_request is not None:
+        admitted.doubt(state.lora_request.lora_int_id)
     pooling = state.detokenizer is None
     last = state.make_request_output(
         [], EMPTY_CPU_TENSOR if pooling else None, FinishReason.ERROR, str(error),

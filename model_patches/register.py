@@ -183,10 +183,16 @@ PATCHES: tuple[Patch, ...] = (
         name="settings",
         module="config",
         why="A wrong setting would end the start in every worker, after the weights were read.",
-        how="Where the engine's configuration is made, the settings are checked against it.",
+        how=(
+            "Where the engine's configuration is made, the settings are checked against it; and a "
+            "server sets `two_pass` where its own adapters need it."
+        ),
         upstream="none yet",
         remove_when="vLLM lets a plugin check its part of the additional config.",
-        targets=(Target("vllm.engine.arg_utils", "EngineArgs.create_engine_config"),),
+        targets=(
+            Target("vllm.engine.arg_utils", "EngineArgs.create_engine_config"),
+            Target("vllm.engine.arg_utils", "EngineArgs.from_cli_args"),
+        ),
     ),
     Patch(
         name="compile-key",
@@ -370,6 +376,55 @@ PATCHES: tuple[Patch, ...] = (
         ),
     ),
     Patch(
+        name="exchange",
+        module="exchange",
+        why="An answer does not say which content of its adapter gave it.",
+        how=(
+            "`system_fingerprint` of the classes that answer ends with the adapter's version, and a"
+            " middleware puts it into a header."
+        ),
+        upstream="none yet",
+        remove_when="vLLM's answers carry the version of their adapter.",
+        targets=(
+            Target("vllm.entrypoints.generate.base.serving", "GenerateBaseServing.__init__"),
+            Target("vllm.entrypoints.serve.utils.fingerprint", "get_system_fingerprint"),
+        ),
+    ),
+    Patch(
+        name="adapter-routes",
+        module="adapters_http",
+        why=(
+            "Stock lists adapters without their versions and loads them without comparing; its "
+            "metrics cannot be extended from the engine's side."
+        ),
+        how=(
+            "Two routes and two middlewares on the app that is handed to endpoint plugins, and one "
+            "more field in the body of the load route."
+        ),
+        upstream="vllm-project/vllm#45820 (what a metric touches)",
+        remove_when="vLLM loads endpoint plugins that an operator's setting turns on.",
+        targets=(
+            Target("vllm.plugins.endpoint_plugins.interface", "attach_endpoint_plugins"),
+            Target("vllm.entrypoints.launchers.app", "build_app"),
+            Target("vllm.entrypoints.serve.lora.api_router", "_attach_router"),
+            Target("vllm.entrypoints.serve.lora.protocol", "LoadLoRAAdapterRequest"),
+            Target("vllm.v1.engine.core_client", "AsyncMPClient.call_utility_async"),
+        ),
+    ),
+    Patch(
+        name="versioned-outputs",
+        module="versioned",
+        why="An output does not say which content of its adapter gave it.",
+        how="Requests carry the version they were promised, and their outputs get it.",
+        upstream="vllm's own `weight_versions` (of base weights)",
+        remove_when="vLLM's outputs carry the version of their adapter.",
+        targets=(
+            Target("vllm.v1.engine.output_processor", "RequestState.from_new_request"),
+            Target("vllm.v1.engine.output_processor", "RequestState._new_request_output"),
+            Target("vllm.v1.engine.output_processor", "OutputProcessor.add_request"),
+        ),
+    ),
+    Patch(
         name="request-field",
         module="says_http",
         why="Stock drops fields of a request's body that it does not know, and one adapter is all.",
@@ -522,6 +577,40 @@ PATCHES: tuple[Patch, ...] = (
         ),
     ),
     Patch(
+        name="two-pass",
+        module="two_pass",
+        why=(
+            "A gate that the base model's last hidden state of the same token gives (X-LoRA) needs "
+            "a pass without adapters, and a KV cache for it, in the same step."
+        ),
+        how=(
+            "With the setting `two_pass`: a twin of each attention layer in vLLM's table of layers,"
+            " and a hook on the model that runs it once more, before, with the twins in their "
+            "place."
+        ),
+        upstream="none yet",
+        remove_when="vLLM runs a model twice in a step, with two KV caches for one block table.",
+        targets=(
+            Target("vllm.model_executor.layers.attention.attention", "Attention.__init__"),
+            Target("vllm.model_executor.layers.attention.attention", "Attention.forward"),
+            Target("vllm.model_executor.layers.attention.attention", "Attention.get_kv_cache_spec"),
+            Target("vllm.model_executor.layers.attention.attention", "get_attention_context"),
+            Target("vllm.model_executor.layers.attention.attention", "unified_kv_cache_update"),
+            Target(
+                "vllm.model_executor.layers.attention.attention", "unified_attention_with_output"
+            ),
+            Target("vllm.forward_context", "ForwardContext"),
+            Target("vllm.forward_context", "override_forward_context"),
+            Target("vllm.v1.worker.utils", "bind_kv_cache"),
+            Target("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.get_kv_cache_spec"),
+            Target("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.execute_model"),
+            Target("vllm.v1.worker.gpu_model_runner", "GPUModelRunner._model_forward"),
+            Target("vllm.v1.worker.gpu.model_runner", "GPUModelRunner.execute_model"),
+            Target("vllm.v1.worker.gpu.attn_utils", "get_kv_cache_spec"),
+            Target("vllm.model_executor.models.llama", "LlamaForCausalLM.forward"),
+        ),
+    ),
+    Patch(
         name="logits",
         module="logits",
         why=(
@@ -574,6 +663,42 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.plugins.endpoint_plugins.interface", "attach_endpoint_plugins"),
             Target("vllm.entrypoints.launchers.app", "build_app"),
             Target("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc"),
+        ),
+    ),
+    Patch(
+        name="reward-route",
+        module="rewards",
+        why=(
+            "A reward model of several adapters is one request to a client and many to the "
+            "engine; stock loads plugin routes only when VLLM_PLUGINS names them."
+        ),
+        how="A POST route is added to the app that is handed to endpoint plugins.",
+        upstream="none yet",
+        remove_when="vLLM loads endpoint plugins that an operator's setting turns on.",
+        targets=(
+            Target("vllm.plugins.endpoint_plugins.interface", "attach_endpoint_plugins"),
+            Target("vllm.entrypoints.launchers.app", "build_app"),
+            Target("vllm.entrypoints.serve.utils.api_utils", "with_cancellation"),
+            Target("vllm.inputs.engine", "tokens_input"),
+            Target("vllm.v1.engine.async_llm", "AsyncLLM.encode"),
+            Target("vllm.v1.engine.async_llm", "AsyncLLM.get_supported_tasks"),
+            Target("vllm.config.model", "ModelConfig.get_pooling_task"),
+            Target("vllm.pooling_params", "PoolingParams"),
+        ),
+    ),
+    Patch(
+        name="pooling-without-tokenizer",
+        module="scoring",
+        why=(
+            "An engine for embeddings with `skip_tokenizer_init` does not start: the scores of "
+            "pairs of texts, which it offers too, ask for the tokenizer."
+        ),
+        how="They are left out where there is no tokenizer.",
+        upstream="none yet",
+        remove_when="vLLM starts such an engine.",
+        targets=(
+            Target("vllm.entrypoints.pooling.utils", "enable_scoring_api"),
+            Target("vllm.entrypoints.pooling.factories", "init_pooling_io_processors"),
         ),
     ),
 )

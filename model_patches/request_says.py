@@ -35,6 +35,7 @@ class Load:
 
     lora: LoRARequest
     source: Any = None
+    expected: str | None = None  # the only version that it may replace
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,18 @@ class AskGate:
     ids: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class RollBack:
+    """A step: new requests for an adapter get an older version again."""
+
+    lora: LoRARequest
+    version: str
+    expected: str | None = None
+
+
 T = TypeVar("T")
-Steps: TypeAlias = Generator[Load | AskGate, Any, T]
+Step: TypeAlias = Load | AskGate | RollBack
+Steps: TypeAlias = Generator[Step, Any, T]
 
 
 @dataclass(frozen=True)
@@ -55,28 +66,23 @@ class Target:
     """What a request is sent with.
 
     Args:
-        lora: its adapter; plan: what its parameters carry about columns; trace: asked for one.
+        lora: its adapter; version: the adapter's, with which the request is computed.
+        plan: what its parameters carry about columns; trace: asked for one.
         made: whether the adapter was derived anew for it; None: it is not a derived one.
     """
 
     lora: LoRARequest | None
+    version: str = ""
     plan: dict[str, Any] | None = None
     trace: bool = False
     made: bool | None = None
 
 
 class Spoken(LoRARequest):
-    """What a server hands to its engine in an adapter's place, where a request says something.
+    """What a server hands to its engine in an adapter's place: what was settled for the request
+    before its answer began."""
 
-    Args:
-        said: what; message: the last message of a user; own: the adapter of the request's model,
-            None for the base; made: whether its adapter was derived anew for it.
-    """
-
-    said: Said | None = None
-    message: str | None = None
-    own: LoRARequest | None = None
-    made: bool = False
+    target: Target = Target(None)
 
 
 @dataclass(frozen=True)
@@ -102,24 +108,37 @@ def said_by(engine: Any, value: object) -> Said:
     return said
 
 
-def load_first(loras: Iterable[LoRARequest], source: Any = None) -> Steps[LoRARequest]:
+def load_first(
+    loras: Iterable[LoRARequest], source: Any = None, expected: str | None = None
+) -> Steps[LoRARequest]:
     """Has an adapter loaded under the first of its ids that no other adapter has.
 
     Args:
         source: its tensors, for one without a folder.
+        expected: the only version that it may replace; None: any.
     Raises:
-        AdapterError: it cannot be loaded; `id_in_use`.
+        AdapterError: it cannot be loaded; `id_in_use`; `version_conflict`.
     """
     *first, last = loras
     for lora in first:
         try:
-            yield Load(lora, source)
+            yield Load(lora, source, expected)
             return lora
         except AdapterError as error:
             if error.code != "id_in_use":
                 raise
-    yield Load(last, source)
+    yield Load(last, source, expected)
     return last
+
+
+def roll_back(lora: LoRARequest, version: str, expected: str | None) -> Steps[LoRARequest]:
+    """Has new requests get an older version; returns what they are sent with.
+
+    Raises:
+        AdapterError: `not_found`, `version_conflict`.
+    """
+    path = yield RollBack(lora, version, expected)
+    return msgspec.structs.replace(lora, lora_path=path, load_inplace=False)
 
 
 def resolve(
@@ -162,7 +181,7 @@ def _resolve(
             return Target(None)
         (use,) = yield from _load(admitted, [(_entry_of(lora), lora)], again)
         if not use.understands.needs:
-            return Target(use.lora)
+            return Target(use.lora, use.version)
         said = Said()
     instruction = message or None if said.instruction is None else said.instruction
     uses = yield from _load(admitted, _named(admitted, said, lora), again)
@@ -179,10 +198,11 @@ def _resolve(
     plain = len(live) == 1 and first.entry.scale == 1.0 and not by_row
     if plain and not first.understands.template:
         told = said.gates is not None or said.modality_spans is not None
-        return Target(first.lora, _plan(said, live, by_row) if told else None, trace)
+        plan = _plan(said, live, by_row) if told else None
+        return Target(first.lora, first.version, plan, trace)
     recipe = yield from _recipe(engine, said.user, instruction, [u for u, _ in live], by_row)
     derived, made = yield from _derive(admitted, recipe)
-    return Target(derived, _plan(said, live, by_row), trace, made)
+    return Target(derived, recipe.version, _plan(said, live, by_row), trace, made)
 
 
 def _entry_of(lora: LoRARequest) -> Entry:
@@ -428,8 +448,8 @@ def check_prompt(request: Any) -> None:
 
 
 def carrying(params: Any, target: Target) -> Any:
-    """Parameters that carry a target's plan in place of what the request said; a copy where they
-    differ, for the caller may use its own again.
+    """Parameters that carry a target's version and plan in place of what the request said; a copy
+    where they differ, for the caller may use its own again.
 
     Raises:
         AdapterError: `bad_value`, there is no trace of requests of this kind.
@@ -437,8 +457,8 @@ def carrying(params: Any, target: Target) -> Any:
     before = extras_of(params)
     extras = {k: v for k, v in before.items() if k != FIELD}
     sampling = isinstance(params, SamplingParams)
-    if target.plan is not None:
-        extras[FIELD] = target.plan
+    if target.plan is not None or target.version:
+        extras[FIELD] = {"version": target.version, **(target.plan or {})}
     if target.trace and not sampling:
         raise AdapterError(
             "bad_value", f"{FIELD}.trace: requests of pooling models are not traced",
@@ -446,7 +466,7 @@ def carrying(params: Any, target: Target) -> Any:
         )  # fmt: skip
     if target.trace:
         extras[EXTRA_ARG] = True
-    if extras == before:
+    if extras == before or params is None:  # a prompt that carries its own
         return params
     params = copy.copy(params)
     setattr(params, "extra_args" if sampling else "extra_kwargs", extras or None)

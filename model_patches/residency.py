@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from vllm_lora_ext.adapters.classifier import Classifier
 from vllm_lora_ext.adapters.template import Template
 from vllm_lora_ext.conditions.column import Column
 from vllm_lora_ext.errors import AdapterError
@@ -74,6 +75,10 @@ class HostAdapter:
         factors: name of an embedding or output matrix → int64 [R], the column that multiplies each
             rank, -1: none; where a column does.
         template: it goes into no slot before it is derived, and has nothing of the above.
+        classifier: gives the gates of its rows, from a first pass of the step.
+        on_base: whether it holds what was computed from the base weights (DoRA).
+        norms: name of a linear layer → this rank's part of a sum over the ranks without which its
+            site is not ready (`dora`).
     """
 
     system: str
@@ -89,6 +94,9 @@ class HostAdapter:
     parts: tuple[SlotPart, ...] = ()
     factors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     template: Template | None = field(default=None, repr=False)
+    classifier: Classifier | None = field(default=None, repr=False)
+    on_base: bool = False
+    norms: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
     def columns(self) -> int:
@@ -174,6 +182,14 @@ class Residency:
         if adapter_id in self._held:
             self._held.move_to_end(adapter_id)
         return self._held.get(adapter_id)
+
+    def find(self, version: str) -> tuple[int, Resident] | None:
+        """What is held of a version, which now is the last to go, and its id."""
+        found = next((i for i, held in self._held.items() if held.version == version), None)
+        if found is None:
+            return None
+        self._held.move_to_end(found)
+        return found, self._held[found]
 
     def all(self) -> dict[int, Resident]:
         """Everything held, by id."""

@@ -64,9 +64,19 @@ class Rows:
         self._manager = manager
         self._watches: list[Watch] = []
         self.instruction: Any = None  # `instruction.InstructionPass`, from the first on
+        self.in_first_pass = False  # of two in a step (`two_pass`)
         self._order: tuple[Sequence[str], Sequence[int]] | None = None
         self._sampled_N: torch.Tensor | None = None
         self._hidden_TK: torch.Tensor | None = None
+
+    @contextmanager
+    def first_pass(self) -> Iterator[None]:
+        """Inside, what the model computes is not what the step's requests get."""
+        self.in_first_pass = True
+        try:
+            yield
+        finally:
+            self.in_first_pass = False
 
     def watch(
         self,

@@ -17,25 +17,24 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.request import LoRARequest
 
-from vllm_lora_ext.conditions.said import FIELD, Said
+from vllm_lora_ext.conditions.said import FIELD
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.model_patches.admitted import Admitted
 from vllm_lora_ext.model_patches.driving import run_async
+from vllm_lora_ext.model_patches.exchange import note_version
 from vllm_lora_ext.model_patches.refused import RefusedRequest, to_response
-from vllm_lora_ext.model_patches.request_says import Spoken, resolve, said_by
+from vllm_lora_ext.model_patches.request_says import Spoken, Target, resolve, said_by
 
 
 @dataclass(frozen=True)
 class _Heard:
     """In the place of the field, once it was found right."""
 
-    said: Said | None
-    message: str | None
-    made: bool
+    target: Target
+    own: LoRARequest | None  # the adapter of the request's model
 
 
 async def hear(models: Any, request: Any) -> None:
-    """Checks what a request says, and has what it needs made.
+    """Settles with which adapter, and with which version of it, a request is computed.
 
     Args:
         models: the server's list of them; request: of a known model.
@@ -46,33 +45,27 @@ async def hear(models: Any, request: Any) -> None:
     if front is None or extra is None:
         return
     value, own = _value(request, extra), models.lora_requests.get(request.model)
-    engine = front.engine
-    if value is None and (own is None or not Admitted.of(engine).needs_words(own)):
+    if value is own is None:
         return
-    said = None if value is None else said_by(engine, value)
-    message = _last_message(request)
-    target = await run_async(engine, resolve(engine, said, own, message))
-    extra[FIELD] = _Heard(said, message, bool(target.made))
+    said = None if value is None else said_by(front.engine, value)
+    target = await run_async(front.engine, resolve(front.engine, said, own, _last_message(request)))
+    extra[FIELD] = _Heard(target, own)
+    note_version(target.version)
 
 
 def speaking(models: Any, request: Any, own: LoRARequest | None) -> LoRARequest | None:
     """What the engine gets as the adapter of a request.
 
     Args:
-        own: the adapter of its model.
+        own: the adapter of its model, or one that vLLM adds by itself for an image.
     """
     heard = (getattr(request, "model_extra", None) or {}).get(FIELD)
     if not isinstance(heard, _Heard):
         return own
-    if heard.said is not None and heard.said.adapters is not None:
-        own = None  # not one that vLLM adds by itself for an image either
     name, number = models.base_model_paths[0].name, 1
-    if own is not None:
-        name, number = own.lora_name, own.lora_int_id
-    return Spoken(
-        name, number, f"{FIELD} of a request",
-        said=heard.said, message=heard.message, own=own, made=heard.made,
-    )  # fmt: skip
+    if heard.own is not None:
+        name, number = heard.own.lora_name, heard.own.lora_int_id
+    return Spoken(name, number, f"{FIELD} of a request", target=heard.target)
 
 
 def _value(request: Any, extra: Mapping[str, Any]) -> object:

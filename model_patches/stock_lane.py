@@ -174,8 +174,14 @@ class StockLane:
 
 
 def refuse_gate(name: str, module: RoutedModule) -> None:
-    """Raises AdapterError `unsupported_feature` for a gate in a layer that adds its B A x as it
-    is."""
+    """Raises AdapterError `unsupported_feature` for a gate, or DoRA's magnitudes, in a layer that
+    adds its B A x as it is."""
+    if module.magnitude_N is not None:
+        raise AdapterError(
+            "unsupported_feature", "the adapter has DoRA's magnitudes at an output matrix,"
+            " classification head or base expert, whose output nothing rescales", seen=name,
+            limit="DoRA on linear layers", fix=f"train it without {name}, or without DoRA there",
+        )  # fmt: skip
     if module.gate.source != "none":
         raise AdapterError(
             "unsupported_feature", "the adapter has a gate at an embedding, output matrix,"

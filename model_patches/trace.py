@@ -23,7 +23,7 @@ from vllm_lora_ext.model_patches.layers import RoutedLinear
 from vllm_lora_ext.model_patches.residency import HostAdapter
 from vllm_lora_ext.model_patches.rows import Span
 from vllm_lora_ext.routing.mix import expert_weights
-from vllm_lora_ext.trace.fetch import RPC, wanted
+from vllm_lora_ext.trace.fetch import OWNER, RPC, wanted
 from vllm_lora_ext.trace.gates import expert_gates
 from vllm_lora_ext.trace.store import TraceStore
 
@@ -77,10 +77,12 @@ class Recorder:
         lora = span.request.lora_request
         host = None if lora is None else self._manager.list_adapters()[lora.lora_int_id].host
         if span.first:
+            params = span.request.sampling_params
+            said = (params and params.extra_args) or {}
             self.store.start(
                 span.request.req_id, span.request.prompt_token_ids or [],
                 lora.lora_name if lora else "", host.system if host else "",
-                self._manager.base_name,
+                self._manager.base_name, said.get(OWNER, ""),
             )  # fmt: skip
         return Traced(span, host)
 
@@ -142,11 +144,13 @@ def _add_rpc() -> None:
     # Here, not above: the front end's process has no worker, and this import is a large one.
     from vllm.v1.worker.gpu_worker import Worker
 
-    def lora_ext_trace(self: Any, request_id: str, prompt: int = 0, choice: int = 0) -> str:
+    def lora_ext_trace(
+        self: Any, request_id: str, prompt: int = 0, choice: int = 0, owner: str = ""
+    ) -> str:
         """A trace as JSON, or the text of the error: a worker must not fail for a wrong id."""
         recorder = self.model_runner.lora_manager._adapter_manager.recorder
         try:
-            return recorder.store.get(request_id, prompt, choice).to_json()
+            return recorder.store.get(request_id, prompt, choice, owner).to_json()
         except AdapterError as error:
             return str(error)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from hashlib import sha256
 from typing import Any
 
 import vllm.plugins.endpoint_plugins.interface as plugins
@@ -17,10 +18,11 @@ from fastapi.responses import JSONResponse, Response
 from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches.exchange import current
 from vllm_lora_ext.model_patches.refused import RefusedRequest, status_of
 from vllm_lora_ext.model_patches.request_says import check_prompt, extras_of
 from vllm_lora_ext.trace.client import PATH
-from vllm_lora_ext.trace.fetch import RPC, check_on, read_answers, wanted
+from vllm_lora_ext.trace.fetch import OWNER, RPC, check_on, read_answers, wanted
 
 _LAUNCHER = "vllm.entrypoints.launchers.app"
 
@@ -37,13 +39,20 @@ async def get_trace(
     engine = http.app.state.engine_client
     try:
         check_on(engine.vllm_config.additional_config)
-        answers = await engine.collective_rpc(RPC, args=(request_id, prompt, choice))
+        answers = await engine.collective_rpc(RPC, args=(request_id, prompt, choice, _client()))
         text = read_answers(answers).to_json()
     except AdapterError as error:
         status = status_of(error.code).value
         body = {"message": error.text, "type": error.code, "param": "request_id", "code": status}
         return JSONResponse({"error": body}, status)
     return Response(text, media_type="application/json")
+
+
+def _client() -> str:
+    """Who asks, as far as a server knows: the holder of a key. Clients without one are one."""
+    exchange = current()
+    key = "" if exchange is None else exchange.headers.get("authorization", "")
+    return sha256(key.encode()).hexdigest() if key else ""
 
 
 def _check(request: Any, vllm_config: Any) -> None:
@@ -55,6 +64,7 @@ def _check(request: Any, vllm_config: Any) -> None:
         if params is not None and wanted(params.extra_args):
             check_on(vllm_config.additional_config)
             params.skip_reading_prefix_cache = True
+            params.extra_args = {**params.extra_args, OWNER: _client()}
     except AdapterError as error:
         raise RefusedRequest(error) from None
 

@@ -7,6 +7,7 @@ both model runners take their manager.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Collection
 from typing import Any
 
@@ -23,6 +24,7 @@ from vllm_lora_ext.conditions.recipe import is_recipe
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches import foreign
 from vllm_lora_ext.model_patches.adapter_paths import find_folder
+from vllm_lora_ext.model_patches.agreement import with_ranks
 from vllm_lora_ext.model_patches.deriving import Deriver
 from vllm_lora_ext.model_patches.identity import tag_torch_caches
 from vllm_lora_ext.model_patches.ledger import incomplete
@@ -40,6 +42,7 @@ from vllm_lora_ext.model_patches.residency import (
     Resident,
 )
 from vllm_lora_ext.model_patches.sleep import kept_asleep
+from vllm_lora_ext.model_patches.traffic import Stats, Traffic
 from vllm_lora_ext.settings import LoraExtSettings
 
 _LEAST = 2048 << 20  # bytes of host memory by default
@@ -61,6 +64,7 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         self._head_size = vllm_config.model_config.get_head_size()
         self.settings = LoraExtSettings.from_additional_config(vllm_config.additional_config)
         self._loader = Loader(self._plan)
+        self._traffic = Traffic()
 
     def create_lora_manager(self, model: Any, vllm_config: Any) -> Any:
         with kept_asleep(vllm_config):
@@ -90,14 +94,16 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
             in_use: ids that must stay in host memory; pinned ones do anyway.
         Raises:
             AdapterError: the adapter cannot be served, or `host_cache_full`; what was held under
-                the id still is. `adapter_changed`: a part is not what the recipe was made for.
+                the id still is. `ranks_differ`: it needs what other ranks do not have.
+                `adapter_changed`: a part is not what the recipe was made for.
         """
         held = self._residency.get(request.lora_int_id)
+        modules = self._adapter_manager.modules
         if held is not None and source is None and not request.load_inplace:
             self.forget(request.lora_int_id)
-            return held.report()
+            return with_ranks(lambda: held, modules).report()
         with gpu_sync_allowed():
-            new = self._loader.take(request, source)
+            new = with_ranks(lambda: self._loader.take(request, source), modules)
             return self._hold(request.lora_int_id, new, in_use)
 
     def prepare(self, request: LoRARequest, source: MemorySource | None) -> None:
@@ -156,7 +162,7 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
             manager.expect_columns()
         free = None in manager.lora_index_to_id and manager.has_slots({adapter_id})
         if manager.register(new.model, manager.active_ids()) and free:
-            manager.activate_adapter(adapter_id)
+            self._into_slot(adapter_id, new.nbytes)
         return new.report(evicted)
 
     def add_adapter(self, lora_request: LoRARequest) -> bool:
@@ -176,13 +182,14 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
             manager.touch(adapter_id)
             if not manager.is_active(adapter_id):
                 away.append(adapter_id)
+        self._traffic.steps += bool(needed)
         for adapter_id in away:
             self._activate(adapter_id, needed)
 
     def _activate(self, adapter_id: int, needed: Collection[int]) -> None:
         manager = self._adapter_manager
+        held = self._residency.get(adapter_id)
         if manager.get_adapter(adapter_id) is None:
-            held = self._residency.get(adapter_id)
             if held is None:
                 raise AdapterError(
                     "not_found", "a step needs an adapter that is not loaded", seen=adapter_id,
@@ -193,7 +200,14 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
             registered = manager.register(held.model, needed)
             assert registered, "vLLM's cache is at least as large as its slots"
         manager.make_slot(needed)
-        manager.activate_adapter(adapter_id)
+        self._into_slot(adapter_id, 0 if held is None else held.nbytes)
+
+    def _into_slot(self, adapter_id: int, nbytes: int) -> None:
+        began = time.perf_counter()
+        if self._adapter_manager.activate_adapter(adapter_id):
+            self._traffic.activations += 1
+            self._traffic.bytes += nbytes
+            self._traffic.seconds += time.perf_counter() - began
 
     def _template(self, adapter_id: int) -> Template | None:
         held = self._residency.get(adapter_id)
@@ -203,6 +217,12 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         """As `InstructionPass.finish`; None before there is one."""
         found = self._adapter_manager.rows.instruction
         return None if found is None else found.finish(request_id)
+
+    def stats(self) -> Stats:
+        """What is in slots and in host memory, and what went into slots so far."""
+        manager, host = self._adapter_manager, self._residency
+        active = tuple(sorted(manager.active_ids()))
+        return Stats(active, manager.lora_slots, host.nbytes, host.limit, self._traffic)
 
     def versions(self) -> dict[int, LoadReport]:
         """Everything that is held, by id."""
@@ -240,6 +260,12 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         super().remove_all_adapters()
         self._adapter_manager.follow_base()
 
+    def base_replaced(self) -> None:
+        """Base weights are new: what was computed from the old ones is not held any more."""
+        for adapter_id, held in self._residency.all().items():
+            if held.host is not None and held.host.on_base:
+                self.remove_adapter(adapter_id)
+
 
 def _resident(adapter_id: int, host: HostAdapter) -> Resident:
     return Resident(RoutedLoRAModel(adapter_id, host), host.version, host.nbytes, host.system)
@@ -250,5 +276,17 @@ def _fail(error: AdapterError) -> Resident:
 
 
 def apply() -> None:
-    """Both runners build this manager from now on."""
+    """Both runners build this manager from now on, and tell it of new base weights."""
     runner_mixin.LRUCacheWorkerLoRAManager = RoutedWorkerLoRAManager
+    mixin = runner_mixin.LoRAModelRunnerMixin
+    reset_lora_state = mixin.reset_lora_state
+    if hasattr(reset_lora_state, "__wrapped__"):
+        return
+
+    @functools.wraps(reset_lora_state)
+    def new_reset_lora_state(self: Any) -> None:
+        reset_lora_state(self)
+        if self.lora_config:
+            self.lora_manager.base_replaced()
+
+    mixin.reset_lora_state = new_reset_lora_state

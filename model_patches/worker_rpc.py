@@ -7,6 +7,7 @@ first that failed, and takes what is left of them for those of the next call.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 from vllm.logger import init_logger
@@ -17,6 +18,7 @@ from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.gate_pass import FINISH
 from vllm_lora_ext.model_patches.ledger import LOAD, VERSIONS
 from vllm_lora_ext.model_patches.loading import FORGET, PREPARE, PREPARED
+from vllm_lora_ext.model_patches.traffic import STATS
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -33,8 +35,9 @@ def _load(self: Any, request: LoRARequest, source: Any, in_use: frozenset[int]) 
 
 
 def _failed(error: Exception) -> AdapterError:
+    """Without the error's own text, which may name files that are no client's business."""
     return AdapterError(
-        "load_failed", f"the adapter could not be loaded: {type(error).__name__}: {error}",
+        "load_failed", f"the adapter could not be loaded: {type(error).__name__}",
         fix="see the server's log",
     )  # fmt: skip
 
@@ -42,6 +45,11 @@ def _failed(error: Exception) -> AdapterError:
 def _versions(self: Any) -> dict[int, Any]:
     """Reports of everything that this worker holds."""
     return self.model_runner.lora_manager.versions()
+
+
+def _stats(self: Any) -> dict[str, Any]:
+    """`Stats` of this worker."""
+    return asdict(self.model_runner.lora_manager.stats())
 
 
 def _prepare(self: Any, request: LoRARequest, source: Any) -> None:
@@ -74,7 +82,7 @@ def _finish_gate(self: Any, request_id: str) -> dict[str, Any]:
 def apply() -> None:
     """Gives the worker its methods."""
     for name, method in (
-        (LOAD, _load), (VERSIONS, _versions),
+        (LOAD, _load), (VERSIONS, _versions), (STATS, _stats),
         (PREPARE, _prepare), (PREPARED, _prepared), (FORGET, _forget),
         (FINISH, _finish_gate),
     ):  # fmt: skip

@@ -7,6 +7,7 @@ from vllm_lora_ext.routing.reference import (
     gate_reference,
     logits_reference,
 )
+from vllm_lora_ext.routing.rescale import Rescale
 from vllm_lora_ext.routing.spec import GateSpec, GateSpecError
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "GateSpecError",
     "GatedSlice",
     "InputNorm",
+    "Rescale",
     "delta_reference",
     "gate_reference",
     "logits_reference",

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from vllm_lora_ext.routing.norm import InputNorm
+from vllm_lora_ext.routing.rescale import Rescale
 from vllm_lora_ext.routing.spec import GIVEN, GateSpec
 
 
@@ -15,7 +16,9 @@ class GatedSlice(Protocol):
 
     a_RK [R, in], b_NR [out, R] with every scale folded in, router_GK [G, in], bias_G [G],
     head_K [in], norm; the last four where the gate asks for them. logit_bias_G [G] is added to a
-    router's logits. a_RK has R / n rows when n experts share one A.
+    router's logits. a_RK has R / n rows when n experts share one A. row_start is the first of the
+    numbers that come with each row which the gate reads. rescale is what happens to the layer's own
+    output, if anything does.
     """
 
     @property
@@ -36,6 +39,10 @@ class GatedSlice(Protocol):
     def logit_bias_G(self) -> torch.Tensor | None: ...
     @property
     def norm(self) -> InputNorm | None: ...
+    @property
+    def row_start(self) -> int: ...
+    @property
+    def rescale(self) -> Rescale | None: ...
 
 
 def delta_reference(
@@ -44,7 +51,8 @@ def delta_reference(
     """`B (g(x) ⊙ (A x))`: what the adapter adds to the layer's output, [T, out] fp32.
 
     Args:
-        rows_TG: [T, G] the numbers that came with each row, for sources `request`, `position`.
+        rows_TG: [T, G] those of the numbers that came with each row which the gate reads, for
+            sources `request`, `position`, `classifier`.
     """
     x_TK = x_TK.float()
     h_TR = x_TK @ s.a_RK.float().t()

@@ -13,7 +13,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-Source = Literal["none", "router", "self", "prototype", "request", "position"]
+Source = Literal["none", "router", "self", "prototype", "request", "position", "classifier"]
 Score = Literal["identity", "softmax", "sigmoid", "l2", "abs"]
 Select = Literal["all", "top_k", "threshold", "top_p"]
 Weight = Literal["score", "renormalise", "softmax", "one", "sqrt"]
@@ -22,7 +22,7 @@ Bias = Literal["none", "select", "value"]
 Normalise = Literal["none", "layer"]
 
 ROUTED = ("router", "prototype")  # u is a matrix times x
-GIVEN = ("request", "position")  # u comes with each row
+GIVEN = ("request", "position", "classifier")  # u comes with each row
 
 
 class GateSpecError(ValueError):
@@ -39,9 +39,10 @@ class GateSpec:
 
     Args:
         source: what the logits `u` [T, G] are: `router` and `prototype`, a matrix [G, in] times x;
-            `self`, the projection A x itself (then G = R and every block is 1); `request` and
-            `position`, numbers that come with each row, given by the request or by where the token
-            stands; `none`, no gate (g = 1, a plain LoRA; everything else keeps its default).
+            `self`, the projection A x itself (then G = R and every block is 1); `request`,
+            `position` and `classifier`, numbers that come with each row, given by the request, by
+            where the token stands, or by a classifier of the base model's last hidden state;
+            `none`, no gate (g = 1, a plain LoRA; everything else keeps its default).
         normalise: `layer`, the router reads LayerNorm(x) without an affine part (`InputNorm`
             stands beside the router); normalise_eps is added to the variance.
         blocks: ranks per gate, one entry per gate; their sum is R.

@@ -310,7 +310,7 @@ BAD: dict[str, Bad] = {
     "broken_pattern": Bad(with_json(lambda c: c.update(rank_pattern={"(": 8})), "bad_value"),
     "unknown_setting": Bad(with_json(lambda c: c.update(use_moram=True)), "unknown_format"),
     "unknown_number": Bad(with_json(lambda c: c.update(moram_topk=4)), "unknown_key"),
-    "dora": Bad(with_json(lambda c: c.update(use_dora=True)), "unsupported_feature"),
+    "dora": Bad(with_json(lambda c: c.update(use_dora=True)), "missing_tensor"),
     "dora_vectors": Bad(
         with_tensors(add("base_model.model.model.layers.0.mlp.up_proj.lora_magnitude_vector", 224)),
         "unsupported_feature",

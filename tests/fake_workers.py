@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import pytest
@@ -11,9 +11,10 @@ from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.ledger import LOAD, VERSIONS, Ledger
 from vllm_lora_ext.model_patches.loading import FORGET, PREPARE, PREPARED
 from vllm_lora_ext.model_patches.residency import Prepared, SlotPart
+from vllm_lora_ext.model_patches.traffic import STATS, Traffic
 
 
-@dataclass(frozen=True)
+@dataclass
 class Request:
     lora_name: str
     lora_int_id: int
@@ -25,6 +26,8 @@ class Request:
 class Report:
     version: str
     bytes: int = 8
+    system: str = "plain"
+    rank: int = 4
     evicted: tuple[int, ...] = ()
     parts: tuple[SlotPart, ...] = ()
     understands: dict[str, Any] = field(default_factory=dict)
@@ -42,6 +45,7 @@ class Rank:
     held: dict[int, str] = field(default_factory=dict)
     pinned: set[int] = field(default_factory=set)
     reading: dict[int, Any] = field(default_factory=dict)
+    traffic: Traffic = field(default_factory=Traffic)
     slow: set[int] = field(default_factory=set)  # still being read
     made_of: dict[str, tuple[SlotPart, ...]] = field(default_factory=dict)
 
@@ -49,7 +53,7 @@ class Rank:
         return {
             LOAD: self.load, VERSIONS: self.versions, "remove_lora": self.remove,
             "pin_lora": self.pin, PREPARE: self.prepare, PREPARED: self.prepared,
-            FORGET: self.forget,
+            FORGET: self.forget, STATS: self.stats,
         }[method](*args)  # fmt: skip
 
     def load(self, request: Request, source: Any, in_use: frozenset[int]) -> Any:
@@ -89,6 +93,12 @@ class Rank:
     def forget(self, lora_id: int) -> None:
         self.reading.pop(lora_id, None)
 
+    def stats(self) -> dict[str, Any]:
+        return {
+            "active": tuple(self.held)[:2], "slots": 2, "resident_bytes": 8 * len(self.held),
+            "limit_bytes": 800, "traffic": asdict(self.traffic),
+        }  # fmt: skip
+
     def versions(self) -> dict[int, Report]:
         return {i: self._report(v) for i, v in self.held.items()}
 
@@ -127,7 +137,14 @@ class Engine:
         return caught.value.code
 
     def same(self) -> set[int]:
-        """What the ranks hold: the same, and what the ledger says."""
+        """Adapters that the ranks hold: the same, and what the ledger says."""
         assert self.ranks[0].held == self.ranks[1].held
-        assert self.ledger.ids() == set(self.ranks[0].held)
-        return set(self.ranks[0].held)
+        for at, version in self.ranks[0].held.items():
+            held = self.ledger.held(at)
+            assert held is not None and held.version == version
+        return self.ledger.ids()
+
+    def version(self, lora_id: int) -> str | None:
+        """What new requests get."""
+        held = self.ledger.current(lora_id)
+        return None if held is None else held.version

@@ -32,11 +32,16 @@ OUTSIDE = {
 OUTSIDE_EXCEPTIONS = {
     ("verify", "vllm"): "`verify --engine` is a program that uses vLLM's public `LLM`",
     ("cli.verify", "vllm"): "the same",
+    ("engines", "vllm"): "starts vLLM's public `LLM` for the tools",
+    ("reward", "vllm"): "the configuration of that `LLM`",
+    ("labels", "vllm"): "asks that `LLM`",
+    ("cli.label", "vllm"): "the same",
 }
 # Inside model_patches: the API server's process must not load what runs on a worker's device.
 FRONT = (
-    "admission", "admitted", "driving", "frontend", "metrics", "mixes", "request_classes",
-    "request_says", "says_http", "trace_http",
+    "adapters_http", "admin", "admission", "admitted", "driving", "engine_metrics", "exchange",
+    "frontend", "metrics", "mixes", "request_classes", "request_says", "rewards", "says_http",
+    "scoring", "trace_http",
 )  # fmt: skip
 WORKER = (
     "backend", "columns", "composing", "deriving", "graphs", "heap", "layers", "loader", "logits",

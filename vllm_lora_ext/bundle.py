@@ -22,6 +22,7 @@ from vllm_lora_ext.adapters import (
     check_adapter,
     load_adapter,
 )
+from vllm_lora_ext.adapters.dora import refuse_dora
 from vllm_lora_ext.adapters.readers import plain
 from vllm_lora_ext.adapters.readers.peft_config import bad_value
 from vllm_lora_ext.adapters.registry import find_reader
@@ -153,6 +154,7 @@ def _read_expert(name: str, path: str | os.PathLike[str]) -> Expert:
     else:
         adapter = load_adapter(path)
         _refuse_routed(adapter)
+        refuse_dora(adapter, "an expert of a mixture")
         pairs, base, digest = adapter.modules, adapter.base_model, adapter.digest
         scales = dict.fromkeys(pairs, 1.0)
     embedding = next((module for module, pair in pairs.items() if pair.kind != "linear"), None)

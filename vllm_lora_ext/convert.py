@@ -12,16 +12,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from vllm_lora_ext.adapters import RoutedAdapter, load_adapter
 from vllm_lora_ext.adapters.checks import check_overflow
+from vllm_lora_ext.adapters.dmoerm import (
+    INNER_FOLDER,
+    ROUTER_FOLDER,
+    is_reward_model,
+    read_reward_model,
+    said_settings,
+)
+from vllm_lora_ext.adapters.dmoerm import NAME as DMOERM
 from vllm_lora_ext.adapters.folder import CONFIG, SIDECAR, WEIGHTS, AdapterFolder
 from vllm_lora_ext.adapters.limits import DTYPES
 from vllm_lora_ext.adapters.output import beside, check_place, fill, new_folder
 from vllm_lora_ext.adapters.readers.native import fill_native
 from vllm_lora_ext.adapters.registry import read_adapter
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.unpickle import copy_as_safetensors
+from vllm_lora_ext.unpickle import copy_as_safetensors, copy_reward_model
 
 # Says where a converted folder came from, and that it may be replaced by the next conversion.
 RECORD = "conversion.json"
@@ -85,6 +94,8 @@ def convert(
             float32 for one that keeps its format. `out` is then as it was.
     """
     place = check_output(out, [source], force)
+    if is_reward_model(source):
+        return _convert_reward_model(source, place, settings, dtype, allow_pickle, force, step)
     step("reading")
     folder, pickles = Path(source), []
     with beside(place) if allow_pickle else nullcontext(folder) as scratch:
@@ -178,6 +189,41 @@ def template_copy(
         step("putting it in place")
 
 
+def _convert_reward_model(
+    source: str | os.PathLike[str], place: Path, settings: Mapping[str, Any] | None, dtype: str,
+    allow_pickle: bool, force: bool, step: Callable[[str], None],
+) -> Conversion:  # fmt: skip
+    """Its files as they are, each a safetensors file, and the settings in `routing.json`."""
+    if dtype != "float32":
+        raise AdapterError(
+            "unsupported_feature", "a reward model keeps its format and its dtypes", seen=dtype,
+            limit="float32", fix="leave --dtype away: what is served has the engine's dtype",
+        )  # fmt: skip
+    step("reading")
+    with new_folder(place, _is_ours, aside=force) as folder:
+        step("writing")
+        said = said_settings(source, settings or {})
+        pickles = copy_reward_model(source, folder, allow_pickle)
+        (folder / SIDECAR).write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+        step("reading back")
+        made, tensors = read_reward_model(folder), 0
+        for file in folder.rglob("*.safetensors"):
+            with safe_open(file, "pt") as written:
+                tensors += len(written.keys())
+        layers = sum(
+            len(expert.tensors) // 2 for c in made.categories.values() for expert in c.experts
+        )
+        done = Conversion(
+            source=os.fspath(source), out=os.fspath(place), system=DMOERM, base_model="",
+            dtype=dtype, settings=dict(settings or {}), pickles=pickles, layers=layers, blocks=0,
+            tensors=tensors, rank=made.rank, rounding=0.0, digest=made.digest,
+            out_digest=made.digest,
+        )  # fmt: skip
+        write_record(folder, done.as_dict())
+        step("putting it in place")
+    return done
+
+
 def _written_otherwise(wrong: list[str]) -> AdapterError:
     return AdapterError(
         "output_failed", "the adapter, read back, is not what was written", seen=wrong[:4],
@@ -264,4 +310,5 @@ def _gates(adapter: RoutedAdapter) -> dict[str, tuple[object, ...]]:
 def _is_ours(place: Path) -> bool:
     """Empty, or an earlier conversion to which nobody added a file."""
     names = set(os.listdir(place))
-    return not names or (RECORD in names and names <= {CONFIG, SIDECAR, WEIGHTS[0], RECORD})
+    files = {CONFIG, SIDECAR, WEIGHTS[0], RECORD, ROUTER_FOLDER, INNER_FOLDER}
+    return not names or (RECORD in names and names <= files)

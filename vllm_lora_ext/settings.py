@@ -22,8 +22,11 @@ KEY = "lora_ext"
 DISABLE_ENV = "VLLM_LORA_EXT_DISABLE"
 ROUTER_ROWS_LIMIT = 512
 ROUTER_ROWS_DEFAULT = 64
+GATES_LIMIT = 1 << 16
+USUAL_EXPERTS = 16
 
-_MERGE = "merge"
+_MERGE, _REWARD = "merge", "reward"
+_TOKEN_LENGTH = 16
 _EXAMPLE = f'--additional-config \'{{"{KEY}": {{"host_cache_mb": 4096}}}}\''
 _ALLOWED = {
     "adapter_roots": "a list of existing folders, or null for no limit",
@@ -32,10 +35,18 @@ _ALLOWED = {
     "triton": "true, false, or null",
     "trace": "true or false",
     "pickle": '"weights_only", or null for no pickles',
+    "two_pass": "true or false, or null for what --lora-modules needs",
+    "max_gates": f"a whole number from 1 to {GATES_LIMIT}, or null",
     "accept_config_keys": "a list of keys of adapter_config.json",
     "max_request_adapters": "a whole number, 1 or more",
     "max_request_spans": "a whole number, 1 or more",
     "merge": "an object, or null for no merged adapters by name",
+    "reward": "an object, or null for no reward models",
+    "admin_token_file": "an existing file, or null for no token",
+}
+_ALLOWED_REWARD = {
+    "models": "an object of name: existing folder",
+    "router_device": "a device of torch, cpu or cuda",
 }
 _ALLOWED_MERGE = {
     "enabled": "true or false",
@@ -148,6 +159,21 @@ class MergeSettings(BaseModel):
             yield ("describe", "model"), self.describe.model, "folder"
 
 
+class RewardSettings(BaseModel):
+    """Reward models (DMoERM) of a pooling server: `POST /v1/lora_ext/reward`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    models: dict[_Name, _FrontPath] = Field(min_length=1)
+    """Name in a request → folder."""
+
+    router_device: str = Field(default="cpu", min_length=1)
+    """Where the routers run, in the server's front end."""
+
+    def __hash__(self) -> int:
+        return hash(self.model_dump_json())
+
+
 class LoraExtSettings(BaseModel):
     """Everything under the key `lora_ext` of vLLM's `--additional-config`."""
 
@@ -171,6 +197,14 @@ class LoraExtSettings(BaseModel):
     """Whether a request may ask what its adapter's gates decided. Needs an engine without CUDA
     graphs; off, nothing of it is there."""
 
+    two_pass: bool | None = None
+    """Whether X-LoRA is served: steps with it run the model twice, and every token takes twice the
+    KV cache. None: where `--lora-modules` has such a folder."""
+
+    max_gates: int | None = Field(default=None, ge=1, le=GATES_LIMIT)
+    """With `two_pass`: gates that a classifier may give a token, layers times experts. None: 16
+    experts for each linear layer. It costs 4 bytes for each token of `--max-num-batched-tokens`."""
+
     pickle: Literal["weights_only"] | None = None
     """Whether `adapter_model.bin` is read where there is no safetensors file. None: refused."""
 
@@ -185,6 +219,13 @@ class LoraExtSettings(BaseModel):
 
     merge: MergeSettings | None = None
     """Merged adapters by name in a request. None: such names are unknown models."""
+
+    reward: RewardSettings | None = None
+    """Reward models by name in a request. None: there are none."""
+
+    admin_token_file: _FrontPath | None = None
+    """A file whose one line is the token without which a client may load, replace and unload no
+    adapter (header `X-Lora-Ext-Token`). None: whoever reaches the load routes may."""
 
     @field_validator("accept_config_keys", mode="before")
     @classmethod
@@ -202,9 +243,15 @@ class LoraExtSettings(BaseModel):
 
     def check_front_end(self) -> None:
         """Raises AdapterError `bad_settings` where a folder that the front end uses is missing."""
+        if self.admin_token_file is not None:
+            read_token(self.admin_token_file)
         for name, path, kind in () if self.merge is None else self.merge._paths():
             if wrong := _missing(path, kind):
                 raise _wrong_value([_MERGE, *name], wrong, str(path), _ALLOWED_MERGE.get(name[0]))
+        for model, path in ({} if self.reward is None else self.reward.models).items():
+            if wrong := _missing(path, "folder"):
+                name = ("models", model)
+                raise _wrong_value([_REWARD, *name], wrong, str(path), _ALLOWED_REWARD["models"])
 
     def readable_roots(self) -> tuple[Path, ...] | None:
         """Where the engine may read adapters: `adapter_roots`, and what was merged from there."""
@@ -245,6 +292,29 @@ class LoraExtSettings(BaseModel):
         return _read(json.dumps(dict(section), default=str))
 
 
+def read_token(path: Path) -> str:
+    """The token in a file.
+
+    Raises:
+        AdapterError: `bad_settings`, there is none, or one that is easily guessed.
+    """
+    try:
+        token = path.read_text().strip()
+    except (OSError, ValueError) as error:
+        raise _bad_token(f"{path} cannot be read: {error}", None) from None
+    if len(token) < _TOKEN_LENGTH or not token.isascii() or len(token.split()) != 1:
+        raise _bad_token(f"{path} holds no token", f"{len(token)} characters")
+    return token
+
+
+def _bad_token(what: str, seen: str | None) -> AdapterError:
+    return AdapterError(
+        "bad_settings", f"setting {KEY}.admin_token_file is wrong ({what})", seen=seen,
+        limit=f"one ASCII word of {_TOKEN_LENGTH} characters or more",
+        fix="openssl rand -hex 32 > FILE; chmod 600 FILE",
+    )  # fmt: skip
+
+
 @lru_cache(maxsize=8)
 def _read(section: str) -> LoraExtSettings:
     try:
@@ -273,8 +343,9 @@ def _as_adapter_error(error: ValidationError) -> AdapterError:
     first = error.errors()[0]
     *parents, last = [str(part) for part in first["loc"]] or [KEY]
     allowed, known = (_ALLOWED, parents[:1] or [last])
-    if parents[:1] == [_MERGE]:
-        allowed, known = _ALLOWED_MERGE, [*parents[1:2], last]
+    if parents[:1] in ([_MERGE], [_REWARD]):
+        allowed = _ALLOWED_MERGE if parents[0] == _MERGE else _ALLOWED_REWARD
+        known = [*parents[1:2], last]
     if first["type"] == "extra_forbidden":
         return AdapterError(
             "bad_settings",

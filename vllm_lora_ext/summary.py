@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vllm_lora_ext.adapters.classifier import Classifier
 from vllm_lora_ext.adapters.limits import slot_rank
 from vllm_lora_ext.adapters.model import LowRank, RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.readers.base import Reader
@@ -54,6 +55,7 @@ def summarise(adapter: RoutedAdapter, reader: Reader | None = None) -> dict[str,
         "base_model": adapter.base_model or "not said",
         "rank": adapter.rank,
         "router_rows": rows,
+        "classifier": _classifier_text(adapter.classifier),
         "slot_mib": round(gpu / 2**20, 2),
         "slot_mib_cpu": round(cpu / 2**20, 2),
         "adapter_mib": round(adapter_bytes(adapter) / 2**20, 2),
@@ -68,9 +70,23 @@ def summarise(adapter: RoutedAdapter, reader: Reader | None = None) -> dict[str,
     }
 
 
+def _classifier_text(classifier: Classifier | None) -> str:
+    """How gates come from a first pass; empty where they do not."""
+    if classifier is None:
+        return ""
+    sizes = [classifier.hidden_size, *(len(weight) for weight in classifier.weights)]
+    steps = [" → ".join(map(str, sizes)), "ReLU" if classifier.relu and sizes[2:] else ""]
+    steps.append(f"softmax / {classifier.temperature:g}" if classifier.softmax else "")
+    steps.append("" if classifier.top_k is None else f"top {classifier.top_k}")
+    steps.append("softmax again" if classifier.softmax_again else "")
+    return ", ".join(filter(None, steps)) + "; two passes"
+
+
 def request_fields(adapter: RoutedAdapter) -> dict[str, str]:
     """Which keys of a request's `lora_ext` mean something to an adapter → what they must hold."""
     fields = {"adapters": "its name; scale, spans, modality"}
+    if adapter.classifier is not None:
+        fields["adapters"] = "its name, alone"
     template = adapter.template
     if template is not None and template.user is not None:
         fields["user"] = f"{template.user} numbers, needed"
@@ -135,6 +151,7 @@ def adapter_bytes(adapter: RoutedAdapter) -> int:
     of for a request stays in host memory, as it was read."""
     if adapter.template is not None:
         return adapter.template.nbytes
+    classifier = 0 if adapter.classifier is None else adapter.classifier.nbytes
     layers = [layer for _, layer in _low_ranks(adapter)]
     weights = [tensor for layer in layers for tensor in (layer.a_RK, layer.b_NR)]
     weights += [tensor for e in adapter.experts.values() for tensor in (e.a_QK, e.b_NQ)]
@@ -142,12 +159,11 @@ def adapter_bytes(adapter: RoutedAdapter) -> int:
     gates: list[torch.Tensor | None] = [block.router_GK for block in adapter.blocks.values()]
     owners = shared_routers(adapter.modules)
     for name, module in adapter.modules.items():
-        gates += [module.head_K]
+        gates += [module.head_K, *2 * [module.magnitude_N]]
         if name not in owners:
             gates += [module.router_GK, module.bias_G, module.logit_bias_G]
-    return sum(t.numel() * _STORED.itemsize for t in weights) + sum(
-        t.numel() * ROUTER_BYTES for t in gates if t is not None
-    )
+    rest = sum(t.numel() * ROUTER_BYTES for t in gates if t is not None)
+    return sum(t.numel() * _STORED.itemsize for t in weights) + rest + classifier
 
 
 def gate_text(gate: GateSpec) -> str:
@@ -181,9 +197,9 @@ def _groups(adapter: RoutedAdapter) -> list[dict[str, Any]]:
         a, b = module.a_RK, module.b_NR
         fields = _gate_fields(module.gate, module.rank) | {
             "in": a.shape[1], "out": b.shape[0], "shared_a": a.shape[0] != b.shape[1],
-            "router_of": router_of,
+            "router_of": router_of, "dora": module.magnitude_N is not None,
         }  # fmt: skip
-        key = (short, tuple(a.shape), tuple(b.shape), module.gate, router_of)
+        key = (short, tuple(a.shape), tuple(b.shape), module.gate, router_of, fields["dora"])
         groups.setdefault(key, {"name": short, "layers": 0, **fields})["layers"] += 1
     return list(groups.values())
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from vllm_lora_ext.adapters.dmoerm import no_safetensors, weight_files
 from vllm_lora_ext.adapters.files import Limits, too_large
 from vllm_lora_ext.adapters.paths import real_file
 from vllm_lora_ext.adapters.pickles import PICKLES, load_pickle
@@ -60,6 +61,50 @@ def copy_as_safetensors(source: str | os.PathLike[str], target: Path) -> list[st
         save_file(tensors, target / folder / name, metadata={"format": "pt"})
         done.append(str(folder / pickle))
     return done
+
+
+def copy_reward_model(
+    source: str | os.PathLike[str], target: Path, allow_pickle: bool
+) -> list[str]:
+    """The weights of a DMoERM folder that are read, every pickle of tensors a safetensors file.
+
+    Args:
+        target: a folder that is there.
+    Returns:
+        The pickles that were read, as paths below `source`.
+    Raises:
+        AdapterError: `pickle_refused` (not allowed, more than tensors, or broken), `missing_file`,
+            `too_large`, `path_not_allowed`, `bad_file`, `bad_safetensors`.
+    """
+    root, limits, pickles = Path(source), Limits(), []
+    for name in weight_files(root):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        stored = Path(f"{name}.safetensors")
+        if real_file(root, str(stored)) is not None:
+            _bring(root, stored, target, limits)
+        else:
+            pickle = next((name + e for e in PICKLES if real_file(root, name + e)), None)
+            if pickle is None or not allow_pickle:
+                raise no_safetensors(root, name)
+            tensors = _state(root, Path(pickle), limits)
+            save_file(tensors, target / stored, metadata={"format": "pt"})
+            pickles.append(pickle)
+    return pickles
+
+
+def _state(root: Path, pickle: Path, limits: Limits) -> dict[str, torch.Tensor]:
+    try:
+        return _load(root, pickle, limits.file_bytes, limits.tensors)
+    except AdapterError as error:
+        if error.code != "pickle_refused":
+            raise
+        # The authors' program saves its router as a whole module, whose class is their code.
+        raise AdapterError(
+            "pickle_refused", error.message, limit="a dict of tensors",
+            fix="where the authors' code is, load it and save its tensors:"
+            f" torch.save(torch.load('{pickle.name}', weights_only=False).state_dict(),"
+            f" '{pickle.name}')",
+        ) from error  # fmt: skip
 
 
 def _folders(root: Path) -> list[Path]:

@@ -204,9 +204,14 @@ def engine_options(
         "max_logprobs": -1 if vocabulary <= _WHOLE_VOCABULARY else _LIKELIEST,
         "disable_log_stats": True, "seed": 0,
     }  # fmt: skip
+    settings: dict[str, Any] = {}
     rows = adapter.router_rows
     if rows > LoraExtSettings().router_rows(options["max_lora_rank"]):
-        options["additional_config"] = {"lora_ext": {"max_router_rows": rows}}
+        settings["max_router_rows"] = rows
+    if adapter.classifier is not None:
+        settings |= {"two_pass": True, "max_gates": adapter.classifier.gates}
+    if settings:
+        options["additional_config"] = {"lora_ext": settings}
     return options
 
 

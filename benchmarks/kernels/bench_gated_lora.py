@@ -63,7 +63,7 @@ from vllm_lora_ext.kernels.gated_lora import (  # noqa: E402
 from vllm_lora_ext.kernels.gated_lora.backends import choice  # noqa: E402
 from vllm_lora_ext.kernels.gated_lora.backends.triton import tuning  # noqa: E402
 from vllm_lora_ext.kernels.gated_lora.reference import TOLERANCE  # noqa: E402
-from vllm_lora_ext.routing import GateSpec, InputNorm  # noqa: E402
+from vllm_lora_ext.routing import GateSpec, InputNorm, Rescale  # noqa: E402
 
 # Model, tensor parallel size → K and the slices' N of the four sites, of one rank.
 MODELS: dict[str, tuple[tuple[int, tuple[int, ...]], ...]] = {
@@ -130,6 +130,8 @@ class Part:
     head_bias: float = 0.0
     logit_bias_G: torch.Tensor | None = None
     norm: InputNorm | None = None
+    row_start: int = 0
+    rescale: Rescale | None = None
 
 
 class Layer:

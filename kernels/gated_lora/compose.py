@@ -24,7 +24,6 @@ from vllm_lora_ext.kernels.gated_lora.plan import (
     is_plain,
     shared_gate,
 )
-from vllm_lora_ext.kernels.gated_lora.step import MAX_COLUMNS
 
 if TYPE_CHECKING:
     from vllm_lora_ext.kernels.gated_lora.site import Site
@@ -83,6 +82,17 @@ def _groups(parts: Sequence[Part]) -> list[_Group]:
     return [[piece for _, piece in group] for _, group in groups]
 
 
+def _rescaled(parts: Sequence[Part]) -> torch.Tensor | None:
+    """What becomes of the layer's own output. Only one adapter can be at work on it."""
+    here = [part for part in parts if part[0] is not None]
+    found = [p.rescale_2N for p, *_ in here if p is not None and p.rescale_2N is not None]
+    if not found:
+        return None
+    if len(here) > 1 or here[0][1] != 1.0 or here[0][2] >= 0:
+        raise ValueError("what rescales the layer's output stands alone, without a factor")
+    return found[0]
+
+
 def _check(site: Site, groups: Sequence[_Group]) -> None:
     for i in range(len(site.slice_sizes)):
         ranks = [piece.rank for group in groups for piece in group if piece.i == i]
@@ -96,8 +106,8 @@ def _check(site: Site, groups: Sequence[_Group]) -> None:
     if rows > site.most_routers:
         raise ValueError(f"router rows {rows} of {site.most_routers}")
     columns = max((_plan_of(group).columns for group in groups), default=0)
-    if columns > MAX_COLUMNS:
-        raise ValueError(f"numbers that come with a row {columns} of {MAX_COLUMNS}")
+    if columns > site.step.columns:
+        raise ValueError(f"numbers that come with a row {columns} of {site.step.columns}")
 
 
 def _ranks(groups: Sequence[_Group]) -> list[tuple[int, int]]:
@@ -123,6 +133,8 @@ def composed_shapes(site: Site, parts: Sequence[Part]) -> list[Shape]:
         ((sum(len(p.a_RK) for p in pieces), width), dtype),
         ((sum(len(p.router_GK) for p in pieces), width), torch.float32),
     ]
+    if _rescaled(parts) is not None:
+        shapes.append(site.rescale_shape)
     return shapes + site.store.shapes(_ranks(groups))
 
 
@@ -137,6 +149,9 @@ def compose(
         out = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
     groups = _groups(parts)
     a_RK, router_GK, *stored = out
+    rescale_2N = _rescaled(parts)
+    if rescale_2N is not None:
+        rescale_2N = stored.pop(0).copy_(rescale_2N)
     places = site.store.places(stored, _ranks(groups))
     slices: list[tuple[int, SlicePlan]] = []
     a_at = g_at = 0
@@ -156,12 +171,12 @@ def compose(
         slices.append((i, replace(
             plan, a_start=a_start, a_stop=a_at, router_start=router_start,
             head_at=router_start + plan.gate.router_rows, b_start=b_start, bt_RN=bt_RN,
-        )))  # fmt: skip
+        ).rescaled_by(rescale_2N)))  # fmt: skip
     site.store.describe(stored, len(a_RK), len(router_GK), slices)
     plans = [plan for _, plan in slices]
     return PackedSite(
         a_RK=a_RK, router_GK=router_GK, stored=tuple(stored), slices=tuple(slices),
-        shared=shared_gate(plans), plain=is_plain(plans),
+        shared=shared_gate(plans), plain=is_plain(plans), rescale_2N=rescale_2N,
     )  # fmt: skip
 
 

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from vllm_lora_ext.routing import GateSpec, InputNorm
+from vllm_lora_ext.routing import GateSpec, InputNorm, Rescale
 from vllm_lora_ext.routing.spec import GIVEN
 
 Shape = tuple[tuple[int, ...], torch.dtype]
@@ -28,6 +28,7 @@ class SlicePlan:
         row_start: first of the numbers that come with each row (`StepMap.rows_TC`) which the gate
             reads, for sources `request` and `position`.
         factor_at: which of these numbers multiplies all that the adapter adds; -1: none.
+        rescale: what becomes of the layer's own output in these columns of y, before.
     """
 
     gate: GateSpec
@@ -45,10 +46,17 @@ class SlicePlan:
     b_start: int = 0
     row_start: int = 0
     factor_at: int = -1
+    rescale: Rescale | None = None
 
     @property
     def shares_a(self) -> bool:
         return self.bt_RN.shape[0] != self.a_stop - self.a_start
+
+    def rescaled_by(self, rescale_2N: torch.Tensor | None) -> SlicePlan:
+        """With its columns of the layer's scale and shift in another place."""
+        if self.rescale is None or rescale_2N is None:
+            return self
+        return replace(self, rescale=Rescale(*rescale_2N[:, self.y_start : self.y_stop]))
 
     @property
     def columns(self) -> int:
@@ -157,6 +165,8 @@ class PackedSite:
         slices: number of the slice and plan, those of a slice together; `bt_RN` of a plan is a
             part of `stored`.
         shared, plain: as in `SlotPlan`.
+        rescale_2N: scale and shift of the layer's own output, fp32, where a plan has some; the
+            columns of its others hold anything.
     """
 
     a_RK: torch.Tensor
@@ -165,6 +175,15 @@ class PackedSite:
     slices: tuple[tuple[int, SlicePlan], ...]
     shared: GateSpec | None
     plain: bool
+    rescale_2N: torch.Tensor | None = None
+
+    @cached_property
+    def plan(self) -> SlotPlan:
+        """For a slot that reads all of it where it is."""
+        return SlotPlan(
+            self.a_RK, self.router_GK, tuple(plan for _, plan in self.slices), self.shared,
+            self.plain,
+        )  # fmt: skip
 
     @property
     def reads_x(self) -> bool:

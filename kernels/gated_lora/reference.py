@@ -41,6 +41,7 @@ def gated_lora_reference(
     slots: Sequence[Sequence[GatedSlice | None] | Sequence[SlotPart]],
     slice_sizes: Sequence[int],
     rows_TC: torch.Tensor | None = None,
+    y_TN: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """What the adapters add to a layer's output.
 
@@ -50,6 +51,7 @@ def gated_lora_reference(
         slots: for each slot, what its adapter does to each slice of the output; or its adapters.
         slice_sizes: N of each slice.
         rows_TC: [T, C] the numbers that come with each row, where something reads them.
+        y_TN: [T, sum(N)] the layer's own output, where an adapter rescales it.
     Returns:
         [T, sum(N)] fp32.
     """
@@ -63,6 +65,11 @@ def gated_lora_reference(
             for s, size in zip(part.slices, slice_sizes, strict=True):
                 if s is not None:
                     delta_TN[at_T, at : at + size] += _part(part, s, x_TK[at_T], own_TC)
+                if s is not None and s.rescale is not None:
+                    assert y_TN is not None and part.scale == 1.0 and part.factor_at < 0
+                    own_TN = y_TN[at_T, at : at + size].float()
+                    rescaled_TN = s.rescale.scale_N * own_TN + s.rescale.shift_N
+                    delta_TN[at_T, at : at + size] += rescaled_TN - own_TN
                 at += size
     return delta_TN
 
@@ -77,6 +84,7 @@ def _part(
 ) -> torch.Tensor:
     if rows_TC is None:
         return part.scale * delta_reference(s, x_TK)
-    own_TG = rows_TC[:, part.row_start : part.row_start + s.gate.columns]
+    start = part.row_start + s.row_start
+    own_TG = rows_TC[:, start : start + s.gate.columns]
     delta_TN = part.scale * delta_reference(s, x_TK, own_TG)
     return delta_TN if part.factor_at < 0 else delta_TN * rows_TC[:, part.factor_at, None]

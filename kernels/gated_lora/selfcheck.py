@@ -21,7 +21,7 @@ from vllm_lora_ext.kernels.gated_lora.reference import (
 )
 from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.kernels.gated_lora.step import StepMap
-from vllm_lora_ext.routing import GateSpec, InputNorm
+from vllm_lora_ext.routing import GateSpec, InputNorm, Rescale
 
 TOKENS = (1, 33, 200, 600)  # one step for every row of the tuning table
 SLICES, WIDTH = (192, 48), 512
@@ -40,6 +40,8 @@ class Part:
     head_bias: float = 0.0
     logit_bias_G: torch.Tensor | None = None
     norm: InputNorm | None = None
+    row_start: int = 0
+    rescale: Rescale | None = None
 
 
 def selfcheck(
@@ -69,13 +71,14 @@ def in_one_line(error: Exception) -> str:
 @dataclass(frozen=True)
 class Case:
     """One step: x [T, WIDTH], the slot of every row, the adapters by slot and slice, those that
-    share the slot after these, and the numbers that come with the rows."""
+    share the slot after these, the numbers that come with the rows, and y before."""
 
     x_TK: torch.Tensor
     slots_T: np.ndarray
     slots: list[list[Part | None]]
     mixed: list[SlotPart]
     rows_TC: np.ndarray
+    y_TN: torch.Tensor
 
 
 def cases(max_rank: int, max_router_rows: int) -> list[Case]:
@@ -96,6 +99,7 @@ def cases(max_rank: int, max_router_rows: int) -> list[Case]:
         [_part(g, n, spec, max_rank) for n in SLICES] for spec in specs
     ]
     slots[2][0] = None
+    slots[0][1] = replace(cast(Part, slots[0][1]), rescale=_rescale(SLICES[1]))
     slots.append([None] * len(SLICES))
     made, mixed = [], _mixed(max_rank, max_router_rows)
     for t in TOKENS:
@@ -105,8 +109,15 @@ def cases(max_rank: int, max_router_rows: int) -> list[Case]:
         if mixed:
             slots_T[(slots_T < 0) & (np.arange(t) % 2 == 1)] = len(slots)
         rows_TC = np.arange(3 * t, dtype=np.float32).reshape(t, 3) % 4 - 1
-        made.append(Case(x_TK, slots_T, slots, mixed, rows_TC))
+        ramp_N = torch.linspace(-2, 2, t * sum(SLICES), dtype=torch.float32, device="cpu")
+        y_TN = ramp_N.sin().reshape(t, sum(SLICES))
+        made.append(Case(x_TK, slots_T, slots, mixed, rows_TC, y_TN))
     return made
+
+
+def _rescale(n: int) -> Rescale:
+    ramp_N = torch.linspace(-1, 1, n, dtype=torch.float32, device="cpu")
+    return Rescale.of(1 + ramp_N / 2, ramp_N.flip(0))
 
 
 def _mixed(max_rank: int, max_router_rows: int) -> list[SlotPart]:
@@ -138,14 +149,14 @@ def _part(g: torch.Generator, n: int, gate: GateSpec, max_rank: int) -> Part:
 
 
 def expected(case: Case, dtype: torch.dtype) -> torch.Tensor:
-    """The reference's answer for weights and inputs as the device holds them."""
+    """The reference's y for weights and inputs as the device holds them."""
     mixed = [
         replace(p, slices=[_rounded(cast(Part, s), dtype) for s in p.slices]) for p in case.mixed
     ]
     slots = [[p and _rounded(p, dtype) for p in parts] for parts in case.slots]
     x_TK, slots_T = case.x_TK.to(dtype).float(), torch.from_numpy(case.slots_T)
-    rows_TC = torch.from_numpy(case.rows_TC)
-    return gated_lora_reference(x_TK, slots_T, [*slots, mixed], SLICES, rows_TC)
+    rows_TC, y_TN = torch.from_numpy(case.rows_TC), case.y_TN.to(dtype).float()
+    return y_TN + gated_lora_reference(x_TK, slots_T, [*slots, mixed], SLICES, rows_TC, y_TN)
 
 
 def _rounded(p: Part, dtype: torch.dtype) -> Part:
@@ -171,7 +182,7 @@ def _run(
     x_TK = case.x_TK.to(dtype).to(device)
     got = []
     for _ in range(2):
-        y_TN = torch.zeros(len(x_TK), sum(SLICES), dtype=dtype, device=device)
+        y_TN = case.y_TN.to(device, dtype, copy=True)
         backend.gated_lora_(y_TN, x_TK, site)
         got.append(y_TN.cpu())
     want_TN = expected(case, dtype)

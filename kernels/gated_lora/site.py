@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -19,7 +20,7 @@ from vllm_lora_ext.kernels.gated_lora.plan import (
     is_plain,
     shared_gate,
 )
-from vllm_lora_ext.kernels.gated_lora.step import MAX_COLUMNS, StepMap
+from vllm_lora_ext.kernels.gated_lora.step import StepMap
 from vllm_lora_ext.routing import GatedSlice
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
@@ -27,9 +28,9 @@ After = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], None]
 
 
 class Site:
-    """Weights of every slot at one layer, in buffers whose addresses never change. Only the
-    routers' is made when it is needed (`reserve_routers`), so that a server of plain adapters has
-    none.
+    """Weights of every slot at one layer, in buffers whose addresses never change. Only those of
+    routers (`reserve_routers`) and of scales of the layer's own output (`reserve_rescale`) are made
+    when they are needed, so that a server of plain adapters has none.
 
     Args:
         num_slots: adapters that can be active at once.
@@ -76,6 +77,7 @@ class Site:
             num_slots, ranks, in_features, dtype=self.store.dtype, device=device
         )
         self.router_SGK = torch.zeros(num_slots, 0, in_features, dtype=torch.float32, device=device)
+        self.rescale_S2N: torch.Tensor | None = None
         self.plans: list[SlotPlan | None] = [None] * num_slots
         self._reads_rows: set[int] = set()  # slots that read the rows' own numbers
         self._step = StepMap(0)
@@ -163,17 +165,33 @@ class Site:
         new_SGK[:, :had] = self.router_SGK
         self.router_SGK = new_SGK
         for slot, plan in enumerate(self.plans):
-            if plan is not None:
+            if plan is not None and not self.store.in_place:
                 router_GK = new_SGK[slot, : len(plan.router_GK)]
                 self.plans[slot] = replace(plan, router_GK=router_GK)
         self.store.routers_moved(new_SGK)
         self.changed()
 
+    def reserve_rescale(self) -> None:
+        """Makes room for scale and shift of the layer's own output in every slot.
+
+        Raises:
+            MemoryError: the device has no room for them (nothing has changed).
+        """
+        if self.rescale_S2N is not None:
+            return
+        shape = len(self.a_SRK), 2, sum(self.slice_sizes)
+        try:
+            self.rescale_S2N = self.router_SGK.new_zeros(shape)
+        except RuntimeError as error:  # PyTorch's, on every device
+            raise MemoryError(f"{4 * math.prod(shape) >> 20} MiB for scales") from error
+        self.store.rescale_made(self.rescale_S2N)
+
     def clear(self, slot: int) -> None:
         """The slot adds nothing any more. Its weights stay: nothing reads a slot without a plan."""
-        self.plans[slot] = None
-        self._reads_rows.discard(slot)
-        self.changed()
+        if self.plans[slot] is not None:
+            self.plans[slot] = None
+            self._reads_rows.discard(slot)
+            self.store.slot_changed(self, slot)
         self.store.clear(slot)
 
     def write(self, slot: int, slices: Sequence[GatedSlice | None]) -> None:
@@ -201,7 +219,14 @@ class Site:
             ((sum(s.a_RK.shape[0] for _, s in parts), width), dtype),
             ((sum(_num_router_rows(s) for _, s in parts), width), torch.float32),
         ]
+        if any(s.rescale is not None for _, s in parts):
+            shapes.append(self.rescale_shape)
         return shapes + self.store.shapes(_ranks(parts))
+
+    @property
+    def rescale_shape(self) -> Shape:
+        """Of an adapter's scale and shift of the layer's own output."""
+        return (2, sum(self.slice_sizes)), torch.float32
 
     def pack(
         self, slices: Sequence[GatedSlice | None], out: Sequence[torch.Tensor] | None = None
@@ -219,6 +244,8 @@ class Site:
         if out is None:
             out = [torch.empty(shape, dtype=dtype) for shape, dtype in self.shapes(slices)]
         a_RK, router_GK, *stored = out
+        rescaled = any(s.rescale is not None for _, s in parts)
+        rescale_2N = stored.pop(0) if rescaled else None
         places = self.store.places(stored, _ranks(parts))
         plans, a_start, g_start, num_ranks = [], 0, 0, len(a_RK)
         for bt_RN, (i, s) in zip(places, parts, strict=True):
@@ -227,18 +254,22 @@ class Site:
             _copy_routers(router_GK[g_start:g_stop], s)
             bt_RN.copy_(s.b_NR.t())
             y_start = sum(self.slice_sizes[:i])
-            plans.append(SlicePlan(
+            plan = SlicePlan(
                 gate=s.gate, y_start=y_start, y_stop=y_start + self.slice_sizes[i],
                 a_start=a_start, a_stop=a_stop, router_start=num_ranks + g_start,
                 head_at=num_ranks + g_start + s.gate.router_rows, bt_RN=bt_RN,
                 bias_G=_own(s.bias_G), head_bias=s.head_bias, logit_bias_G=_own(s.logit_bias_G),
-                norm=s.norm and s.norm.map(_own),
-            ))  # fmt: skip
+                norm=s.norm and s.norm.map(_own), row_start=s.row_start, rescale=s.rescale,
+            ).rescaled_by(rescale_2N)  # fmt: skip
+            if s.rescale is not None and plan.rescale is not None:
+                plan.rescale.scale_N.copy_(s.rescale.scale_N)
+                plan.rescale.shift_N.copy_(s.rescale.shift_N)
+            plans.append(plan)
             a_start, g_start = a_stop, g_stop
         packed = PackedSite(
             a_RK=a_RK, router_GK=router_GK, stored=tuple(stored),
             slices=tuple((i, plan) for (i, _), plan in zip(parts, plans, strict=True)),
-            shared=shared_gate(plans), plain=is_plain(plans),
+            shared=shared_gate(plans), plain=is_plain(plans), rescale_2N=rescale_2N,
         )  # fmt: skip
         self.store.describe(stored, len(a_RK), len(router_GK), packed.slices)
         return packed
@@ -273,12 +304,19 @@ class Site:
             plan = self.plans[slot] = self.hold(slot, packed)
             if plan.columns:
                 self._reads_rows.add(slot)
+            self.store.slot_changed(self, slot)
             self.store.load(slot, packed.stored)
 
     def hold(self, slot: int, packed: PackedSite) -> SlotPlan:
-        """Copies a slot's weights and says where they stand, without the slot adding anything:
-        for blocks of layers that use them in their own way."""
+        """Copies a slot's weights, where they cannot stay, and says where they stand, without the
+        slot adding anything: for blocks of layers that use them in their own way."""
         self.reserve_routers(len(packed.router_GK))  # if it was not done when it was packed
+        if self.store.in_place:
+            return packed.plan
+        if packed.rescale_2N is not None:
+            self.reserve_rescale()
+            assert self.rescale_S2N is not None
+            self.rescale_S2N[slot].copy_(packed.rescale_2N, non_blocking=True)
         self.store.copy(slot, packed)
         return SlotPlan(
             a_RK=_copy(self.a_SRK[slot], packed.a_RK),
@@ -290,7 +328,8 @@ class Site:
 
     def _in_slot(self, slot: int, i: int, plan: SlicePlan) -> SlicePlan:
         bt_RN = self.bt_SRN[i][slot, plan.b_start : plan.b_start + len(plan.bt_RN)]
-        plan = replace(plan, bt_RN=bt_RN)
+        rescale_2N = None if self.rescale_S2N is None else self.rescale_S2N[slot]
+        plan = replace(plan, bt_RN=bt_RN).rescaled_by(rescale_2N)
         # Kernels read the gate's vectors in the slot's tables; these are in no page-locked memory,
         # and copying them would make the host wait.
         return plan if bt_RN.is_cpu or self.backend.on_device else plan.on(bt_RN.device)
@@ -302,14 +341,17 @@ class Site:
                 f"slice {i}: rank {rank} of {self.max_rank}, router rows {router_rows} of "
                 f"{self.max_router_rows}"
             )
-        if s.gate.columns > MAX_COLUMNS:
+        columns = s.row_start + s.gate.columns if s.gate.columns else 0
+        if columns > self.step.columns:
             raise ValueError(
-                f"slice {i}: {s.gate.columns} gates that come with a row, of {MAX_COLUMNS}"
+                f"slice {i}: {columns} numbers that come with a row, of {self.step.columns}"
             )
         reads_x = s.gate.source != "none" and not s.gate.columns
         sums = self.reduce is None or self.fully_sharded or self.max_router_rows > 0
         if self.static and reads_x and not sums:
             raise ValueError(f"slice {i}: its gate needs a sum over the ranks that no graph holds")
+        if s.rescale is not None and self.fully_sharded:
+            raise ValueError(f"slice {i}: this rank has a part of what would be rescaled")
         want = (self.a_SRK.shape[2], self.slice_sizes[i])
         if (s.a_RK.shape[1], s.b_NR.shape[0]) != want:
             raise ValueError(

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from vllm_lora_ext.kernels.gated_lora.backends.native import inductor
 
 _numbers = itertools.count(1)
 TILE_ROWS = (16, 64)  # rows of a tile: of a decode step, and of a prefill
-MAX_COLUMNS = 64  # numbers that may come with a row
+MAX_COLUMNS = 64  # numbers that may come with a row, where a step has no more `columns`
 
 
 class Group(NamedTuple):
@@ -43,6 +44,7 @@ class StepMap:
         device: where the tables live; their addresses never change.
         tiled: whether to keep the tiles, by default on anything but a CPU.
     Attributes:
+        columns: numbers that may come with a row; to be set before `rows_TC` is first asked for.
         frozen: what a graph that is being captured holds for whatever steps it will serve: True,
             that gates read sums over ranks; False, that none does. None: no graph is captured, the
             step itself says (`sharded`).
@@ -59,6 +61,7 @@ class StepMap:
         self.active_1 = np.zeros(1, dtype=np.int64)  # read by C++ at this address
         self._number = next(_numbers)
         weakref.finalize(self, inductor.set_active, self._number, False)
+        self.columns = MAX_COLUMNS
         self.frozen: bool | None = None
         self._width = 0
         self._slots_T = np.empty(0, dtype=np.int64)
@@ -89,9 +92,9 @@ class StepMap:
 
     @cached_property
     def rows_TC(self) -> torch.Tensor:
-        """[max_tokens, MAX_COLUMNS] fp32, the numbers that come with each row; its address never
+        """[max_tokens, columns] fp32, the numbers that come with each row; its address never
         changes. Made when it is first asked for: where graphs are captured, before that."""
-        shape = self.table.shape[1], MAX_COLUMNS
+        shape = self.table.shape[1], self.columns
         return torch.zeros(shape, dtype=torch.float32, device=self.device)
 
     def set_rows(self, values_TC: np.ndarray, rows: Sequence[slice]) -> None:
@@ -101,7 +104,7 @@ class StepMap:
         One copy to the device and no wait, as for `update`.
 
         Args:
-            values_TC: float32 [rows in all, C], C up to `MAX_COLUMNS`; the columns from C on stay.
+            values_TC: float32 [rows in all, C], C up to `columns`; the columns from C on stay.
             rows: which rows of the step these are, in order.
         """
         if not len(values_TC):
@@ -119,6 +122,17 @@ class StepMap:
             at += count
         if not on_cpu:
             table_TC.copy_(host, non_blocking=True)
+
+    @contextmanager
+    def without_adapters(self) -> Iterator[None]:
+        """Inside, every row is the base model's; then the step is again what it was."""
+        slots_T, frozen = self._slots_T, self.frozen
+        self.update(np.full_like(slots_T, -1))
+        try:
+            yield
+        finally:
+            self.update(slots_T)
+            self.frozen = frozen
 
     @property
     def active(self) -> bool:

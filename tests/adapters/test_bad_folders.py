@@ -24,7 +24,8 @@ from vllm_lora_ext.summary import summarise
 # A word of the message: the field or tensor that is wrong.
 FIELDS = {
     "alpha_1e30": "lora_alpha", "alpha_missing": "lora_alpha", "r_zero": "r in adapter_config",
-    "r_other": "adapter_config.json", "peft_type_unknown": "peft_type", "dora": "DoRA",
+    "r_other": "adapter_config.json", "peft_type_unknown": "peft_type", "dora":
+    "lora_magnitude_vector",
     "alora": "Activated LoRA", "pissa": "init_lora_weights", "b_missing": "lora_B",
     "extra_tensor": "surprise", "b_other_rank": "up_proj.lora_B", "a_nan": "up_proj.lora_A",
     "b_inf": "up_proj.lora_B", "b_overflows": "B times its scale of model.layers.0",

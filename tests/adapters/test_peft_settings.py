@@ -280,7 +280,7 @@ class TestKeysThatNobodyKnows:
     @pytest.mark.parametrize(
         ("code", "values"),
         [
-            ("unsupported_feature", {"use_dora": True}), ("unsupported_feature", {"bias": "all"}),
+            ("unsupported_feature", {"lora_bias": True}), ("unsupported_feature", {"bias": "all"}),
             ("unsupported_feature", {"init_lora_weights": "pissa"}),
             ("unknown_format", {"use_moram": True}), ("bad_value", {"r": "8"}),
         ],

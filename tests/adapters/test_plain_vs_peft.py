@@ -69,7 +69,6 @@ def test_equals_peft(case, base, bases, tmp_path):
 @pytest.mark.parametrize(
     ("key", "settings"),
     [
-        ("use_dora", {"use_dora": True}),
         ("lora_bias", {"lora_bias": True}),
         ("bias", {"bias": "lora_only"}),
         ("init_lora_weights", {"init_lora_weights": "pissa"}),

@@ -12,7 +12,7 @@ from bad_adapters import with_json, with_tensors
 from make_adapters import FIXTURES
 from make_multi import write_moelora, write_poly
 from peft import LilyConfig, PeftModel, PolyConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tests.adapters.test_fixtures import fixture, largest_error
 from vllm_lora_ext.adapters import READERS, load_adapter, write_native
@@ -219,17 +219,6 @@ def test_lily_is_refused_with_the_reason(bases, tmp_path):
     assert caught.value.code == "unsupported_feature"
 
 
-def test_the_original_xlora_layout_is_refused_with_the_reason(tmp_path):
-    save_file(
-        {"inner.0.weight": torch.ones(4, 8), "last.weight": torch.ones(2, 4)},
-        tmp_path / "xlora_classifier.safetensors",
-    )
-    (tmp_path / "xlora_config.json").write_text("{}")
-    with pytest.raises(AdapterError, match=r"X-LoRA.*two forwards") as caught:
-        load_adapter(tmp_path)
-    assert caught.value.code == "unsupported_feature"
-
-
 def test_a_strange_file_under_that_name_is_no_adapter(tmp_path):
     good = FIXTURES / "routed/plain-a/adapter"
     shutil.copy(good / "adapter_config.json", tmp_path)
@@ -243,4 +232,4 @@ def test_a_strange_file_under_that_name_is_no_adapter(tmp_path):
 def test_the_pages_have_something_to_say(name):
     reader = next(reader for reader in READERS if reader.name == name)
     assert reader.paper and reader.summary and reader.formula and reader.traps
-    assert bool(reader.refused) == (name in ("xlora", "lily"))
+    assert bool(reader.refused) == (name == "lily")

@@ -23,7 +23,7 @@ from vllm_lora_ext.kernels.mix_mlp import (
     register_block,
     scratch_for,
 )
-from vllm_lora_ext.routing import GateSpec, InputNorm
+from vllm_lora_ext.routing import GateSpec, InputNorm, Rescale
 from vllm_lora_ext.routing.mix import mix_reference
 
 NO_GATE = GateSpec()
@@ -60,6 +60,8 @@ class Slice(Part):
     head_bias: float = 0.0
     logit_bias_G: torch.Tensor | None = None
     norm: InputNorm | None = None
+    row_start: int = 0
+    rescale: Rescale | None = None
 
 
 class Mlp:

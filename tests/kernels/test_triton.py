@@ -34,7 +34,7 @@ from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import Device, bloc
 from vllm_lora_ext.kernels.gated_lora.reference import TOLERANCE, SlotPart
 from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
 from vllm_lora_ext.kernels.gated_lora.step import MAX_COLUMNS, TILE_ROWS, max_tiles
-from vllm_lora_ext.routing import GateSpec
+from vllm_lora_ext.routing import GateSpec, Rescale
 
 pytest.importorskip("triton")
 
@@ -192,6 +192,37 @@ def test_any_gates_in_mixed_batches(seed, dtype):
     t = (1, 5, 17, 33, 70, 130)[seed % 6]
     batch = Batch(seed, t, dtype=dtype).fill_at_random(empty=(2,))
     assert batch.error() < TOLERANCE[dtype]
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+@pytest.mark.parametrize("t", [1, 20, 70])
+def test_slots_that_rescale_the_layers_output(t, dtype):
+    """DoRA on all slices, on one, and none; a slot that had one, and has none now."""
+    batch = Batch(t, t, sizes=(40, 7), dtype=dtype)
+    batch.site.reserve_rescale()
+    batch.site.rescale_S2N.fill_(NAN)
+    modules = [[random_module(batch.rng, 24, n, GateSpec()) for n in batch.sizes] for _ in range(4)]
+    dora = [[_with_rescale(batch.rng, m) for m in slot] for slot in modules]
+    batch.fill(0, dora[0])
+    batch.fill(1, [modules[1][0], dora[1][1]])
+    batch.fill(2, dora[3])
+    batch.fill(2, modules[2])
+    batch.map([0, *batch.rng.integers(-1, 4, t - 1)])
+    y_TN = normal(batch.rng, t, 47).to(dtype)
+    got_TN = y_TN.to(DEVICE, copy=True)
+    gated_lora_(got_TN, batch.x_TK, batch.number)
+    got_TN, slots_T = got_TN.cpu(), torch.from_numpy(batch.slots_T)
+    added_TN = gated_lora_reference(batch.x_TK.cpu(), slots_T, batch.slots, batch.sizes, y_TN=y_TN)
+    want_TN = y_TN.float() + added_TN
+    assert (got_TN.float() - want_TN).norm() / want_TN.norm() < TOLERANCE[dtype]
+    assert torch.equal(got_TN[slots_T < 0], y_TN[slots_T < 0])
+    assert torch.equal(got_TN[slots_T == 3], y_TN[slots_T == 3])
+
+
+def _with_rescale(rng, module):
+    n = len(module.b_NR)
+    return replace(module, rescale=Rescale(normal(rng, n) * 0.3 + 1, normal(rng, n)))
 
 
 @runs_kernels

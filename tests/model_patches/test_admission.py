@@ -9,17 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.admission import _patch_async, _patch_sync
 from vllm_lora_ext.model_patches.admitted import Admitted
-from vllm_lora_ext.model_patches.core import ADD
+from vllm_lora_ext.model_patches.core import ADD, ROLL_BACK
 from vllm_lora_ext.model_patches.ledger import MEMORY_IDS
 from vllm_lora_ext.model_patches.refused import RefusedRequest
 
 CONFIG = {"peft_type": "LORA"}
 TENSORS = {"a": torch.ones(2, 3)}
+UNDERSTANDS = {"understands": {"columns": [], "user": None, "instruction": False}}
 
 
 class Core:
@@ -27,12 +29,18 @@ class Core:
 
     def __init__(self) -> None:
         self.asked: list[tuple[LoRARequest, Any]] = []
+        self.expected: list[str | None] = []
         self.evicts: list[int] = []
         self.errors: dict[str, AdapterError] = {}
         self.taken: set[int] = set()
 
-    def answer(self, method: str, request: LoRARequest, source: Any) -> dict[str, Any]:
+    def answer(
+        self, method: str, request: LoRARequest, source: Any, expected: str | None
+    ) -> dict[str, Any]:
+        if method == ROLL_BACK:
+            return {"version": source, "path": f"/{source}", "evicted": [], **UNDERSTANDS}
         assert method == ADD
+        self.expected.append(expected)
         self.asked.append((request, source))
         if request.lora_int_id in self.taken:
             return {"error": str(AdapterError("id_in_use", "taken"))}
@@ -40,8 +48,8 @@ class Core:
             return {"error": str(self.errors[request.lora_path])}
         evicted, self.evicts = self.evicts, []
         return {
-            "version": f"v{len(self.asked)}", "evicted": evicted,
-            "understands": {"columns": [], "user": None, "instruction": False},
+            "version": f"v{len(self.asked)}", "path": request.lora_path, "evicted": evicted,
+            **UNDERSTANDS,
         }  # fmt: skip
 
     @property
@@ -59,6 +67,7 @@ class SyncEngine:
 
     def add_request(self, request_id: str, prompt: Any, params: Any, lora_request: Any = None):
         self.added.append((prompt, lora_request))
+        self.params = params
         return request_id
 
     def add_lora(self, lora_request: LoRARequest) -> bool:
@@ -191,6 +200,20 @@ def test_tensors(engine):
     assert isinstance(tensors, bytes) and (config, settings) == (CONFIG, {"top_k": 2})
     do(engine.add_request("r", "p", None, first))
     assert len(engine.core.asked) == 3
+
+
+def test_the_next_version_and_the_one_before(engine):
+    first = do(engine.add_adapter("mine", TENSORS, CONFIG))
+    assert engine.adapter_version(first) == "v1"
+    do(engine.add_adapter("mine", TENSORS, CONFIG, expected_version="v1"))
+    assert engine.core.expected == [None, "v1"] and engine.adapter_version(first) == "v2"
+    do(engine.add_request("r", "p", SamplingParams(), first))
+    assert engine.params.extra_args == {"lora_ext": {"version": "v2"}}
+    back = do(engine.roll_back_adapter(first, "v1", "v2"))
+    assert back.lora_path == "/v1" and engine.adapter_version(back) == "v1"
+    do(engine.add_request("r", "p", SamplingParams(), back))
+    assert engine.params.extra_args == {"lora_ext": {"version": "v1"}}
+    assert len(engine.core.asked) == 2, "the core is not asked again"
 
 
 def test_two_names_that_meet_in_one_id(engine):

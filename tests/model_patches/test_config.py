@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import vllm.plugins
-from vllm.config import LoRAConfig
+from vllm.config import KVTransferConfig, LoRAConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_lora_ext import plugin
@@ -50,6 +50,19 @@ def test_an_unknown_setting_ends_the_start_before_the_model_is_looked_at(
     with pytest.raises(AdapterError, match="no setting named bogus") as caught:
         checked({"bogus": 1}, model=str(tmp_path), enable_lora=lora)
     assert caught.value.code == "bad_settings"
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_connector_that_knows_kv_by_tokens_only(checked: Start, inside: bool) -> None:
+    """Also where it is one of several. Without LoRA it may stay."""
+    options: dict[str, Any] = {"kv_connector": "ExampleConnector", "kv_role": "kv_both"}
+    if inside:
+        several = {"connectors": [options]}
+        options = options | {"kv_connector": "MultiConnector", "kv_connector_extra_config": several}
+    with pytest.raises(AdapterError, match="by the tokens alone") as caught:
+        checked(kv_transfer_config=KVTransferConfig(**options))
+    assert caught.value.code == "bad_settings"
+    checked(kv_transfer_config=KVTransferConfig(**options), enable_lora=False)
 
 
 def test_good_settings_give_the_configuration(checked: Start) -> None:

@@ -33,11 +33,12 @@ from vllm_lora_ext import plugin
 from vllm_lora_ext.conditions.column import Column
 from vllm_lora_ext.conditions.recipe import DERIVED_IDS
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.model_patches.core import ADD, _adapters
+from vllm_lora_ext.model_patches.core import ADD, ROLL_BACK, STATE, _adapters
 from vllm_lora_ext.model_patches.gate_pass import FINISH
 from vllm_lora_ext.model_patches.ledger import MEMORY_IDS
 from vllm_lora_ext.model_patches.plan import plan_of
 from vllm_lora_ext.model_patches.residency import Prepared, SlotPart
+from vllm_lora_ext.model_patches.traffic import Traffic
 
 plugin.register()
 BLOCK = 16
@@ -322,8 +323,73 @@ def test_waiting_while_its_adapter_is_replaced(core):
     core.add("new", lora("a", 1))
     core.write("/a", "v2")
     core.core.add_lora(lora("a", 1, inplace=True))
+    core.add("newer", lora("a", 1))
     core.finish()
-    assert core.hits == [0, 0]
+    assert core.hits == [0, 3 * BLOCK, 0], "it ends on the version that it came in with"
+
+
+def versions(core: Core) -> set[str]:
+    """Of what was computed."""
+    return set(core.kv.values())
+
+
+def test_two_versions_share_a_step(core):
+    core.add("old", lora("a", 1), n=20)
+    for _ in range(3):
+        core.step()
+    core.write("/a", "v2")
+    core.core.add_lora(lora("a", 1, inplace=True))
+    core.add("new", lora("a", 1), n=20)
+    adapters = {request.lora_request for request in core.core.scheduler.requests.values()}
+    assert len(adapters) == 2, "vLLM's runners keep those of a step in a set, by name"
+    last = core.finish()
+    assert {o.finish_reason for o in last.values()} == {FinishReason.LENGTH}
+    assert max(len(batch) for batch in core.batches) == 2 and versions(core) == {"v1", "v2"}
+
+
+def test_a_request_gets_the_version_it_was_promised(core):
+    core.add("old", lora("a", 1))
+    core.finish()
+    core.write("/a", "v2")
+    core.core.add_lora(lora("a", 1, inplace=True))
+    promised = {"lora_ext": {"version": "v1"}}
+    core.add("promised", lora("a", 1), says=promised)
+    core.finish()
+    assert core.hits == [0, 3 * BLOCK] and versions(core) == {"v1"}
+    core.add("never", lora("a", 1), says={"lora_ext": {"version": "v0"}})
+    assert error_of(core.finish(), "never") == "adapter_changed"
+    core.core.remove_lora(1)
+    core.add("late", lora("a", 1), says=promised)
+    assert error_of(core.finish(), "late") == "not_found"
+
+
+def test_rolled_back(core):
+    core.core.add_lora(lora("a", 1))
+    core.write("/c", "v2")
+    core.core.add_lora(lora("a", 1, "/c", inplace=True))
+    back = getattr(core.core, ROLL_BACK)
+    answer = back(["a", 1, "/c"], "v1", "v2")
+    assert (answer["version"], answer["path"]) == ("v1", "/a")
+    core.add("r", lora("a", 1))
+    core.finish()
+    assert versions(core) == {"v1"}
+    assert "version_conflict" in back(lora("a", 1), "v2", "v2")["error"]
+
+
+def test_what_is_held_and_what_was_counted(core):
+    for rank in core.workers.ranks:
+        rank.traffic = Traffic(5, 3, 100, 0.5)
+    core.core.add_lora(lora("a", 1))
+    core.add("r", lora("a", 1))
+    state = getattr(core.core, STATE)
+    (row,) = state(False)["adapters"]
+    assert (row["name"], row["version"], row["in_flight"]) == ("a", "v1", 1)
+    counts = state(True)["counts"]
+    assert counts == {"steps": 5, "activations": 3, "bytes": 200, "seconds": 0.5}
+    core.workers.ranks[0].traffic.activations = 4
+    assert state(True)["counts"] == {"steps": 0, "activations": 1, "bytes": 0, "seconds": 0}
+    assert "counts" not in state(False)
+    core.finish()
 
 
 ALORA = Column(invocation=(PROMPT[40], PROMPT[41]))
@@ -443,8 +509,9 @@ def test_columns_that_change_under_a_request(core, when):
         core.step()
     if when == "preempted":
         core.core.scheduler._preempt_request(core.core.scheduler.running.pop(), 0.0)
-    core.write("/a", "v2")
-    core.core.add_lora(lora("a", 1, inplace=True))
+    for rank in core.workers.ranks:  # by a tool that calls the workers
+        rank.held[1] = "v2"
+    core.core.collective_rpc("remove_lora", args=(99,))
     last = core.finish()
     if when == "waiting":
         assert last["r"].finish_reason is FinishReason.LENGTH
@@ -562,10 +629,10 @@ def test_the_answer_of_add_names_what_was_evicted(core):
     for rank in core.workers.ranks:
         rank.room = 1
     add = getattr(core.core, ADD)
-    understands = {"columns": [], "user": None, "instruction": False}
-    assert add(lora("a", 1)) == {"version": "v1", "evicted": [], "understands": understands}
+    said = {"understands": {"columns": [], "user": None, "instruction": False}}
+    assert add(lora("a", 1)) == {"version": "v1", "path": "/a", "evicted": [], **said}
     again = add(["b", 2, "/b"])  # as it comes over the wire
-    assert again == {"version": "w1", "evicted": [1], "understands": understands}
+    assert again == {"version": "w1", "path": "/b", "evicted": [1], **said}
     assert "not_found" in add(lora("x", 3, "/gone"))["error"]
 
 
@@ -610,7 +677,25 @@ def test_loads_of_one_id_follow_each_other_and_others_do_not_wait(process):
     assert first.result()["version"] == "v1" and not again.done()
     process.step()
     assert again.result()["version"] == "x1"
-    assert process.workers.ranks[0].held == {1: "x1", 2: "w1"}
+    assert set(process.workers.ranks[0].held.values()) == {"v1", "x1", "w1"}
+    process.add("r", lora("a", 1, "/c"))
+    process.finish()
+    assert versions(process) == {"x1"}
+
+
+def test_two_loaders_of_one_adapter_at_once(process):
+    """The second finds the version gone that it meant to replace."""
+    add = getattr(process.core, ADD)
+    add(lora("a", 1))
+    process.step()
+    first = add(lora("a", 1, "/b", inplace=True), None, "v1")
+    second = add(lora("a", 1, "/c", inplace=True), None, "v1")
+    for _ in range(3):
+        process.step()
+    assert first.result()["version"] == "w1" and "version_conflict" in second.result()["error"]
+    assert "version_conflict" in add(lora("a", 1, "/c", inplace=True), None, "v1")["error"]
+    assert [rank.reading for rank in process.workers.ranks] == [{}, {}]
+    assert set(process.workers.ranks[0].held.values()) == {"v1", "w1"}
 
 
 def test_tensors_are_sent_once_and_a_refused_load_leaves_nothing_behind(process):

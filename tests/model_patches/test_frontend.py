@@ -37,6 +37,7 @@ class Engine:
         self.model_config = SimpleNamespace(model="base", max_model_len=64)
         self.renderer = self.input_processor = None
         self.loaded: list[Any] = []
+        self.removed: list[int] = []
         self.error: Exception | None = None
 
     async def add_lora(self, request: Any) -> bool:
@@ -47,6 +48,10 @@ class Engine:
         version = f"v{len(self.loaded)}"
         reply = {"version": version, "evicted": [], "understands": understands}
         Admitted.of(self).loaded(request, reply)
+        return True
+
+    async def remove_lora(self, lora_id: int) -> bool:
+        self.removed.append(lora_id)
         return True
 
 
@@ -106,7 +111,7 @@ def test_a_mix_knows_the_content_that_it_is_made_of():
     after = models._lora_ext_front.adapters()
     assert (before, after) == ({"a": ("/a", "v1")}, {"a": ("/a", "v2")})
     unload(models, "a")
-    assert models._lora_ext_front.adapters() == {}
+    assert models._lora_ext_front.adapters() == {} and engine.removed == [1]
 
 
 def test_mixes_by_name_need_one_front_end():
@@ -171,7 +176,7 @@ def test_a_mix_in_a_request_is_made_and_the_request_keeps_it():
     name = str(parse("cat:b*0.4+a*0.6"))
     assert request.model == name and engine.loaded[0].lora_name == name
     given = models.lora_requests.pop(name)  # another takes its place while the prompt is read
-    assert server._maybe_get_adapters(request) is given
+    assert server._maybe_get_adapters(request).target.lora is given
 
 
 def test_loraxs_spelling_is_a_mix_of_the_base_only():

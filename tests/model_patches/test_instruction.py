@@ -49,7 +49,7 @@ class Worker:
 
     def __init__(self) -> None:
         self.model, self.held = Model(), {7: TEMPLATE}
-        rows: Any = SimpleNamespace(watch=self._watch, instruction=None)
+        rows: Any = SimpleNamespace(watch=self._watch, instruction=None, in_first_pass=False)
         self.found = InstructionPass(rows, self.model, self.held.get)
         assert rows.instruction is self.found
 

@@ -15,7 +15,7 @@ def engine() -> Engine:
 
 def test_a_held_adapter_costs_no_call(engine):
     assert engine.ledger.add(Request("a", 1)) == []
-    assert (engine.ledger.version(1), engine.ledger.version(2)) == ("v1", None)
+    assert (engine.version(1), engine.version(2)) == ("v1", None)
     engine.calls.clear()
     assert engine.ledger.add(Request("a", 1)) == []
     engine.ledger.tidy()
@@ -26,7 +26,7 @@ def test_an_id_is_one_adapters(engine):
     engine.ledger.add(Request("a", 1))
     assert engine.code(engine.ledger.add, Request("b", 1, "/b")) == "id_in_use"
     engine.ledger.add(Request("b", 1, "/b", load_inplace=True))
-    assert engine.ledger.version(1) == "w1" and engine.replaced == [1]
+    assert engine.version(1) == "w1" and engine.replaced == []
 
 
 def test_the_same_content_replaces_nothing(engine):
@@ -38,11 +38,11 @@ def test_the_same_content_replaces_nothing(engine):
 def test_a_failed_load_leaves_what_was_there(engine):
     engine.ledger.add(Request("a", 1))
     assert engine.code(engine.ledger.add, Request("a", 1, "/gone", True)) == "not_found"
-    assert engine.same() == {1} and engine.ledger.version(1) == "v1"
+    assert engine.same() == {1} and engine.version(1) == "v1"
 
 
 def test_what_one_worker_alone_could_load_is_held_by_none(engine):
-    """Another machine's disk: the request ends with an error, and so do those that run on it."""
+    """Another machine's disk: the request ends with an error."""
     engine.ranks[1].files.clear()
     assert engine.code(engine.ledger.add, Request("a", 1)) == "not_found"
     assert engine.same() == set() and engine.lost == []
@@ -51,7 +51,7 @@ def test_what_one_worker_alone_could_load_is_held_by_none(engine):
     engine.named = {1}
     engine.ranks[1].files.clear()
     assert engine.code(engine.ledger.add, Request("a", 1, load_inplace=True)) == "not_found"
-    assert engine.same() == set() and engine.lost == [(1, "not_found")]
+    assert engine.same() == {1} and engine.lost == [], "the old version goes on"
 
 
 def test_workers_that_read_different_files_are_refused(engine):
@@ -86,7 +86,7 @@ def test_an_adapter_that_was_evicted_is_read_again(engine):
     engine.ledger.add(Request("b", 2, "/b"))
     engine.ranks[0].files["/a"] = engine.ranks[1].files["/a"] = "v2"
     assert engine.ledger.add(Request("a", 1)) == [2]
-    assert engine.ledger.version(1) == "v2"
+    assert engine.version(1) == "v2"
 
 
 def test_removed_while_in_use_goes_with_its_last_request(engine):
@@ -170,9 +170,29 @@ def test_a_pinned_adapter_stays_pinned_when_it_is_replaced(engine):
     engine.ledger.pin(1)
     for rank in engine.ranks:
         rank.files["/a"] = "v2"
-        rank.pinned.clear()  # as the worker does with a new adapter
     engine.ledger.add(Request("a", 1, load_inplace=True))
-    assert engine.ranks[0].pinned == {1} and engine.replaced == [1]
+    (at,) = engine.ranks[0].pinned
+    assert engine.ranks[0].held == {at: "v2"}, "the old version has left its slot"
+
+
+def test_a_pinned_adapter_waits_for_the_requests_of_its_old_version(engine):
+    """Two slots, both pinned: the new version has none before the old one leaves."""
+    for number, name in ((1, "/a"), (2, "/b")):
+        engine.ledger.add(Request(name, number, name))
+        engine.ledger.pin(number)
+    engine.named = engine.running = {1}
+    for rank in engine.ranks:
+        rank.files["/a"] = "v2"
+    engine.ledger.add(Request("/a", 1, load_inplace=True))
+    new = engine.ledger.enter(Request("/a", 1), "v2")
+    assert not engine.ledger.admits(new) and engine.ledger.admits(1)
+    engine.ledger.tidy()
+    assert engine.ranks[0].pinned == {1, 2}
+    engine.named = {new}
+    engine.running = set()
+    engine.ledger.tidy()
+    assert engine.ranks[0].pinned == {new, 2} and engine.ledger.admits(new)
+    assert engine.ranks[0].held == {new: "v2", 2: "w1"}
 
 
 def test_from_memory(engine):
@@ -180,7 +200,7 @@ def test_from_memory(engine):
     assert engine.code(engine.ledger.add, tensors) == "not_found"
     engine.ledger.add(tensors, "m1")
     engine.ledger.add(tensors, "m2")
-    assert engine.ledger.version(MEMORY_IDS + 5) == "m2" and engine.replaced == [MEMORY_IDS + 5]
+    assert engine.version(MEMORY_IDS + 5) == "m2"
     other = Request("u", MEMORY_IDS + 5, "memory:u", load_inplace=True)
     assert engine.code(engine.ledger.add, other, "m3") == "id_in_use"
 
@@ -199,13 +219,127 @@ def test_workers_that_were_called_behind_its_back_are_asked(engine):
     for rank in engine.ranks:
         rank.held = {1: "v9", 7: "z"}
     engine.named = {1, 2}
-    assert engine.ledger.version(1) == "v1"
+    assert engine.version(1) == "v1"
     engine.ledger.doubt()
     engine.ledger.tidy()
-    assert engine.ledger.version(1) == "v9" and engine.replaced == [1]
+    assert engine.version(1) == "v9" and engine.replaced == [1]
     assert engine.lost == [(2, "not_found")]
     engine.calls.clear()
     engine.ledger.tidy()
     assert engine.calls == []
     engine.ledger.add(Request("z", 7, "/nowhere"))  # they hold it already
-    assert engine.ledger.version(7) == "z"
+    assert engine.version(7) == "z"
+
+
+class Replacing:
+    """An engine whose adapter 1 goes through versions."""
+
+    def __init__(self) -> None:
+        self.engine = Engine({"/a": "v1"})
+        self.ledger = self.engine.ledger
+        self.ledger.add(Request("a", 1))
+
+    def replace(self, version: str, expected: str | None = None) -> None:
+        for rank in self.engine.ranks:
+            rank.files["/a"] = version
+        self.ledger.add(Request("a", 1, load_inplace=True), None, None, expected)
+
+    def held(self) -> set[str]:
+        return set(self.engine.ranks[0].held.values())
+
+
+def test_requests_keep_the_version_they_came_in_with():
+    r = Replacing()
+    old = r.ledger.enter(Request("a", 1), None)
+    r.engine.named = {old}
+    for version in ("v2", "v3", "v4", "v5", "v6"):
+        r.replace(version)
+    new = r.ledger.enter(Request("a", 1), None)
+    assert new != old and r.ledger.held(old).version == "v1" and r.ledger.held(new).version == "v6"
+    assert r.ledger.enter(Request("a", 1), "v5") not in (old, new), "as it was promised"
+    r.ledger.tidy()
+    assert r.held() == {"v1", "v4", "v5", "v6"}
+    r.engine.named = set()
+    r.ledger.tidy()
+    assert r.held() == {"v4", "v5", "v6"}, "two older ones stay for a rollback"
+
+
+def test_a_version_that_cannot_be_had_any_more():
+    r = Replacing()
+    for version in ("v2", "v3", "v4", "v5"):
+        r.replace(version)
+    assert r.engine.code(r.ledger.enter, Request("a", 1), "v1") == "adapter_changed"
+    assert r.engine.version(1) == "v5"
+    r.ledger.remove(1)
+    assert r.held() == set()
+    assert r.engine.code(r.ledger.enter, Request("a", 1), "v5") == "not_found"
+    assert r.ledger.enter(Request("a", 1), None) == 1, "nobody was promised anything"
+
+
+def test_compare_and_swap():
+    r = Replacing()
+    r.replace("v2", "v1")
+    assert r.engine.code(r.replace, "v3", "v1") == "version_conflict"
+    assert r.engine.version(1) == "v2" and r.held() == {"v1", "v2"}
+    r.replace("v3", "v2")
+    for rank in r.engine.ranks:  # evicted: what it was is known
+        rank.held.clear()
+    r.ledger.doubt()
+    r.replace("v4", "v3")
+    other = Request("b", 2)
+    assert r.engine.code(r.ledger.add, other, None, None, "v1") == "version_conflict"
+    assert "b" not in r.held()
+
+
+def test_roll_back():
+    r = Replacing()
+    r.replace("v2")
+    r.engine.named = {r.ledger.enter(Request("a", 1), None)}
+    calls = len(r.engine.calls)
+    r.ledger.roll_back(Request("a", 1), "v1", "v2")
+    assert r.engine.version(1) == "v1" and len(r.engine.calls) == calls, "nothing is read"
+    assert r.engine.code(r.ledger.roll_back, Request("a", 1), "v2", "v2") == "version_conflict"
+    assert r.engine.code(r.ledger.roll_back, Request("a", 1), "v9", None) == "not_found"
+    r.ledger.roll_back(Request("a", 1), "v2", None)
+    assert r.engine.version(1) == "v2" and r.held() == {"v1", "v2"}
+
+
+def test_a_content_that_comes_back_is_the_version_it_was():
+    r = Replacing()
+    r.replace("v2")
+    r.replace("v1")
+    assert r.ledger.enter(Request("a", 1), None) == 1 and r.held() == {"v1", "v2"}
+    r.replace("v1")
+    assert r.ledger.enter(Request("a", 1), None) == 1 and len(r.engine.ranks[0].held) == 2
+
+
+def test_a_bad_next_version_leaves_the_old_one_in_memory():
+    """Also where there is no room for both: it may be nowhere else."""
+    r = Replacing()
+    for rank in r.engine.ranks:
+        rank.room = 1
+    assert r.engine.code(r.replace, "v2") == "host_cache_full"
+    assert r.engine.version(1) == "v1" and r.held() == {"v1"}
+
+
+def test_the_list_of_what_is_held():
+    r = Replacing()
+    r.ledger.pin(1)
+    r.ledger.add(Request("b", 2))
+    r.replace("v2")
+    (at,) = set(r.engine.ranks[0].held) - {2}
+    (a, b) = r.ledger.listing({at}, {at: 3})
+    assert (a["name"], a["version"], a["residency"], a["in_flight"]) == ("a", "v2", "slot", 3)
+    assert a["pinned"] and not b["pinned"] and (b["residency"], b["in_flight"]) == ("host", 0)
+    assert a["older"] == [] and b["rank"] == 4
+
+
+def test_somebody_else_writes_under_the_adapters_own_id():
+    """A tool of reinforcement learning that calls the workers means the newest."""
+    r = Replacing()
+    r.replace("v2")
+    for rank in r.engine.ranks:
+        rank.held[1] = "trained"
+    r.ledger.doubt()
+    assert r.ledger.enter(Request("a", 1), None) == 1
+    assert r.engine.version(1) == "trained" and r.engine.replaced == [1]

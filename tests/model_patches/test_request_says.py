@@ -53,7 +53,10 @@ class Core:
         said = {**NOTHING, **ADAPTERS[request.lora_name]}
         understands = {**said, "columns": [column.to_dict() for column in said["columns"]]}
         version = f"{request.lora_name}-{self.versions[request.lora_name]}"
-        return {"version": version, "evicted": [], "understands": understands}
+        return {
+            "version": version, "path": request.lora_path, "evicted": [],
+            "understands": understands,
+        }  # fmt: skip
 
     def _derive(self, request: LoRARequest) -> dict[str, Any]:
         if self.refuse:
@@ -66,7 +69,10 @@ class Core:
                 return {"error": str(AdapterError("adapter_changed", "replaced"))}
         self.held[request.lora_int_id] = request.lora_path
         understands = {"columns": [], "user": None, "instruction": False}
-        return {"version": recipe.version, "evicted": [], "understands": understands}
+        return {
+            "version": recipe.version, "path": request.lora_path, "evicted": [],
+            "understands": understands,
+        }  # fmt: skip
 
     @property
     def recipes(self) -> list[Recipe]:
@@ -153,7 +159,9 @@ def send(engine: Any, said: Any, model: str | None = None, **extra: Any) -> tupl
     do(engine.add_request("r", "p", params, None if model is None else lora(model)))
     assert params.extra_args == args, "the caller's own"
     sent, adapter = engine.sent[-1]
-    return adapter, (sent.extra_args or {}).get("lora_ext")
+    plan = dict((sent.extra_args or {}).get("lora_ext") or {})
+    assert bool(plan.pop("version", "")) == (adapter is not None)
+    return adapter, plan or None
 
 
 def refused(engine: Any, said: Any, model: str | None = None) -> AdapterError:
@@ -271,9 +279,10 @@ def test_an_instruction_makes_an_adapter_and_its_gate_is_asked_for_once(engine):
 def test_a_trace_is_asked_for_as_ever(engine):
     for params in (SamplingParams(extra_args={"lora_ext": {"trace": True}}),):
         do(engine.add_request("r", "p", params, lora("a")))
-        assert engine.sent[-1][0].extra_args == {"lora_ext_trace": True}
+        said = {"lora_ext": {"version": "a-v1"}}
+        assert engine.sent[-1][0].extra_args == {"lora_ext_trace": True, **said}
     send(engine, {"trace": False}, "a")
-    assert engine.sent[-1][0].extra_args is None
+    assert engine.sent[-1][0].extra_args == said
 
 
 def test_parameters_of_pooling_requests(engine):
@@ -281,9 +290,8 @@ def test_parameters_of_pooling_requests(engine):
     do(engine.add_request("r", "p", params, lora("mm")))
     sent = engine.sent[-1][0]
     assert sent is not params and set(sent.extra_kwargs["lora_ext"]) == {
-        "columns",
-        "modality_spans",
-    }
+        "columns", "modality_spans", "version"
+    }  # fmt: skip
     with pytest.raises(AdapterError, match="not traced"):
         params = PoolingParams(extra_kwargs={"lora_ext": {"trace": True}})
         do(engine.add_request("r", "p", params, lora("a")))
@@ -296,7 +304,7 @@ def test_json_text_is_the_same(engine):
 
 def test_other_arguments_stay(engine):
     send(engine, {"adapters": [{"name": "b"}]}, mine=3)
-    assert engine.sent[-1][0].extra_args == {"mine": 3}
+    assert engine.sent[-1][0].extra_args == {"mine": 3, "lora_ext": {"version": "b-v1"}}
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,9 @@ def send(models: Any, request: Any) -> tuple[str, LoRARequest | None, Any]:
     given = server._maybe_get_adapters(request)
     asyncio.run(models.engine.add_request("r", "p", SamplingParams(), lora_request=given))
     params, adapter = models.engine.sent[-1]
-    return models.model_name(given), adapter, (params.extra_args or {}).get("lora_ext")
+    plan = dict((params.extra_args or {}).get("lora_ext") or {})
+    assert bool(plan.pop("version", "")) == (adapter is not None)
+    return models.model_name(given), adapter, plan or None
 
 
 @pytest.mark.parametrize("kind", ALL)

@@ -76,7 +76,7 @@ def test_unknown_field():
 
 @given(st.integers(0, 2**32 - 1))
 def test_dict_round_trip(seed):
-    sources = ("none", "router", "self", "prototype", "request", "position")
+    sources = ("none", "router", "self", "prototype", "request", "position", "classifier")
     spec = random_spec(np.random.default_rng(seed), sources=sources, stable=False, wide=True)
     fields = json.loads(json.dumps(spec.to_dict()))
     assert GateSpec.from_dict(fields) == spec

@@ -6,18 +6,18 @@ Both run before a tensor reaches a slot: one NaN there would poison the KV cache
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from difflib import get_close_matches
 
 import torch
 
 from vllm_lora_ext.adapters.blocks import activation
+from vllm_lora_ext.adapters.classifier import check_classifier
 from vllm_lora_ext.adapters.finite import is_finite, not_finite
 from vllm_lora_ext.adapters.limits import RANKS, slot_rank
 from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.parts import check_parts
-from vllm_lora_ext.conditions.column import Column
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.routing import GateSpec
 from vllm_lora_ext.routing.spec import GIVEN, ROUTED
@@ -48,11 +48,14 @@ def check_adapter(adapter: RoutedAdapter) -> None:
     for name, module in adapter.modules.items():
         _check_matrices(name, module)
         _check_gate_tensors(name, module)
-        _check_columns(name, module.gate, adapter.columns)
+        _check_columns(name, module, adapter)
+        _check_magnitude(name, module)
         _check_finite(name, module)
     for name, block in adapter.blocks.items():
         _check_block(name, block)
     check_parts(adapter)
+    if adapter.classifier is not None:
+        check_classifier(adapter.classifier)
     twice = sorted(set(adapter.modules) & set(_block_parts(adapter)))
     if twice:
         raise AdapterError(
@@ -180,7 +183,7 @@ def _check_matrices(name: str, module: RoutedModule) -> None:
             seen=f"blocks sum to {sum(gate.blocks)}", limit=f"{b.shape[1]}, the columns of B",
             fix="mend the gate's blocks",
         )  # fmt: skip
-    if gate.source != "none" and module.kind == "embedding":
+    if gate.source not in ("none", "classifier") and module.kind == "embedding":
         raise AdapterError(
             "unsupported_feature", f"{name} is an embedding with a gate", seen=gate.source,
             limit="plain LoRA on embeddings", fix="leave the embedding without a gate",
@@ -229,13 +232,51 @@ def _norm_tensors(
     return found
 
 
-def _check_columns(name: str, gate: GateSpec, columns: Sequence[Column]) -> None:
+def _check_columns(name: str, module: RoutedModule, adapter: RoutedAdapter) -> None:
     """Gates that come with each row: which one reads what is the adapter's to say."""
-    if gate.source in GIVEN and gate.num_gates != len(columns):
+    gate, columns = module.gate, adapter.columns
+    if gate.source == "classifier":
+        _check_classified(name, module, adapter)
+    elif gate.source in GIVEN and (gate.num_gates != len(columns) or module.row_start):
         raise AdapterError(
             "bad_gate", f"the gates of {name} come with each row, and the adapter's columns are not"
             " as many", seen=f"{gate.num_gates} gates, {len(columns)} columns",
             limit="one column per gate", fix="mend the adapter's columns, or the gate's blocks",
+        )  # fmt: skip
+
+
+def _check_classified(name: str, module: RoutedModule, adapter: RoutedAdapter) -> None:
+    """Gates that a classifier gives are taken as they are: it has selected already."""
+    gate, has = module.gate, adapter.classifier.gates if adapter.classifier is not None else 0
+    wanted = range(module.row_start, module.row_start + gate.num_gates)
+    if module.row_start < 0 or wanted.stop > has or adapter.columns:
+        raise AdapterError(
+            "bad_gate", f"the gates of {name} come from a classifier that does not give them",
+            seen=f"gates {wanted.start} to {wanted.stop - 1}", limit=f"{has} gates, no columns",
+            fix="save the adapter again",
+        )  # fmt: skip
+    if gate != GateSpec("classifier", blocks=gate.blocks):
+        raise AdapterError(
+            "bad_gate", f"the gate of {name} does more than to take what a classifier gives",
+            seen=gate.to_dict(), limit="source and blocks", fix="leave it to the classifier",
+        )  # fmt: skip
+
+
+def _check_magnitude(name: str, module: RoutedModule) -> None:
+    """DoRA's norm is that of all that a layer adds, which may hang on nothing else."""
+    magnitude_N, out = module.magnitude_N, module.b_NR.shape[0]
+    if magnitude_N is None:
+        return
+    if module.gate.source != "none" or module.kind != "linear":
+        raise AdapterError(
+            "unsupported_feature", f"{name} has DoRA's magnitudes and is no ordinary LoRA of a"
+            " linear layer", seen=module.gate.source if module.kind == "linear" else module.kind,
+            limit="linear layers without a gate", fix="train it without DoRA",
+        )  # fmt: skip
+    if list(magnitude_N.shape) != [out]:
+        raise AdapterError(
+            "bad_shape", f"the magnitudes of {name} have the wrong shape",
+            seen=list(magnitude_N.shape), limit=[out], fix="save the adapter again",
         )  # fmt: skip
 
 
@@ -244,7 +285,7 @@ def _check_finite(name: str, module: RoutedModule) -> None:
         "A": module.a_RK, "B times its scale": module.b_NR, "router": module.router_GK,
         "bias": module.bias_G, "threshold head": module.head_K,
         "threshold head's bias": torch.tensor(module.head_bias),
-        "logit bias": module.logit_bias_G,
+        "logit bias": module.logit_bias_G, "magnitude": module.magnitude_N,
     }  # fmt: skip
     if module.norm is not None:
         norm = module.norm

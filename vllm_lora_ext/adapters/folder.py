@@ -237,7 +237,7 @@ class AdapterFolder:
             )  # fmt: skip
         self.reserve(math.prod(shape))
         stored = self._weights.read(name)
-        self._parts[f"tensor {name}"] = _hash(stored)
+        self._parts[f"tensor {name}"] = tensor_digest(stored)
         self._taken.add(name)
         return stored
 
@@ -288,7 +288,8 @@ class AdapterFolder:
             raise AdapterError("bad_file", f"the folder cannot be listed: {error}") from error
 
 
-def _hash(tensor: torch.Tensor) -> bytes:
+def tensor_digest(tensor: torch.Tensor) -> bytes:
+    """sha256 over dtype, shape and bytes of a contiguous tensor on the CPU."""
     head = f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
     size = tensor.numel() * tensor.element_size()
     data = (ctypes.c_char * size).from_address(tensor.data_ptr()) if size else b""

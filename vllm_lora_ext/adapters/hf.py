@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
@@ -13,6 +13,8 @@ from torch import nn
 from vllm_lora_ext import routing
 from vllm_lora_ext.adapters.blocks import activation
 from vllm_lora_ext.adapters.checks import BLOCK_PARTS, check_fits
+from vllm_lora_ext.adapters.classifier import Classifier
+from vllm_lora_ext.adapters.dora import rescaled
 from vllm_lora_ext.adapters.model import MixBlock, RoutedAdapter, RoutedModule
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.routing.mix import mix_reference
@@ -21,8 +23,17 @@ from vllm_lora_ext.routing.mix import mix_reference
 class AppliedAdapter:
     """Hooks that add an adapter to a model; leaving the `with` block, or `remove`, takes it off."""
 
-    def __init__(self, handles: list[torch.utils.hooks.RemovableHandle]) -> None:
-        self._handles = handles
+    def __init__(self, handles: list[torch.utils.hooks.RemovableHandle], rows: _Rows) -> None:
+        self._handles, self._rows = handles, rows
+
+    @property
+    def away(self) -> bool:
+        """Whether the model runs without it at the moment, for its gates."""
+        return self._rows.away
+
+    def rows_of(self, module: RoutedModule) -> torch.Tensor | None:
+        """[T, G] the numbers that a module's gate reads in this call; None: none come."""
+        return self._rows.of(module)
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -42,7 +53,11 @@ class AppliedAdapter:
 def apply_adapter(
     hf_model: nn.Module, adapter: RoutedAdapter, rows_TC: torch.Tensor | None = None
 ) -> AppliedAdapter:
-    """Add `B (g(x) ⊙ (A x))` to every adapted layer of a transformers model, in fp32.
+    """Add `B (g(x) ⊙ (A x))` to every adapted layer of a transformers model, in fp32; rescale
+    its own output before, where the adapter is a DoRA.
+
+    An adapter with a classifier (X-LoRA) has every call of the model run twice, and raises
+    `unsupported_feature` at a call that goes on from a KV cache: it would need two of them.
 
     Args:
         hf_model: its `nn.Linear` and `nn.Embedding` layers go by the adapter's module names.
@@ -60,13 +75,57 @@ def apply_adapter(
         )  # fmt: skip
     check_fits(adapter, model_shapes(hf_model), torch.float32)
     handles = []
+    rows = _Rows(rows_TC)
+    if adapter.classifier is not None:
+        device = next(hf_model.parameters()).device
+        before = _first_pass(adapter.classifier.map(lambda t: t.to(device)), rows)
+        handles.append(hf_model.register_forward_pre_hook(before, with_kwargs=True))
     for name, block in adapter.blocks.items():
         mlp = hf_model.get_submodule(name)
         handles.append(mlp.register_forward_hook(_block_hook(name, block, mlp)))
     for name, module in adapter.modules.items():
         layer = hf_model.get_submodule(name)
-        handles.append(layer.register_forward_hook(_hook(_to(module, layer), rows_TC)))
-    return AppliedAdapter(handles)
+        moved = _rescaled(name, _to(module, layer), layer)
+        handles.append(layer.register_forward_hook(_hook(moved, rows)))
+    return AppliedAdapter(handles, rows)
+
+
+@dataclass
+class _Rows:
+    """The numbers that come with each token of a call; whether the adapter is away meanwhile."""
+
+    values_TC: torch.Tensor | None
+    away: bool = False
+
+    def of(self, module: RoutedModule) -> torch.Tensor | None:
+        """Those that a module's gate reads."""
+        if self.values_TC is None:
+            return None
+        return self.values_TC[:, module.row_start : module.row_start + module.gate.columns]
+
+
+def _first_pass(classifier: Classifier, rows: _Rows) -> Any:
+    """Before the model runs with the adapter, it runs without, for the gates."""
+
+    def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if rows.away:
+            return
+        cache = kwargs.get("past_key_values")
+        if cache is not None and cache.get_seq_length():
+            raise AdapterError(
+                "unsupported_feature", "the adapter's gates come from a pass without it, which has"
+                " no KV cache of its own here", seen=f"{cache.get_seq_length()} cached tokens",
+                limit="whole sequences", fix="call or generate with use_cache=False",
+            )  # fmt: skip
+        rows.away = True
+        try:
+            asked = {"output_hidden_states": True, "return_dict": True, "use_cache": False}
+            hidden_BTK = model(*args, **kwargs | asked).hidden_states[-1]
+        finally:
+            rows.away = False
+        rows.values_TC = classifier.gates_of(hidden_BTK.flatten(0, -2))
+
+    return before
 
 
 def model_shapes(hf_model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -83,29 +142,44 @@ def model_shapes(hf_model: nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def delta_reference(
-    module: RoutedModule, x_TK: torch.Tensor, rows_TC: torch.Tensor | None = None
+    module: RoutedModule, x_TK: torch.Tensor, rows_TG: torch.Tensor | None = None
 ) -> torch.Tensor:
     """What an adapted layer adds to its output.
 
     Args:
         x_TK: [T, in] inputs; [T] token ids for an embedding.
-        rows_TC: [T, C], as for `apply_adapter`.
+        rows_TG: [T, G] the numbers that come with each token for its gate, where it reads some.
     Returns:
         [T, out] fp32.
     """
-    if module.kind == "embedding":
-        return module.a_RK.float()[:, x_TK].T @ module.b_NR.float().T
-    return routing.delta_reference(module, x_TK, rows_TC)
+    if module.kind != "embedding":
+        return routing.delta_reference(module, x_TK, rows_TG)
+    h_TR = module.a_RK.float()[:, x_TK].T
+    if rows_TG is not None and module.gate.columns:
+        h_TR = h_TR * routing.gate_reference(module.gate, rows_TG)
+    return h_TR @ module.b_NR.float().T
 
 
-def _hook(module: RoutedModule, rows_TC: torch.Tensor | None) -> Any:
+def _hook(module: RoutedModule, rows: _Rows) -> Any:
     def add(layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
+        if rows.away:
+            return output
         x = args[0]
         flat = x.reshape(-1) if module.kind == "embedding" else x.reshape(-1, x.shape[-1])
-        delta = delta_reference(module, flat, rows_TC).reshape(output.shape)
-        return (output.float() + delta).to(output.dtype)
+        delta = delta_reference(module, flat, rows.of(module)).reshape(output.shape)
+        y = output.float()
+        if module.rescale is not None:
+            y = y * module.rescale.scale_N + module.rescale.shift_N
+        return (y + delta).to(output.dtype)
 
     return add
+
+
+def _rescaled(name: str, module: RoutedModule, layer: Any) -> RoutedModule:
+    if module.magnitude_N is None:
+        return module
+    weight = layer.weight.t() if type(layer).__name__ == "Conv1D" else layer.weight
+    return rescaled(name, module, weight, layer.bias)
 
 
 def _block_hook(name: str, block: MixBlock, mlp: nn.Module) -> Any:

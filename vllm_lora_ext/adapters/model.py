@@ -7,9 +7,10 @@ from typing import Literal
 
 import torch
 
+from vllm_lora_ext.adapters.classifier import Classifier
 from vllm_lora_ext.adapters.template import Template
 from vllm_lora_ext.conditions.column import Column
-from vllm_lora_ext.routing import GateSpec, InputNorm
+from vllm_lora_ext.routing import GateSpec, InputNorm, Rescale
 
 Kind = Literal["linear", "embedding"]
 NO_GATE = GateSpec()  # a plain LoRA
@@ -29,6 +30,10 @@ class RoutedModule:
         head_K: [in], weight of a learned threshold head; head_bias is its bias.
         logit_bias_G: [G], added to the router's logits before they are scored.
         norm: when gate.normalise is not `none`.
+        row_start: first of the numbers that come with each row which the gate reads.
+        magnitude_N: [out], of DoRA: `y = m / |W + B A| * (W x + B A x)`, the norm that of each row
+            of the weight. Only of linear layers without a gate.
+        rescale: what comes of it where the base weights are known (`dora.rescaled`), B scaled too.
     """
 
     a_RK: torch.Tensor
@@ -41,6 +46,9 @@ class RoutedModule:
     kind: Kind = "linear"
     logit_bias_G: torch.Tensor | None = None
     norm: InputNorm | None = None
+    row_start: int = 0
+    magnitude_N: torch.Tensor | None = None
+    rescale: Rescale | None = None
 
     @property
     def rank(self) -> int:
@@ -136,6 +144,8 @@ class RoutedAdapter:
         columns: of what a gate with source `position` or `request` reads: gate i reads column i,
             which says at which tokens it is open.
         template: makes the adapter for a user or an instruction; nothing else is adapted then.
+        classifier: gives what gates with source `classifier` read, from the base model's own last
+            hidden state of the token: what the adapter adds needs a pass without it first.
     """
 
     modules: dict[str, RoutedModule] = field(repr=False)
@@ -148,6 +158,12 @@ class RoutedAdapter:
     template: Template | None = field(default=None, repr=False)
     heads: dict[str, Head] = field(default_factory=dict, repr=False)
     experts: dict[str, FusedExperts] = field(default_factory=dict, repr=False)
+    classifier: Classifier | None = field(default=None, repr=False)
+
+    @property
+    def dora(self) -> list[str]:
+        """Layers with DoRA's magnitudes, whose output the adapter rescales."""
+        return [name for name, m in self.modules.items() if m.magnitude_N is not None]
 
     @property
     def rank(self) -> int:

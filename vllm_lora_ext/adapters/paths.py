@@ -31,7 +31,7 @@ def resolve_inside(path: str | os.PathLike[str], roots: Iterable[str | os.PathLi
         "path_not_allowed",
         "the adapter's path leads outside the allowed folders",
         seen=text.replace("\0", "\\0"),
-        limit=shown or "no folder at all",
+        limit="the folders of adapter_roots" if shown else "no folder at all",  # clients read this
         fix="put the adapter inside one of them, or start the server with that folder allowed",
     )
 

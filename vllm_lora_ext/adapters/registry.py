@@ -10,6 +10,7 @@ from importlib.metadata import entry_points
 from typing import Any, Literal
 
 from vllm_lora_ext.adapters.checks import check_adapter
+from vllm_lora_ext.adapters.dmoerm import is_reward_model
 from vllm_lora_ext.adapters.folder import CONFIG, AdapterFolder, Limits, Roots
 from vllm_lora_ext.adapters.model import RoutedAdapter
 from vllm_lora_ext.adapters.parts import refuse_parts
@@ -181,12 +182,28 @@ def read_adapter(folder: AdapterFolder, *, parts: bool = False) -> RoutedAdapter
     return adapter
 
 
+def needs_two_passes(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds an adapter whose steps run the model twice; False where it cannot be
+    told, which loading it then tells."""
+    try:
+        return find_reader(AdapterFolder(path)).two_pass
+    except AdapterError:
+        return False
+
+
 def find_reader(folder: AdapterFolder) -> Reader:
     """The one reader whose format the folder has.
 
     Raises:
-        AdapterError: `unknown_peft_type`, `unknown_format`, `ambiguous_format`.
+        AdapterError: `unknown_peft_type`, `unknown_format`, `ambiguous_format`;
+            `unsupported_feature`, it is a reward model of many adapters.
     """
+    if folder.no_weights is not None and is_reward_model(folder.path):
+        raise AdapterError(
+            "unsupported_feature", "the folder is a reward model (DMoERM), not one adapter",
+            seen=os.fspath(folder.path), limit="adapters",
+            fix="score texts with `vllm-lora-ext reward`, or name it in the setting reward",
+        )  # fmt: skip
     peft_type = folder.config.get("peft_type")
     known = sorted({name for reader in readers() for name in reader.peft_types})
     if folder.has_config and peft_type not in known:

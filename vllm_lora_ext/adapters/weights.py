@@ -24,7 +24,7 @@ INDEX = ".index.json"
 FAIRSEQ = "final.safetensors"
 # Where PEFT and vLLM look when there is no safetensors file.
 PICKLED = ("adapter_model.bin", "adapter_model.pt")
-# Of a format that is known and refused: opened so that it can be refused by its name.
+# X-LoRA's, in its authors' layout: no other weights stand beside it.
 GATES_ELSEWHERE = "xlora_classifier.safetensors"
 # As safetensors spells them.
 FLOATS = ("F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2")

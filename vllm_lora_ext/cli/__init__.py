@@ -11,7 +11,9 @@ from vllm_lora_ext.cli.bundle import bundle as bundle_command
 from vllm_lora_ext.cli.convert import convert as convert_command
 from vllm_lora_ext.cli.inspect import inspect as inspect_command
 from vllm_lora_ext.cli.install import check_vllm, doctor
+from vllm_lora_ext.cli.label import label as label_command
 from vllm_lora_ext.cli.merge import merge as merge_command
+from vllm_lora_ext.cli.reward import reward as reward_command
 from vllm_lora_ext.cli.soups import soups as soups_command
 from vllm_lora_ext.cli.systems import systems as systems_command
 from vllm_lora_ext.cli.trace import trace as trace_command
@@ -35,3 +37,5 @@ app.command("merge")(merge_command)
 app.command("soups")(soups_command)
 app.command("verify")(verify_command)
 app.command("trace")(trace_command)
+app.command("reward")(reward_command)
+app.command("label")(label_command)

@@ -14,8 +14,8 @@ from vllm_lora_ext.cli.output import Json, Set, fail, parse_settings, print_json
 from vllm_lora_ext.errors import AdapterError
 
 _FACTS = (
-    "system", "format", "paper", "base_model", "rank", "router_rows", "slot_mib", "slot_mib_cpu",
-    "adapter_mib", "digest",
+    "system", "format", "paper", "base_model", "rank", "router_rows", "classifier",
+    "slot_mib", "slot_mib_cpu", "adapter_mib", "digest",
 )  # fmt: skip
 
 
@@ -84,6 +84,7 @@ def _modules(groups: list[dict[str, Any]]) -> Table:
     for group in groups:
         shape = f"{group['in']} → {group['out']}" + (", one A" if group["shared_a"] else "")
         of = f", router of {group['router_of']}" if group["router_of"] else ""
+        of += ", DoRA" if group.get("dora") else ""
         made.add_row(*_cells(group, shape, group["gate"] + of))
     return made
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from vllm_lora_ext.cli.lines import EngineArgs, parse_object
 from vllm_lora_ext.cli.output import (
     Dtype,
     Json,
@@ -33,12 +33,7 @@ def verify(
     engine: Annotated[
         bool, typer.Option("--engine", help="run it in a vLLM engine too (20 s and more)")
     ] = False,
-    engine_args: Annotated[
-        str,
-        typer.Option(
-            metavar="JSON", help='more options of vLLM\'s LLM, as {"tensor_parallel_size": 2}'
-        ),
-    ] = "{}",
+    engine_args: EngineArgs = "{}",
     dtype: Annotated[Dtype, typer.Option(help="of the engine")] = Dtype.float32,
     prompts: Annotated[
         str,
@@ -59,10 +54,10 @@ def verify(
 ) -> None:
     """Run an adapter on its base model in several ways, and print how far they are apart.
 
-    transformers in float32 is the yardstick. The adapter's copy in the native format must give the
-    same; with --engine a vLLM engine answers too, rows of the adapter and of the base model in one
-    batch, and every log-probability and greedy token is compared (of large vocabularies, the 20
-    likeliest tokens).
+    transformers in float32 is the yardstick. The adapter's copy in the native format, where there
+    is one (X-LoRA has none), must give the same; with --engine a vLLM engine answers too, rows of
+    the adapter and of the base model in one batch, and every log-probability and greedy token is
+    compared (of large vocabularies, the 20 likeliest tokens).
 
     Exit code 0: all within the tolerance. 1: beyond it, or the adapter is refused. 2: wrong usage.
 
@@ -73,7 +68,7 @@ def verify(
     `vllm-lora-ext verify adapters/routed --base models/base --engine --dtype bfloat16
     --prompts questions.txt --json`
     """
-    given, more = parse_settings(settings), _object(engine_args)
+    given, more = parse_settings(settings), parse_object(engine_args, "--engine-args")
     if importlib.util.find_spec("transformers") is None:
         raise typer.BadParameter(
             "needs transformers: pip install transformers", param_hint="verify"
@@ -103,6 +98,12 @@ def _verify(
     from vllm_lora_ext.adapters.limits import DTYPES
 
     loaded = load_adapter(folder, settings=settings)
+    copied = loaded.classifier is None  # the native format has none
+    if not copied and not engine:
+        raise typer.BadParameter(
+            f"{loaded.system} has no copy in the native format to be compared with",
+            param_hint="--engine",
+        )
     texts = None if prompts_from == "random" else _lines(Path(prompts_from))
     with steps(2 + 3 * len(texts or v.LENGTHS) + 2 * engine) as step:
         step("loading the base model")
@@ -113,7 +114,7 @@ def _verify(
         prompts = v.random_prompts(model, loaded) if texts is None else _token_ids(texts, base)
         without = v.follow(model, None, prompts, step)
         with_adapter = v.follow(model, loaded, prompts, step)
-        comparisons = [v.compare_copy(model, loaded, with_adapter, step)]
+        comparisons = [v.compare_copy(model, loaded, with_adapter, step)] if copied else []
         del model
         if engine:
             with tempfile.TemporaryDirectory(prefix="vllm-lora-ext-") as scratch:
@@ -134,31 +135,19 @@ def _verify(
 def _ask_engine(
     options: dict[str, Any], served: Path, with_adapter: Any, without: Any, step: Any
 ) -> list[Any]:
-    # vLLM logs to stdout, where the result belongs; both are read when vLLM is imported.
-    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    # On a CPU the default is a share of the whole memory; these few prompts need little.
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    from vllm import LLM
-    from vllm.lora.request import LoRARequest
-
+    from vllm_lora_ext.engines import log_elsewhere, start_engine, stop_engine
     from vllm_lora_ext.verify import compare_engine
 
-    try:
-        llm = LLM(**options)
-    except Exception as error:  # vLLM raises many kinds, and has logged the cause
-        if (known := AdapterError.parse(str(error))) is not None:
-            raise known from error
-        raise AdapterError(
-            "engine_failed", f"the vLLM engine does not start: {str(error)[:300]}",
-            fix="look at vLLM's log above; options go into --engine-args",
-        ) from error  # fmt: skip
+    log_elsewhere()
+    llm = start_engine(options)
+    from vllm.lora.request import LoRARequest
+
     try:
         step("asking the engine")
         lora = LoRARequest("verified", 1, str(served.resolve()))
         return compare_engine(llm, lora, with_adapter, without)
     finally:
-        llm.llm_engine.engine_core.shutdown()
+        stop_engine(llm)
 
 
 def _lines(file: Path) -> list[str]:
@@ -189,16 +178,6 @@ def _token_ids(lines: list[str], base: str) -> list[list[int]]:
             ids = tokenizer(line)["input_ids"]
         prompts.append(ids)
     return prompts
-
-
-def _object(text: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise typer.BadParameter(f"not JSON: {error}", param_hint="--engine-args") from error
-    if not isinstance(value, dict):
-        raise typer.BadParameter("must be a JSON object", param_hint="--engine-args")
-    return value
 
 
 def _show(verdict: Any, engine: bool) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from vllm_lora_ext.adapters import AdapterFolder, RoutedAdapter, load_adapter
+from vllm_lora_ext.adapters.dora import refuse_dora
 from vllm_lora_ext.adapters.folder import CONFIG
 from vllm_lora_ext.adapters.limits import DTYPES
 from vllm_lora_ext.adapters.output import fill, new_folder
@@ -106,6 +107,7 @@ def fold(adapter: RoutedAdapter, config: Mapping[str, Any]) -> Factors:
             fix="serve it as it is, or put routed adapters of"
             " one kind side by side with `vllm-lora-ext bundle --routed A --routed B`",
         )  # fmt: skip
+    refuse_dora(adapter, "merged")
     embeddings = [name for name, m in adapter.modules.items() if m.kind == "embedding"]
     if embeddings:
         raise AdapterError(

@@ -45,7 +45,7 @@ def concat_routed(adapters: Sequence[RoutedAdapter], k: int | None = None) -> Ro
         )  # fmt: skip
     for adapter in adapters:
         check_adapter(adapter)
-        if adapter.columns or adapter.template is not None:
+        if adapter.columns or adapter.template is not None or adapter.classifier is not None:
             raise AdapterError(
                 "unsupported_feature", "the gates of this adapter come with the request or the"
                 " token's position, and have no place under one router", seen=adapter.system,

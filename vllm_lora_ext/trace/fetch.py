@@ -11,6 +11,10 @@ from vllm_lora_ext.trace.data import Trace
 
 EXTRA_ARG = "lora_ext_trace"
 RPC = "lora_ext_trace"
+OWNER = "lora_ext_owner"
+"""Of a traced request's `extra_args`: who sent it, and alone gets its trace. The front end sets it;
+offline there is none."""
+
 _ON, _OFF = (True, 1, "1", "true"), (None, False, 0, "0", "false")
 
 

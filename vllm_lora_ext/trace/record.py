@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vllm_lora_ext.adapters.hf import apply_adapter
+from vllm_lora_ext.adapters.hf import AppliedAdapter, apply_adapter
 from vllm_lora_ext.adapters.model import MixBlock, RoutedAdapter, RoutedModule
 from vllm_lora_ext.routing.mix import expert_weights
 from vllm_lora_ext.trace.data import Trace, natural
@@ -39,7 +39,7 @@ def record(
     ids = [int(token) for token in token_ids]
     owners: dict[str, RoutedModule | MixBlock] = {**adapter.modules, **adapter.blocks}
     handles = []
-    with torch.inference_mode(), apply_adapter(model, adapter):
+    with torch.inference_mode(), apply_adapter(model, adapter) as applied:
         for _ in range(new_tokens - 1):
             token = int(_run(model, ids)[-1].argmax())
             if token in _ends(model):
@@ -49,7 +49,7 @@ def record(
             for key in sorted(owners, key=natural):
                 owner = owners[key]
                 if owner.gate.source != "none":
-                    hook = _hook(found, key, owner)
+                    hook = _hook(found, key, owner, applied)
                     handles.append(model.get_submodule(key).register_forward_hook(hook))
             _run(model, ids)
         finally:
@@ -73,14 +73,23 @@ def _ends(model: Any) -> list[int]:
     return end if isinstance(end, list) else [end]
 
 
-def _hook(found: dict[str, torch.Tensor], key: str, owner: RoutedModule | MixBlock) -> Any:
+def _hook(
+    found: dict[str, torch.Tensor],
+    key: str,
+    owner: RoutedModule | MixBlock,
+    applied: AppliedAdapter,
+) -> Any:
     def keep(layer: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        if applied.away:
+            return
         # In the adapter's own place: what it is must not depend on where the model runs.
-        x_TK = args[0].reshape(-1, args[0].shape[-1]).float().to(_device(owner))
+        device = _device(owner)
+        x_TK = args[0].reshape(-1, args[0].shape[-1]).float().to(device)
         if isinstance(owner, MixBlock):
             gates_TE = expert_weights(owner.gate, x_TK @ owner.router_GK.float().t())
         else:
-            gates_TE = slice_gates(owner, x_TK)
+            rows_TG = applied.rows_of(owner)
+            gates_TE = slice_gates(owner, x_TK, None if rows_TG is None else rows_TG.to(device))
         found[key] = gates_TE.cpu()
 
     return keep

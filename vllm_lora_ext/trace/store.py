@@ -21,6 +21,7 @@ class _Record:
     adapter: str
     system: str
     base: str
+    owner: str
     ids: list[tuple[int, torch.Tensor]] = field(default_factory=list)
     gates: dict[str, list[tuple[int, torch.Tensor]]] = field(default_factory=dict)
     stop: int = 0
@@ -45,12 +46,17 @@ class TraceStore:
         self._bytes = 0
 
     def start(
-        self, key: str, prompt: Sequence[int], adapter: str = "", system: str = "", base: str = ""
-    ) -> None:
-        """Begins a trace; one that goes on after a preemption keeps what it has."""
+        self, key: str, prompt: Sequence[int], adapter: str = "", system: str = "",
+        base: str = "", owner: str = "",
+    ) -> None:  # fmt: skip
+        """Begins a trace; one that goes on after a preemption keeps what it has.
+
+        Args:
+            owner: who alone may have it.
+        """
         if key in self._records:
             return
-        self._records[key] = _Record(list(prompt), adapter, system, base)
+        self._records[key] = _Record(list(prompt), adapter, system, base, owner)
         while len(self._records) > self.max_requests:
             self._drop_oldest()
 
@@ -76,19 +82,20 @@ class TraceStore:
             record.stop = max(record.stop, at + len(gates_TE))
             self._count(record, gates_TE)
 
-    def get(self, request_id: str, prompt: int = 0, choice: int = 0) -> Trace:
+    def get(self, request_id: str, prompt: int = 0, choice: int = 0, owner: str = "") -> Trace:
         """The trace of a request, or of what has been computed of it so far.
 
         Args:
+            owner: who asks; a trace of somebody else's is not there.
             request_id: as in the answer. The engine adds the number of the prompt behind it, the
                 number of the choice before it where several were asked for, and random digits.
         Raises:
             AdapterError: `not_found`, `not_traced`, `too_large`.
         """
         pattern = _pattern(request_id, prompt, choice)
-        found = next((k for k in reversed(self._records) if pattern.fullmatch(k)), None)
-        if found is not None:
-            return self._trace(request_id, self._records[found])
+        for key, record in reversed(self._records.items()):
+            if record.owner == owner and pattern.fullmatch(key):
+                return self._trace(request_id, record)
         if any(pattern.fullmatch(key) for key in reversed(self._untraced)):
             raise AdapterError(
                 "not_traced", "the request did not ask for a trace", seen=request_id,

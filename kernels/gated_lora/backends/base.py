@@ -30,7 +30,10 @@ class Store:
     Attributes:
         dtype: of A and B.
         bt_SRN: B of each slice, transposed: [slots, max_rank, N], in any strides.
+        in_place: whether a slot may be an adapter's host copy where it stands, with nothing copied.
     """
+
+    in_place = False
 
     def __init__(self, dtype: torch.dtype, bt_SRN: Iterable[torch.Tensor]) -> None:
         self.dtype, self.bt_SRN = dtype, tuple(bt_SRN)
@@ -65,8 +68,15 @@ class Store:
     def routers_moved(self, router_SGK: torch.Tensor) -> None:
         """The routers of all slots have new memory."""
 
+    def rescale_made(self, rescale_S2N: torch.Tensor) -> None:
+        """Slots have memory for scale and shift of the layer's own output: [slots, 2, N] fp32."""
+
     def changed(self) -> None:
         """What was made of the site's plans, its step or who listens holds no more."""
+
+    def slot_changed(self, site: Site, slot: int) -> None:
+        """Another plan stands in a slot, or none."""
+        self.changed()
 
     def asked(self, number: int, site: Site) -> None:
         """After a call of the op in C++ that had to ask Python (`native.op`); `number` is the
@@ -110,7 +120,8 @@ class Backend(Protocol):
         site: Site,
         v_PTR: torch.Tensor | None = None,
     ) -> None:
-        """Second launch: adds `B (g ⊙ A x)` to y in place; gates read v, by default u."""
+        """Second launch: adds `B (g ⊙ A x)` to y in place, which a plan's `rescale` has changed
+        before; gates read v, by default u."""
 
     def gated_lora_(self, y_TN: torch.Tensor, x_TK: torch.Tensor, site: Site) -> None:
         """Both, where nobody needs to know what is between them."""

@@ -39,7 +39,8 @@ class SliceStore(Store):
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        if torch.device(device).type == "cpu":
+        self.in_place = torch.device(device).type == "cpu"
+        if self.in_place:
             dtype = torch.float32
         b_SRN = (
             torch.zeros(num_slots, max_rank, n, dtype=dtype, device=device) for n in slice_sizes
@@ -217,6 +218,11 @@ def _expand_(
                 h = (g_TR * h).unflatten(1, (p.gate.num_gates, -1)).sum(dim=1)
             h = read.times_factor_(g_TR * h.repeat(1, g_TR.shape[1] // h.shape[1]), p)
         y = y_TN[:, p.y_start : p.y_stop]
+        if p.rescale is not None:
+            rows = slice(start, stop) if index_T is None else index_T
+            own_TN = y[rows].float() * p.rescale.scale_N + p.rescale.shift_N
+            y[rows] = (own_TN + torch.mm(h, p.bt_RN.float())).to(y.dtype)
+            continue
         if index_T is not None:
             y.index_add_(0, index_T, torch.mm(h, p.bt_RN.float()).to(y.dtype))
         elif y.dtype is torch.float32:

@@ -31,6 +31,7 @@ class Reader:
         traps: what is easily taken wrongly about this format, a sentence each.
         request: what of a request its numbers depend on, beside the tokens; empty: nothing.
         refused: why a known format is not served; empty for the others. `read` then raises.
+        two_pass: whether its gates come from a pass without the adapter (`Classifier`).
     """
 
     name: str
@@ -47,3 +48,4 @@ class Reader:
     traps: tuple[str, ...] = ()
     request: str = ""
     refused: str = ""
+    two_pass: bool = False

@@ -64,12 +64,14 @@ def refuse_others(folder: AdapterFolder, named: Collection[str], keys: str) -> N
         )  # fmt: skip
 
 
-def read_expert(folder: AdapterFolder, name: str) -> Expert:
+def read_expert(folder: AdapterFolder, name: str, embeddings: bool = False) -> Expert:
     """The ordinary LoRA in a subfolder.
 
+    Args:
+        embeddings: whether it may adapt an embedding.
     Raises:
         AdapterError: as for a plain adapter, with the expert's name; `unsupported_feature`, it
-            adapts an embedding.
+            adapts an embedding and may not.
     """
     try:
         inner = folder.subfolder(name)
@@ -83,7 +85,7 @@ def read_expert(folder: AdapterFolder, name: str) -> Expert:
             )  # fmt: skip
         config, modules = plain.read_pairs(inner, f"{name}/{CONFIG}")
         for module, pair in modules.items():
-            if pair.kind != "linear":
+            if pair.kind != "linear" and not embeddings:
                 raise AdapterError(
                     "unsupported_feature", "an expert may adapt linear layers only", seen=module,
                     fix="train it without the embedding",

@@ -35,6 +35,7 @@ _KEYS = frozenset({
 _NEEDED = _KEYS - {"base_model_name_or_path", "blocks", "columns"}
 _PART = re.compile(
     r"(?P<module>.+?)\.(?P<part>(lora_A|lora_B|lora_embedding_A|lora_embedding_B)\.weight"
+    r"|lora_magnitude"
     r"|(router|threshold)\.(weight|bias)|router\.(logit_bias|row_sums|tail|tail_sums))"
 )
 
@@ -85,8 +86,15 @@ def fill_native(folder: Path, adapter: RoutedAdapter, dtype: torch.dtype | None 
     """The files of `write_native` into a folder of `adapters.output`.
 
     Raises:
-        AdapterError: `unsupported_feature`, a template: the native format has adapters only.
+        AdapterError: `unsupported_feature`, a template or a classifier: the native format has
+            ready adapters with gates of single layers only.
     """
+    if adapter.classifier is not None:
+        raise AdapterError(
+            "unsupported_feature", f"adapters of {adapter.system} have a classifier, and the native"
+            " format holds gates of single layers only", seen=adapter.source or adapter.system,
+            limit="adapters without a classifier", fix="serve the folder as it is",
+        )  # fmt: skip
     if adapter.template is not None:
         raise AdapterError(
             "unsupported_feature", f"adapters of {adapter.system} are made for a request, and the"
@@ -237,6 +245,7 @@ def _read_module(
     head_bias = take.pop("threshold.bias", None)
     router, bias = take.pop("router.weight", None), take.pop("router.bias", None)
     logit_bias, norm = take.pop("router.logit_bias", None), _norm(module, gate, router, take)
+    magnitude_N = take.pop("lora_magnitude", None)
     if take:  # both kinds of A and B
         raise AdapterError(
             "unexpected_tensor", f"{module} is adapted both as a linear and as an embedding",
@@ -262,6 +271,7 @@ def _read_module(
         head_K=None if head_1K is None else head_1K[0],
         head_bias=0.0 if head_bias is None else float(head_bias),
         kind="embedding" if embedding else "linear", logit_bias_G=logit_bias, norm=norm,
+        magnitude_N=magnitude_N,
     )  # fmt: skip
 
 
@@ -306,6 +316,8 @@ def _tensors(
     found = {key: value.to(dtype or value.dtype) for key, value in matrices.items()}
     if own_router:
         found |= _router_tensors(module)
+    if module.magnitude_N is not None:
+        found["lora_magnitude"] = module.magnitude_N
     if module.head_K is not None:
         found["threshold.weight"] = module.head_K[None]
         found["threshold.bias"] = torch.tensor([module.head_bias], dtype=torch.float32)

@@ -6,17 +6,21 @@ import dataclasses
 import re
 from collections.abc import Collection
 
+import torch
+
 from vllm_lora_ext.adapters.folder import AdapterFolder
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.readers import peft_parts
 from vllm_lora_ext.adapters.readers.base import Reader
 from vllm_lora_ext.adapters.readers.names import PREFIX, group, module_of, part, rank_mismatch
-from vllm_lora_ext.adapters.readers.peft_config import PeftLora, read_peft_config
+from vllm_lora_ext.adapters.readers.peft_config import PeftLora, flag, read_peft_config
 from vllm_lora_ext.errors import AdapterError
 
+_DORA = "use_dora"
 # PEFT keeps the adapter's name in the middle when a state dict is saved by hand.
 _LINEAR = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])(\.\w+)?\.weight")
 _EMBEDDING = re.compile(r"(?P<module>.+)\.(?P<part>lora_embedding_[AB])(\.\w+)?(\.weight)?")
+_MAGNITUDE = re.compile(r"(?P<module>.+)\.(?P<part>lora_magnitude_vector)(\.\w+)*")
 _TRAINING = re.compile(r"(?P<module>.+)\.lora_(?P<of>velora|monteclora)_(embed|sampler)(\.\w+)*")
 # Tensor names that make a LORA folder something else.
 _OTHER = re.compile(
@@ -53,9 +57,13 @@ def is_pairs(folder: AdapterFolder) -> bool:
 
 def read(folder: AdapterFolder, also: Collection[str] = ()) -> RoutedAdapter:
     """The adapter; `also`: keys of the config that the caller reads itself."""
-    config, pairs = read_pairs(folder, also={*peft_parts.KEYS, *also})
+    config, pairs = read_pairs(folder, also={*peft_parts.KEYS, _DORA, *also})
     heads = peft_parts.read_heads(folder, config.where)
     experts = peft_parts.read_experts(folder, config)
+    if flag(folder.config.get(_DORA), f"{_DORA} in {config.where}"):
+        pairs = _with_magnitudes(folder, pairs, experts, config.where)
+    else:
+        _refuse_magnitudes(folder.names)
     targets = peft_parts.names_of(folder, "target_parameters", config.where)
     modules = {
         name: dataclasses.replace(
@@ -80,7 +88,8 @@ def read_pairs(
         AdapterError: as `read`.
     """
     config = read_peft_config(folder.config, where, also, accepted=folder.accepted)
-    _refuse_magnitudes(folder.names)
+    if _DORA not in also:
+        _refuse_magnitudes(folder.names)
     fused = peft_parts.fused_modules(folder.names) if also else {}
     linear, embedding = group(folder.names, _LINEAR), group(folder.names, _EMBEDDING)
     linear = {name: parts for name, parts in linear.items() if name not in fused}
@@ -124,12 +133,42 @@ def _read_pair(
     )
 
 
+def _with_magnitudes(
+    folder: AdapterFolder,
+    pairs: dict[str, RoutedModule],
+    experts: Collection[str],
+    where: str,
+) -> dict[str, RoutedModule]:
+    """The layers of a DoRA: each has a magnitude for each of its outputs."""
+    other = [name for name, pair in pairs.items() if pair.kind != "linear"] + list(experts)
+    if other:
+        raise AdapterError(
+            "unsupported_feature", f"'{_DORA}' in {where}: DoRA is served on linear layers only",
+            seen=other[0], fix="train that layer without DoRA, or not at all",
+        )  # fmt: skip
+    found = group(folder.names, _MAGNITUDE)
+    for name in sorted(set(found) - set(pairs)):
+        raise AdapterError(
+            "unexpected_tensor", "there is a magnitude of a layer that is not adapted", seen=name,
+            fix="save the adapter again",
+        )  # fmt: skip
+    return {
+        name: dataclasses.replace(pair, magnitude_N=_magnitude(folder, found.get(name, {}), name))
+        for name, pair in pairs.items()
+    }
+
+
+def _magnitude(folder: AdapterFolder, parts: dict[str, str], name: str) -> torch.Tensor:
+    return folder.take(part(parts, "lora_magnitude_vector", name))
+
+
 def _refuse_magnitudes(names: list[str]) -> None:
     found = [name for name in names if "lora_magnitude_vector" in name]
     if found:
         raise AdapterError(
-            "unsupported_feature", "the adapter has DoRA's magnitude vectors, which are not served",
-            seen=found[0], fix="train without DoRA, or merge it into the base model",
+            "unsupported_feature", "the adapter has DoRA's magnitude vectors, which are served of"
+            f" an ordinary LoRA whose config says '{_DORA}' only", seen=found[0],
+            fix="save the adapter again with PEFT, or train it without DoRA",
         )  # fmt: skip
 
 
@@ -165,10 +204,14 @@ READER = Reader(
     read=read,
     paper="LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685)",
     summary="One pair of low-rank matrices per layer and no gate. Served as stock vLLM does.",
-    formula="y = W x + alpha/r B A x;  alpha / sqrt(r) with use_rslora",
+    formula="y = W x + alpha/r B A x;  alpha / sqrt(r) with use_rslora;\n"
+    "with use_dora: y = m / |W + alpha/r B A| (W x + alpha/r B A x) + bias, the norm of each row",
     traps=(
         "rank_pattern and alpha_pattern change r and alpha of single layers, and are honoured.",
-        "DoRA, trained biases and adapters that changed the base weights when training began "
+        "DoRA (use_dora) needs the base weights when it is loaded: on linear layers that are not "
+        "quantised. It is no difference: it cannot be scaled, nor stand beside another adapter on "
+        "the same layer.",
+        "Trained biases and adapters that changed the base weights when training began "
         "(PiSSA, OLoRA, CorDA, LoftQ) are refused by name; so is modules_to_save, but for the "
         "score or classifier of a classification model.",
         "LoRA on parameters (target_parameters) is served on the fused experts of MoE models, and "

@@ -32,16 +32,25 @@ class NativeStore(eager.SliceStore):
 
     Attributes:
         tables: the plans as C++ reads them; empty: it does not know them; None: to be made (again).
+        given: where they find the numbers that come with each row.
         shut: ends calls of the op that stay in C++, if any do.
     """
 
     tables: cpu_native.Tables | tuple[()] | None = None
+    given: tuple[int | None, int] = (None, 0)
     shut: Callable[[], None] | None = None
 
     def changed(self) -> None:
         if self.shut is not None:
             self.shut()
         self.tables = None
+
+    def slot_changed(self, site: Site, slot: int) -> None:
+        # A swap of adapters changes one address; making all tables anew at every layer would take
+        # longer than a step.
+        tables = self.tables
+        if not tables or tables.given(site) != self.given or not tables.put(slot, site.plans[slot]):
+            self.changed()
 
     def asked(self, number: int, site: Site) -> None:
         cpu_op.open_door(number, site, self)

@@ -21,6 +21,7 @@
 struct Slice {
   Gate gate;
   const float* bt_RN;
+  const float *scale_N, *shift_N;  // of y, before B is added to it; null: y stays
   int64_t index, ranks, a_start, a_rows, router_start, head_at, y_start, n, h_start;
   int64_t row_start, factor_at;  // in the numbers that come with a row; -1: no factor
   int64_t parts;                 // how many, from here on, add to the same columns; 0: not the first
@@ -270,8 +271,13 @@ void add_columns(const Slice* slice, const float* h, const int32_t* ranks, int64
     for (const Slice* s = slice; s < slice + slice->parts; s++)
       add_part(acc, *s, h, ranks, n, count...);
   }
-  for (int v = 0; v < V; v++)
-    store(y + n + v * W, load(y + n + v * W, count...) + acc[v], count...);
+  for (int v = 0; v < V; v++) {
+    Vec own = load(y + n + v * W, count...);
+    if (slice->scale_N)
+      own = own * load(slice->scale_N + n + v * W, count...) +
+            load(slice->shift_N + n + v * W, count...);
+    store(y + n + v * W, own + acc[v], count...);
+  }
 }
 
 template <typename Y>
@@ -285,7 +291,7 @@ void expand(const Columns& c, const Lines& l, Y* y, int64_t y_stride) {
     int64_t n = c.start;
     int32_t used = 0;
     for (const Slice* p = s; p < s + s->parts; p++) used += ranks[p->h_start + p->index];
-    if (used == 0) continue;
+    if (used == 0 && !s->scale_N) continue;
     for (; n + 4 * W <= c.stop; n += 4 * W) add_columns<4>(s, h, ranks, n, out);
     for (; n + W <= c.stop; n += W) add_columns<1>(s, h, ranks, n, out);
     if (n < c.stop) add_columns<1>(s, h, ranks, n, out, c.stop - n);

@@ -48,7 +48,7 @@ class _Gate(Structure):
 class _Slice(Structure):
     _fields_ = (
         ("gate", _Gate),
-        ("bt_RN", c_void_p),
+        *((name, c_void_p) for name in ("bt_RN", "scale_N", "shift_N")),
         *((name, c_int64) for name in (
             "index", "ranks", "a_start", "a_rows", "router_start", "head_at", "y_start", "n",
             "h_start", "row_start", "factor_at", "parts",
@@ -76,6 +76,17 @@ class Tables(NamedTuple):
     num_slots: int
     kept: list[_Slot | None]
 
+    def put(self, slot: int, plan: SlotPlan | None) -> bool:
+        """Puts another plan into a slot, in place. False, and nothing done, where its gates are
+        none that C++ knows."""
+        try:
+            found = None if plan is None else _known(plan)
+        except KeyError:
+            return False
+        self.kept[slot] = found
+        self.slots[slot] = None if found is None else ctypes.addressof(found)
+        return True
+
     def given(self, site: Site) -> tuple[int | None, int]:
         """Address and stride of the numbers that come with each row, where a slot reads them."""
         rows_TC = site.rows_TC
@@ -87,6 +98,7 @@ def tables(site: Site, *tensors: torch.Tensor) -> Tables | None:
     store = cast("NativeStore", site.store)
     if store.tables is None:
         store.tables = _make(site)
+        store.given = store.tables.given(site) if store.tables else (None, 0)
     found: Tables | None = store.tables or None
     if found is not None:
         for tensor in tensors:
@@ -138,7 +150,7 @@ def _make(site: Site) -> Tables | tuple[()]:
     call.restype = None
     types = {t: n for t, n in _TYPES.items() if t is not torch.float16 or library.has_float16()}
     try:
-        kept = [None if plan is None else _slot(plan) for plan in site.plans]
+        kept = [None if plan is None else _known(plan) for plan in site.plans]
     except KeyError as unknown:
         _say_unknown(str(unknown))
         return ()
@@ -171,6 +183,14 @@ def _code(kind: int, names: tuple[str, ...], name: str) -> int:
     return code
 
 
+def _known(plan: SlotPlan) -> _Slot:
+    """A plan as C++ reads it, made once."""
+    found: _Slot | None = plan.__dict__.get("native")
+    if found is None:
+        found = plan.__dict__["native"] = _slot(plan)
+    return found
+
+
 def _slot(plan: SlotPlan) -> _Slot:
     slices = (_Slice * len(plan.slices))()
     h_start = first = 0
@@ -194,6 +214,7 @@ def _slice(index: int, p: SlicePlan, h_start: int) -> _Slice:
         a_start=p.a_start, a_rows=p.a_stop - p.a_start, router_start=p.router_start,
         head_at=p.head_at, y_start=p.y_start, n=p.bt_RN.shape[1], h_start=h_start,
         row_start=p.row_start, factor_at=p.factor_at,
+        **({} if p.rescale is None else {n: t.data_ptr() for n, t in p.rescale._asdict().items()}),
     )  # fmt: skip
 
 

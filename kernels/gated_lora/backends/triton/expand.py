@@ -3,6 +3,8 @@
     g = constant · mask( weight( select( score(u) + bias ) ) )        per gate, spread over ranks
     y[t, n] += sum_r B[slot(t), r, n] · factor[t, r] · g[t, r] · (A x)[t, r]
 
+where y is first scaled and shifted, column by column, if the slot says so (DoRA).
+
 The whole gate table (`routing.reference` is its specification) is evaluated in registers, over
 [tile, ranks]: every rank carries the score of its gate, and sums over gates count the first rank
 of each (`SlotTables`). A top-k of k gates costs k maxima over the row, ties to the lower index;
@@ -60,8 +62,8 @@ MAX_GATES = tl.constexpr(plan.MAX_GATES)
 
 @triton.jit(
     do_not_specialize=[
-        "num_tokens", "max_rank", "stride_u_part", "stride_u", "stride_rows", "stride_ints",
-        "stride_floats", "stride_tiles",
+        "num_tokens", "max_rank", "width", "stride_u_part", "stride_u", "stride_rows",
+        "stride_ints", "stride_floats", "stride_tiles",
     ]
 )  # fmt: skip
 def expand_kernel(
@@ -73,10 +75,12 @@ def expand_kernel(
     ints_ptr,
     floats_ptr,
     columns_ptr,
+    rescale_ptr,
     order_ptr,
     tiles_ptr,
     num_tokens,
     max_rank,
+    width,
     stride_y,
     stride_u_part,
     stride_u,
@@ -173,6 +177,8 @@ def expand_kernel(
     b_R = b_ptr + slot * stride_b_slot + rank_R.to(tl.int64) * stride_b
     b_R += column
     y_T = y_ptr + token_T * stride_y + column
+    rescaled = tl.load(slice_ptr + 3)
+    scale_N = tl.load(rescale_ptr).to(tl.pointer_type(tl.float32)) + slot * 2 * width + column
     open_R = tl.max((h_TR != 0).to(tl.int32), axis=0) != 0
     h_TR = h_TR.to(b_ptr.dtype.element_ty).to(OPERAND)
     for n in range(begin, tl.minimum(begin + WALK, size), BLOCK_N):
@@ -180,6 +186,9 @@ def expand_kernel(
         ok_N = n_N < size
         ok_TN = ok_T[:, None] & ok_N[None, :]
         y_TN = tl.load(y_T[:, None] + n_N[None, :], mask=ok_TN, other=0.0).to(tl.float32)
+        if rescaled != 0:
+            y_TN *= tl.load(scale_N + n_N, mask=ok_N, other=1.0)[None, :]
+            y_TN += tl.load(scale_N + width + n_N, mask=ok_N, other=0.0)[None, :]
         b_RN = tl.load(b_R[:, None] + n_N[None, :], mask=open_R[:, None] & ok_N[None, :], other=0.0)
         delta_TN = tl.dot(h_TR, b_RN.to(OPERAND), input_precision="tf32x3")
         y_TN = (y_TN + delta_TN).to(y_ptr.dtype.element_ty)
@@ -350,10 +359,12 @@ def expand_(
         slot_tables.ints_SI,
         slot_tables.floats_SF,
         slot_tables.columns_S2,
+        store_of(site).rescale_1,
         site.step.order_T,
         tiles,
         num_tokens,
         site.max_rank,
+        b_SRN.shape[2],
         y_TN.stride(0),
         u_PTR.stride(0),
         u_PTR.stride(1),

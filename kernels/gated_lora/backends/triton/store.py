@@ -22,6 +22,7 @@ class TableStore(Store):
         b_SRN: [slots, max_rank, N of all slices], of which `bt_SRN` are views.
         tables: what each slot adds.
         routers_2: address and slot stride of the routers, for captured graphs too.
+        rescale_1: address of scale and shift of the layer's own output, likewise.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class TableStore(Store):
         super().__init__(dtype, self.b_SRN.split(self._sizes, dim=2))
         self.tables = SlotTables(num_slots, slice_sizes, max_rank, device)
         self.routers_2 = torch.zeros(2, dtype=torch.int64, device=device)
+        self.rescale_1 = torch.zeros(1, dtype=torch.int64, device=device)
 
     def shapes(self, parts: Sequence[Part]) -> list[Shape]:
         ranks = [0] * len(self._sizes)  # of each slice
@@ -70,6 +72,9 @@ class TableStore(Store):
 
     def clear(self, slot: int) -> None:
         self.tables.clear(slot)
+
+    def rescale_made(self, rescale_S2N: torch.Tensor) -> None:
+        self.rescale_1.fill_(rescale_S2N.data_ptr())
 
     def routers_moved(self, router_SGK: torch.Tensor) -> None:
         self.routers_2.copy_(torch.tensor([router_SGK.data_ptr(), router_SGK.stride(0)]))

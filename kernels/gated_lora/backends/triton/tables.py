@@ -25,7 +25,7 @@ import torch
 from vllm_lora_ext.kernels.gated_lora.codes import BIASES, SCORES, SELECTS, WEIGHTS
 from vllm_lora_ext.kernels.gated_lora.plan import MAX_GATES, Shape, SlicePlan
 
-SLICE = ("ranks", "gates", "factors")
+SLICE = ("ranks", "gates", "factors", "rescaled")
 RANK_INTS, RANK_FLOATS = 4, 4
 # start, stop: the ranks that one gate table is for.
 SPEC = (
@@ -134,7 +134,8 @@ class SlotTables:
             specs[gates], values[gates] = _spec(p), _values(p)
             gates += 1
         total = max(p.b_start + len(p.bt_RN) for p in plans)
-        ints[: len(SLICE)] = total, gates, any(p.factor_at >= 0 for p in plans)
+        rescaled = any(p.rescale is not None for p in plans)
+        ints[: len(SLICE)] = total, gates, any(p.factor_at >= 0 for p in plans), rescaled
 
 
 def slice_ints(max_rank: int, gates: int) -> int:

@@ -1,0 +1,332 @@
+"""Throughput and time to the first token with 0 to thousands of adapters, plugin and stock.
+
+    python benchmarks/many_adapters.py [--counts 0,1,10,100,1000] [--slots 8,32] [--engines plugin]
+        [--kinds plain,routed] [--shapes power,uniform] [--requests 96] [--out FILE.json] [--plot]
+
+A `vllm serve` of SmolLM2-135M (CPU, bf16, 32 requests at a time) for each engine and number of
+slots, on loopback, one after the other. Requests of 16 + 16 tokens arrive open-loop (Poisson, fixed
+seed), each for an adapter drawn from the first n, uniformly or by a power law (1/rank); ranks are 4,
+8 and 16, on q and v; `routed` are the same with a router over two experts of half the rank. All
+adapters are loaded before the clock starts, and a first wave is not timed.
+
+    saturated   they arrive at 200 a second, far above what the machine does: tokens a second
+    half load   they arrive at half of what n = 0 has done: time to the first token
+    loading     as half load at n = 10, while another client loads and unloads adapters
+
+`swaps` are adapters that went into a slot, `moved` their bytes; the plugin's `/metrics` says both.
+Ratios are to n = 1 of the same server (issue: at most 10 % less at n = 1000 where the slots hold what
+a step needs, 25 % where not).
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(REPO), str(REPO / "examples")]
+
+PROMPT, ANSWER, RANKS, DISTINCT = 16, 16, (4, 8, 16), 24
+SATURATED = 200.0  # requests a second
+RUNNING = 32
+
+
+def make_folders(base: str, kind: str, root: Path) -> list[Path]:
+    """A few adapters of different ranks, which all names share: each name holds its own copy."""
+    from transformers import AutoConfig
+
+    from tests.make_adapters import linear_shapes, normal
+    from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
+    from vllm_lora_ext.adapters.readers.native import write_native
+    from vllm_lora_ext.routing import GateSpec
+
+    rng = np.random.default_rng(0)
+    shapes = {
+        name: shape for name, shape in linear_shapes(AutoConfig.from_pretrained(base)).items()
+        if name.endswith(("q_proj", "v_proj"))
+    }  # fmt: skip
+    folders = []
+    for i in range(DISTINCT):
+        rank = RANKS[i % len(RANKS)]
+        routed = GateSpec(source="router", blocks=(rank // 2,) * 2, score="softmax", select="all")
+        gate = routed if kind == "routed" else GateSpec()
+        modules = {
+            name: RoutedModule(
+                normal(rng, rank, k) / k**0.5, normal(rng, n, rank) * 0.02, gate,
+                normal(rng, 2, k) / k**0.5 if kind == "routed" else None,
+            )
+            for name, (k, n) in shapes.items()
+        }  # fmt: skip
+        folders.append(write_native(RoutedAdapter(modules, "bench"), root / f"{kind}{i}"))
+    return folders
+
+
+def write_plain(base: str, root: Path) -> list[Path]:
+    """The same as PEFT's files, which stock reads too."""
+    from safetensors.torch import save_file
+    from transformers import AutoConfig
+
+    from tests.make_adapters import linear_shapes, normal
+
+    rng = np.random.default_rng(0)
+    shapes = linear_shapes(AutoConfig.from_pretrained(base))
+    folders = []
+    for i in range(DISTINCT):
+        rank, folder = RANKS[i % len(RANKS)], root / f"plain{i}"
+        folder.mkdir(parents=True)
+        tensors = {}
+        for name, (k, n) in shapes.items():
+            if name.endswith(("q_proj", "v_proj")):
+                tensors[f"base_model.model.{name}.lora_A.weight"] = normal(rng, rank, k) / k**0.5
+                tensors[f"base_model.model.{name}.lora_B.weight"] = normal(rng, n, rank) * 0.02
+        save_file(tensors, folder / "adapter_model.safetensors")
+        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none",
+                  "target_modules": ["q_proj", "v_proj"], "base_model_name_or_path": "smollm2"}  # fmt: skip
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        folders.append(folder)
+    return folders
+
+
+def server_command(base: str, port: int, slots: int, count: int) -> list[str]:
+    settings = {"lora_ext": {"host_cache_mb": 12288}}
+    return [
+        str(Path(sys.executable).parent / "vllm"), "serve", base, "--served-model-name", "base",
+        "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--max-model-len", "256",
+        "--max-num-seqs", str(RUNNING), "--enable-lora", "--max-loras", str(slots),
+        "--max-lora-rank", "16", "--max-cpu-loras", str(max(count, slots)),
+        "--no-enable-prefix-caching", "--seed", "0", "--additional-config", json.dumps(settings),
+    ]  # fmt: skip
+
+
+class Wave:
+    """Requests of one run: when each comes, for whom, and what came of it."""
+
+    def __init__(self, count: int, shape: str, requests: int, rate: float, seed: int) -> None:
+        rng = np.random.default_rng([seed, count, requests])
+        self.at = np.cumsum(rng.exponential(1 / rate, requests))
+        weights = 1 / np.arange(1, count + 1) if shape == "power" else np.ones(count)
+        drawn = rng.choice(count, requests, p=weights / weights.sum()) if count else None
+        self.names = ["base"] * requests if drawn is None else [f"a{i}" for i in drawn]
+        self.prompts = rng.integers(1000, 20000, (requests, PROMPT)).tolist()
+        self.first: list[float] = []
+        self.ends: list[float] = []
+
+    async def run(self, client: httpx.AsyncClient) -> None:
+        begin = time.perf_counter()
+        jobs = (self._send(client, begin + at, i) for i, at in enumerate(self.at))
+        await asyncio.gather(*jobs)
+
+    async def _send(self, client: httpx.AsyncClient, at: float, i: int) -> None:
+        await asyncio.sleep(max(0.0, at - time.perf_counter()))
+        sent, first = time.perf_counter(), 0.0
+        body = {
+            "model": self.names[i], "prompt": self.prompts[i], "max_tokens": ANSWER,
+            "temperature": 0, "ignore_eos": True, "stream": True,
+        }  # fmt: skip
+        async with client.stream("POST", "/v1/completions", json=body) as answer:
+            assert answer.status_code == 200, await answer.aread()
+            async for line in answer.aiter_lines():
+                assert '"error"' not in line, line
+                if not first and line.startswith("data: {"):
+                    first = time.perf_counter()
+        self.first.append(first - sent)
+        self.ends.append(time.perf_counter())
+
+    def tokens_per_second(self, begin: float) -> float:
+        return len(self.ends) * ANSWER / (max(self.ends) - begin)
+
+
+class Bench:
+    """Runs against one server."""
+
+    def __init__(self, url: str, folders: list[Path], requests: int) -> None:
+        self._client = httpx.AsyncClient(
+            base_url=url, timeout=600, trust_env=False,
+            limits=httpx.Limits(max_connections=requests + 8),
+        )  # fmt: skip
+        self._folders, self._requests, self._loaded = folders, requests, 0
+
+    async def load(self, count: int) -> float:
+        """Loads up to `count` adapters; seconds for each new one."""
+        begin, before = time.perf_counter(), self._loaded
+        while self._loaded < count:
+            folder = self._folders[self._loaded % len(self._folders)]
+            await self.post("load", f"a{self._loaded}", str(folder))
+            self._loaded += 1
+        return (time.perf_counter() - begin) / max(1, count - before)
+
+    async def post(self, what: str, name: str, path: str) -> None:
+        body = {"lora_name": name, "lora_path": path}
+        answer = await self._client.post(f"/v1/{what}_lora_adapter", json=body)
+        assert answer.status_code == 200, answer.text
+
+    async def measure(self, count: int, shape: str, base_rate: float | None) -> dict[str, Any]:
+        """One point: saturated, then at half of `base_rate` (None: of what it does itself)."""
+        load_s = await self.load(count)
+        warm = Wave(count, shape, RUNNING, SATURATED, 1)
+        await warm.run(self._client)
+        before = await self.counted()
+        wave, begin = Wave(count, shape, self._requests, SATURATED, 2), time.perf_counter()
+        await wave.run(self._client)
+        after = await self.counted()
+        speed = wave.tokens_per_second(begin)
+        rate = (base_rate or speed / ANSWER) / 2
+        calm = Wave(count, shape, self._requests, rate, 3)
+        await calm.run(self._client)
+        return {
+            "n": count, "shape": shape, "tokens_per_s": speed, "load_s": load_s,
+            "ttft_p50_ms": 1e3 * float(np.quantile(calm.first, 0.5)),
+            "ttft_p99_ms": 1e3 * float(np.quantile(calm.first, 0.99)),
+            "swaps": after.get("activations_total", 0) - before.get("activations_total", 0),
+            "moved_mb": (
+                after.get("activation_bytes_total", 0) - before.get("activation_bytes_total", 0)
+            ) / 1e6,
+            "swap_s": after.get("activation_seconds_total", 0)
+            - before.get("activation_seconds_total", 0),
+            "rate": rate,
+        }  # fmt: skip
+
+    async def beside_loads(self, rate: float) -> dict[str, Any]:
+        """Time to the first token of adapters that are there, without and with loads of others."""
+        await self.load(10)
+        found = {}
+        for what in ("quiet", "loading"):
+            wave = Wave(10, "power", self._requests, rate, 4)
+            run = asyncio.create_task(wave.run(self._client))
+            loads = 0
+            while what == "loading" and not run.done():
+                await self.post("load", "other", str(self._folders[loads % len(self._folders)]))
+                await self.post("unload", "other", "-")
+                loads += 1
+            await run
+            found[what] = {
+                "ttft_p50_ms": 1e3 * statistics.median(wave.first),
+                "ttft_p99_ms": 1e3 * float(np.quantile(wave.first, 0.99)), "loads": loads,
+            }  # fmt: skip
+        return found
+
+    async def counted(self) -> dict[str, float]:
+        text = (await self._client.get("/metrics")).text
+        lines = (line.split() for line in text.splitlines() if line.startswith("lora_ext:"))
+        return {name.removeprefix("lora_ext:"): float(value) for name, value in lines}
+
+    async def close(self) -> None:
+        await self._client.aclose()
+
+
+async def run_server(url: str, folders: list[Path], args: Any) -> list[dict[str, Any]]:
+    bench = Bench(url, folders, args.requests)
+    rows: list[dict[str, Any]] = []
+    rate: float | None = None
+    try:
+        for shape in args.shapes:
+            for count in args.counts:
+                if count == 0 and shape != args.shapes[0]:
+                    continue
+                row = await bench.measure(count, shape, rate)
+                rate = rate or row["tokens_per_s"] / ANSWER
+                rows.append(row)
+                print("  " + "  ".join(f"{k} {_short(v)}" for k, v in row.items()), flush=True)
+        if rate is not None:
+            rows.append({"beside_loads": await bench.beside_loads(rate / 2)})
+            print("  ", rows[-1], flush=True)
+    finally:
+        await bench.close()
+    return rows
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def plot(results: list[dict[str, Any]], out: Path) -> None:
+    """Tokens a second over the number of adapters, a line for each server and distribution."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    for result in results:
+        for shape in ("power", "uniform"):
+            rows = [r for r in result["rows"] if r.get("shape") == shape and r["n"]]
+            if rows:
+                label = f"{result['engine']}, {result['kind']}, {result['slots']} slots, {shape}"
+                axes.plot([r["n"] for r in rows], [r["tokens_per_s"] for r in rows], "o-",
+                          label=label)  # fmt: skip
+    axes.set(xscale="log", ylim=(0, None), xlabel="adapters", ylabel="tokens a second")
+    axes.legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(out, dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--counts", default="0,1,10,100,1000")
+    parser.add_argument("--slots", default="8,32")
+    parser.add_argument("--engines", default="plugin,stock")
+    parser.add_argument("--kinds", default="plain,routed")
+    parser.add_argument("--shapes", default="power,uniform")
+    parser.add_argument("--requests", type=int, default=96)
+    parser.add_argument("--plot", action="store_true")
+    parser.add_argument("--out", type=Path, default=REPO / "benchmarks/results/many_adapters.json")
+    args = parser.parse_args()
+    args.counts = [int(n) for n in args.counts.split(",")]
+    args.shapes = args.shapes.split(",")
+    from base_model import ensure_base
+
+    from integration_tests.server import free_port, serving
+
+    base, results = str(ensure_base()), []
+    environ = {
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": f"0-{os.cpu_count() - 1}",  # type: ignore[operator]
+        "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "ERROR",
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        made = {
+            "plain": write_plain(base, root / "peft"),
+            "routed": make_folders(base, "routed", root / "native"),
+        }  # fmt: skip
+        for slots in map(int, args.slots.split(",")):
+            for kind in args.kinds.split(","):
+                for engine in args.engines.split(","):
+                    if engine == "stock" and kind == "routed":
+                        continue  # it has none
+                    off = {"VLLM_LORA_EXT_DISABLE": "0" if engine == "plugin" else "1"}
+                    argv = server_command(base, free_port(), slots, max(args.counts))
+                    print(f"{engine}, {kind}, {slots} slots", flush=True)
+                    with serving(argv, root / "log", **environ, **off) as server:
+                        rows = asyncio.run(run_server(server.url, made[kind], args))
+                    results.append({"engine": engine, "kind": kind, "slots": slots, "rows": rows})
+                    save(args.out, results, args.requests)
+    if args.plot:
+        plot(results, args.out.with_suffix(".png"))
+
+
+def save(out: Path, results: list[dict[str, Any]], requests: int) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    result = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "requests": requests,
+        "tokens": [PROMPT, ANSWER], "ranks": RANKS, "results": results,
+    }  # fmt: skip
+    out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""The plugin's metrics, in a registry's text as a server gives it out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import prometheus_client
+import pytest
+
+from scripts.dashboard import FILE, dashboard, metric_names
+from vllm_lora_ext.conditions.recipe import DERIVED_IDS
+from vllm_lora_ext.model_patches import engine_metrics, metrics
+
+STATE: dict[str, Any] = {
+    "slots": 4, "slots_used": 3, "resident_bytes": 100, "limit_bytes": 1000,
+    "counts": {"steps": 5, "activations": 2, "bytes": 64, "seconds": 0.25},
+    "adapters": [
+        {"residency": "slot", "system": "plain"}, {"residency": "slot", "system": "plain"},
+        {"residency": "host", "system": "loramoe"},
+    ],
+}  # fmt: skip
+
+
+def value(name: str, **labels: str) -> float:
+    found = prometheus_client.REGISTRY.get_sample_value(f"lora_ext:{name}", labels)
+    assert found is not None, name
+    return found
+
+
+def test_the_engines_numbers():
+    engine_metrics.show(STATE)
+    before = value("activations_total")
+    engine_metrics.show(STATE)
+    assert value("activations_total") - before == 2
+    assert (value("slots"), value("slots_used"), value("resident_bytes")) == (4, 3, 100)
+    assert value("adapters", residency="slot", system="plain") == 2
+    engine_metrics.show({**STATE, "adapters": []})
+    samples = prometheus_client.REGISTRY.get_sample_value
+    assert samples("lora_ext:adapters", {"residency": "slot", "system": "plain"}) is None
+
+
+def test_what_front_ends_count():
+    metrics.show()
+    loads, derived = value("load_seconds_count"), value("derived_adapters_made_total")
+    metrics.made(1, 0.5)
+    metrics.made(DERIVED_IDS, 0.5)
+    assert value("load_seconds_count") - loads == 1
+    assert value("derived_adapters_made_total") - derived == 1
+    metrics.refused("not_finite")
+    before = value("refusals_total", code="not_finite")
+    metrics.refused("not_finite")
+    assert value("refusals_total", code="not_finite") - before == 1
+    evicted = value("adapters_evicted_total")
+    metrics.evicted([1, 2, DERIVED_IDS])
+    assert value("adapters_evicted_total") - evicted == 2
+
+
+@pytest.mark.parametrize("name", sorted(n for n in metric_names() if n.startswith("lora_ext:")))
+def test_the_dashboard_asks_for_what_there_is(name):
+    metrics.show()
+    metrics.refused("not_found")
+    engine_metrics.show(STATE)
+    assert any(
+        sample.name == name for family in prometheus_client.REGISTRY.collect()
+        for sample in family.samples
+    ), name  # fmt: skip
+
+
+def test_the_dashboard_is_written():
+    import json
+
+    assert json.loads(FILE.read_text()) == dashboard()
