@@ -116,5 +116,5 @@ def test_a_server_answers_with_the_stable_code(code: str, status: int, param: st
         raise RefusedRequest(AdapterError(code, "it cannot be", fix="leave it"))
 
     answer = TestClient(app).get("/")
-    want = {"message": "it cannot be; fix: leave it", "type": code, "param": param, "code": status}
+    want = {"message": "it cannot be; fix: leave it.", "type": code, "param": param, "code": status}
     assert (answer.status_code, answer.json()) == (status, {"error": want})
