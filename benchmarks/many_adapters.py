@@ -5,8 +5,8 @@
 
 A `vllm serve` of SmolLM2-135M (CPU, bf16, 32 requests at a time) for each engine and number of
 slots, on loopback, one after the other. Requests of 16 + 16 tokens arrive open-loop (Poisson, fixed
-seed), each for an adapter drawn from the first n, uniformly or by a power law (1/rank); ranks are 4,
-8 and 16, on q and v; `routed` are the same with a router over two experts of half the rank. All
+seed), each for an adapter drawn from the first n, uniformly or by a power law (1/rank); ranks are
+4, 8 and 16, on q and v; `routed` are the same with a router over two experts of half the rank. All
 adapters are loaded before the clock starts, and a first wave is not timed.
 
     saturated   they arrive at 200 a second, far above what the machine does: tokens a second
@@ -14,8 +14,8 @@ adapters are loaded before the clock starts, and a first wave is not timed.
     loading     as half load at n = 10, while another client loads and unloads adapters
 
 `swaps` are adapters that went into a slot, `moved` their bytes; the plugin's `/metrics` says both.
-Ratios are to n = 1 of the same server (issue: at most 10 % less at n = 1000 where the slots hold what
-a step needs, 25 % where not).
+Ratios are to n = 1 of the same server. The aim: at most 10 % less at n = 1000 where the slots hold
+what a step needs, 25 % where not.
 """
 
 from __future__ import annotations
@@ -92,8 +92,10 @@ def write_plain(base: str, root: Path) -> list[Path]:
                 tensors[f"base_model.model.{name}.lora_A.weight"] = normal(rng, rank, k) / k**0.5
                 tensors[f"base_model.model.{name}.lora_B.weight"] = normal(rng, n, rank) * 0.02
         save_file(tensors, folder / "adapter_model.safetensors")
-        config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none",
-                  "target_modules": ["q_proj", "v_proj"], "base_model_name_or_path": "smollm2"}  # fmt: skip
+        config = {
+            "peft_type": "LORA", "r": rank, "lora_alpha": rank, "bias": "none",
+            "target_modules": ["q_proj", "v_proj"], "base_model_name_or_path": "smollm2",
+        }  # fmt: skip
         (folder / "adapter_config.json").write_text(json.dumps(config))
         folders.append(folder)
     return folders
