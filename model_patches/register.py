@@ -300,9 +300,7 @@ PATCHES: tuple[Patch, ...] = (
             Target(
                 "vllm.entrypoints.serve.exception_handling.error_response", "create_error_response"
             ),
-            Target(
-                "vllm.entrypoints.serve.exception_handling.register", "init_exception_handler"
-            ),
+            Target("vllm.entrypoints.serve.exception_handling.register", "init_exception_handler"),
             Target(
                 "vllm.entrypoints.serve.exception_handling.handlers.exception", "exception_handler"
             ),
