@@ -53,7 +53,7 @@ def peft_model(base: str, root: Path) -> Any:
         model = get_peft_model(fresh(), config)
         for name, weight in model.named_parameters():
             if "lora_B" in name:
-                torch.nn.init.normal_(weight, std=0.1)
+                torch.nn.init.normal_(weight, std=0.5)
         model.save_pretrained(root / str(expert))
     model = fresh()
     model.config.use_cache = False

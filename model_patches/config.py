@@ -62,6 +62,8 @@ def check_two_pass(vllm_config: Any) -> None:
         (getattr(vllm_config.kv_transfer_config, "kv_connector", None),
          "an engine that hands no KV blocks to others, which would take the second cache for the"
          " first", "start without a KV connector"),
+        (vllm_config.speculative_config is not None, "an engine without speculative decoding",
+         "start without it"),
         (vllm_config.cache_config.kv_sharing_fast_prefill,
          "an engine that computes every token in every layer",
          "start without --kv-sharing-fast-prefill"),
