@@ -702,7 +702,7 @@ def counters(server: Server) -> dict[str, float]:
 def test_the_engines_numbers_stand_on_metrics(server, client, places):
     """What went into slots and what clients were refused; every name of the dashboard is there."""
     before = counters(server)
-    assert (before["lora_ext:slots"], before["lora_ext:slots_used"]) == (2, 2)
+    assert before["lora_ext:slots"] == 2 >= before["lora_ext:slots_used"]
     assert load(server, "seen", places.adapters / "native").status_code == 200
     assert load(server, "unseen", places.adapters / "none").status_code == 404
     for model in ("plain", "loramoe", "seen", "plain"):  # two slots: each finds its own taken
