@@ -266,7 +266,7 @@ def test_replaced_while_it_answers(server, client, places):
     """Streams go on while the adapter is replaced: each is all of the version it names."""
     prompt, n, stop = PLAIN.prompts[0], 40, threading.Event()
     first = version_of(load(server, "live", places.adapters / "plain"))
-    seen: list[tuple[str, list[int]]] = []
+    seen = [streamed(server, "live", prompt, n)]
 
     def streams() -> None:
         while not stop.is_set():
