@@ -134,8 +134,9 @@ def test_input_that_is_no_json_lines(tmp_path: Path, text: str | None, words: st
     if text is not None:
         file.write_text(text)
     done = CliRunner().invoke(
-        app, ["reward", str(FOLDER), "--base", str(BASE), "--input", str(file)]
-    )
+        app, ["reward", str(FOLDER), "--base", str(BASE), "--input", str(file)],
+        env={"COLUMNS": "400"},
+    )  # fmt: skip
     assert done.exit_code == 2
     assert words in done.output
 

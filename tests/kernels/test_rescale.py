@@ -17,6 +17,7 @@ from vllm_lora_ext.kernels.gated_lora import (
     gated_lora_reference,
     register_site,
 )
+from vllm_lora_ext.kernels.gated_lora.backends import choice
 from vllm_lora_ext.kernels.gated_lora.backends.native import build as cpu_build
 from vllm_lora_ext.kernels.gated_lora.backends.native import tables as cpu_native
 from vllm_lora_ext.routing import GateSpec, Rescale
@@ -127,7 +128,8 @@ def test_closed_or_missing_deltas_leave_the_scale(path):
 
 
 def test_who_does_not_rescale_has_no_memory_for_it():
-    site = Site(2, 24, (16,), RANK, RANK, torch.float32, "cpu")
+    """Slots that are copied into, as on a GPU."""
+    site = Site(2, 24, (16,), RANK, RANK, torch.float32, "cpu", choice.triton())
     rng = np.random.default_rng(0)
     plain = random_module(rng, 24, 16, PLAIN)
     assert len(site.shapes([plain])) == len(site.pack([plain]).stored) + 2

@@ -127,8 +127,11 @@ def make_harness(
     additional = {"additional_config": {"lora_ext": settings}} if settings else {}
     config = EngineArgs(**(OPTIONS | options | additional)).create_engine_config()
     with _context(config), set_default_torch_dtype(config.model_config.dtype):
-        model = initialize_model(config)  # its weights are whatever the memory holds
-        if weights:
+        model = initialize_model(config)
+        if not weights:  # else they are whatever the memory holds
+            for parameter in model.parameters():
+                parameter.data.fill_(0.02)
+        else:
             get_model_loader(config.load_config).load_weights(model, config.model_config)
             process_weights_after_loading(model, config.model_config, torch.device("cpu"))
         worker = lora_model_runner_mixin.LRUCacheWorkerLoRAManager(

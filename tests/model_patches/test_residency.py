@@ -106,10 +106,9 @@ def test_a_step_copies_few_times_and_does_nothing_else(
         h.worker._apply_adapters(set(requests[2:]))
     assert {r.lora_int_id for r in requests[2:]} == manager.active_ids()
     sites = 4 * 3  # linears of a layer, layers
-    # A, B, the slot's two rows of tables; a router where there is one. Without the kernels: A, B
-    # of every slice.
-    most = 5 * sites if triton else 2 * sites + 4 * 3 + 3 * sites
-    assert 0 < steps.copies <= 2 * most
+    most = 5 * sites  # A, B, the slot's two rows of tables; a router where there is one
+    # A slot on a CPU is the host copy where it stands.
+    assert 0 < steps.copies <= 2 * most if triton else steps.copies == 0
 
 
 def test_a_working_set_larger_than_vllms_cache_rotates_without_its_files(
