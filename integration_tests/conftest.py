@@ -15,19 +15,20 @@ TWO_PASS = {"lora_ext": {"two_pass": True}}
 
 @pytest.fixture(scope="session")
 def llama() -> Iterator[Any]:
-    """Tiny Llama under vLLM's default compile mode, open to the folders that settings allow."""
-    allowed = {"pickle": "weights_only", "accept_config_keys": ["newest_option"]}
-    llm = make_engine("base_llama", additional_config={"lora_ext": allowed})
+    """Tiny Llama under vLLM's default compile mode."""
+    llm = make_engine("base_llama")
     yield llm
     close(llm)
 
 
 @pytest.fixture(scope="session")
 def llama_eager() -> Iterator[Any]:
-    """The same without a compiler, with prompts prefilled in one piece, and with two passes."""
+    """The same without a compiler, with prompts prefilled in one piece, with two passes, and open
+    to all folders that settings allow."""
+    allowed = {"pickle": "weights_only", "accept_config_keys": ["newest_option"]}
     llm = make_engine(
         "base_llama", enforce_eager=True, max_num_batched_tokens=512, max_loras=6,
-        additional_config=TWO_PASS,
+        additional_config={"lora_ext": TWO_PASS["lora_ext"] | allowed},
     )  # fmt: skip
     yield llm
     close(llm)

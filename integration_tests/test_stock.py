@@ -153,7 +153,7 @@ KINDS = {
 }  # fmt: skip
 
 
-def test_folders_as_people_have_them(llama, tmp_path):
+def test_folders_as_people_have_them(llama_eager, tmp_path):
     """PEFT's own numbers for each, in one batch with base rows and a routed adapter."""
     net, prompt, routed = model("base_llama"), peft_folders.IDS[0].tolist(), recorded("hydralora-a")
     requests = [(prompt, None), (routed.prompts[1], lora(routed.name, routed.folder))]
@@ -166,7 +166,7 @@ def test_folders_as_people_have_them(llama, tmp_path):
             served = kind.change(folder)
             requests.append((prompt, lora(name, served)))
             wanted.append((peft_folders.of_peft(folder, net) if kind.values else want)[0])
-    got = prompt_logprobs(llama, requests, 512)
+    got = prompt_logprobs(llama_eager, requests, 512)
     diffs = [worst(g, w) for g, w in zip(got, wanted, strict=True)]
     for name, diff in zip(("base", "routed", *KINDS), diffs, strict=True):
         print(f"{name}: max |dlogp| {diff:.1e}")
