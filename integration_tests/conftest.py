@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
 import pytest
@@ -50,8 +50,8 @@ def llama_mha() -> Iterator[Any]:
     close(llm)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)  # xdist reads the marks in its own
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None, Any, Any]:
     """A file's tests run in one process, and so do all files whose engines are compiled: a start
     less for each engine. Those that share only cheap ones make the second process's first."""
     shared: dict[str, set[str]] = {}
@@ -62,3 +62,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         used = shared[item.path.name]
         group = "compiled" if used & _COMPILED else "eager" if used else item.path.name
         item.add_marker(pytest.mark.xdist_group(group))
+    return (yield)
