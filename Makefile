@@ -16,7 +16,7 @@ PYTEST  := $(BIN)/pytest
 # A test's tensors are small: a core for each worker is worth more than threads.
 UNIT    := OMP_NUM_THREADS=1 $(PYTEST) tests --numprocesses auto --maxprocesses 4 --dist loadfile
 # Engines start mostly on one core; two at a time fit into 16 GB.
-ENGINE  := $(PYTEST) integration_tests --numprocesses auto --maxprocesses 2 --dist loadgroup
+ENGINE  := $(PYTEST) integration_tests --numprocesses auto --maxprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help venv demo test test-fast test-upstream matrix lint types format docs check-vllm bench bench-base bench-kernels bench-merging gpu gpu-report gpu-bundle kernels-table dist clean

@@ -1,15 +1,20 @@
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 from integration_tests.engines import close, make_engine
 
-_COMPILED = {"llama", "llama_mha"}
-_ENGINES = _COMPILED | {"llama_eager", "qwen2"}
-
+# Which files' tests run in one process, because they share engines.
+_TOGETHER = (
+    "authors_numbers bad_adapters_offline conditioned formats labels ladder logits matrix"
+    " properties residency stock templates",
+    "dora rewards two_pass verify_cli",
+)
+_GROUP = {f"test_{name}.py": group for group in _TOGETHER for name in group.split()}
 TWO_PASS = {"lora_ext": {"two_pass": True}}
 
 
@@ -50,16 +55,13 @@ def llama_mha() -> Iterator[Any]:
     close(llm)
 
 
-@pytest.hookimpl(wrapper=True, tryfirst=True)  # xdist reads the marks in its own
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> Generator[None, Any, Any]:
-    """A file's tests run in one process, and so do all files whose engines are compiled: a start
-    less for each engine. Those that share only cheap ones make the second process's first."""
-    shared: dict[str, set[str]] = {}
-    for item in items:
-        fixtures = getattr(item, "fixturenames", ())
-        shared.setdefault(item.path.name, set()).update(_ENGINES.intersection(fixtures))
-    for item in items:
-        used = shared[item.path.name]
-        group = "compiled" if used & _COMPILED else "eager" if used else item.path.name
-        item.add_marker(pytest.mark.xdist_group(group))
-    return (yield)
+class ByEngine(LoadScopeScheduling):
+    """A file's tests run in one process, and so do the files that share most engines."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0].rpartition("/")[2]
+        return _GROUP.get(file, file)
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByEngine:
+    return ByEngine(config, log)
