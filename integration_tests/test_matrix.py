@@ -81,10 +81,12 @@ def drafted(llm: Any) -> tuple[int, int]:
     return tuple(int(found[f"vllm:spec_decode_{name}"]) for name in names)  # type: ignore[return-value]
 
 
+@whole
 def test_several_answers(llama: Any, rows: dict[str, Row], record: Record) -> None:
     """Several answers (n).
 
-    By min-p and not while drafting: on a CPU, stock 0.32 hangs or ends when it samples by top-k.
+    Not while drafting: stock 0.32 ends an engine on a CPU that samples by top-k and has no draft. Not
+    in CI: in an engine that others had used, its sampler hung once and took the worker along.
     """
     from vllm import SamplingParams
 
@@ -92,7 +94,7 @@ def test_several_answers(llama: Any, rows: dict[str, Row], record: Record) -> No
     cases = matrix.every(rows)
     params = [
         SamplingParams(
-            n=3, temperature=1.0, min_p=1.0, max_tokens=len(c.answer), ignore_eos=True, logprobs=-1,
+            n=3, temperature=1.0, top_k=1, max_tokens=len(c.answer), ignore_eos=True, logprobs=-1,
             extra_args={"lora_ext": c.says} if c.says else None,
         )
         for c in cases
