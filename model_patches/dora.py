@@ -21,6 +21,7 @@ from vllm_lora_ext.adapters.model import RoutedModule
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora.plan import PackedSite
 from vllm_lora_ext.model_patches.layers import RoutedLinear
+from vllm_lora_ext.model_patches.products import alone
 from vllm_lora_ext.routing import Rescale
 
 _COLUMNS = 256  # of a weight that are looked at at once: fp32 copies of whole ones would be large
@@ -137,7 +138,9 @@ def _columns(layer: RoutedLinear) -> Iterator[tuple[slice, torch.Tensor]]:
                 columns.stop - start, width, dtype=base.weight.dtype, device=base.weight.device
             )
             unit_CK.diagonal(start).fill_(1)
-            yield columns, base.quant_method.apply(base, unit_CK, None).t()
+            with alone:
+                weight_CN = base.quant_method.apply(base, unit_CK, None)
+            yield columns, weight_CN.t()
 
 
 def _bias(layer: RoutedLinear) -> torch.Tensor | None:

@@ -41,6 +41,7 @@ from vllm_lora_ext.model_patches.logits import follow_rows
 from vllm_lora_ext.model_patches.mlp import share_scratch, wrap_blocks
 from vllm_lora_ext.model_patches.placing import Placer
 from vllm_lora_ext.model_patches.positions import Positions
+from vllm_lora_ext.model_patches.products import guard_steps
 from vllm_lora_ext.model_patches.punica import skip_unread
 from vllm_lora_ext.model_patches.residency import HeadWeights, HostAdapter
 from vllm_lora_ext.model_patches.rows import Rows, unknown_rows
@@ -94,6 +95,7 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         self.graphs = check_graphs(graphs and graphs.name, device_type, backend.on_device)
         if device_type == "cpu":
             keep_memory()
+            guard_steps()
         self.pinned: set[int] = set()
         with build_with(Building(router_rows, backend, self.graphs)):
             super().__init__(

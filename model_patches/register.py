@@ -512,6 +512,23 @@ PATCHES: tuple[Patch, ...] = (
         ),
     ),
     Patch(
+        name="cpu-products",
+        module="products",
+        why=(
+            "The product of a linear layer on a CPU is a handle that keeps where it reads and "
+            "writes: what is computed of base weights beside a step would write over it."
+        ),
+        how="An engine's first LoRA manager on a CPU has steps hold a lock.",
+        upstream="none yet",
+        remove_when="vLLM's products on a CPU may be called by two threads.",
+        targets=(
+            Target("vllm.v1.worker.gpu_worker", "Worker.execute_model"),
+            Target("vllm.v1.worker.gpu_worker", "Worker.sample_tokens"),
+            Target("vllm.v1.worker.gpu_worker", "Worker.execute_dummy_batch"),
+            Target("vllm.model_executor.layers.utils", "dispatch_cpu_unquantized_gemm"),
+        ),
+    ),
+    Patch(
         name="graphs-without-sums",
         module="graphs",
         why=(

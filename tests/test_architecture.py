@@ -45,7 +45,8 @@ FRONT = (
 )  # fmt: skip
 WORKER = (
     "backend", "columns", "composing", "deriving", "graphs", "heap", "layers", "loader", "logits",
-    "manager", "mlp", "placing", "punica", "residency", "sleep", "stock_lane", "trace", "worker",
+    "manager", "mlp", "placing", "products", "punica", "residency", "sleep", "stock_lane",
+    "trace", "worker",
 )  # fmt: skip
 
 
