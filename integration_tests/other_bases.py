@@ -54,16 +54,19 @@ def prompts(vocabulary: int, count: int = 2) -> list[list[int]]:
     return found
 
 
-def kinds(net: nn.Module, targets: Iterable[str], folder: Path, tag: str) -> dict[str, Kind]:
+def kinds(
+    net: nn.Module, targets: Iterable[str], folder: Path, tag: str, under: str = ""
+) -> dict[str, Kind]:
     """Random adapters on a model's linears, each written to a folder.
 
     Args:
-        targets: last parts of the adapted layers' names.
+        targets: last parts of the adapted layers' names; under: their beginning.
         tag: what the names of the adapters begin with.
     """
     shapes = {
         name: (layer.in_features, layer.out_features) for name, layer in net.named_modules()
         if isinstance(layer, nn.Linear) and name.rsplit(".", 1)[-1] in set(targets)
+        and name.startswith(under)
     }  # fmt: skip
     assert shapes
     made = {

@@ -21,7 +21,7 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from integration_tests import matrix, other_bases, quantised
+from integration_tests import matrix, other_bases, quantised, whisper
 from integration_tests.engines import base_path, close, make_engine
 from integration_tests.matrix import Record
 from integration_tests.other_bases import Kind
@@ -35,6 +35,7 @@ from integration_tests.server import (
     words,
 )
 from tests.make_adapters import TARGETS
+from vllm_lora_ext.errors import AdapterError
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900), matrix.whole]
 
@@ -188,6 +189,30 @@ def ask(
     record.right(numbers, f"{record.bound} allowed" if record.bound > matrix.BOUND else "")
     for row, code in refused.items():
         record.other("refused", code, row)
+
+
+def test_whisper(request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """The decoder's layers that read its own states."""
+    record, folder = (
+        Record("Encoder-decoder (Whisper)", request.node.nodeid), tmp_path / "adapters",
+    )  # fmt: skip
+    net = whisper.write(tmp_path / "base")
+    found = other_bases.kinds(net, whisper.TARGETS, folder, "sound", under=whisper.DECODER)
+    llm = make_engine(
+        tmp_path / "base", enforce_eager=True, skip_tokenizer_init=False, max_model_len=64,
+        limit_mm_per_prompt={"audio": 1},
+    )  # fmt: skip
+    try:
+        other_bases.load(llm, folder, "sound")
+        record.right(whisper.errors(llm, net, found))
+        for i, under in enumerate(whisper.ENCODER_ROWS):
+            wrong = other_bases.kinds(net, ("k_proj",), tmp_path / str(i), f"wrong-{i}", under)
+            with pytest.raises(AdapterError, match=under) as caught:
+                llm.llm_engine.add_lora(wrong["plain"].request)
+            assert caught.value.code == REFUSED
+    finally:
+        close(llm)
+    record.close()
 
 
 CLASSIFY = ("base", "plain", "merged", "routed linear", "rank-wise", "several, scaled", "spans")
