@@ -334,6 +334,22 @@ PATCHES: tuple[Patch, ...] = (
         ),
     ),
     Patch(
+        name="packed-weights",
+        module="packed_weights",
+        why="On a CPU a base of int8 weights has none to look at, and LoRA's wrappers do.",
+        how="Where a layer's weight is None, LoRA's tensors go where its scale lies.",
+        upstream="none yet",
+        remove_when="_get_lora_device knows of layers without a weight.",
+        targets=(
+            Target("vllm.lora.layers.utils", "_get_lora_device"),
+            Target("vllm.lora.layers.base_linear", "_get_lora_device"),
+            Target(
+                "vllm.model_executor.kernels.linear.scaled_mm.cpu",
+                "CPUInt8ScaledMMLinearKernel.process_weights_for_onednn",
+            ),
+        ),
+    ),
+    Patch(
         name="admission",
         module="admission",
         why="Stock loads a request's adapter inside a step, where a bad file ends the engine.",

@@ -92,8 +92,8 @@ NOT_HERE = {
     " memory stays",
     "V2 model runner": "vLLM has it on GPUs only; `tests/model_patches/test_rows.py` drives both"
     " runners' calls",
-    "FP8, AWQ, GPTQ, bitsandbytes bases": "their kernels are vLLM's GPU ones here; adapters read a"
-    " layer's output and never its weights, but for DoRA, which is refused on quantised weights"
+    "bitsandbytes bases": "vLLM 0.32 has no such method of its own; adapters read a layer's output"
+    " and never its weights, but for DoRA, which is refused on quantised weights"
     " (`unsupported_feature`)",
 }
 
