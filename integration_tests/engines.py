@@ -36,6 +36,10 @@ def make_engine(base: str | Path, **overrides: Any) -> Any:
     os.environ.update(ENVIRONMENT)
     from vllm import LLM
 
+    from integration_tests import forked
+
+    forked.use()
+
     options: dict[str, Any] = {
         "model": str(base_path(base) if isinstance(base, str) else base),
         "skip_tokenizer_init": True, "dtype": "float32",

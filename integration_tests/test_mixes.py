@@ -73,7 +73,7 @@ def server(home) -> Iterator[Server]:
         },
     }  # fmt: skip
     argv = command(
-        base_with_tokenizer(home / BASE), free_port(), settings,
+        base_with_tokenizer(home / BASE), free_port(), settings, "--enforce-eager",
         "--max-loras", str(SLOTS), "--max-cpu-loras", str(SLOTS), "--max-lora-rank", "16",
         "--lora-modules", *(f"{name}={home}/adapters/{name}" for name in NAMES[:2]),
         f"static={home}/weekly.yaml",
