@@ -18,7 +18,9 @@ _LARGEST_ID = 1 << 31
 
 
 def detect(folder: AdapterFolder) -> bool:
-    return plain.is_pairs(folder) and plain.is_activated(folder)
+    """PEFT asks whether the tokens are null."""
+    tokens = folder.config.get(KEY)
+    return plain.detect(folder) and tokens is not None and tokens is not False
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
