@@ -20,7 +20,7 @@ UNIT    := OMP_NUM_THREADS=1 $(PYTEST) tests --numprocesses auto --maxprocesses 
 ENGINE  := $(PYTEST) integration_tests --numprocesses auto --maxprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-engines test-upstream matrix lint types format docs surface check-vllm support release-check bench bench-base bench-kernels bench-merging gpu gpu-report gpu-bundle kernels-table dist clean
+.PHONY: help venv demo test test-fast test-engines test-upstream matrix lint types format docs site surface check-vllm support release-check bench bench-base bench-kernels bench-merging gpu gpu-report gpu-bundle kernels-table dist clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -60,8 +60,15 @@ format: $(READY) ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(READY) ## write the pages of systems and README's table from the readers
+docs: $(READY) ## write the pages of systems and formats; build the site, links checked, in build/site
 	$(BIN)/python scripts/system_pages.py
+	@$(MAKE) --no-print-directory site
+
+site: $(READY) requirements/docs.txt
+	@test -x build/docs-venv/bin/python || $(PYTHON) -m venv build/docs-venv
+	@build/docs-venv/bin/python -m pip install -qq --no-deps -r requirements/docs.txt
+	$(BIN)/python scripts/site.py
+	build/docs-venv/bin/python -m mkdocs build --strict --quiet
 
 surface: $(READY) ## write down what users may rely on (docs/surface.json)
 	$(BIN)/python scripts/surface.py

@@ -88,7 +88,7 @@ def _releases(record: Mapping[str, Any]) -> str:
         counts = ", ".join(str(row["targets"].get(s, 0)) for s in ("ok", "changed", "missing"))
         starts = "yes" if release in known else "no: refused with one line"
         lines.append(
-            f"| {release} | {row['python']} | {row['torch'] or 'its own'} | {counts} | {starts} |"
+            f"| {release} | `{row['python']}` | {row['torch'] or 'its own'} | {counts} | {starts} |"
             f" {row['looked']} |"
         )
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""Writes docs/systems/<name>.md, docs/formats.md and README's table from the table of formats.
+"""Writes docs/systems/<name>.md, docs/formats.md and docs/systems.md from the table of formats.
 
     python scripts/system_pages.py            # write; `make docs`
     python scripts/system_pages.py --check    # exit code 1 when a page differs
@@ -27,7 +27,7 @@ from vllm_lora_ext.adapters.registry import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "systems"
-TABLE_PAGE = ROOT / "docs" / "formats.md"
+TABLE_PAGE, SYSTEMS = ROOT / "docs" / "formats.md", ROOT / "docs" / "systems.md"
 MEASURED, OTHERS = PAGES / "measured.json", PAGES / "others.json"
 FIXTURES = ROOT / "tests" / "fixtures" / "routed"
 BY_HAND, END_BY_HAND = "<!-- by hand -->", "<!-- end by hand -->"
@@ -61,9 +61,8 @@ def files() -> dict[Path, str]:
         path = PAGES / f"{reader.name}.md"
         mine = [row for row in rows if row["system"] == reader.name]
         found[path] = page(reader, mine, _by_hand(_old(path)))
-    readme = ROOT / "README.md"
-    before, after = _around(_old(readme), TABLE, END_TABLE)
-    found[readme] = f"{before}{TABLE}\n\n{overview(rows)}\n{END_TABLE}{after}"
+    before, after = _around(_old(SYSTEMS), TABLE, END_TABLE)
+    found[SYSTEMS] = f"{before}{TABLE}\n\n{overview(rows)}\n{END_TABLE}{after}"
     return found
 
 
@@ -81,7 +80,7 @@ def page(reader: Reader, rows: list[dict[str, Any]], by_hand: str) -> str:
 
 
 def overview(rows: list[dict[str, Any]]) -> str:
-    """README's table: one section per kind of system."""
+    """The table of docs/systems.md: one section per kind of system."""
     served = [reader for reader in PAGED if not reader.refused]
     plain = [reader for reader in served if "no gate" in reader.summary.lower()]
     said = [reader for reader in served if reader.request]
@@ -234,7 +233,7 @@ def _worst(rows: list[dict[str, Any]], side: str) -> str:
 
 
 def _link(reader: Reader) -> str:
-    return f"[{reader.title}](docs/systems/{reader.name}.md)"
+    return f"[{reader.title}](systems/{reader.name}.md)"
 
 
 def _first(text: str) -> str:

@@ -1,4 +1,4 @@
-"""docs/systems and README's table are what the readers say, and their links lead somewhere."""
+"""docs/systems, docs/systems.md and docs/formats.md are what the readers say, and their links lead somewhere."""
 
 from __future__ import annotations
 
