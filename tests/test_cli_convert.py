@@ -449,7 +449,7 @@ def test_one_door_for_formats_that_need_more(hira: Any, tmp_path: Path) -> None:
     folder, base, want = hira
     code, found = run("convert", folder, tmp_path / "none")
     assert (code, found["error"]["code"]) == (1, "unsupported_feature")
-    assert "--base ... --rank ..." in found["error"]["message"]
+    assert "--base BASE --rank RANK" in found["error"]["message"]
     code, found = run("convert", folder, tmp_path / "half", "--base", base)
     assert (code, found["error"]["code"]) == (1, "missing_setting")
     code, found = run("convert", folder, tmp_path / "whole", "--base", base, "--rank", 8)

@@ -1,4 +1,4 @@
-"""docs/systems, docs/systems.md and docs/formats.md are what the readers say, and their links lead somewhere."""
+"""The pages of systems and formats are what the readers say, and their links lead somewhere."""
 
 from __future__ import annotations
 

@@ -162,7 +162,7 @@ CLAIMS = """
 import dataclasses
 from vllm_lora_ext.adapters.readers import plain
 READER = dataclasses.replace(
-    plain.READER, name="mine", general=False, detect=lambda folder: "my_key" in folder.config,
+    plain.READER, name="mine", general=0, detect=lambda folder: "my_key" in folder.config,
     read=lambda folder: dataclasses.replace(plain.read(folder, also=("my_key",)), system="mine"),
 )
 """

@@ -215,7 +215,8 @@ def find_reader(folder: AdapterFolder) -> Reader:
             fix="score texts with `vllm-lora-ext reward`, or name it in the setting reward",
         )  # fmt: skip
     claims = [reader for reader in formats() if reader.detect(folder)]
-    found = [reader for reader in claims if not reader.general] or claims
+    least = min((reader.general for reader in claims), default=0)
+    found = [reader for reader in claims if reader.general == least]
     if len(found) == 1:
         return found[0]
     if folder.no_weights is not None:
@@ -257,9 +258,9 @@ def not_served(reader: Reader, path: Path) -> AdapterError:
             "unsupported_feature", f"{reader.title} cannot be served: {reader.refused}",
             seen=reader.files, fix="merge it into the base model with the tool that made it",
         )  # fmt: skip
-    given = "".join(f" --{need} ..." for need in reader.needs)
+    given = "".join(f" --{need} {need.upper()}" for need in reader.needs)
     asked = set(reader.settings) - ({"sizes"} if "base" in reader.needs else set())
-    given += "".join(f" --set {key}=..." for key in sorted(asked))
+    given += "".join(f" --set {key}=VALUE" for key in sorted(asked))
     return AdapterError(
         "unsupported_feature", f"{reader.title} is not served as it is", seen=reader.files,
         limit="formats that need nothing beside their folder", fix="make an ordinary LoRA of it:"

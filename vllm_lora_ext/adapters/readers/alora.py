@@ -48,8 +48,7 @@ READER = Reader(
     name="alora",
     title="Activated LoRA (PEFT)",
     url="https://github.com/huggingface/peft",
-    files="adapter_config.json (peft_type LORA, alora_invocation_tokens), adapter_model.safetensors"
-    " with <module>.lora_A.weight and <module>.lora_B.weight",
+    files="adapter_config.json (peft_type LORA, alora_invocation_tokens), a LoRA's tensors",
     peft_types=("LORA",),
     detect=detect,
     read=read,

@@ -43,7 +43,7 @@ class Reader:
         needs: what `convert` may have to be given to make an ordinary LoRA of such a folder; with
             `read` None that is the only way to serve it.
         refused: why nothing can be made of it; empty for the others.
-        general: whether it claims a folder only where no other reader does.
+        general: how far it steps back: a claim counts where no less general reader has one.
         two_pass: whether its gates come from a pass without the adapter (`Classifier`).
     """
 
@@ -62,7 +62,7 @@ class Reader:
     request: str = ""
     needs: tuple[Need, ...] = ()
     refused: str = ""
-    general: bool = False
+    general: int = 0
     two_pass: bool = False
 
     @property

@@ -25,8 +25,8 @@ READER = Reader(
     name="dora",
     title="DoRA (PEFT)",
     url="https://github.com/huggingface/peft",
-    files="adapter_config.json (peft_type LORA, use_dora true), adapter_model.safetensors with "
-    "<module>.lora_A.weight, <module>.lora_B.weight and <module>.lora_magnitude_vector",
+    files="adapter_config.json (peft_type LORA, use_dora true), a LoRA's tensors and "
+    "<module>.lora_magnitude_vector",
     peft_types=("LORA",),
     detect=detect,
     read=read,
@@ -40,4 +40,5 @@ READER = Reader(
         "It is no difference: it cannot be scaled, merged, nor stand beside another adapter on the "
         "same layer. As an ordinary LoRA, made offline, it is an approximation.",
     ),
+    general=1,
 )

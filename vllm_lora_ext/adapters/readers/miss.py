@@ -104,5 +104,5 @@ READER = Reader(
         "A layer is one tensor: a lost one is found only when `sizes` names the layers in full.",
         "init_weights is no training detail here: 'bat' and 'mini' are other formulas.",
     ),
-    general=True,  # `bat` is a format of its own
+    general=1,  # `bat` is a format of its own
 )

@@ -194,5 +194,5 @@ READER = Reader(
         "on routers.",
         "target_modules and its kin choose layers for training; the tensors say which they are.",
     ),
-    general=True,
+    general=2,
 )
