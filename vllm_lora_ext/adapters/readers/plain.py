@@ -180,13 +180,9 @@ READER = Reader(
     read=read,
     paper="LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685)",
     summary="One pair of low-rank matrices per layer and no gate. Served as stock vLLM does.",
-    formula="y = W x + alpha/r B A x;  alpha / sqrt(r) with use_rslora;\n"
-    "with use_dora: y = m / |W + alpha/r B A| (W x + alpha/r B A x) + bias, the norm of each row",
+    formula="y = W x + alpha/r B A x;  alpha / sqrt(r) with use_rslora",
     traps=(
         "rank_pattern and alpha_pattern change r and alpha of single layers, and are honoured.",
-        "DoRA (use_dora) needs the base weights when it is loaded: on linear layers that are not "
-        "quantised. It is no difference: it cannot be scaled, nor stand beside another adapter on "
-        "the same layer.",
         "Trained biases and adapters that changed the base weights when training began "
         "(PiSSA, OLoRA, CorDA, LoftQ) are refused by name; so is modules_to_save, but for the "
         "score or classifier of a classification model.",
