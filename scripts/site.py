@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 OUT = ROOT / "build" / "pages"
 _LINK = re.compile(r"(?P<text>!?\[[^\]]*\])\((?P<target>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)")
 _FENCE = re.compile(r"(^```.*?^```$)", re.MULTILINE | re.DOTALL)
+_INFO = re.compile(r"^(```\w+) .*$", re.MULTILINE)  # what tests do with a block
 _FILES = {".png", ".json"}
 
 
@@ -29,6 +30,7 @@ def main() -> int:
         text = source.read_text(encoding="utf-8")
         parts = _FENCE.split(text)
         parts[::2] = [_moved(part, source, place, pages, files) for part in parts[::2]]
+        parts[1::2] = [_INFO.sub(r"\1", part, count=1) for part in parts[1::2]]
         target = OUT / place
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text("".join(parts), encoding="utf-8")
@@ -36,7 +38,7 @@ def main() -> int:
         target = OUT / _of_file(file)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, target)
-    print(f"{len(pages)} pages, {len(files)} files in {OUT.relative_to(ROOT)}")
+    print(f"{len(pages)} pages, {len(files)} files in {OUT}")
     return 0
 
 
