@@ -11,7 +11,7 @@ from pathlib import Path
 
 from make_adapters import BASE_LLAMA
 
-from vllm_lora_ext.adapters import READERS
+from vllm_lora_ext.adapters import FORMATS
 from vllm_lora_ext.model_patches.refused import status_of
 from vllm_lora_ext.routing import GateSpec
 
@@ -79,6 +79,6 @@ def test_the_native_page_names_every_gate_field():
 
 
 def test_readers_have_one_name_each():
-    names = [reader.name for reader in READERS]
+    names = [reader.name for reader in FORMATS]
     assert len(set(names)) == len(names)
-    assert all(r.title and r.url and r.files for r in READERS)
+    assert all(r.title and r.url and r.files for r in FORMATS)

@@ -153,7 +153,7 @@ class TestValuesThatMeanTheSame:
     def test_without_peft_type_the_names_must_be_those_of_lora(self, folder, base):
         make(folder, base)
         set_config(folder, ("peft_type",), use_moram=True)
-        assert refusal(folder).code == "unknown_format"
+        assert refusal(folder).code == "missing_key"
 
 
 SWITCHES = {
@@ -282,7 +282,7 @@ class TestKeysThatNobodyKnows:
         [
             ("unsupported_feature", {"lora_bias": True}), ("unsupported_feature", {"bias": "all"}),
             ("unsupported_feature", {"init_lora_weights": "pissa"}),
-            ("unknown_format", {"use_moram": True}), ("bad_value", {"r": "8"}),
+            ("missing_key", {"use_moram": True}), ("bad_value", {"r": "8"}),
         ],
     )  # fmt: skip
     def test_what_is_known_is_not_theirs_to_accept(self, code, values, folder, base):
