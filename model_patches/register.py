@@ -133,6 +133,7 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.lora.model_manager", "LoRAModelManager._add_adapter"),
             Target("vllm.lora.model_manager", "LoRAModelManager.remove_all_adapters"),
             Target("vllm.lora.model_manager", "LoRAModelManager._register_packed_modules"),
+            Target("vllm.lora.model_manager", "LoRAModelManager._match_target_modules"),
             Target("vllm.lora.model_manager", "LoRAModelManager.set_adapter_mapping"),
             Target("vllm.lora.model_manager", "LRUCacheLoRAModelManager"),
             Target("vllm.lora.lora_model", "LoRAModel.__init__"),

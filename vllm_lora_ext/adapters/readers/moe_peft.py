@@ -19,6 +19,7 @@ from vllm_lora_ext.adapters.readers.peft_config import (
     PeftLora,
     bad_value,
     read_peft_config,
+    refuse_lost_dora,
     whole_number,
 )
 from vllm_lora_ext.errors import AdapterError
@@ -67,6 +68,7 @@ def _read(
     also: tuple[str, ...] = (),
     plain_attention: bool = False,
 ) -> RoutedAdapter:
+    refuse_lost_dora(folder.config, CONFIG)
     config = read_peft_config(folder.config, also=(*_KEYS, *also), accepted=folder.accepted)
     if config.ranks or config.alphas:
         raise AdapterError(

@@ -203,6 +203,22 @@ def check_keys(
             )  # fmt: skip
 
 
+def refuse_lost_dora(config: Mapping[str, Any], where: str) -> None:
+    """Refuses DoRA experts of MixLoRA's authors (MoE-PEFT, `mixlora`): both programs save A and B
+    only. What they load has the norms of W + B A for magnitudes, so that each factor is one.
+
+    Raises:
+        AdapterError: `unsupported_feature`, `bad_value`.
+    """
+    if flag(config.get("use_dora"), f"use_dora in {where}"):
+        raise AdapterError(
+            "unsupported_feature", f"'use_dora' in {where}: the magnitudes that DoRA has trained"
+            " are not among the saved tensors", seen=True, limit=False,
+            fix='train without it; or set "use_dora": false, which is what the authors\' program'
+            " computes from such a file: there the magnitudes cancel out",
+        )  # fmt: skip
+
+
 def _check_init(init: object, where: str) -> None:
     if isinstance(init, str) and init.lower() not in INITS:
         raise AdapterError(
