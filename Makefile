@@ -12,6 +12,8 @@ PINS   := requirements/cpu.txt requirements/cpu-engine.txt requirements/torchvis
 
 VERSION ?= 0.33.0
 RELEASES ?= 0.33.0 0.32.0 0.31.0 0.30.0
+MINUTES ?= 20
+SECONDS ?= 300
 # Not `python -m pytest`: that would put the checkout, and so a top-level `kernels`, on the path.
 PYTEST  := $(BIN)/pytest
 # A test's tensors are small: a core for each worker is worth more than threads.
@@ -20,7 +22,7 @@ UNIT    := OMP_NUM_THREADS=1 $(PYTEST) tests --numprocesses auto --maxprocesses 
 ENGINE  := $(PYTEST) integration_tests --numprocesses auto --maxprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-engines test-upstream matrix lint types format docs site surface check-vllm support release-check bench bench-base bench-kernels bench-merging gpu gpu-report gpu-bundle kernels-table dist clean
+.PHONY: help venv demo test test-fast test-engines test-upstream matrix lint types format docs site surface check-vllm support release-check bench bench-base bench-kernels bench-merging gpu gpu-report gpu-bundle kernels-table dist clean soak fuzz
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +49,12 @@ test-upstream: $(READY) ## vLLM's own LoRA tests with the plugin's classes in pl
 matrix: $(READY) ## kinds of adapters × features of the engine: ask all, write docs/matrix.md
 	VLLM_LORA_EXT_MATRIX=$(CURDIR)/docs/matrix.json $(PYTEST) integration_tests/test_matrix.py integration_tests/test_matrix_bases.py
 	$(BIN)/python scripts/matrix_page.py
+
+soak: $(READY) ## a day of traffic in MINUTES=20, then servers that are killed; 1 if anything was wrong or leaked
+	$(BIN)/python -m integration_tests.soak --minutes $(MINUTES)
+
+fuzz: $(READY) ## adapter folders and HTTP fields, SECONDS=300 each; findings in build/fuzz/found
+	$(BIN)/python scripts/fuzz/run.py --seconds $(SECONDS)
 
 lint: $(READY) ## ruff: rules and format; nothing that only tests call
 	$(BIN)/ruff check .

@@ -357,6 +357,24 @@ PATCHES: tuple[Patch, ...] = (
         ),
     ),
     Patch(
+        name="dead-core",
+        module="dead_core",
+        why=(
+            "When an engine core dies, stock forgets the calls that wait for its answer: an HTTP "
+            "handler then waits for ever, and the server with it."
+        ),
+        how="What listens to a core ends the calls that wait, when it ends itself.",
+        upstream="none yet",
+        remove_when="vLLM ends utility calls when their engine core dies.",
+        targets=(
+            Target("vllm.v1.engine.core_client", "AsyncMPClient._ensure_output_queue_task"),
+            Target("vllm.v1.engine.core_client", "AsyncMPClient._call_utility_async"),
+            Target("vllm.v1.engine.core_client", "SyncMPClient.__init__"),
+            Target("vllm.v1.engine.core_client", "SyncMPClient.call_utility"),
+            Target("vllm.v1.engine.core_client", "BackgroundResources"),
+        ),
+    ),
+    Patch(
         name="frontend",
         module="frontend",
         why="Stock answers every failed load with HTTP 500, and loads nothing but folders.",

@@ -51,7 +51,7 @@ def test_listed_status_is_the_one_that_is_sent():
         "id_in_use": "409", "slots_pinned": "409", "host_cache_full": "409",
         "device_memory_full": "409", "adapter_changed": "409", "version_conflict": "409",
         "no_token": "401", "wrong_token": "403",
-        "load_failed": "500", "ranks_differ": "500",
+        "load_failed": "500", "ranks_differ": "500", "engine_dead": "503", "files_changed": "409",
     }  # fmt: skip
     assert {code: str(status_of(code).value) for code in special} == special
 
