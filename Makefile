@@ -19,7 +19,7 @@ UNIT    := OMP_NUM_THREADS=1 $(PYTEST) tests --numprocesses auto --maxprocesses 
 ENGINE  := $(PYTEST) integration_tests --numprocesses auto --maxprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-upstream matrix lint types format docs check-vllm bench bench-base bench-kernels bench-merging gpu gpu-report gpu-bundle kernels-table dist clean
+.PHONY: help venv demo test test-fast test-upstream matrix rl rl-frameworks fleet fleet-sim lint types format docs check-vllm bench bench-base bench-kernels bench-merging gpu gpu-report gpu-bundle kernels-table dist clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,19 @@ test-upstream: $(READY) ## vLLM's own LoRA tests with the plugin's classes in pl
 matrix: $(READY) ## kinds of adapters × features of the engine: ask all, write docs/matrix.md
 	VLLM_LORA_EXT_MATRIX=$(CURDIR)/docs/matrix.json $(PYTEST) integration_tests/test_matrix.py
 	$(BIN)/python scripts/matrix_page.py
+
+rl: $(READY) ## reinforcement learning on the demo's model: plain, then routed, minutes each
+	$(BIN)/python examples/rl_loop.py
+
+rl-frameworks: $(READY) ## what TRL, verl, ms-swift and SkyRL do to vLLM, by their own code from PyPI
+	$(BIN)/python scripts/rl_frameworks.py
+
+fleet: $(READY) ## two replicas under Ray Serve, one of them killed under load
+	$(BIN)/pip install -q "ray[serve]==2.60.0"
+	VLLM_LORA_EXT_FLEET=1 $(PYTEST) integration_tests/test_fleet.py
+
+fleet-sim: $(READY) ## 100 000 adapters on N servers: placement policies, from measured numbers
+	$(BIN)/python benchmarks/fleet_sim.py
 
 lint: $(READY) ## ruff: rules and format; nothing that only tests call
 	$(BIN)/ruff check .
