@@ -22,7 +22,7 @@ UNIT    := OMP_NUM_THREADS=1 $(PYTEST) tests --numprocesses auto --maxprocesses 
 ENGINE  := $(PYTEST) integration_tests --numprocesses auto --maxprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-engines test-upstream matrix lint types format docs site surface check-vllm support release-check bench bench-base bench-kernels bench-merging gpu gpu-report gpu-bundle kernels-table dist clean soak fuzz
+.PHONY: help venv demo test test-fast test-engines test-upstream matrix lint types format docs site surface check-vllm support release-check bench bench-base bench-kernels bench-merging gpu gpu-report gpu-bundle kernels-table dist clean soak fuzz rl rl-frameworks fleet fleet-sim
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +55,18 @@ soak: $(READY) ## a day of traffic in MINUTES=20, then servers that are killed; 
 
 fuzz: $(READY) ## adapter folders and HTTP fields, SECONDS=300 each; findings in build/fuzz/found
 	$(BIN)/python scripts/fuzz/run.py --seconds $(SECONDS)
+rl: $(READY) ## reinforcement learning on the demo's model: plain, then routed, minutes each
+	$(BIN)/python examples/rl_loop.py
+
+rl-frameworks: $(READY) ## what TRL, verl, ms-swift and SkyRL do to vLLM, by their own code from PyPI
+	$(BIN)/python scripts/rl_frameworks.py
+
+fleet: $(READY) ## two replicas under Ray Serve, one of them killed under load
+	$(BIN)/pip install -q "ray[serve]==2.60.0"
+	VLLM_LORA_EXT_FLEET=1 $(PYTEST) integration_tests/test_fleet.py
+
+fleet-sim: $(READY) ## 100 000 adapters on N servers: placement policies, from measured numbers
+	$(BIN)/python benchmarks/fleet_sim.py
 
 lint: $(READY) ## ruff: rules and format; nothing that only tests call
 	$(BIN)/ruff check .

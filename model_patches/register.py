@@ -339,7 +339,7 @@ PATCHES: tuple[Patch, ...] = (
         why="Stock loads a request's adapter inside a step, where a bad file ends the engine.",
         how=(
             "The first request that names an adapter has it loaded by `add_lora`, whose error "
-            "goes to the caller."
+            "goes to the caller; so has the first after somebody has called the workers."
         ),
         upstream="none yet",
         remove_when="vLLM loads adapters before it admits requests.",
@@ -350,6 +350,8 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.v1.engine.async_llm", "AsyncLLM.add_request"),
             Target("vllm.v1.engine.async_llm", "AsyncLLM.add_lora"),
             Target("vllm.v1.engine.async_llm", "AsyncLLM.remove_lora"),
+            Target("vllm.v1.engine.llm_engine", "LLMEngine.collective_rpc"),
+            Target("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc"),
             Target("vllm.v1.engine.llm_engine", "LLMEngine.pin_lora"),
             Target("vllm.v1.engine.async_llm", "AsyncLLM.pin_lora"),
             Target("vllm.v1.engine.core_client", "SyncMPClient.call_utility"),
