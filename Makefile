@@ -43,7 +43,8 @@ test-upstream: $(READY) ## vLLM's own LoRA tests with the plugin's classes in pl
 	$(BIN)/python scripts/test_upstream.py
 
 matrix: $(READY) ## kinds of adapters × features of the engine: ask all, write docs/matrix.md
-	VLLM_LORA_EXT_MATRIX=$(CURDIR)/docs/matrix.json $(PYTEST) integration_tests/test_matrix.py
+	VLLM_LORA_EXT_MATRIX=$(CURDIR)/docs/matrix.json $(PYTEST) integration_tests/test_matrix.py \
+		integration_tests/test_templates.py::test_a_rotation_of_users_over_few_slots
 	$(BIN)/python scripts/matrix_page.py
 
 lint: $(READY) ## ruff: rules and format; nothing that only tests call

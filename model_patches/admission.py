@@ -1,7 +1,7 @@
 """An adapter that fails, fails its own request, before the request reaches the engine.
 
-Targets: `LLMEngine.{add_request, add_lora, remove_lora, pin_lora}` and the same of `AsyncLLM`; both
-get `add_adapter` for adapters that are tensors, `roll_back_adapter`, `adapter_version`. The first
+Targets: `LLMEngine.{add_request, add_lora, remove_lora, pin_lora, collective_rpc}` and the same of
+`AsyncLLM`; both get `add_adapter` for adapters that are tensors, `roll_back_adapter`, `adapter_version`. The first
 request that names an adapter has it loaded and checked by `add_lora`, whose error comes back to the
 caller as an `AdapterError`. This is a shortcut for early errors: the engine core checks every
 request again (`core`), for it alone knows what was evicted meanwhile. Here also a request's own
@@ -150,6 +150,12 @@ def _requests(name: str) -> list[LoRARequest]:
     return [LoRARequest(name, number, f"memory:{name}", load_inplace=True) for number in ids]
 
 
+def _doubt_after(engine: Any, method: Any) -> None:
+    """A call of somebody else's to the workers may have changed what they hold."""
+    if not str(method).startswith(FIELD):
+        Admitted.of(engine).doubt_all()
+
+
 def _typed(error: Exception) -> Exception:
     return AdapterError.parse(str(error)) or error
 
@@ -162,6 +168,7 @@ def _source(tensors: Any, config: Any, settings: Any) -> list[Any]:
 def _patch_sync(cls: type[Any]) -> None:
     add_request, add_lora = cls.add_request, cls.add_lora
     remove_lora, pin_lora = cls.remove_lora, cls.pin_lora
+    collective_rpc = cls.collective_rpc
     arguments = _Arguments(add_request)
 
     @functools.wraps(add_lora)
@@ -189,6 +196,13 @@ def _patch_sync(cls: type[Any]) -> None:
             return pin_lora(self, lora_id)
         except Exception as error:
             raise _typed(error) from error
+
+    @functools.wraps(collective_rpc)
+    def new_collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return collective_rpc(self, method, *args, **kwargs)
+        finally:
+            _doubt_after(self, method)
 
     def add_adapter(
         self: Any, name: str, tensors: Mapping[str, torch.Tensor],
@@ -238,6 +252,7 @@ def _patch_sync(cls: type[Any]) -> None:
 
     cls.add_request, cls.add_lora = new_add_request, new_add_lora
     cls.remove_lora, cls.pin_lora = new_remove_lora, new_pin_lora
+    cls.collective_rpc = new_collective_rpc
     cls.add_adapter, cls.roll_back_adapter = add_adapter, roll_back_adapter
     cls.adapter_version = adapter_version
 
@@ -245,6 +260,7 @@ def _patch_sync(cls: type[Any]) -> None:
 def _patch_async(cls: type[Any]) -> None:
     add_request, add_lora = cls.add_request, cls.add_lora
     remove_lora, pin_lora = cls.remove_lora, cls.pin_lora
+    collective_rpc = cls.collective_rpc
     arguments = _Arguments(add_request)
 
     @functools.wraps(add_lora)
@@ -278,6 +294,13 @@ def _patch_async(cls: type[Any]) -> None:
         except Exception as error:
             raise _typed(error) from error
 
+    @functools.wraps(collective_rpc)
+    async def new_collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return await collective_rpc(self, method, *args, **kwargs)
+        finally:
+            _doubt_after(self, method)
+
     async def add_adapter(
         self: Any, name: str, tensors: Mapping[str, torch.Tensor],
         config: Mapping[str, Any] | None, settings: Mapping[str, Any] | None = None,
@@ -302,6 +325,7 @@ def _patch_async(cls: type[Any]) -> None:
 
     cls.add_request, cls.add_lora = new_add_request, new_add_lora
     cls.remove_lora, cls.pin_lora = new_remove_lora, new_pin_lora
+    cls.collective_rpc = new_collective_rpc
     cls.add_adapter, cls.roll_back_adapter = add_adapter, roll_back_adapter
     cls.adapter_version = adapter_version
 
