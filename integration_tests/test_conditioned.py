@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from typer.testing import CliRunner
 
+from integration_tests import given
 from integration_tests.conditioned import (
     BOUND,
     Case,
@@ -32,17 +32,17 @@ from integration_tests.conditioned import (
 )
 from integration_tests.engines import FIXTURES, greedy, lora, recorded, run, tokens
 from integration_tests.recorded_requests import examples
-from vllm_lora_ext.cli import app
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.trace import fetch
 
 pytestmark = pytest.mark.engine
 
 
-def test_the_authors_numbers_in_one_batch(llama: Any) -> None:
+def test_the_authors_numbers_in_one_batch(llama: Any, tmp_path: Path) -> None:
     """More adapters than slots; prompts longer than a step of 64 tokens between others."""
     load(llama)
     cases = [*mixes("spans-a"), *mixes("scales-a"), *aloras(), *others()]
+    cases += [*given.gates(tmp_path / "library"), *given.images(tmp_path / "mmlora")]
     shuffled = [cases[i] for i in np.random.default_rng(0).permutation(len(cases))]
     check(shuffled, ask(llama, shuffled, skip_reading_prefix_cache=True))
     for case in cases:  # alone
@@ -137,21 +137,13 @@ def drawn(rng: np.random.Generator, prompt: list[int], library: Any) -> Case:
         names = ["spans-a-red", "spans-a-green", "spans-a-blue", "alora-a", library.lora_name]
         says["adapters"] = parts(rng, names, len(prompt))
     if kind == "gates" or any(a["name"] == library.lora_name for a in says.get("adapters", ())):
-        says["gates"] = {
-            name: float(rng.choice([1.0, 0.5, -1.0, 0.0])) for name in ("red", "green", "blue")
-        }
+        says["gates"] = {name: float(rng.choice([1.0, 0.5, -1.0, 0.0])) for name in given.EXPERTS}
     return Case(f"{kind} {says}", prompt, [0] * 4, torch.empty(0, 512), own, says)
 
 
 @pytest.fixture
 def library(llama: Any, tmp_path: Path) -> Iterator[Any]:
-    """The adapters of a fixture as one, whose gates come with each request."""
-    experts = [(p, adapter("scales-a", p).lora_path) for p in ("red", "green", "blue")]
-    named = [word for part, folder in experts for word in ("--adapter", f"{part}={folder}")]
-    out = tmp_path / "library"
-    made = CliRunner().invoke(app, ["bundle", *named, "--router", "request", "--out", str(out)])
-    assert made.exit_code == 0, made.output
-    request = lora("library", out)
+    request = given.library(tmp_path / "library")
     assert llama.llm_engine.add_lora(request)
     yield request
     llama.llm_engine.remove_lora(request.lora_int_id)
