@@ -47,7 +47,9 @@ test-upstream: $(READY) ## vLLM's own LoRA tests with the plugin's classes in pl
 	$(BIN)/python scripts/test_upstream.py
 
 matrix: $(READY) ## kinds of adapters × features of the engine: ask all, write docs/matrix.md
-	VLLM_LORA_EXT_MATRIX=$(CURDIR)/docs/matrix.json $(PYTEST) integration_tests/test_matrix.py integration_tests/test_matrix_bases.py
+	VLLM_LORA_EXT_MATRIX=$(CURDIR)/docs/matrix.json $(PYTEST) integration_tests/test_matrix.py \
+		integration_tests/test_matrix_bases.py \
+		integration_tests/test_templates.py::test_a_rotation_of_users_over_few_slots
 	$(BIN)/python scripts/matrix_page.py
 
 soak: $(READY) ## a day of traffic in MINUTES=20, then servers that are killed; 1 if anything was wrong or leaked
@@ -55,6 +57,7 @@ soak: $(READY) ## a day of traffic in MINUTES=20, then servers that are killed; 
 
 fuzz: $(READY) ## adapter folders and HTTP fields, SECONDS=300 each; findings in build/fuzz/found
 	$(BIN)/python scripts/fuzz/run.py --seconds $(SECONDS)
+
 rl: $(READY) ## reinforcement learning on the demo's model: plain, then routed, minutes each
 	$(BIN)/python examples/rl_loop.py
 

@@ -354,6 +354,8 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc"),
             Target("vllm.v1.engine.llm_engine", "LLMEngine.pin_lora"),
             Target("vllm.v1.engine.async_llm", "AsyncLLM.pin_lora"),
+            Target("vllm.v1.engine.llm_engine", "LLMEngine.collective_rpc"),
+            Target("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc"),
             Target("vllm.v1.engine.core_client", "SyncMPClient.call_utility"),
             Target("vllm.v1.engine.core_client", "AsyncMPClient.call_utility_async"),
         ),

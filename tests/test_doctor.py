@@ -23,6 +23,7 @@ from vllm_lora_ext.model_patches.register import PATCHES
 from vllm_lora_ext.vllm_sources import sources_of
 
 FIXTURES = Path(__file__).parent / "fixtures" / "routed"
+CONDITIONED = FIXTURES.parent / "conditioned"
 GOOD = (Finding("p", "vllm.a.b", "ok", "as in 0.32.0", 3),)
 BAD = (*GOOD, Finding("p", "vllm.a.c", "changed", "sha256 differs", 9))
 CPU = Machine(
@@ -224,6 +225,36 @@ def test_inspect(name: str) -> None:
     assert any(group["experts"] > 1 for group in found["modules"]) == routed
     plain = CliRunner().invoke(app, ["inspect", str(FIXTURES / name / "adapter")])
     assert plain.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("alora-a", {}),
+        ("mmlora-a", {"modality_spans": "where no multimodal input says it: image"}),
+        ("reclora-a", {"user": "20 numbers, needed"}),
+        ("reclora_token-a", {"user": "16 numbers, needed"}),
+        ("wavllm-a", {"instruction": "a text, or ids; the last user message without it"}),
+    ],
+)
+def test_inspect_says_what_a_request_may_say(name: str, fields: dict[str, str]) -> None:
+    _says(CONDITIONED / name / "adapter", fields)
+
+
+def test_inspect_names_the_experts_of_a_library(tmp_path: Path) -> None:
+    folders = {name: CONDITIONED / "scales-a" / "adapters" / name for name in ("red", "green")}
+    named = [word for n, folder in folders.items() for word in ("--adapter", f"{n}={folder}")]
+    out = tmp_path / "library"
+    assert _run("bundle", *named, "--router", "request", "--out", str(out))[0] == 0
+    _says(out, {"gates": "weights of red, green"})
+
+
+def _says(folder: Path, fields: dict[str, str]) -> None:
+    code, found = _run("inspect", str(folder))
+    assert code == 0
+    assert found["fields"] == {"adapters": "its name; scale, spans, modality", **fields}
+    shown = CliRunner().invoke(app, ["inspect", str(folder)]).output
+    assert all(said in " ".join(shown.split()) for said in found["fields"].values())
 
 
 def test_inspect_refuses_with_the_stable_code(tmp_path: Path) -> None:
