@@ -28,8 +28,8 @@ from integration_tests.conditioned import (
 )
 from integration_tests.engines import base_path
 from integration_tests.followed import instructed
-from integration_tests.reference_model import logits, model
 from integration_tests.matrix import WHERE
+from integration_tests.reference_model import logits, model
 from vllm_lora_ext.adapters import load_adapter
 from vllm_lora_ext.adapters.hf import apply_adapter
 from vllm_lora_ext.errors import AdapterError

@@ -81,7 +81,7 @@ class TensorFile:
         """
         begin, end = self._places[tensor]
         bytes_B = torch.empty(end - begin, dtype=torch.uint8)
-        left, at = memoryview(bytes_B.numpy()), self._begin + begin
+        left, at = bytes_B.numpy().data, self._begin + begin
         while left:
             try:
                 count = os.preadv(self._file, [left], at)
