@@ -72,15 +72,15 @@ class Policy:
 class Plain(Policy):
     """A LoRA adapter of PEFT's, after a few supervised steps that show it the form of an answer."""
 
-    name, tasks = "plain", ("time",)
+    name, tasks = "plain", ("date",)
 
-    def __init__(self, warm: int, rate: float = 1e-3) -> None:
+    def __init__(self, warm: int, rate: float = 2e-3) -> None:
         torch.manual_seed(0)
         model, tokenizer = load()
         config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(LINEARS))
         self._peft = with_lora(model, config, range(FIRST_LAYER, model.config.num_hidden_layers))
         items = [(0, item) for item in training(self.tasks[0])]
-        fit(self._peft, tokenizer, items, steps=warm, rate=2e-3, label="warm start")
+        fit(self._peft, tokenizer, items, steps=warm, rate=3e-3, label="warm start")
         weights = [weight for weight in self._peft.parameters() if weight.requires_grad]
         super().__init__(self._peft.get_base_model(), tokenizer, weights, rate)
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.engine
 BOUND, VOCAB = 2e-3, 512
 PLAIN = recorded("plain-a")
 PROMPT = [(5 * t + 1) % VOCAB for t in range(3 * 32 + 9)]  # three blocks and some tokens
-NAME, NUMBER, PATH = "123", 123, "simon_lora_path"  # as verl and ms-swift have them
+NAME, NUMBER, PATH = "123", 7123, "simon_lora_path"  # verl, but for the number: others count here
 
 
 class TensorLoRARequest(LoRARequest, array_like=True):  # type: ignore[call-arg]
@@ -110,10 +110,10 @@ def test_skyrl_replaces_a_folder_in_place(llama: Any, tmp_path: Any) -> None:
         (tmp_path / "sync").mkdir()
         save_file(tensors, tmp_path / "sync/adapter_model.safetensors")
         (tmp_path / "sync/adapter_config.json").write_text(json.dumps(config))
-        request = LoRARequest("skyrl-lora", 124, str(tmp_path / "sync"), load_inplace=True)
+        request = LoRARequest("skyrl-lora", 7124, str(tmp_path / "sync"), load_inplace=True)
         assert llama.llm_engine.add_lora(request)
         request.load_inplace = False
         assert worst(last_logprobs(llama, [(PROMPT, request)], VOCAB)[0], wanted(step)) < BOUND
         versions.append(run(llama, [(PROMPT, request)], greedy(1))[0].adapter_version)
     assert versions[0] != versions[1]
-    assert llama.llm_engine.remove_lora(124)
+    assert llama.llm_engine.remove_lora(7124)
