@@ -36,6 +36,10 @@ def make_engine(base: str | Path, **overrides: Any) -> Any:
     os.environ.update(ENVIRONMENT)
     from vllm import LLM
 
+    from integration_tests import forked
+
+    forked.use()
+
     return LLM(**engine_options(base, **overrides))
 
 

@@ -225,5 +225,10 @@ def test_every_rank_decides_the_same(tp2):
     assert all(not np.array_equal(a, b) for _, a, b in partial if a.any())
 
 
+def test_gates_and_images_reach_every_rank(tp2):
+    """Each answer is compared where it is made."""
+    assert tp2.result["given"] > 8
+
+
 def test_listens_on_loopback_only(tp2):
     assert {ip.removeprefix("::ffff:") for ip, _ in tp2.result["listening"]} <= {"127.0.0.1", "::1"}

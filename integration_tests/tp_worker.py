@@ -23,7 +23,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from integration_tests import conditioned, followed
+from integration_tests import conditioned, followed, given
 from integration_tests.engines import (
     ENVIRONMENT,
     close,
@@ -79,6 +79,7 @@ def ask(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
         "logprobs": prompt_logprobs(llm, requests, job["vocabulary"]),
         "tokens": [tokens(o) for o in run(llm, requests, greedy())],
     }
+    result["given"] = what_requests_give(llm)
     result["refused"] = [refusal(llm, folder) for folder in job["refused"]]
     result["from_memory"] = from_memory(llm, job)
     result["conditioned"] = what_requests_say(llm, Path(job["made"]))
@@ -109,6 +110,15 @@ def what_requests_say(llm: Any, made: Path) -> list[str]:
     for _ in range(2):  # the second time from the prefix cache
         conditioned.check(cases, conditioned.ask(llm, cases))
     return [case.key for case in cases]
+
+
+def what_requests_give(llm: Any) -> int:
+    """A library's gates and an MM-LoRA's images beside others; how many requests were right."""
+    with TemporaryDirectory() as folder:
+        cases = [*given.gates(Path(folder) / "library"), *given.images(Path(folder) / "mmlora")]
+        cases += conditioned.others()
+        conditioned.check(cases, conditioned.ask(llm, cases))
+    return len(cases)
 
 
 def from_memory(llm: Any, job: dict[str, Any]) -> dict[str, Any]:

@@ -110,7 +110,7 @@ REFUSED = {
     "moram: off": ("moram", {}, CONFIG, {"use_moram": False}, "unsupported_feature", "use_moram"),
     "moram: other bank": ("moram", {}, CONFIG, {"r_sum": 8}, "rank_mismatch", "lora_A"),
     "moram: bank only, off": (
-        "moram", {"fresh": False}, CONFIG, {"use_moram": None}, "unknown_format", "MoRAM",
+        "moram", {"fresh": False}, CONFIG, {"use_moram": None}, "unsupported_feature", "MoRAM",
     ),
     "mola: number of experts": (
         "mola", {}, SIDE, {"number_experts": [3, 3, 5]}, "setting_mismatch", "number_experts",
