@@ -22,11 +22,13 @@ _MARK = re.compile(r".+\.lora_(route|B\d+)\.weight")
 
 
 def detect(folder: AdapterFolder) -> bool:
-    return (
-        folder.config.get("peft_type") == "LORA"
-        and any(map(_ONE_A.fullmatch, folder.names))
-        and ("lora_nums" in folder.config or any(map(_MARK.fullmatch, folder.names)))
-    )
+    if folder.config.get("peft_type") != "LORA":
+        return False
+    marked = any(map(_MARK.fullmatch, folder.names))
+    if any(map(_ONE_A.fullmatch, folder.names)):
+        return marked or "lora_nums" in folder.config
+    # Without any A it is somebody's all the same, and the reader says which tensor is missing.
+    return marked and not any(".lora_A" in name for name in folder.names)
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
