@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
 from integration_tests.engines import FIXTURES, greedy, lora, recorded, tokens, worst
 
 BOUND = 2e-3
+USERS = ("reclora-a", "reclora_token-a", "reclora_lora-a", "reclora_ft-a")
+WAVLLM, IMAGES = "wavllm-a", "mmlora-a"
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,35 @@ def images() -> list[Case]:
     return cases
 
 
+def users() -> list[Case]:
+    cases = []
+    for name in USERS:
+        meta, numbers = fixture(name)
+        for said in meta["requests"]:
+            key, prompt = said["key"], numbers[f"prompt_{said['prompt']}"].tolist()
+            logits = numbers.get(f"greedy_logits_{key}", numbers[f"logits_{key}"][-1:])
+            says = {"user": numbers[f"user_vec_{said['user']}"].tolist()}
+            cases.append(Case(
+                f"{name} {key}", prompt, numbers[f"greedy_{key}"].tolist(), logits, adapter(name),
+                says,
+            ))  # fmt: skip
+    return cases
+
+
+def instructions() -> list[Case]:
+    meta, numbers = fixture(WAVLLM)
+    cases = []
+    for said in meta["requests"]:
+        i = said["prompt"]
+        logits = numbers.get(f"greedy_logits_{i}", numbers[f"logits_{i}"][-1:])
+        says = {"instruction": {"ids": numbers[f"gate_ids_{i}"].tolist()}}
+        cases.append(Case(
+            f"{WAVLLM} {i}", numbers[f"prompt_{i}"].tolist(), numbers[f"greedy_{i}"].tolist(),
+            logits, adapter(WAVLLM), says,
+        ))  # fmt: skip
+    return cases
+
+
 def xloras(*names: str) -> list[Case]:
     cases = []
     for name in names:
@@ -175,3 +208,64 @@ def check_beginnings(cases: list[Case], outputs: list[Any]) -> None:
     for output, case in zip(outputs, cases, strict=True):
         output.outputs[0].token_ids = output.outputs[0].token_ids[: len(case.answer)]
     check(cases, outputs)
+
+
+def parts(
+    rng: np.random.Generator, names: list[str], length: int, kind: str = ""
+) -> list[dict[str, Any]]:
+    """Some of these adapters, with scales and spans, or for a `kind` of input."""
+    chosen: list[dict[str, Any]] = [
+        {"name": str(name)} for name in rng.permutation(names)[: rng.integers(1, 4)]
+    ]
+    for one in chosen:
+        if rng.random() < 0.4:
+            one["scale"] = float(rng.choice([0.5, -1.0, 2.0, 0.0]))
+        if rng.random() < 0.6:
+            start = int(rng.integers(0, length))
+            stop = None if rng.random() < 0.4 else start + int(rng.integers(1, 80))
+            one["spans"] = [[start, stop]]
+        if kind and rng.random() < 0.3:
+            one["modality"] = str(rng.choice([kind, "text"]))
+    return chosen
+
+
+def first_logprobs(output: Any, vocabulary: int) -> torch.Tensor:
+    """[V]: of an answer's first token."""
+    row = output.outputs[0].logprobs[0]
+    return torch.tensor([row[token].logprob for token in range(vocabulary)])
+
+
+def check_no_block_is_stale(
+    llm: Any,
+    rng: np.random.Generator,
+    text: list[int],
+    draw: Callable[[np.random.Generator, list[int]], Case],
+) -> int:
+    """Random requests over shared beginnings, answers among them, against the same requests that
+    read nothing from the prefix cache, and some of them against an engine whose cache is empty.
+
+    Args:
+        text: whose beginnings are the prompts; draw: any request over a prompt.
+    Returns:
+        How many tokens came out of the prefix cache.
+    """
+    prompts, found, seen = [text[:n] for n in (40, 100, 128, 160)], 0, []
+    vocabulary = llm.model_config.get_vocab_size()
+    for _ in range(12):
+        cases = [draw(rng, prompts[rng.integers(len(prompts))]) for _ in range(8)]
+        warm = ask(llm, cases)
+        fresh = ask(llm, cases, skip_reading_prefix_cache=True)
+        found += sum(o.num_cached_tokens for o in warm)
+        for case, a, b in zip(cases, warm, fresh, strict=True):
+            got, want = (first_logprobs(o, vocabulary) for o in (a, b))
+            assert (got - want).abs().max() < BOUND, case.key
+            seen.append((case, got))
+        longest = max(warm, key=lambda o: len(o.prompt_token_ids))
+        if len(longest.prompt_token_ids) < 200:
+            prompts.append([*longest.prompt_token_ids, *tokens(longest)])
+    for i in rng.permutation(len(seen))[:16]:
+        assert llm.reset_prefix_cache()
+        (output,) = ask(llm, [seen[i][0]])
+        assert output.num_cached_tokens == 0
+        assert (first_logprobs(output, vocabulary) - seen[i][1]).abs().max() < BOUND
+    return found

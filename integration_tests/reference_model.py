@@ -50,6 +50,12 @@ def steady_prompt(base: str, adapter: RoutedAdapter, length: int, seed: int) -> 
     raise AssertionError("every prompt sits on a routing tie")
 
 
+def scaled(adapter: RoutedAdapter, factor: float) -> RoutedAdapter:
+    """All that it adds, times a number."""
+    modules = {n: replace(m, b_NR=m.b_NR * factor) for n, m in adapter.modules.items()}
+    return replace(adapter, modules=modules)
+
+
 def where(adapter: RoutedAdapter, column: Column) -> RoutedAdapter:
     """A plain adapter that is multiplied by a column's number at each token."""
     modules = {

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,11 @@ import httpx
 from integration_tests.engines import ENVIRONMENT, base_path
 
 READY_S, STOP_S = 300, 20
-CHAT = "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+CHAT = (
+    "{% for m in messages %}{{ m['content'] }} {% endfor %}"
+    # What `chat_template_kwargs` of a request may put behind its messages.
+    "{% if add_generation_prompt and ending is defined %}{{ ending }}{% endif %}"
+)
 
 
 @dataclass(frozen=True)
@@ -36,22 +40,31 @@ def words(ids: list[int]) -> str:
     return " ".join(f"t{i}" for i in ids)
 
 
-def base_with_tokenizer(dst: Path, base: str = "base_llama") -> Path:
-    """A tiny base model with a tokenizer of one word per token: `t17` is token 17."""
+def base_with_tokenizer(
+    dst: Path, base: str = "base_llama", own: Mapping[int, str] | None = None
+) -> Path:
+    """A tiny base model with a tokenizer of one word per token: `t17` is token 17.
+
+    Args:
+        own: tokens whose word is a sign instead, also within other words.
+    """
     shutil.copytree(base_path(base), dst)
-    add_tokenizer(dst, json.loads((dst / "config.json").read_text())["vocab_size"])
+    add_tokenizer(dst, json.loads((dst / "config.json").read_text())["vocab_size"], own)
     return dst
 
 
-def add_tokenizer(folder: Path, size: int) -> None:
+def add_tokenizer(folder: Path, size: int, own: Mapping[int, str] | None = None) -> None:
     """Of `size` words, one per token, beside a model that is there."""
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from tokenizers.pre_tokenizers import Sequence, Split, WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = Tokenizer(WordLevel({f"t{i}": i for i in range(size)}, unk_token="t0"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
+    own = own or {}
+    vocabulary = {own.get(i, f"t{i}"): i for i in range(size)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="t0"))
+    signs = [Split(sign, "isolated") for sign in own.values()]
+    tokenizer.pre_tokenizer = Sequence([WhitespaceSplit(), *signs])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="t0")
     fast.chat_template = CHAT
     fast.save_pretrained(folder)

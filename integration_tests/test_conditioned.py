@@ -3,12 +3,15 @@ in chunks, after a preemption, and in one batch with other requests."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from integration_tests import given
 from integration_tests.conditioned import (
     BOUND,
     Case,
@@ -18,22 +21,28 @@ from integration_tests.conditioned import (
     chain,
     check,
     check_beginnings,
+    check_no_block_is_stale,
+    first_logprobs,
     images,
     load,
     mixes,
     others,
+    parts,
     preempted,
 )
-from integration_tests.engines import FIXTURES, tokens
+from integration_tests.engines import FIXTURES, greedy, lora, recorded, run, tokens
 from integration_tests.recorded_requests import examples
+from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.trace import fetch
 
 pytestmark = pytest.mark.engine
 
 
-def test_the_authors_numbers_in_one_batch(llama: Any) -> None:
+def test_the_authors_numbers_in_one_batch(llama: Any, tmp_path: Path) -> None:
     """More adapters than slots; prompts longer than a step of 64 tokens between others."""
     load(llama)
     cases = [*mixes("spans-a"), *mixes("scales-a"), *aloras(), *others()]
+    cases += [*given.gates(tmp_path / "library"), *given.images(tmp_path / "mmlora")]
     shuffled = [cases[i] for i in np.random.default_rng(0).permutation(len(cases))]
     check(shuffled, ask(llama, shuffled, skip_reading_prefix_cache=True))
     for case in cases:  # alone
@@ -54,6 +63,27 @@ def test_chains_of_activated_loras_share_the_base(llama: Any) -> None:
         check(steps, ask(llama, steps))
         check(steps, ask(llama, steps, skip_reading_prefix_cache=True))
     assert hits == {0: [0, 32, 32, 32, 32], 1: [0, 32, 32, 32, 32]}
+
+
+def test_whoever_comes_first_the_base_is_shared(llama: Any) -> None:
+    """Activated LoRAs, then the base, then other ones: each finds what was computed without it."""
+    assert llama.reset_prefix_cache()
+    text = [int(t) for t in np.random.default_rng(2).integers(40, 500, 150)]
+    judge, rewrite = (adapter("alora_chain-a", name) for name in ("judge", "rewrite"))
+    text[100:103], text[140:142] = [21, 22, 23], [31, 32]  # their invocations
+    cases = [
+        Case(name, prompt, [0], torch.empty(0, 512), own)
+        for name, prompt, own in (
+            ("judge first", text[:110], judge), ("the base", text[:130], None),
+            ("rewrite", text, rewrite), ("judge again", text, judge), ("alora-a", text, None),
+        )
+    ]  # fmt: skip
+    found = [ask(llama, [case])[0] for case in cases]
+    assert [o.num_cached_tokens for o in found] == [0, 96, 128, 96, 128]
+    fresh = ask(llama, cases, skip_reading_prefix_cache=True)
+    for case, one, other in zip(cases, found, fresh, strict=True):
+        got, want = (first_logprobs(o, 512) for o in (one, other))
+        assert (got - want).abs().max() < BOUND, case.key
 
 
 def test_mixes_share_what_they_agree_on(llama: Any) -> None:
@@ -96,49 +126,50 @@ def test_modalities_of_ids_and_of_embeddings(llama_mha: Any) -> None:
     check_beginnings(cases, preempted(llama_mha, cases))
 
 
-def drawn(rng: np.random.Generator, prompt: list[int]) -> Case:
-    """Any request over a prompt: base, one adapter, a mix, an Activated LoRA."""
-    kind = rng.choice(["base", "plain", "alora", "mix", "mix", "mix"])
+def drawn(rng: np.random.Generator, prompt: list[int], library: Any) -> Case:
+    """Any request over a prompt: base, one adapter, gates, a mix, an Activated LoRA."""
+    kind = rng.choice(["base", "plain", "alora", "gates", "mix", "mix", "mix"])
     own, says = None, {}
-    if kind in ("plain", "alora"):
-        own = adapter("alora-a") if kind == "alora" else adapter("spans-a", "red")
+    if kind in ("plain", "alora", "gates"):
+        one = {"plain": adapter("spans-a", "red"), "alora": adapter("alora-a"), "gates": library}
+        own = one[str(kind)]
     elif kind == "mix":
-        names = rng.permutation(["spans-a-red", "spans-a-green", "spans-a-blue", "alora-a"])
-        chosen = [{"name": str(name)} for name in names[: rng.integers(1, 4)]]
-        for one in chosen:
-            if rng.random() < 0.4:
-                one["scale"] = float(rng.choice([0.5, -1.0, 2.0, 0.0]))
-            if rng.random() < 0.6:
-                start = int(rng.integers(0, len(prompt)))
-                stop = None if rng.random() < 0.4 else start + int(rng.integers(1, 80))
-                one["spans"] = [[start, stop]]
-        says = {"adapters": chosen}
+        names = ["spans-a-red", "spans-a-green", "spans-a-blue", "alora-a", library.lora_name]
+        says["adapters"] = parts(rng, names, len(prompt))
+    if kind == "gates" or any(a["name"] == library.lora_name for a in says.get("adapters", ())):
+        says["gates"] = {name: float(rng.choice([1.0, 0.5, -1.0, 0.0])) for name in given.EXPERTS}
     return Case(f"{kind} {says}", prompt, [0] * 4, torch.empty(0, 512), own, says)
 
 
-def test_no_block_is_stale(llama: Any) -> None:
-    """Random requests over shared beginnings, answers among them, against no prefix cache."""
+@pytest.fixture
+def library(llama: Any, tmp_path: Path) -> Iterator[Any]:
+    request = given.library(tmp_path / "library")
+    assert llama.llm_engine.add_lora(request)
+    yield request
+    llama.llm_engine.remove_lora(request.lora_int_id)
+
+
+def test_no_block_is_stale(llama: Any, library: Any) -> None:
     load(llama)
     llama.llm_engine.add_lora(adapter("alora-a"))
     rng = np.random.default_rng(5)
     text = [int(t) for t in rng.integers(40, 500, 160)]
     text[60:63] = text[130:133] = [11, 12, 13]  # the invocation
-    prompts, found = [text[:n] for n in (40, 100, 128, 160)], 0
-    for _ in range(12):
-        cases = [drawn(rng, prompts[rng.integers(len(prompts))]) for _ in range(8)]
-        warm = ask(llama, cases)
-        fresh = ask(llama, cases, skip_reading_prefix_cache=True)
-        found += sum(o.num_cached_tokens for o in warm)
-        for case, a, b in zip(cases, warm, fresh, strict=True):
-            got, want = (
-                torch.tensor([o.outputs[0].logprobs[0][t].logprob for t in range(512)])
-                for o in (a, b)
-            )
-            assert (got - want).abs().max() < BOUND, case.key
-        longest = max(warm, key=lambda o: len(o.prompt_token_ids))
-        if len(longest.prompt_token_ids) < 200:
-            prompts.append([*longest.prompt_token_ids, *tokens(longest)])
+    found = check_no_block_is_stale(llama, rng, text, lambda r, p: drawn(r, p, library))
     assert found > 2000
+
+
+@pytest.mark.parametrize("asks", [{"lora_ext_trace": True}, {"lora_ext": {"trace": True}}])
+def test_an_engine_without_the_setting_has_no_traces(llama: Any, asks: dict[str, Any]) -> None:
+    fx = recorded("loramoe-a")
+    request = [([5, 6, 7], lora("untraced", fx.folder))]
+    with pytest.raises(AdapterError) as caught:
+        run(llama, request, greedy(2, extra_args=asks))
+    assert caught.value.code == "not_traced"
+    (output,) = run(llama, request, greedy(2))
+    with pytest.raises(AdapterError) as caught:
+        fetch(llama, output.request_id)
+    assert caught.value.code == "not_traced"
 
 
 def test_the_offline_example_of_the_docs(llama: Any) -> None:

@@ -22,7 +22,7 @@ from integration_tests.engines import (
     tokens,
     worst,
 )
-from integration_tests.reference_model import logits
+from integration_tests.reference_model import logits, scaled
 from tests.bad_adapters import build_bad
 from vllm_lora_ext.adapters.registry import load_adapter
 from vllm_lora_ext.errors import AdapterError
@@ -181,6 +181,54 @@ def test_pinned_slots(llama):
     assert [tokens(o) for o in outs] == [PLAIN.greedy[1]] * 3 + [MOE.greedy[1]]
     for request in (*pinned[1:], *more):
         engine.remove_lora(request.lora_int_id)
+
+
+def hand_over(worker: Any, number: int, folder: str, factor: float) -> None:
+    """In a worker, what RL frameworks do: their own request with tensors, to the `_load_adapter`
+    that they have put into vLLM's place."""
+    from vllm.lora.peft_helper import PEFTHelper
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+
+    class TensorLoRARequest(LoRARequest, omit_defaults=True, array_like=True):  # type: ignore[call-arg]
+        peft_config: dict | None = None
+        lora_tensors: dict | None = None
+
+    def load(self: Any, request: Any) -> Any:
+        helper = PEFTHelper.from_dict(request.peft_config)
+        helper.validate_legal(self.lora_config)
+        return self._lora_model_cls.from_lora_tensors(
+            request.lora_int_id, request.lora_tensors, helper, "cpu", self.lora_config.lora_dtype
+        )
+
+    config = json.loads((Path(folder) / "adapter_config.json").read_text())
+    (weights,) = Path(folder).glob("*.safetensors")
+    tensors = {n: t * factor if "lora_B" in n else t for n, t in load_file(weights).items()}
+    stock, LRUCacheWorkerLoRAManager._load_adapter = LRUCacheWorkerLoRAManager._load_adapter, load
+    try:
+        worker.remove_lora(number)
+        worker.add_lora(
+            TensorLoRARequest("rl", number, "memory", peft_config=config, lora_tensors=tensors)
+        )
+    finally:
+        LRUCacheWorkerLoRAManager._load_adapter = stock
+
+
+def test_a_tool_that_replaces_vllms_loading(llama):
+    """It hands new tensors to the workers between requests, which name the adapter as ever: each
+    answer is of the newest ones, and of no KV of those before."""
+    request = lora(Path("no/folder"), "rl")
+    good = lora(MOE.folder, "beside-rl")
+    try:
+        for factor in (1.0, -0.5, 1.0):
+            llama.collective_rpc(hand_over, args=(request.lora_int_id, str(PLAIN.folder), factor))
+            adapter = scaled(load_adapter(PLAIN.folder), factor)
+            found = last_logprobs(llama, [(LONG, request), (MOE.prompts[1], good)], VOCAB)
+            assert worst(found[0], logits("base_llama", adapter, LONG)[-1]) < BOUND
+            assert worst(found[1], MOE.logits[1][-1]) < BOUND
+            assert cached(llama, request) == 96
+    finally:
+        llama.llm_engine.remove_lora(request.lora_int_id)
+        llama.llm_engine.remove_lora(good.lora_int_id)
 
 
 def test_a_request_that_the_core_refuses_ends_alone(llama, tmp_path):

@@ -18,10 +18,11 @@ import torch
 from openai import NotFoundError, OpenAI
 from typer.testing import CliRunner
 
-from integration_tests.conditioned import fixture
+from integration_tests.conditioned import Case, aloras, chain, fixture
 from integration_tests.engines import FIXTURES, recorded
+from integration_tests.matrix import http_error
 from integration_tests.recorded_requests import conditioned, examples
-from integration_tests.reference_model import logits
+from integration_tests.reference_model import logits, scaled
 from integration_tests.server import (
     Server,
     base_with_tokenizer,
@@ -394,13 +395,6 @@ def test_an_adapter_that_is_gone_when_it_is_asked_for(server, client, places):
     assert unload(server, "going").status_code == 200
 
 
-def scaled(adapter: RoutedAdapter, factor: float) -> RoutedAdapter:
-    modules = {
-        name: dataclasses.replace(m, b_NR=m.b_NR * factor) for name, m in adapter.modules.items()
-    }
-    return dataclasses.replace(adapter, modules=modules)
-
-
 def reference_greedy(adapter: RoutedAdapter, prompt: list[int], n: int) -> list[int]:
     """transformers' tokens, none of them a near tie."""
     ids = list(prompt)
@@ -439,6 +433,12 @@ def test_six_adapters_in_two_slots(server, client, places):
     assert answers == [wanted[name] for name in twice]
     for name in wanted:
         assert unload(server, name).status_code == 200
+
+
+def holdings(server: Server) -> tuple[Any, float]:
+    """What the server says that it holds."""
+    answer = httpx.get(f"{server.url}/v1/lora_ext/adapters", timeout=60, trust_env=False)
+    return answer.json(), counters(server)["lora_ext:resident_bytes"]
 
 
 def fingerprint(client: OpenAI) -> dict[str, Any]:
@@ -634,6 +634,58 @@ def test_routes_that_are_not_openais_refuse_too(server, client, mixed, route):
 
 
 @pytest.fixture(scope="module")
+def activated(server, places) -> Iterator[list[Case]]:
+    """The fixtures of Activated LoRA, loaded."""
+    cases = [*aloras(), *chain(0), *chain(1)]
+    adapters = {c.adapter.lora_name: c.adapter.lora_path for c in cases if c.adapter is not None}
+    assert len(adapters) == 3
+    for name, folder in adapters.items():
+        shutil.copytree(folder, places.adapters / name)
+        assert load(server, name, places.adapters / name).status_code == 200
+    yield cases
+    for name in adapters:
+        assert unload(server, name).status_code == 200
+
+
+def test_activated_loras(client, activated):
+    """In flight together over two slots, and again from the prefix cache that they share."""
+
+    def send(case: Case) -> float:
+        model = "base" if case.adapter is None else case.adapter.lora_name
+        choice = ask(of_its_own(client), model, case.prompt, len(case.answer))
+        return http_error(case, choice.model_dump())
+
+    for _ in range(2):
+        with ThreadPoolExecutor(len(activated)) as pool:
+            errors = dict(zip((c.key for c in activated), pool.map(send, activated), strict=True))
+        print(f"Activated LoRA: max |dlogp| {max(errors.values()):.1e}")
+        assert max(errors.values()) < BOUND, errors
+
+
+def test_an_invocation_that_only_the_chat_template_brings(client, activated):
+    case = activated[3]
+    said, ending = words(case.prompt[:61]), words(case.prompt[61:])
+    assert case.key == "alora-a 3" and case.prompt[61:] == [11, 12, 13]
+
+    def send(model: str, **more: Any) -> Any:
+        return client.chat.completions.create(
+            model=model, messages=[{"role": "user", "content": said}], max_tokens=12,
+            temperature=0, logprobs=True, extra_body={
+                "ignore_eos": True, "return_token_ids": True, "chat_template_kwargs": more,
+            },
+        ).choices[0]  # fmt: skip
+
+    choice = send("alora-a", ending=ending)
+    found = {"token_logprobs": [token.logprob for token in choice.logprobs.content]}
+    assert http_error(case, {"token_ids": choice.token_ids, "logprobs": found}) < BOUND
+    without, base = (send(model) for model in ("alora-a", "base"))
+    assert without.token_ids == base.token_ids
+    assert [t.logprob for t in without.logprobs.content] == pytest.approx(
+        [t.logprob for t in base.logprobs.content], abs=1e-4
+    )
+
+
+@pytest.fixture(scope="module")
 def library(server, places) -> Iterator[str]:
     """The adapters of a fixture as one, whose gates come with each request."""
     folders = conditioned("scales-a").adapters
@@ -738,6 +790,8 @@ def test_the_engines_numbers_stand_on_metrics(server, client, places):
     text = httpx.get(f"{server.url}/metrics", timeout=60, trust_env=False).text
     there = set(re.findall(r"^([a-z_]+:\w+)", text, re.MULTILINE))
     assert metric_names() <= there, metric_names() - there
+    routed_by = re.findall(r'lora_requests_info{[^}]*running_lora_adapters="([^"]*)"', text)
+    assert {"plain", "loramoe", "seen"} <= set(",".join(routed_by).split(","))  # docs/fleet.md
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -748,7 +802,7 @@ def test_a_field_that_is_wrong_is_400_and_touches_nobody(server, client, mixed, 
         "chat/completions": {"messages": [{"role": "user", "content": "t1"}]},
         "responses": {"input": "t1"},
     }[route]
-    before = fingerprint(client)
+    before, held = fingerprint(client), holdings(server)
     red = "scales-a-red"
     for model, said, words_of_it in (
         ("base", {"adapters": [{"name": "none"}]}, "lora_ext.adapters[0].name"),
@@ -766,7 +820,7 @@ def test_a_field_that_is_wrong_is_400_and_touches_nobody(server, client, mixed, 
         error = answer.json()["error"]
         assert (answer.status_code, error["type"], error["param"]) == (400, "bad_value", "lora_ext")
         assert words_of_it in error["message"], error
-    assert fingerprint(client) == before
+    assert (fingerprint(client), holdings(server)) == (before, held)
 
 
 def test_the_page_of_requests_is_true(client, mixed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -9,53 +10,32 @@ import pytest
 import torch
 
 from integration_tests.conditioned import (
+    IMAGES,
+    USERS,
+    WAVLLM,
     Case,
     adapter,
     ask,
     check,
     check_beginnings,
+    check_no_block_is_stale,
     fixture,
     images,
+    instructions,
+    parts,
     preempted,
+    users,
 )
 from integration_tests.engines import base_path
+from integration_tests.followed import instructed
+from integration_tests.matrix import WHERE
+from integration_tests.reference_model import logits, model
 from vllm_lora_ext.adapters import load_adapter
 from vllm_lora_ext.adapters.hf import apply_adapter
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.verify import load_base
 
 pytestmark = pytest.mark.engine
-USERS = ("reclora-a", "reclora_token-a", "reclora_lora-a", "reclora_ft-a")
-WAVLLM = "wavllm-a"
-
-
-def users() -> list[Case]:
-    cases = []
-    for name in USERS:
-        meta, numbers = fixture(name)
-        for said in meta["requests"]:
-            key, prompt = said["key"], numbers[f"prompt_{said['prompt']}"].tolist()
-            logits = numbers.get(f"greedy_logits_{key}", numbers[f"logits_{key}"][-1:])
-            says = {"user": numbers[f"user_vec_{said['user']}"].tolist()}
-            cases.append(Case(
-                f"{name} {key}", prompt, numbers[f"greedy_{key}"].tolist(), logits, adapter(name),
-                says,
-            ))  # fmt: skip
-    return cases
-
-
-def instructions() -> list[Case]:
-    meta, numbers = fixture(WAVLLM)
-    cases = []
-    for said in meta["requests"]:
-        i = said["prompt"]
-        logits = numbers.get(f"greedy_logits_{i}", numbers[f"logits_{i}"][-1:])
-        says = {"instruction": {"ids": numbers[f"gate_ids_{i}"].tolist()}}
-        cases.append(Case(
-            f"{WAVLLM} {i}", numbers[f"prompt_{i}"].tolist(), numbers[f"greedy_{i}"].tolist(),
-            logits, adapter(WAVLLM), says,
-        ))  # fmt: skip
-    return cases
 
 
 def base() -> list[Case]:
@@ -85,15 +65,8 @@ def test_an_instruction_longer_than_a_chunk(llama_mha: Any) -> None:
     ids = [int(t) for t in np.random.default_rng(3).integers(4, 150, 150)]
     prompt = ids[:40]
     template = load_adapter(adapter(WAVLLM).lora_path, head_size=32).template
-    model, hidden = load_base(base_path("base_llama_mha")), []
-    hook = model.model.norm.register_forward_pre_hook(lambda _, args: hidden.append(args[0][0]))
-    with torch.inference_mode():
-        model(torch.tensor([ids]))
-        hook.remove()
-        pooling = template.pooling()
-        pooling.add(hidden[0])
-        with apply_adapter(model, template.derive(None, pooling.gate())):
-            want = model(torch.tensor([prompt])).logits[0]
+    wanted = instructed(model("base_llama_mha"), template, ids)
+    want = logits("base_llama_mha", wanted, prompt)
     long = Case(
         "long", prompt, [int(want[-1].argmax())], want[-1:], adapter(WAVLLM),
         {"instruction": {"ids": ids}},
@@ -103,18 +76,19 @@ def test_an_instruction_longer_than_a_chunk(llama_mha: Any) -> None:
 
 
 def test_a_rotation_of_users_over_few_slots(llama_mha: Any) -> None:
-    """Sixty users twice, over four slots; every answer is the one of its own vector."""
+    """Sixty users twice, a thousand where `make matrix` asks, over four slots; every answer is the
+    one of its own vector."""
     _, numbers = fixture("reclora-a")
     prompt = numbers["prompt_1"].tolist()
     template = load_adapter(adapter("reclora-a").lora_path).template
-    model, rng, cases = load_base(base_path("base_llama_mha")), np.random.default_rng(4), []
-    for i in range(60):
+    net, rng, cases = load_base(base_path("base_llama_mha")), np.random.default_rng(4), []
+    for i in range(1000 if WHERE in os.environ else 60):
         user = [float(np.float32(x)) for x in rng.normal(size=template.user)]
         with (
             torch.inference_mode(),
-            apply_adapter(model, template.derive(torch.tensor(user), None)),
+            apply_adapter(net, template.derive(torch.tensor(user), None)),
         ):
-            logits = model(torch.tensor([prompt])).logits[0, -1:]
+            logits = net(torch.tensor([prompt])).logits[0, -1:]
         answer = [int(logits[0].argmax())]
         cases.append(
             Case(f"user {i}", prompt, answer, logits, adapter("reclora-a"), {"user": user})
@@ -122,6 +96,36 @@ def test_a_rotation_of_users_over_few_slots(llama_mha: Any) -> None:
     for _ in range(2):
         order = [cases[i] for i in rng.permutation(len(cases))]
         check(order, ask(llama_mha, order))
+
+
+def drawn(rng: np.random.Generator, prompt: list[int]) -> Case:
+    """Any request over a prompt: base, a user, an instruction, images, or several at once."""
+    kind = str(rng.choice(["base", *USERS, WAVLLM, IMAGES, "mix", "mix", "mix"]))
+    own, says = None, {}
+    names = [kind]
+    if kind == "mix":  # with one of the user's adapters: they are of several lengths
+        said = parts(rng, [str(rng.choice(USERS)), WAVLLM, IMAGES], len(prompt), "image")
+        says["adapters"], names = said, [part["name"] for part in said]
+    elif kind != "base":
+        own = adapter(kind)
+    for name in {*names} & {*USERS}:
+        _, numbers = fixture(name)
+        says["user"] = numbers[f"user_vec_u{rng.integers(3)}"].tolist()
+    if WAVLLM in names:
+        _, numbers = fixture(WAVLLM)
+        says["instruction"] = {"ids": numbers[f"gate_ids_{rng.integers(2)}"].tolist()}
+    if IMAGES in names or any("modality" in part for part in says.get("adapters", ())):
+        bounds = [sorted(rng.integers(0, len(prompt), 2).tolist()) for _ in range(2)]
+        says["modality_spans"] = {"image": bounds}
+    return Case(f"{kind} {says}", prompt, [0] * 4, torch.empty(0, 160), own, says)
+
+
+def test_no_block_is_stale(llama_mha: Any) -> None:
+    for name in (*USERS, WAVLLM, IMAGES):
+        llama_mha.llm_engine.add_lora(adapter(name))
+    rng = np.random.default_rng(6)
+    text = [int(t) for t in rng.integers(4, 160, 160)]
+    assert check_no_block_is_stale(llama_mha, rng, text, drawn) > 1000
 
 
 @pytest.mark.parametrize(

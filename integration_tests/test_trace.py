@@ -14,16 +14,17 @@ import httpx
 import pytest
 
 from integration_tests import reference_model
-from integration_tests.engines import FIXTURES, greedy, lora, recorded, run
+from integration_tests.engines import FIXTURES, recorded
 from integration_tests.server import Server, base_with_tokenizer, command, free_port, serving, words
 from vllm_lora_ext.adapters import load_adapter
-from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.trace import Trace, fetch, record
+from vllm_lora_ext.trace import Trace, record
 
 pytestmark = pytest.mark.engine
 FOLDERS = {name: recorded(f"{name}-a").folder for name in ("loramoe", "mixlora", "plain")}
 FOLDERS["xlora"] = FIXTURES / "conditioned" / "xlora_lw_topk-a" / "adapter"  # two passes
-TRACED = {"lora_ext_trace": 1}
+# How a request asks for its trace.
+TRACED: dict[str, Any] = {"vllm_xargs": {"lora_ext_trace": 1}}
+SAID: dict[str, Any] = {"lora_ext": {"trace": True}}
 BOUND = 1e-4
 
 
@@ -43,12 +44,10 @@ def server(base) -> Iterator[Server]:
         yield running
 
 
-def ask(
-    server: Server, model: str, prompt: Any, xargs: Any = None, max_tokens: int = 6, **more: Any
-) -> Any:
+def ask(server: Server, model: str, prompt: Any, **more: Any) -> Any:
     body = {
-        "model": model, "prompt": prompt, "max_tokens": max_tokens, "temperature": 0,
-        "ignore_eos": True, "return_token_ids": True, "vllm_xargs": xargs, **more,
+        "model": model, "prompt": prompt, "max_tokens": 6, "temperature": 0, "ignore_eos": True,
+        "return_token_ids": True, **more,
     }  # fmt: skip
     return httpx.post(f"{server.url}/v1/completions", json=body, timeout=60, trust_env=False)
 
@@ -65,7 +64,7 @@ def test_a_trace_is_its_clients_own(server):
         return {"authorization": f"Bearer {client}", "x-request-id": "mine"}
 
     for client, prompt in (("a", [5, 6, 7]), ("b", [8, 9])):
-        body = {"model": "loramoe", "prompt": prompt, "max_tokens": 2, "vllm_xargs": TRACED}
+        body = {"model": "loramoe", "prompt": prompt, "max_tokens": 2, **TRACED}
         answer = httpx.post(
             f"{server.url}/v1/completions", json=body, headers=of(client), timeout=60,
             trust_env=False,
@@ -100,20 +99,21 @@ def steady(model: str, length: int, seed: int) -> list[int]:
 def test_traced_and_untraced_requests_in_one_batch(server):
     """Prompts of one chunk and of several; the second round could come from the prefix cache."""
     jobs = [
-        (model, steady(model, length, seed), xargs)
+        (model, steady(model, length, seed), more)
         for seed, (model, length) in enumerate(
             [("loramoe", 9), ("mixlora", 90), ("loramoe", 70), ("xlora", 80)]
         )
-        for xargs in (TRACED, None)
+        for more in (TRACED, SAID, {})
     ]
-    jobs += [("plain", steady("plain", 20, 7), TRACED), ("base", list(range(5, 40)), None)]
+    jobs += [("plain", steady("plain", 20, 7), SAID), ("base", list(range(5, 40)), {})]
     worst = []
     for _ in range(2):
         with ThreadPoolExecutor(len(jobs)) as pool:
-            answers = [a.json() for a in pool.map(lambda job: ask(server, *job), jobs)]
-        for (model, prompt, xargs), answer in zip(jobs, answers, strict=True):
+            sent = pool.map(lambda job: ask(server, job[0], job[1], **job[2]), jobs)
+            answers = [answer.json() for answer in sent]
+        for (model, prompt, more), answer in zip(jobs, answers, strict=True):
             found = traced(server, answer["id"])
-            if xargs is None:
+            if not more:
                 assert (found.status_code, found.json()["error"]["type"]) == (400, "not_traced")
                 continue
             assert found.status_code == 200 and found.headers["content-type"] == "application/json"
@@ -124,7 +124,7 @@ def test_traced_and_untraced_requests_in_one_batch(server):
 
 def test_prompts_and_choices_have_their_own_traces(server):
     prompts = [steady("loramoe", 8, 21), steady("loramoe", 5, 22)]
-    answer = ask(server, "loramoe", prompts, TRACED, temperature=2.0, n=2).json()
+    answer = ask(server, "loramoe", prompts, temperature=2.0, n=2, **TRACED).json()
     assert len({tuple(choice["token_ids"]) for choice in answer["choices"]}) == 4
     for choice in answer["choices"]:
         prompt, number = divmod(choice["index"], 2)
@@ -139,10 +139,14 @@ def test_wrong_requests(server):
     for request_id in ("cmpl-nope", ".*"):
         found = traced(server, request_id)
         assert (found.status_code, found.json()["error"]["type"]) == (404, "not_found")
-    refused = ask(server, "loramoe", [5, 6], {"lora_ext_trace": "perhaps"})
-    assert refused.status_code == 400 and "lora_ext_trace" in refused.text
+    for more, words_of_it in (
+        ({"vllm_xargs": {"lora_ext_trace": "perhaps"}}, "lora_ext_trace"),
+        ({"lora_ext": {"trace": "perhaps"}}, "lora_ext.trace"),
+    ):
+        refused = ask(server, "loramoe", [5, 6], **more)
+        assert refused.status_code == 400 and words_of_it in refused.text
     assert traced(server, "a", choice=-1).status_code in (400, 422)
-    assert ask(server, "loramoe", [5, 6], TRACED).status_code == 200
+    assert ask(server, "loramoe", [5, 6], **TRACED).status_code == 200
 
 
 @pytest.mark.parametrize("how", [[], ["--chat"]])
@@ -161,14 +165,3 @@ def test_the_command_asks_the_server(server, base, tmp_path, how):
     check(done.stdout, "loramoe", found["token_ids"], 12)
     assert (tmp_path / "t.json").read_text() == done.stdout
     assert (tmp_path / "t.png").stat().st_size > 1000
-
-
-def test_an_engine_without_the_setting(llama):
-    request = lora("untraced", recorded("loramoe-a").folder)
-    with pytest.raises(AdapterError) as caught:
-        run(llama, [([5, 6, 7], request)], greedy(2, extra_args={"lora_ext_trace": True}))
-    assert caught.value.code == "not_traced"
-    (output,) = run(llama, [([5, 6, 7], request)], greedy(2))
-    with pytest.raises(AdapterError) as caught:
-        fetch(llama, output.request_id)
-    assert caught.value.code == "not_traced"

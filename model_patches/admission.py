@@ -1,11 +1,12 @@
 """An adapter that fails, fails its own request, before the request reaches the engine.
 
-Targets: `LLMEngine.{add_request, add_lora, remove_lora, pin_lora}` and the same of `AsyncLLM`; both
-get `add_adapter` for adapters that are tensors, `roll_back_adapter`, `adapter_version`. The first
-request that names an adapter has it loaded and checked by `add_lora`, whose error comes back to the
-caller as an `AdapterError`. This is a shortcut for early errors: the engine core checks every
-request again (`core`), for it alone knows what was evicted meanwhile. Here also a request's own
-words (`request_says`) become what it is sent with.
+Targets: `LLMEngine.{add_request, add_lora, remove_lora, pin_lora, collective_rpc}` and the same of
+`AsyncLLM`; both get `add_adapter` for adapters that are tensors, `roll_back_adapter`,
+`adapter_version`. The first request that names an adapter has it loaded and checked by `add_lora`,
+whose error comes back to the caller as an `AdapterError`. This is a shortcut for early errors: the
+engine core checks every request again (`core`), for it alone knows what was evicted meanwhile.
+Trainers hand adapters to the workers themselves, by `collective_rpc`: what is held is asked for
+anew afterwards. Here also a request's own words (`request_says`) become what it is sent with.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from vllm_lora_ext.conditions.said import FIELD
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches import metrics
 from vllm_lora_ext.model_patches.admitted import Admitted
+from vllm_lora_ext.model_patches.core import OURS
 from vllm_lora_ext.model_patches.driving import run, run_async
 from vllm_lora_ext.model_patches.ledger import MEMORY_IDS
 from vllm_lora_ext.model_patches.refused import RefusedRequest
@@ -138,6 +140,11 @@ def expecting(version: str | None) -> Iterator[None]:
         _expected.reset(token)
 
 
+def _doubt(engine: Any, method: Any) -> None:
+    if not str(method).startswith(OURS):
+        Admitted.of(engine).doubt_all()
+
+
 def _check_on(engine: Any) -> None:
     if engine.vllm_config.lora_config is None:
         raise no_adapters()
@@ -162,7 +169,7 @@ def _source(tensors: Any, config: Any, settings: Any) -> list[Any]:
 def _patch_sync(cls: type[Any]) -> None:
     add_request, add_lora = cls.add_request, cls.add_lora
     remove_lora, pin_lora = cls.remove_lora, cls.pin_lora
-    arguments = _Arguments(add_request)
+    collective_rpc, arguments = cls.collective_rpc, _Arguments(add_request)
 
     @functools.wraps(add_lora)
     def new_add_lora(self: Any, lora_request: LoRARequest) -> bool:
@@ -189,6 +196,13 @@ def _patch_sync(cls: type[Any]) -> None:
             return pin_lora(self, lora_id)
         except Exception as error:
             raise _typed(error) from error
+
+    @functools.wraps(collective_rpc)
+    def new_collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return collective_rpc(self, method, *args, **kwargs)
+        finally:
+            _doubt(self, method)
 
     def add_adapter(
         self: Any, name: str, tensors: Mapping[str, torch.Tensor],
@@ -238,6 +252,7 @@ def _patch_sync(cls: type[Any]) -> None:
 
     cls.add_request, cls.add_lora = new_add_request, new_add_lora
     cls.remove_lora, cls.pin_lora = new_remove_lora, new_pin_lora
+    cls.collective_rpc = new_collective_rpc
     cls.add_adapter, cls.roll_back_adapter = add_adapter, roll_back_adapter
     cls.adapter_version = adapter_version
 
@@ -245,7 +260,7 @@ def _patch_sync(cls: type[Any]) -> None:
 def _patch_async(cls: type[Any]) -> None:
     add_request, add_lora = cls.add_request, cls.add_lora
     remove_lora, pin_lora = cls.remove_lora, cls.pin_lora
-    arguments = _Arguments(add_request)
+    collective_rpc, arguments = cls.collective_rpc, _Arguments(add_request)
 
     @functools.wraps(add_lora)
     async def new_add_lora(self: Any, lora_request: LoRARequest) -> bool:
@@ -278,6 +293,14 @@ def _patch_async(cls: type[Any]) -> None:
         except Exception as error:
             raise _typed(error) from error
 
+    @functools.wraps(collective_rpc)
+    async def new_collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        _doubt(self, method)  # from now on the core is asked, which does one thing after the other
+        try:
+            return await collective_rpc(self, method, *args, **kwargs)
+        finally:
+            _doubt(self, method)
+
     async def add_adapter(
         self: Any, name: str, tensors: Mapping[str, torch.Tensor],
         config: Mapping[str, Any] | None, settings: Mapping[str, Any] | None = None,
@@ -302,6 +325,7 @@ def _patch_async(cls: type[Any]) -> None:
 
     cls.add_request, cls.add_lora = new_add_request, new_add_lora
     cls.remove_lora, cls.pin_lora = new_remove_lora, new_pin_lora
+    cls.collective_rpc = new_collective_rpc
     cls.add_adapter, cls.roll_back_adapter = add_adapter, roll_back_adapter
     cls.adapter_version = adapter_version
 

@@ -113,6 +113,10 @@ class Admitted:
         """The core has refused a request for an adapter: ask it before the next one is sent."""
         self._held.discard(lora_id)
 
+    def doubt_all(self) -> None:
+        """Somebody calls the workers, and may change what they hold."""
+        self._held.clear()
+
     def list_by(self, models: Mapping[str, LoRARequest]) -> None:
         """From now on a name is what a server's list of models says, which unloads without a word
         to its engine."""

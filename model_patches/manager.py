@@ -45,7 +45,7 @@ from vllm_lora_ext.model_patches.products import guard_steps
 from vllm_lora_ext.model_patches.punica import skip_unread
 from vllm_lora_ext.model_patches.residency import HeadWeights, HostAdapter
 from vllm_lora_ext.model_patches.rows import Rows, unknown_rows
-from vllm_lora_ext.model_patches.scope import Scope
+from vllm_lora_ext.model_patches.scope import Scope, on_encoder_rows
 from vllm_lora_ext.model_patches.stock_lane import StockLane
 from vllm_lora_ext.model_patches.trace import Recorder
 from vllm_lora_ext.model_patches.two_pass import TwoPass
@@ -87,6 +87,7 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         router_rows = settings.router_rows(lora_config.max_lora_rank)
         self.base_name = vllm_config.model_config.model
         device_type = vllm_config.device_config.device_type
+        self._elsewhere = on_encoder_rows(model)
         backend = choose_backend(
             settings.triton, device_type,
             lambda: _selfcheck(device, lora_config, router_rows),
@@ -142,6 +143,12 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         if settings.trace:
             check_trace(vllm_config, self.graphs)
             self.recorder = Recorder(self)
+
+    def _match_target_modules(self, module_name: str) -> bool:
+        if module_name.startswith(self._elsewhere):
+            return False
+        found: bool = super()._match_target_modules(module_name)
+        return found
 
     def _warm(self, backend: Backend, vllm_config: Any) -> None:
         """Compiles all that a step can need, while nobody waits and no row has an adapter."""

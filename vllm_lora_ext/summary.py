@@ -107,11 +107,12 @@ def request_fields(adapter: RoutedAdapter) -> dict[str, str]:
 
 
 def system_row(reader: Reader) -> dict[str, Any]:
-    """A system as its reader describes it, JSON-ready; `status` is `served` or `refused`."""
+    """A system as its reader describes it, JSON-ready; `status` as `Reader.status`."""
     return {
         "name": reader.name,
         "title": reader.title,
-        "status": "refused" if reader.refused else "served",
+        "status": reader.status,
+        "needs": list(reader.needs),
         "reason": reader.refused,
         "summary": reader.summary,
         "paper": reader.paper,

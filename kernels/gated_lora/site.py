@@ -10,7 +10,7 @@ import torch
 
 from vllm_lora_ext.kernels.gated_lora.backends.base import Backend
 from vllm_lora_ext.kernels.gated_lora.backends.choice import best
-from vllm_lora_ext.kernels.gated_lora.compose import Part, compose, composed_shapes
+from vllm_lora_ext.kernels.gated_lora.compose import Placed, compose, composed_shapes
 from vllm_lora_ext.kernels.gated_lora.plan import (
     STATS,
     PackedSite,
@@ -274,7 +274,7 @@ class Site:
         self.store.describe(stored, len(a_RK), len(router_GK), packed.slices)
         return packed
 
-    def composed_shapes(self, parts: Sequence[Part]) -> list[Shape]:
+    def composed_shapes(self, parts: Sequence[Placed]) -> list[Shape]:
         """Shapes and dtypes of the tensors of what `compose` makes, in its order.
 
         Raises:
@@ -283,7 +283,7 @@ class Site:
         return composed_shapes(self, parts)
 
     def compose(
-        self, parts: Sequence[Part], out: Sequence[torch.Tensor] | None = None
+        self, parts: Sequence[Placed], out: Sequence[torch.Tensor] | None = None
     ) -> PackedSite | None:
         """Several adapters in one slot: what they add, times factors, adds up.
 

@@ -80,6 +80,9 @@ class SyncEngine:
     def pin_lora(self, lora_id: int) -> bool:
         raise Exception(f"Call to pin_lora failed: {AdapterError('slots_pinned', 'all pinned')}")
 
+    def collective_rpc(self, method: Any, timeout: Any = None, args: Any = (), kwargs: Any = None):
+        return [method]
+
 
 class AsyncEngine(SyncEngine):
     def __init__(self, lora: bool = True) -> None:
@@ -102,6 +105,9 @@ class AsyncEngine(SyncEngine):
 
     async def pin_lora(self, lora_id: int) -> bool:
         return super().pin_lora(lora_id)
+
+    async def collective_rpc(self, *args: Any, **kwargs: Any) -> Any:
+        return super().collective_rpc(*args, **kwargs)
 
 
 @pytest.fixture(params=["sync", "async"])
@@ -143,6 +149,17 @@ def test_what_was_removed_is_asked_for_again(engine):
     do(engine.remove_lora(1))
     do(engine.add_request("r", "p", None, lora("a", 1)))
     assert engine.core.paths == ["/a", "/a"] and engine.removed == [1]
+
+
+def test_whoever_calls_the_workers_may_have_changed_what_they_hold(engine):
+    do(engine.add_request("r", "p", None, lora_request=lora("a", 1)))
+    assert do(engine.collective_rpc("lora_ext_trace")) == ["lora_ext_trace"]
+    do(engine.add_request("r", "p", None, lora_request=lora("a", 1)))
+    assert len(engine.core.asked) == 1
+    for method in ("add_lora", len):
+        assert do(engine.collective_rpc(method, args=(1,))) == [method]
+        do(engine.add_request("r", "p", None, lora_request=lora("a", 1)))
+    assert len(engine.core.asked) == 3
 
 
 def test_another_adapter_under_the_id_is_the_cores_to_judge(engine):

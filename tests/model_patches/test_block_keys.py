@@ -33,15 +33,19 @@ A, B = SlotPart("a"), SlotPart("b")
 OWN = SlotPart("own", columns=(ALORA,))
 TWO = SlotPart("two", columns=(Column(modalities=("image",)), Column(modalities=("text",))))
 SOFT = SlotPart("soft", columns=(Column(expert="x"), Column(expert="y")), linear=False)
+USERS = SlotPart("template of one user"), SlotPart("template of another")
+Spans = dict[str, list[list[int]]]
 
 
 def request(
     ids: list[int], parts: tuple[SlotPart, ...] = (), columns: Any = (), answer: Any = (),
     pooling: bool = False, features: Any = None, embeds: torch.Tensor | None = None,
+    modality: Spans | None = None,
 ) -> Request:  # fmt: skip
     """One with its blocks hashed; no parts: the base model."""
     lora = LoRARequest("some", 1, "/some") if parts else None
-    params = None if pooling else SamplingParams(max_tokens=40)
+    said = {"lora_ext": {"modality_spans": modality}} if modality else None
+    params = None if pooling else SamplingParams(max_tokens=40, extra_args=said)
     made = Request(
         "r", None if embeds is not None else list(ids), params,
         PoolingParams() if pooling else None, lora_request=lora, mm_features=features,
@@ -175,10 +179,13 @@ def _factors() -> Any:
     return st.builds(Column, scale=scale, spans=spans)
 
 
+Said = tuple[list[int], tuple[SlotPart, ...], tuple[Column, ...], Spans]
+_adapters = st.lists(st.sampled_from([A, B, OWN, TWO, SOFT, *USERS]), max_size=3, unique=True)
+
+
 @st.composite
-def _requests(draw: Any) -> tuple[list[int], tuple[SlotPart, ...], tuple[Column, ...]]:
+def _requests(draw: Any, names: list[SlotPart]) -> Said:
     ids = draw(st.lists(st.sampled_from([1, 2, 3]), min_size=12, max_size=20))
-    names = draw(st.lists(st.sampled_from([A, B, OWN]), max_size=3, unique=True))
     by_row = len(names) > 0 and draw(st.booleans())
     parts, columns = [], []
     for part in names:
@@ -187,31 +194,51 @@ def _requests(draw: Any) -> tuple[list[int], tuple[SlotPart, ...], tuple[Column,
             columns.append(draw(_factors()))
         else:
             parts.append(replace(part, scale=draw(st.sampled_from([1.0, 0.5, 0.0]))))
-        columns += part.columns
-    return ids, tuple(parts), tuple(columns)
+        gates = st.sampled_from([1.0, 0.5, 0.0, -0.0])
+        columns += [replace(c, scale=draw(gates)) if c.expert else c for c in part.columns]
+    bounds = st.lists(st.integers(0, len(ids)), min_size=2, max_size=2).map(sorted)
+    modality = {"image": draw(st.lists(bounds, max_size=2))} if TWO in names else {}
+    return ids, tuple(parts), tuple(columns), modality
 
 
-def _adds(ids: list[int], parts: Any, columns: Any) -> list[frozenset[tuple[str, float]]]:
-    """What is added at each position: adapter and how much of it."""
-    table = values(columns, Prompt(len(ids), ids, {}), 0, len(ids))
-    every, at = [set() for _ in ids], 0
+@st.composite
+def _pairs(draw: Any) -> tuple[Said, Said]:
+    """Two requests; half of them for the same adapters."""
+    names = draw(_adapters)
+    others = names if draw(st.booleans()) else draw(_adapters)
+    return draw(_requests(names)), draw(_requests(others))
+
+
+def _adds(
+    ids: list[int], parts: Any, columns: Any, modality: Spans
+) -> list[frozenset[tuple[str, tuple[float, ...]]]]:
+    """What is added at each position: adapter and how much of it, or with which gates."""
+    prompt = Prompt(len(ids), ids, {k: tuple((a, b) for a, b in v) for k, v in modality.items()})
+    table, at = values(columns, prompt, 0, len(ids)).tolist(), 0
+    every: list[set[tuple[str, tuple[float, ...]]]] = [set() for _ in ids]
     for part in parts:
-        numbers = table[:, at : at + part.width].prod(axis=1) * part.scale
+        for adds, row in zip(every, table, strict=True):
+            numbers = row[at : at + part.width]
+            factor = numbers.pop(0) if part.by_row else part.scale
+            if not part.linear:
+                numbers = [factor, *numbers] if factor else []
+            else:
+                numbers = [factor * number for number in numbers] if numbers else [factor]
+            if any(numbers):
+                adds.add((part.version, tuple(numbers)))
         at += part.width
-        for adds, number in zip(every, numbers, strict=True):
-            if number:
-                adds.add((part.version, float(number)))
     return [frozenset(adds) for adds in every]
 
 
-@given(a=_requests(), b=_requests())
-@settings(max_examples=400, deadline=None)
-def test_equal_keys_are_equal_computations(a: Any, b: Any) -> None:
+@given(pair=_pairs())
+@settings(max_examples=600, deadline=None)
+def test_equal_keys_are_equal_computations(pair: tuple[Said, Said]) -> None:
+    a, b = pair
     length = min(len(a[0]), len(b[0]))
     for ids in (b[0], a[0][:length] + b[0][length:]):  # also with a prefix in common
-        pair = a, (ids, *b[1:])
-        first, second = (request(*said) for said in pair)
-        mine, theirs = (list(zip(said[0], _adds(*said), strict=True)) for said in pair)
+        both: tuple[Said, Said] = a, (ids, *b[1:])
+        first, second = (request(*said[:3], modality=said[3]) for said in both)
+        mine, theirs = (list(zip(said[0], _adds(*said), strict=True)) for said in both)
         blocks = length // BLOCK
         same = next((i for i in range(length) if mine[i] != theirs[i]), length)
         assert min(shared(first, second), blocks) == same // BLOCK

@@ -39,6 +39,7 @@ class Engine:
         self.loaded: list[Any] = []
         self.removed: list[int] = []
         self.error: Exception | None = None
+        self.errored = False
 
     async def add_lora(self, request: Any) -> bool:
         if self.error is not None:
@@ -90,6 +91,14 @@ def test_other_errors_are_stocks():
     engine = Engine()
     engine.error = RuntimeError("something else")
     assert load(models_of(engine), "a", "/a").error.type == "InternalServerError"
+
+
+def test_a_load_whose_engine_dies_is_told_so():
+    engine = Engine()
+    engine.error, engine.errored = RuntimeError("EngineCore encountered an issue"), True
+    answer = load(models_of(engine), "a", "/a")
+    assert (answer.error.type, answer.error.code) == ("engine_dead", 503)
+    assert "a" not in models_of(engine).lora_requests
 
 
 def test_the_path_is_shown_as_it_was_given_and_replaced_once():

@@ -21,7 +21,7 @@ from vllm_lora_ext.adapters.limits import MAX_EXPERTS
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.readers.base import Reader
 from vllm_lora_ext.adapters.readers.bundle import (
-    Expert,
+    ExpertFolder,
     expert_names,
     read_expert,
     refuse_others,
@@ -267,7 +267,7 @@ def _frozen(folder: AdapterFolder) -> bool:
     return bool(given == "frozen")
 
 
-def _in_order(folder: AdapterFolder, experts: Sequence[Expert], layerwise: bool) -> list[str]:
+def _in_order(folder: AdapterFolder, experts: Sequence[ExpertFolder], layerwise: bool) -> list[str]:
     """All adapted layers, in the order in which the model has them."""
     every = {name for expert in experts for name in expert.modules}
     if folder.has_setting("layers"):
@@ -298,7 +298,7 @@ def _place(name: str) -> tuple[int, int, int] | None:
     return 1, int(found["number"]), _ORDER.index(found["kind"])
 
 
-def _module(name: str, experts: Sequence[Expert], start: int, weight: float) -> RoutedModule:
+def _module(name: str, experts: Sequence[ExpertFolder], start: int, weight: float) -> RoutedModule:
     """An expert that does not adapt the layer has one rank of zeros there, so that the layer's
     gates stand side by side."""
     adapting = [expert for expert in experts if name in expert.modules]

@@ -27,8 +27,70 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_lora_ext.kernels.gated_lora import codes, plan
-from vllm_lora_ext.kernels.gated_lora.backends.triton import tables
+from vllm_lora_ext.kernels.gated_lora.backends.triton.names import (
+    A_ROWS,
+    ABS_SCORE,
+    AFFINE,
+    AS_IT_IS,
+    AX,
+    BIAS,
+    BIAS_KIND,
+    BY_MAGNITUDE,
+    CONSTANT,
+    COUNTS,
+    FACTOR,
+    FACTORS,
+    FIRST,
+    GATES,
+    GIVEN,
+    HEAD,
+    HEAD_BIAS,
+    L2_SCORE,
+    LOGIT,
+    LOGIT_BIAS,
+    MASK_BELOW,
+    MASKED,
+    MAX_GATES,
+    NO_BIAS,
+    NORMALISE_EPS,
+    NORMALISED,
+    NUM_SLICE,
+    NUM_SPEC,
+    NUM_VALUES,
+    PICKS,
+    PRODUCT,
+    RANK_FLOATS,
+    RANK_INTS,
+    RANKS,
+    RENORMALISE,
+    RESCALED,
+    ROUTER_ROWS,
+    ROW_SUM,
+    SCORE,
+    SCORE_TEMPERATURE,
+    SCORE_WEIGHT,
+    SELECT,
+    SIGMOID_SCORE,
+    SOFTMAX_SCORE,
+    SOFTMAX_WEIGHT,
+    SQRT_WEIGHT,
+    START,
+    STOP,
+    SUBTRACT,
+    TAIL,
+    TAIL_SQUARES,
+    TAIL_SUM,
+    TEMPERATURE,
+    THRESHOLD,
+    THRESHOLD_VALUE,
+    TOP_K,
+    TOP_P,
+    TOP_P_VALUE,
+    VALUE_BIAS,
+    WEIGHT,
+    WIDTH,
+    rows_of,
+)  # fmt: skip
 from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import operand
 from vllm_lora_ext.kernels.gated_lora.backends.triton.store import store_of
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import blocks, device_of
@@ -36,28 +98,6 @@ from vllm_lora_ext.kernels.gated_lora.step import max_tiles
 
 if TYPE_CHECKING:
     from vllm_lora_ext.kernels.gated_lora.site import Site
-
-SOFTMAX_SCORE = tl.constexpr(codes.SCORES.index("softmax"))
-SIGMOID_SCORE = tl.constexpr(codes.SCORES.index("sigmoid"))
-L2_SCORE = tl.constexpr(codes.SCORES.index("l2"))
-ABS_SCORE = tl.constexpr(codes.SCORES.index("abs"))
-NO_BIAS = tl.constexpr(codes.BIASES.index("none"))
-VALUE_BIAS = tl.constexpr(codes.BIASES.index("value"))
-TOP_K = tl.constexpr(codes.SELECTS.index("top_k"))
-TOP_P = tl.constexpr(codes.SELECTS.index("top_p"))
-THRESHOLD = tl.constexpr(codes.SELECTS.index("threshold"))
-SCORE_WEIGHT = tl.constexpr(codes.WEIGHTS.index("score"))
-RENORMALISE = tl.constexpr(codes.WEIGHTS.index("renormalise"))
-SOFTMAX_WEIGHT = tl.constexpr(codes.WEIGHTS.index("softmax"))
-SQRT_WEIGHT = tl.constexpr(codes.WEIGHTS.index("sqrt"))
-AS_IT_IS = tl.constexpr(tables.AFFINE.index("none"))
-NORMALISED = tl.constexpr(tables.AFFINE.index("normalised"))
-COUNTS = tl.constexpr(tables.COUNTS)
-NUM_SPEC = tl.constexpr(len(tables.SPEC))
-NUM_VALUES = tl.constexpr(len(tables.VALUES))
-NUM_SLICE = tl.constexpr(len(tables.SLICE))
-RANK_INTS, RANK_FLOATS = tl.constexpr(tables.RANK_INTS), tl.constexpr(tables.RANK_FLOATS)
-MAX_GATES = tl.constexpr(plan.MAX_GATES)
 
 
 @triton.jit(
@@ -108,7 +148,7 @@ def expand_kernel(
     slice_floats = RANK_FLOATS * max_rank + MAX_GATES * NUM_VALUES
     slice_ptr = slot_ptr + COUNTS + part * slice_ints
     floats_ptr += slot * stride_floats + part * slice_floats
-    ranks = tl.load(slice_ptr)
+    ranks = tl.load(slice_ptr + RANKS)
     column = tl.load(columns_ptr + 2 * part)
     size = tl.load(columns_ptr + 2 * part + 1)
     if EVEN_N:  # then B and y are read and written 16 bytes at a time
@@ -117,12 +157,9 @@ def expand_kernel(
     if (ranks == 0) | (begin >= size):
         return
 
-    start = tl.load(tiles_ptr + stride_tiles + tile)
-    stop = tl.load(tiles_ptr + 2 * stride_tiles + tile)
-    at_T = start + tl.arange(0, BLOCK_T)
-    ok_T = at_T < stop
-    token_T = tl.load(order_ptr + at_T, mask=ok_T, other=0).to(tl.int64)
-    ok_T = ok_T & (token_T < num_tokens)  # the step may hold more rows than y has
+    start, stop, at_T, ok_T, token_T = rows_of(
+        tile, tiles_ptr, order_ptr, stride_tiles, num_tokens, BLOCK_T
+    )
     rank_R = tl.arange(0, BLOCK_R)
     ok_R = rank_R < ranks
     ok_TR = ok_T[:, None] & ok_R[None, :]
@@ -130,34 +167,34 @@ def expand_kernel(
     u_T = u_ptr + token_T * stride_u
     v_T = v_ptr + token_T * stride_u
     rows_T = rows_ptr + token_T * stride_rows
-    at_R = tl.load(vectors_R + 2 * max_rank, mask=ok_R, other=0)
+    at_R = tl.load(vectors_R + AX * max_rank, mask=ok_R, other=0)
     h_TR = sum_parts(u_T[:, None] + at_R[None, :], ok_TR, stride_u_part, PARTS)
-    gates, i = tl.load(slice_ptr + 1), 0
+    gates, i = tl.load(slice_ptr + GATES), 0
     while i < gates:
         spec_ptr = slice_ptr + NUM_SLICE + RANK_INTS * max_rank + i * NUM_SPEC
         values_ptr = floats_ptr + RANK_FLOATS * max_rank + i * NUM_VALUES
-        first, last = tl.load(spec_ptr), tl.load(spec_ptr + 1)
+        first, last = tl.load(spec_ptr + START), tl.load(spec_ptr + STOP)
         own_R = (rank_R >= first) & (rank_R < last)
         own_TR = ok_T[:, None] & own_R[None, :]
-        logit_R = tl.load(vectors_R, mask=own_R, other=0)
-        first_R = tl.load(vectors_R + max_rank, mask=own_R, other=0)
+        logit_R = tl.load(vectors_R + LOGIT * max_rank, mask=own_R, other=0)
+        first_R = tl.load(vectors_R + FIRST * max_rank, mask=own_R, other=0)
         floats_R = floats_ptr + rank_R
-        bias_R = tl.load(floats_R, mask=own_R, other=0.0)
-        if tl.load(spec_ptr + 11) != 0:  # given with the row
+        bias_R = tl.load(floats_R + BIAS * max_rank, mask=own_R, other=0.0)
+        if tl.load(spec_ptr + GIVEN) != 0:  # given with the row
             logits_TR = tl.load(rows_T[:, None] + logit_R[None, :], mask=own_TR, other=0.0)
         else:
             logits_TR = sum_parts(v_T[:, None] + logit_R[None, :], own_TR, stride_u_part, PARTS)
-            if tl.load(spec_ptr + 12) != AS_IT_IS:
-                stats_T = v_T + tl.load(slot_ptr) + tl.load(slot_ptr + 1)
+            if tl.load(spec_ptr + AFFINE) != AS_IT_IS:
+                stats_T = v_T + tl.load(slot_ptr + A_ROWS) + tl.load(slot_ptr + ROUTER_ROWS)
                 logits_TR = _affine(
-                    logits_TR, stats_T, floats_R + max_rank, own_R, ok_T, spec_ptr, values_ptr,
+                    logits_TR, stats_T, floats_R, own_R, ok_T, spec_ptr, values_ptr,
                     stride_u_part, max_rank, PARTS,
                 )  # fmt: skip
-        head = tl.load(spec_ptr + 7)
+        head = tl.load(spec_ptr + HEAD)
         has_head_T = ok_T & (at_T < tl.where(head >= 0, stop, start))
         head_T = sum_parts(v_T + head, has_head_T, stride_u_part, PARTS)
         g_TR = gate(logits_TR, head_T, bias_R, rank_R, first_R, own_R, spec_ptr, values_ptr)
-        block = tl.load(spec_ptr + 13)
+        block = tl.load(spec_ptr + PRODUCT)
         if block != 0:  # a product: one A x, mixed of all
             mixed_TR = tl.zeros_like(h_TR)
             e = first
@@ -169,15 +206,15 @@ def expand_kernel(
             h_TR = tl.where(own_R[None, :], mixed_TR, h_TR)
         h_TR = tl.where(own_R[None, :], h_TR * g_TR, h_TR)
         i += 1
-    if tl.load(slice_ptr + 2) != 0:
-        factor_R = tl.load(vectors_R + 3 * max_rank, mask=ok_R, other=-1)
+    if tl.load(slice_ptr + FACTORS) != 0:
+        factor_R = tl.load(vectors_R + FACTOR * max_rank, mask=ok_R, other=-1)
         has_TR = ok_TR & (factor_R >= 0)[None, :]
         h_TR *= tl.load(rows_T[:, None] + factor_R[None, :], mask=has_TR, other=1.0)
 
     b_R = b_ptr + slot * stride_b_slot + rank_R.to(tl.int64) * stride_b
     b_R += column
     y_T = y_ptr + token_T * stride_y + column
-    rescaled = tl.load(slice_ptr + 3)
+    rescaled = tl.load(slice_ptr + RESCALED)
     scale_N = tl.load(rescale_ptr).to(tl.pointer_type(tl.float32)) + slot * 2 * width + column
     open_R = tl.max((h_TR != 0).to(tl.int32), axis=0) != 0
     h_TR = h_TR.to(b_ptr.dtype.element_ty).to(OPERAND)
@@ -222,33 +259,32 @@ def _affine(
     PARTS: tl.constexpr,
 ):
     """A router's logits with their bias, of LayerNorm(x) where it reads that (`routing.norm`)."""
-    if tl.load(spec_ptr + 12) == NORMALISED:
-        width = tl.load(values_ptr + 7)
-        mean_T = sum_parts(stats_T, ok_T, stride_part, PARTS) + tl.load(values_ptr + 8)
+    if tl.load(spec_ptr + AFFINE) == NORMALISED:
+        width = tl.load(values_ptr + WIDTH)
+        mean_T = sum_parts(stats_T, ok_T, stride_part, PARTS) + tl.load(values_ptr + TAIL_SUM)
         mean_T /= width
-        var_T = sum_parts(stats_T + 1, ok_T, stride_part, PARTS) + tl.load(values_ptr + 9)
+        squares_T = sum_parts(stats_T + 1, ok_T, stride_part, PARTS)
+        var_T = squares_T + tl.load(values_ptr + TAIL_SQUARES)
         var_T = tl.maximum(var_T / width - mean_T * mean_T, 0.0)
-        std_T = tl.sqrt(var_T + tl.load(values_ptr + 10))
-        sums_R = tl.load(floats_R + max_rank, mask=own_R, other=0.0)
-        tail_R = tl.load(floats_R + 2 * max_rank, mask=own_R, other=0.0)
+        std_T = tl.sqrt(var_T + tl.load(values_ptr + NORMALISE_EPS))
+        sums_R = tl.load(floats_R + ROW_SUM * max_rank, mask=own_R, other=0.0)
+        tail_R = tl.load(floats_R + TAIL * max_rank, mask=own_R, other=0.0)
         u_TR = (u_TR + tail_R[None, :] - mean_T[:, None] * sums_R[None, :]) / std_T[:, None]
-    return u_TR + tl.load(floats_R, mask=own_R, other=0.0)[None, :]
+    return u_TR + tl.load(floats_R + LOGIT_BIAS * max_rank, mask=own_R, other=0.0)[None, :]
 
 
 @triton.jit
 def gate(logits_TR, head_T, bias_R, rank_R, first_R, ok_R, spec_ptr, values_ptr):
-    """Gate of every rank. `once` marks one rank per gate; offsets are those of `tables.SPEC` and
-    `tables.VALUES`."""
-    score_kind, bias_kind = tl.load(spec_ptr + 2), tl.load(spec_ptr + 3)
-    select, by_magnitude, picks = (
-        tl.load(spec_ptr + 4), tl.load(spec_ptr + 5), tl.load(spec_ptr + 6),
-    )  # fmt: skip
-    head, subtract = tl.load(spec_ptr + 7), tl.load(spec_ptr + 8)
-    weight_kind, masked = tl.load(spec_ptr + 9), tl.load(spec_ptr + 10)
-    score_temperature, threshold = tl.load(values_ptr), tl.load(values_ptr + 1)
-    head_bias, top_p = tl.load(values_ptr + 2), tl.load(values_ptr + 3)
-    temperature, mask_below = tl.load(values_ptr + 4), tl.load(values_ptr + 5)
-    constant = tl.load(values_ptr + 6)
+    """Gate of every rank. `once` marks one rank per gate."""
+    score_kind, bias_kind = tl.load(spec_ptr + SCORE), tl.load(spec_ptr + BIAS_KIND)
+    select, by_magnitude = tl.load(spec_ptr + SELECT), tl.load(spec_ptr + BY_MAGNITUDE)
+    picks, head = tl.load(spec_ptr + PICKS), tl.load(spec_ptr + HEAD)
+    subtract, weight_kind = tl.load(spec_ptr + SUBTRACT), tl.load(spec_ptr + WEIGHT)
+    masked = tl.load(spec_ptr + MASKED)
+    score_temperature = tl.load(values_ptr + SCORE_TEMPERATURE)
+    threshold, head_bias = tl.load(values_ptr + THRESHOLD_VALUE), tl.load(values_ptr + HEAD_BIAS)
+    top_p, temperature = tl.load(values_ptr + TOP_P_VALUE), tl.load(values_ptr + TEMPERATURE)
+    mask_below, constant = tl.load(values_ptr + MASK_BELOW), tl.load(values_ptr + CONSTANT)
 
     ok = ok_R[None, :]
     once = ok & (first_R == rank_R)[None, :]
