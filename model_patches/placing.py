@@ -248,7 +248,7 @@ class Placer:
             on_base=bool(adapter.dora), norms=norms,
             parts=(SlotPart(
                 adapter.digest, columns=adapter.columns, linear=_is_linear(adapter),
-                blocks=bool(blocks),
+                blocks=bool(blocks), frozen=classifier is not None and classifier.frozen,
             ),),
             factors={n: _factors(found[n][1]) for n in stock if n in found and classifier},
             classifier=classifier,
