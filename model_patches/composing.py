@@ -22,7 +22,7 @@ from vllm_lora_ext.model_patches.layers import RoutedEmbedding, RoutedLinear
 from vllm_lora_ext.model_patches.logits import RoutedLogits
 from vllm_lora_ext.model_patches.mlp import Block
 from vllm_lora_ext.model_patches.positions import Positions
-from vllm_lora_ext.model_patches.residency import HostAdapter, SlotPart, flat_views
+from vllm_lora_ext.model_patches.residency import HostAdapter, SlotPart, flat_views, held
 
 
 @dataclass(frozen=True)
@@ -139,7 +139,8 @@ class Composer:
             stock={n: m.into(*next(left)) for n, m in matrices.items()},
             blocks=blocks, heads={}, names=_names(linears, places), parts=parts,
             on_base=any(i.host.on_base for i in ingredients),
-            factors={n: torch.tensor(m.factors) for n, m in matrices.items() if starts[-1]},
+            factors={n: held(torch.tensor(m.factors), self._pinned)
+                     for n, m in matrices.items() if starts[-1]},
         )  # fmt: skip
 
     def _shapes(self, layer: str, parts: list[Any]) -> list[Shape]:

@@ -22,7 +22,13 @@ from vllm_lora_ext.model_patches.logits import RoutedLogits
 from vllm_lora_ext.model_patches.mlp import Block
 from vllm_lora_ext.model_patches.names import Names
 from vllm_lora_ext.model_patches.positions import Positions
-from vllm_lora_ext.model_patches.residency import HostAdapter, SlotPart, bytes_of, flat_views
+from vllm_lora_ext.model_patches.residency import (
+    HostAdapter,
+    SlotPart,
+    bytes_of,
+    flat_views,
+    held,
+)
 from vllm_lora_ext.model_patches.scope import Scope
 from vllm_lora_ext.model_patches.stock_lane import StockLane, refuse_gate
 from vllm_lora_ext.model_patches.two_pass import TwoPass
@@ -221,6 +227,7 @@ class Placer:
                 squares_N = squares_of(layer_name, layer, slices)
                 if squares_N is not None:
                     norms[layer_name] = squares_N
+                _check_extended(layer_name, layer, slices)
                 sites[layer_name] = _site(layer, begun(slices))
             elif not self.lane.packs(layer_name):
                 stock[layer_name] = _stock(names[layer_name][0], layer, modules, self._dtype)
@@ -250,7 +257,8 @@ class Placer:
                 adapter.digest, columns=adapter.columns, linear=_is_linear(adapter),
                 blocks=bool(blocks), frozen=classifier is not None and classifier.frozen,
             ),),
-            factors={n: _factors(found[n][1]) for n in stock if n in found and classifier},
+            factors={n: held(_factors(found[n][1]), self._pinned)
+                     for n in stock if n in found and classifier},
             classifier=classifier,
         )  # fmt: skip
 
@@ -263,8 +271,9 @@ class Placer:
             raise AdapterError(
                 "unsupported_feature", f"the adapter's experts are whole MLP blocks, and {name} is"
                 " no block that can hold them", seen=self._model_name,
-                limit="blocks that do first linear, activation, second linear and nothing else",
-                fix="serve it with the model it was trained on",
+                limit="blocks that do first linear, activation, second linear and nothing else,"
+                " without the settings extend_weights and fuse_activation",
+                fix="serve it with the model it was trained on, and without these settings",
             )  # fmt: skip
         block = self._blocks[vllm_name]
         if self._graphs and not block.on_kernel(experts):
@@ -287,6 +296,17 @@ def _check_once(name_of: Mapping[str, str]) -> None:
                 seen=f"{first[vllm_name]}, {name}", limit=vllm_name,
                 fix="remove one of them from the adapter",
             )  # fmt: skip
+
+
+def _check_extended(name: str, layer: RoutedLinear, slices: Sequence[RoutedModule | None]) -> None:
+    """Raises AdapterError `unsupported_feature` for a router that no extended weight has."""
+    if layer.site.extension is not None and any(s and s.norm is not None for s in slices):
+        raise AdapterError(
+            "unsupported_feature", "the adapter's router reads a normalised input, which a product"
+            " with rows below the base weight does not give", seen=name,
+            limit="servers without the setting extend_weights",
+            fix="start without the setting extend_weights",
+        )  # fmt: skip
 
 
 def _is_linear(adapter: RoutedAdapter) -> bool:

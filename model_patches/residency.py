@@ -260,6 +260,11 @@ def flat_views(
     return sum(sizes), [[_view(next(views), *shape) for shape in shapes] for shapes in groups]
 
 
+def held(t: torch.Tensor, pinned: bool) -> torch.Tensor:
+    """A copy of something small, in page-locked memory on a GPU."""
+    return torch.empty(t.shape, dtype=t.dtype, pin_memory=pinned).copy_(t)
+
+
 def _pieces(sizes: Sequence[int], piece: int) -> Iterator[list[int]]:
     """The sizes in runs of up to `piece` bytes; a larger one is a run of its own."""
     run: list[int] = []
