@@ -22,7 +22,7 @@ UNIT    := OMP_NUM_THREADS=1 $(PYTEST) tests --numprocesses auto --maxprocesses 
 ENGINE  := $(PYTEST) integration_tests --numprocesses auto --maxprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-engines test-upstream matrix lint types format docs site surface check-vllm support release-check bench bench-base bench-kernels bench-merging gpu gpu-report gpu-bundle kernels-table dist clean soak fuzz rl rl-frameworks fleet fleet-sim
+.PHONY: help venv demo test test-fast test-engines test-upstream nightly matrix lint types format docs site surface check-vllm support release-check bench bench-base bench-kernels bench-merging gpu gpu-report gpu-bundle kernels-table dist clean soak fuzz rl rl-frameworks fleet fleet-sim
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,9 +46,11 @@ test-engines: $(READY) ## engine tests only
 test-upstream: $(READY) ## vLLM's own LoRA tests with the plugin's classes in place of stock's
 	$(BIN)/python scripts/test_upstream.py
 
+nightly: test-upstream matrix ## what is right but too long for CI
+
 matrix: $(READY) ## kinds of adapters × features of the engine: ask all, write docs/matrix.md
 	VLLM_LORA_EXT_MATRIX=$(CURDIR)/docs/matrix.json $(PYTEST) integration_tests/test_matrix.py \
-		integration_tests/test_matrix_bases.py \
+		integration_tests/test_matrix_bases.py integration_tests/test_matrix_lora_flags.py \
 		integration_tests/test_templates.py::test_a_rotation_of_users_over_few_slots
 	$(BIN)/python scripts/matrix_page.py
 

@@ -878,3 +878,5 @@ def test_bad_settings_stop_the_server(places, tmp_path):
     assert status not in (0, None)
     assert "[lora_ext:bad_settings]" in log
     assert "max_router_row;" in log
+    said = ("Starting to load model", "Loading weights took", "Loading safetensors")
+    assert not any(line in log for line in said), "weights were loaded first"

@@ -47,7 +47,7 @@ from vllm_lora_ext.model_patches.punica import skip_unread
 from vllm_lora_ext.model_patches.residency import HeadWeights, HostAdapter
 from vllm_lora_ext.model_patches.rows import Rows, unknown_rows
 from vllm_lora_ext.model_patches.scope import Scope, on_encoder_rows
-from vllm_lora_ext.model_patches.stock_lane import StockLane
+from vllm_lora_ext.model_patches.stock_lane import StockLane, expert_tables, put
 from vllm_lora_ext.model_patches.trace import Recorder
 from vllm_lora_ext.model_patches.two_pass import TwoPass
 from vllm_lora_ext.settings import USUAL_EXPERTS, LoraExtSettings
@@ -242,11 +242,10 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
             self._columns = RowColumns(self.rows, step, self._max_model_len)
 
     def _add_adapter(self, lora: LoRAModel) -> None:
-        if isinstance(lora, RoutedLoRAModel) or getattr(lora, "_lora_ext_merged", False):
+        if isinstance(lora, RoutedLoRAModel):
             self._registered_adapters[lora.id] = lora
-        else:
+        else:  # a warm-up's dummy
             super()._add_adapter(lora)
-            lora._lora_ext_merged = True  # in place, and not to be done to it again
 
     def activate_adapter(self, lora_id: int) -> bool:
         """Puts a registered adapter into a slot by asynchronous copies; all of it, or nothing and
@@ -275,7 +274,7 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
             if isinstance(layer, RoutedLinear):
                 layer.site.load(slot, host.sites.get(name))
             elif name in host.stock:
-                layer.set_lora(slot, *host.stock[name])
+                put(layer, slot, host.stock[name])
                 if name in host.factors:
                     layer.factors.set(slot, host.factors[name])
             else:
@@ -340,8 +339,7 @@ def _tables(layer: Any) -> list[torch.Tensor]:
     if isinstance(layer, RoutedLinear):
         return [layer.site.a_SRK, *layer.site.bt_SRN]
     if isinstance(layer, FusedMoEWithLoRA):
-        pairs = layer.w13_lora_a_stacked, layer.w13_lora_b_stacked
-        return [*pairs[0], *pairs[1], *layer.w2_lora_a_stacked, *layer.w2_lora_b_stacked]
+        return expert_tables(layer)
     own = layer.lora_a_stacked, layer.lora_b_stacked
     found = [table for part in own for table in (part if isinstance(part, tuple) else (part,))]
     return [*found, *([layer.full_weight_stacked] if hasattr(layer, "full_weight_stacked") else [])]

@@ -530,7 +530,8 @@ def test_memory_counts_blocks_and_a_shared_a_once() -> None:
     assert adapter_bytes(one) == 2 * (2 * 10 + 7 * 6) + 4 * 3 * 10
     assert adapter_bytes(both) - adapter_bytes(one) == 4 * 3 * 10 + 2 * 2 * (6 * 10 + 6 * 14)
     assert slot_bytes(one, 8, on_cpu=True) == 4 * ((8 + 3) * 10 + 8 * 7)
-    sites = [Site(1, k, (n,), 8, 4, torch.bfloat16, "cpu") for k, n in ((10, 14), (14, 10))]
+    sizes = ((10, (14, 14)), (14, (10,)))  # vLLM fuses up_proj with gate_proj
+    sites = [Site(1, k, n, 8, 4, torch.bfloat16, "cpu") for k, n in sizes]
     sites[0].reserve_routers(3)
     more = sum(t.nbytes for s in sites for t in (s.a_SRK, s.router_SGK, *s.bt_SRN))
     assert slot_bytes(both, 8, True) - slot_bytes(one, 8, True) == more
@@ -565,6 +566,29 @@ def test_the_memory_of_a_slot_is_what_is_allocated(on_cpu: bool) -> None:
     theirs = 2 * 2 * 32 * (5000 + 3000)
     seen = found["slot_mib_cpu" if on_cpu else "slot_mib"]
     assert seen == round((sum(t.nbytes for t in ours) + theirs) / 2**20, 2)
+
+
+def test_memory_of_fused_layers() -> None:
+    """By the sizes of their slices, where an adapter does not have them all."""
+
+    def slot(**out: int) -> int:
+        modules = {
+            f"a.{name}_proj": RoutedModule(
+                torch.ones(2, 12 if name == "o" else 10), torch.ones(n, 2)
+            )
+            for name, n in out.items()
+        }
+        return slot_bytes(RoutedAdapter(modules, "plain"), 8, on_cpu=True)
+
+    def sites(*layers: tuple[int, tuple[int, ...]]) -> int:
+        return sum(4 * 8 * (len(sizes) * width + sum(sizes)) for width, sizes in layers)
+
+    output = (12, (10,))
+    assert slot(q=12, k=6, v=6) == slot(q=12, v=6) == slot(q=12, k=6) == sites((10, (12, 6, 6)))
+    assert slot(v=6, o=10) == sites((10, (12, 6, 6)), output)
+    assert slot(q=12) == sites((10, (12, 12, 12)))
+    assert slot(gate=20) == slot(up=20) == slot(gate=20, up=20) == sites((10, (20, 20)))
+    assert slot(down=20) == sites((10, (20,)))
 
 
 @pytest.mark.parametrize("command", ["systems", "inspect", "convert", "verify"])

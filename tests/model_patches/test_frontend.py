@@ -77,7 +77,7 @@ def roots(models: Any) -> list[str]:
 @pytest.mark.parametrize(
     ("code", "status"),
     [("not_finite", 400), ("not_found", 404), ("path_not_allowed", 403), ("slots_pinned", 409),
-     ("host_cache_full", 409), ("load_failed", 500)],
+     ("host_cache_full", 409), ("load_failed", 500), ("overflow", 400), ("router_too_large", 400)],
 )  # fmt: skip
 def test_a_refused_load_keeps_code_and_status(code, status):
     engine = Engine()
