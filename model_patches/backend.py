@@ -79,6 +79,22 @@ def check_kernels(wanted: Mapping[str, object], triton: bool, device_type: str) 
             )  # fmt: skip
 
 
+def check_optional(wanted: Mapping[str, object], check: Callable[[], str | None]) -> None:
+    """Raises AdapterError `bad_settings` where kernels that only settings turn on are wrong here;
+    the others are right all the same.
+
+    Args:
+        wanted: such settings; check: runs their kernels, and says what is wrong, or None.
+    """
+    asked = [name for name, value in wanted.items() if value]
+    if asked and (wrong := check()) is not None:
+        raise AdapterError(
+            "bad_settings", f"the kernels of {' and '.join(asked)} fail their check here",
+            seen=wrong, limit="a GPU and a Triton that compute what the reference does",
+            fix=f"leave {' and '.join(asked)} out of the settings",
+        )  # fmt: skip
+
+
 def choose_backend(
     wanted: bool | None, device_type: str, check: Callable[[], str | None]
 ) -> Backend:

@@ -35,8 +35,7 @@ def check_config(vllm_config: Any, lora_config: Any) -> LoraExtSettings:
     # Whether the kernels pass their check here is found out where they run; if not, it says so.
     device_type = vllm_config.device_config.device_type
     triton = asks_for_triton(settings.triton, device_type)
-    of_kernels = {n: getattr(settings, n) for n in ("extend_weights", "fuse_activation")}
-    check_kernels(of_kernels, triton, device_type)
+    check_kernels(settings.of_kernels, triton, device_type)
     mode = vllm_config.compilation_config.cudagraph_mode
     graphs = check_graphs(mode and mode.name, device_type, triton)
     if settings.trace:

@@ -29,6 +29,7 @@ from vllm_lora_ext.model_patches.backend import (
     Building,
     build_with,
     check_graphs,
+    check_optional,
     choose_backend,
 )
 from vllm_lora_ext.model_patches.columns import RowColumns
@@ -50,7 +51,7 @@ from vllm_lora_ext.model_patches.scope import Scope, on_encoder_rows
 from vllm_lora_ext.model_patches.stock_lane import StockLane, expert_tables, put
 from vllm_lora_ext.model_patches.trace import Recorder
 from vllm_lora_ext.model_patches.two_pass import TwoPass
-from vllm_lora_ext.settings import USUAL_EXPERTS, LoraExtSettings
+from vllm_lora_ext.settings import USUAL_EXPERTS
 
 
 class RoutedLoRAModel(LoRAModel):
@@ -91,8 +92,16 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         self._elsewhere = on_encoder_rows(model)
         backend = choose_backend(
             settings.triton, device_type,
-            lambda: _selfcheck(device, lora_config, router_rows, settings),
+            lambda: _selfcheck(device, lora_config, router_rows),
         )  # fmt: skip
+        if backend.on_device:
+            check_optional(
+                settings.of_kernels,
+                lambda: optional_selfcheck(
+                    device, lora_config.lora_dtype, lora_config.max_lora_rank, router_rows,
+                    settings.extend_weights > 0, settings.fuse_activation,
+                ),
+            )  # fmt: skip
         graphs = vllm_config.compilation_config.cudagraph_mode
         self.graphs = check_graphs(graphs and graphs.name, device_type, backend.on_device)
         if device_type == "cpu":
@@ -361,14 +370,11 @@ def slots_pinned(pinned: int, slots: int) -> AdapterError:
     )  # fmt: skip
 
 
-def _selfcheck(
-    device: torch.device, lora_config: Any, router_rows: int, settings: LoraExtSettings
-) -> str | None:
+def _selfcheck(device: torch.device, lora_config: Any, router_rows: int) -> str | None:
     if not HAS_TRITON:
         return "vLLM finds no working Triton"
     case = device, lora_config.lora_dtype, lora_config.max_lora_rank, router_rows
-    optional = settings.extend_weights > 0, settings.fuse_activation
-    return selfcheck(*case) or block_selfcheck(*case) or optional_selfcheck(*case, *optional)
+    return selfcheck(*case) or block_selfcheck(*case)
 
 
 def _reserve_routers(modules: Mapping[str, BaseLayerWithLoRA]) -> None:

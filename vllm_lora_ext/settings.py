@@ -265,6 +265,11 @@ class LoraExtSettings(BaseModel):
                 name = ("models", model)
                 raise _wrong_value([_REWARD, *name], wrong, str(path), _ALLOWED_REWARD["models"])
 
+    @property
+    def of_kernels(self) -> dict[str, object]:
+        """By name, the settings that turn kernels on which nothing else needs."""
+        return {"extend_weights": self.extend_weights, "fuse_activation": self.fuse_activation}
+
     def readable_roots(self) -> tuple[Path, ...] | None:
         """Where the engine may read adapters: `adapter_roots`, and what was merged from there."""
         if self.adapter_roots is None:

@@ -48,6 +48,7 @@ def extended(harness, launch, monkeypatch):
 
     monkeypatch.setattr(config, "check_kernels", lambda *_: None)
     monkeypatch.setattr(manager, "choose_backend", lambda *_: choice.triton())
+    monkeypatch.setattr(manager, "optional_selfcheck", lambda *_: None)
     monkeypatch.setattr(manager.RoutedLoRAModelManager, "_warm", lambda *_: None)
 
     def make(share: float = 1e6, **options: Any) -> Any:
@@ -170,6 +171,16 @@ def test_the_setting_is_refused_where_no_kernel_reads_it_or_it_is_no_share(
 def test_the_other_setting_too(harness) -> None:
     with pytest.raises(AdapterError, match="fuse_activation"):
         harness({"fuse_activation": True})
+
+
+def test_kernels_that_fail_refuse_their_setting_and_not_the_others(extended, monkeypatch) -> None:
+    from vllm_lora_ext.model_patches import manager
+
+    monkeypatch.setattr(manager, "optional_selfcheck", lambda *_: "results differ")
+    with pytest.raises(AdapterError, match="extend_weights") as caught:
+        extended()
+    assert caught.value.code == "bad_settings" and "results differ" in caught.value.text
+    assert extended(share=0.0).manager.modules
 
 
 # --- an expand that activates ---------------------------------------------------------------------
