@@ -120,7 +120,7 @@ bench-merging: $(READY) ## what is left of three skills after every merge
 	$(BIN)/python benchmarks/merging_quality.py
 
 gpu: ## check and measure this machine's GPU (docs/gpu.md): STAGES="probe bench=300", GPU_PYTHON=
-	$(GPU_PYTHON) -P scripts/gpu/run.py $(STAGES)
+	$(GPU_PYTHON) -P scripts/gpu/run.py $(STAGES) $(GPU_ARGS)
 
 gpu-report: ## put what `make gpu` measured into the tables of the documents
 	$(GPU_PYTHON) scripts/gpu/report.py

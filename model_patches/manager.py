@@ -19,6 +19,7 @@ from vllm.utils.torch_utils import PIN_MEMORY
 from vllm_lora_ext.adapters.template import Template
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora.backends.base import Backend
+from vllm_lora_ext.kernels.gated_lora.optional_selfcheck import selfcheck as optional_selfcheck
 from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
 from vllm_lora_ext.kernels.gated_lora.sharded import may_sum
 from vllm_lora_ext.kernels.gated_lora.step import MAX_COLUMNS
@@ -49,7 +50,7 @@ from vllm_lora_ext.model_patches.scope import Scope, on_encoder_rows
 from vllm_lora_ext.model_patches.stock_lane import StockLane, expert_tables, put
 from vllm_lora_ext.model_patches.trace import Recorder
 from vllm_lora_ext.model_patches.two_pass import TwoPass
-from vllm_lora_ext.settings import USUAL_EXPERTS
+from vllm_lora_ext.settings import USUAL_EXPERTS, LoraExtSettings
 
 
 class RoutedLoRAModel(LoRAModel):
@@ -90,7 +91,7 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         self._elsewhere = on_encoder_rows(model)
         backend = choose_backend(
             settings.triton, device_type,
-            lambda: _selfcheck(device, lora_config, router_rows),
+            lambda: _selfcheck(device, lora_config, router_rows, settings),
         )  # fmt: skip
         graphs = vllm_config.compilation_config.cudagraph_mode
         self.graphs = check_graphs(graphs and graphs.name, device_type, backend.on_device)
@@ -98,7 +99,8 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
             keep_memory()
             guard_steps()
         self.pinned: set[int] = set()
-        with build_with(Building(router_rows, backend, self.graphs)):
+        extend = settings.extend_weights if backend.on_device else 0.0
+        with build_with(Building(router_rows, backend, self.graphs, extend)):
             super().__init__(
                 model, max_num_seqs, max_num_batched_tokens, vocab_size, lora_config, device,
                 vllm_config,
@@ -116,7 +118,8 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         self._max_model_len = vllm_config.model_config.max_model_len
         follow_rows(self.rows, self.modules)
         skip_unread(self.punica_wrapper_mapping.values(), self.modules.values())
-        self.blocks = wrap_blocks(self.model, self.modules)
+        fuse = settings.fuse_activation and backend.on_device
+        self.blocks = wrap_blocks(self.model, self.modules, fuse)
         share_scratch(self.blocks.values(), vllm_config.model_config.dtype)
         pinned = device_type == "cuda" and PIN_MEMORY
         text = next(iter(self.punica_wrapper_mapping.values()))  # the language model's is first
@@ -358,11 +361,14 @@ def slots_pinned(pinned: int, slots: int) -> AdapterError:
     )  # fmt: skip
 
 
-def _selfcheck(device: torch.device, lora_config: Any, router_rows: int) -> str | None:
+def _selfcheck(
+    device: torch.device, lora_config: Any, router_rows: int, settings: LoraExtSettings
+) -> str | None:
     if not HAS_TRITON:
         return "vLLM finds no working Triton"
     case = device, lora_config.lora_dtype, lora_config.max_lora_rank, router_rows
-    return selfcheck(*case) or block_selfcheck(*case)
+    optional = settings.extend_weights > 0, settings.fuse_activation
+    return selfcheck(*case) or block_selfcheck(*case) or optional_selfcheck(*case, *optional)
 
 
 def _reserve_routers(modules: Mapping[str, BaseLayerWithLoRA]) -> None:

@@ -45,6 +45,7 @@ class SlotPart:
         columns: the adapter's own, which follow.
         linear: its own columns multiply it: where all are 0, it adds nothing.
         blocks: it has experts that are whole MLP blocks, which nothing can multiply.
+        frozen: what it adds behind a prompt depends on where the prompt ends.
     """
 
     version: str
@@ -53,6 +54,7 @@ class SlotPart:
     columns: tuple[Column, ...] = ()
     linear: bool = True
     blocks: bool = False
+    frozen: bool = False
 
     @property
     def width(self) -> int:

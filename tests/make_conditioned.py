@@ -244,7 +244,7 @@ def delta(folder: Path, layer: str, x_TK: torch.Tensor, given: Given) -> torch.T
     rows = given.rows_TC.double()
     if f.config:
         c, a, b = f.config, f.pair(layer, "A"), f.pair(layer, "B")
-        scale = c["lora_alpha"] / (math.sqrt(c["r"]) if c["use_rslora"] else c["r"])
+        scale = c["lora_alpha"] / (math.sqrt(c["r"]) if c.get("use_rslora") else c["r"])
         acts = rows[:, :1] if c.get("alora_invocation_tokens") else 1
         return acts * (x_TK @ a.T @ b.T) * scale
     total = torch.zeros(())

@@ -81,7 +81,10 @@ def _classifier_text(classifier: Classifier | None) -> str:
     steps.append(f"softmax / {classifier.temperature:g}" if classifier.softmax else "")
     steps.append("" if classifier.top_k is None else f"top {classifier.top_k}")
     steps.append("softmax again" if classifier.softmax_again else "")
-    return ", ".join(filter(None, steps)) + "; two passes"
+    passes = "two passes"
+    if classifier.frozen:
+        passes += " for the prompt; behind it frozen, an approximation"
+    return ", ".join(filter(None, steps)) + f"; {passes}"
 
 
 def request_fields(adapter: RoutedAdapter) -> dict[str, str]:

@@ -11,6 +11,9 @@ SCORES: tuple[str, ...] = get_args(Score)
 SELECTS: tuple[str, ...] = get_args(Select)
 WEIGHTS: tuple[str, ...] = get_args(Weight)
 BIASES: tuple[str, ...] = get_args(Bias)
+MOST_ACTIVATED = 256  # ranks of gate and of up, whose gates must be in registers at once
+# Elementwise, by transformers' names.
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu")
 
 
 def header() -> str:

@@ -28,8 +28,8 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_lora_ext.kernels.gated_lora.backends.triton.expand import gate as gate_of
-from vllm_lora_ext.kernels.gated_lora.backends.triton.expand import sum_parts
+from vllm_lora_ext.kernels.gated_lora.backends.triton.gates import gate as gate_of
+from vllm_lora_ext.kernels.gated_lora.backends.triton.gates import sum_parts
 from vllm_lora_ext.kernels.gated_lora.backends.triton.names import (
     BIAS,
     COUNTS,
@@ -44,6 +44,7 @@ from vllm_lora_ext.kernels.gated_lora.backends.triton.names import (
 )  # fmt: skip
 from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import operand
 from vllm_lora_ext.kernels.gated_lora.backends.triton.store import store_of
+from vllm_lora_ext.kernels.gated_lora.backends.triton.tiles import activate
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import warps_of
 from vllm_lora_ext.kernels.gated_lora.step import max_tiles
 from vllm_lora_ext.kernels.mix_mlp import tables
@@ -53,10 +54,6 @@ from vllm_lora_ext.kernels.mix_mlp.tables import BlockTables
 TILE, COLUMNS = 16, 64
 FIRST_AT, UP_AT, DOWN, ACTIVATION = (tl.constexpr(i) for i in range(len(tables.HEADER)))
 NUM_HEADER = tl.constexpr(len(tables.HEADER))
-SILU = tl.constexpr(tables.ACTIVATIONS.index("silu"))
-GELU = tl.constexpr(tables.ACTIVATIONS.index("gelu"))
-GELU_TANH = tl.constexpr(tables.ACTIVATIONS.index("gelu_pytorch_tanh"))
-QUICK_GELU = tl.constexpr(tables.ACTIVATIONS.index("quick_gelu"))
 
 
 @triton.jit(
@@ -172,7 +169,7 @@ def mix_kernel(
                 if first_at >= 0:
                     b_RN = tl.load(b_R[:, None] + n_N[None, :], mask=own_RN, other=0.0)
                     a_TN += tl.dot(first_TR, b_RN.to(OPERAND), input_precision="tf32x3")
-                a_TN = _activate(a_TN, kind)
+                a_TN = activate(a_TN, kind)
                 if GATED:
                     e_up_TN = up_TN
                     if up_at >= 0:
@@ -192,21 +189,6 @@ def mix_kernel(
     if down != 0:
         z_T = z_ptr + part.to(tl.int64) * stride_z_part + token_T * stride_z
         tl.store(z_T[:, None] + rank_R[None, :], z_TR, mask=ok_TR)
-
-
-@triton.jit
-def _activate(x, kind):
-    if kind == SILU:
-        x = x * tl.sigmoid(x)
-    elif kind == GELU:
-        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif kind == GELU_TANH:  # (1 + tanh z) / 2 is sigmoid(2 z)
-        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    elif kind == QUICK_GELU:
-        x = x * tl.sigmoid(1.702 * x)
-    else:
-        x = tl.maximum(x, 0.0)
-    return x
 
 
 def mix_(
@@ -266,6 +248,6 @@ def mix_(
         BLOCK_R=first.padded_rank,
         BLOCK_N=COLUMNS,
         OPERAND=operand(b_SRN),
-        num_warps=warps_of(TILE, first.padded_rank),
+        num_warps=min(32, warps_of(TILE, first.padded_rank) * b_SRN.itemsize // 2),
         num_stages=1,
     )

@@ -69,9 +69,9 @@ async def _asking(end: Any) -> None:
     for call in (ours, stock):
         with pytest.raises(EngineDeadError):
             await asyncio.wait_for(call, SOON)
+    assert client.utility_results == {}
     with pytest.raises(EngineDeadError):
         await asyncio.wait_for(client.call_utility_async("add_lora"), SOON)
-    assert client.utility_results == {}
     assert isinstance(client.outputs_queue.get_nowait(), EngineDeadError)  # requests hear it too
 
 
@@ -86,6 +86,7 @@ def test_a_core_that_was_killed():
     """vLLM's monitor of the processes cancels the task that listens."""
 
     async def end(client: Any, core: Core) -> None:
+        await asyncio.sleep(0.01)  # it listens
         client.resources.engine_dead = True
         client.resources.output_queue_task.cancel()
 

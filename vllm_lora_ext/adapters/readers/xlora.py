@@ -63,7 +63,10 @@ _SETTINGS = {
     "layers": "names of all adapted layers in the order of the model's modules, which is that of"
     " the classifier's rows; only with layerwise_scalings, and only where the layers are not those"
     " of Llama",
+    "gates": '"exact", which it is without this key, or "frozen": tokens behind the prompt take the'
+    " gates of its last one, an approximation that runs them through the model once",
 }
+_GATES = ("exact", "frozen")
 # In the order in which transformers' models of Llama's kind make them: PEFT counts them so.
 _ORDER = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -251,8 +254,17 @@ def _classifier(folder: AdapterFolder, config: _Config, source: _Source, rows: i
         biases.append(take_shaped(folder, f"{name}.bias", out) if source.biased else None)
     return Classifier(
         tuple(weights), tuple(biases), count, source.relu, config.softmax, config.temperature,
-        config.top_k, config.again,
+        config.top_k, config.again, _frozen(folder),
     )  # fmt: skip
+
+
+def _frozen(folder: AdapterFolder) -> bool:
+    if not folder.has_setting("gates"):
+        return False
+    given = folder.setting("gates", _SETTINGS["gates"])
+    if given not in _GATES:
+        raise bad_value(f"gates in {SIDECAR}", given, " or ".join(_GATES))
+    return bool(given == "frozen")
 
 
 def _in_order(folder: AdapterFolder, experts: Sequence[ExpertFolder], layerwise: bool) -> list[str]:
