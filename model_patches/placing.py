@@ -12,13 +12,12 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from vllm_lora_ext.adapters.checks import check_fits
+from vllm_lora_ext.adapters.checks import BLOCK_PARTS, check_fits
 from vllm_lora_ext.adapters.classifier import Classifier
-from vllm_lora_ext.adapters.model import MixBlock, RoutedAdapter, RoutedModule
+from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora.plan import Shape
 from vllm_lora_ext.model_patches.dora import begun, finish_all, squares_of
-from vllm_lora_ext.model_patches.layer_sizes import block_layers, own_sizes, sizes_of
 from vllm_lora_ext.model_patches.layers import RoutedLinear
 from vllm_lora_ext.model_patches.logits import RoutedLogits
 from vllm_lora_ext.model_patches.mlp import Block
@@ -85,7 +84,7 @@ class Placer:
         self._missing = tuple(
             f"{name}." for name, m in model.named_modules() if isinstance(m, PPMissingLayer)
         )
-        self._shapes = sizes_of(modules, packed) | lane.shapes
+        self._shapes = _shapes(modules, packed) | lane.shapes
         # Layers that an adapter can name, those with adapted parameters among them.
         known = self._shapes.keys() | {name.rpartition(".")[0] for name in lane.experts}
         self._names = Names(
@@ -119,7 +118,7 @@ class Placer:
         template = adapter.template
         self._check_passes(adapter)
         every = (
-            *adapter.modules, *block_layers(adapter), *(template.sizes if template else ()),
+            *adapter.modules, *_block_layers(adapter), *(template.sizes if template else ()),
         )  # fmt: skip
         name_of = {n: n if renamed else self._names.layer(n) for n in every}
         name_of |= {n: n if renamed else self._names.parameter(n) for n in adapter.experts}
@@ -135,7 +134,7 @@ class Placer:
         shapes |= {n: self._shapes[v] for n, v in name_of.items() if v in self._shapes}
         check_fits(
             adapter,
-            shapes | own_sizes(adapter, away),
+            shapes | _own_shapes(adapter, away),
             self._dtype,
             self._max_rank,
             self._router_rows,
@@ -404,3 +403,41 @@ def _factors(module: RoutedModule) -> torch.Tensor:
 
 def _block(block: Block, experts: MixBlock) -> tuple[list[Shape], Fill]:
     return block.shapes(experts), lambda out: block.pack(experts, out)
+
+
+def _shapes(
+    modules: Mapping[str, BaseLayerWithLoRA], packed: Mapping[str, list[str]]
+) -> dict[str, tuple[int, int]]:
+    """(in, out) of everything that an adapter can name, unsharded."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, layer in modules.items():
+        if isinstance(layer, RoutedLinear):
+            k, sizes = layer.full_sizes()
+            parts = packed.get(name, [name])
+            if len(parts) <= len(sizes):
+                each = zip(parts, layer.part_sizes(len(parts)), strict=True)
+                shapes |= {part: (k, sum(n)) for part, n in each}
+        elif name.endswith("lm_head"):
+            shapes[name] = (layer.hidden_size, layer.vocab_size)
+        elif hasattr(layer.base_layer, "org_vocab_size"):
+            shapes[name] = (layer.base_layer.org_vocab_size, layer.base_layer.embedding_dim)
+    return shapes
+
+
+def _block_layers(adapter: RoutedAdapter) -> list[str]:
+    """Every layer that a block of the adapter may have, adapted or not."""
+    every = sorted(set().union(*BLOCK_PARTS))
+    return [f"{block}.{layer}" for block in adapter.blocks for layer in every]
+
+
+def _own_shapes(adapter: RoutedAdapter, names: set[str]) -> dict[str, tuple[int, int]]:
+    """(in, out) as the adapter has them, of layers that live elsewhere and are checked there."""
+    layers: dict[str, RoutedModule | LowRank] = dict(adapter.modules)
+    for block, experts in adapter.blocks.items():
+        layers |= {f"{block}.{part}": m for part, m in experts.parts.items()}
+    shapes = {n: (m.a_RK.shape[1], m.b_NR.shape[0]) for n, m in layers.items() if n in names}
+    for block, experts in adapter.blocks.items():
+        width = experts.router_GK.shape[1]
+        first = (f"{block}.{n}" for n in ("gate_proj", "up_proj", "gate_up_proj", "fc1"))
+        shapes |= {n: (width, 0) for n in first if n in names and n not in shapes}
+    return shapes
