@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -175,6 +176,30 @@ def test_the_authors_numbers_on_the_language_model(llm: Any) -> None:
     recorded = conditioned.images()
     check(recorded, ask(llm, recorded, skip_reading_prefix_cache=True))
     check(recorded, ask(llm, recorded))
+
+
+def test_a_default_adapter_for_images(
+    llm: Any, cases: list[Case], wardrobe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """vLLM's `--default-mm-loras`, beside rows of the base and of a routed adapter."""
+    # Stock numbers such adapters from 1, and a number means one adapter.
+    first = [request for request, *_ in wardrobe.values() if request.lora_int_id == 1]
+    beside = next(n for n in ("routed", "mixlora") if wardrobe[n][0] not in first)
+    by_key = {case.key: case for case in cases}
+    some = [replace(by_key[f"seer, {look}"], adapter=None) for look in ("one", "several")]
+    some += [by_key["base, no image"], by_key[f"{beside}, one"], by_key[f"{beside}, several"]]
+    config = llm.llm_engine.vllm_config.lora_config
+    default = {"image": wardrobe["seer"][0].lora_path}
+    monkeypatch.setattr(config, "default_mm_loras", default)
+    try:
+        for request in first:
+            llm.llm_engine.remove_lora(request.lora_int_id)
+        check(some, ask(llm, some, skip_reading_prefix_cache=True))
+        check(some, ask(llm, some))
+    finally:
+        llm.llm_engine.remove_lora(1)
+        for request in first:
+            llm.llm_engine.add_lora(request)
 
 
 def test_what_is_wrong_is_refused(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from safetensors.torch import load_file, save_file
 
 from integration_tests import reference_model
 from integration_tests.engines import FIXTURES, recorded
@@ -34,13 +36,32 @@ def base(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(base) -> Iterator[Server]:
+def by_name(base) -> Path:
+    """A folder from which a resolver of vLLM's takes adapters by name."""
+    folder = base.parent / "by_name"
+    for name, source in (("found", "plain"), ("also-found", "loramoe"), ("broken", "plain")):
+        shutil.copytree(FOLDERS[source], folder / name)
+        path = folder / name / "adapter_config.json"
+        config = json.loads(path.read_text()) | {"base_model_name_or_path": str(base)}
+        path.write_text(json.dumps(config))
+    weights = folder / "broken" / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    save_file(tensors, weights)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server(base, by_name) -> Iterator[Server]:
     modules = [f"{name}={folder}" for name, folder in FOLDERS.items()]
     argv = command(
         base, free_port(), {"trace": True}, "--lora-modules", *modules, "--max-loras", "4",
         "--max-num-batched-tokens", "64",
     )  # fmt: skip
-    with serving(argv, base.parent / "server.log") as running:
+    resolving = {
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_LORA_RESOLVER_CACHE_DIR": str(by_name),
+    }  # fmt: skip
+    with serving(argv, base.parent / "server.log", **resolving) as running:
         yield running
 
 
@@ -55,6 +76,30 @@ def ask(server: Server, model: str, prompt: Any, **more: Any) -> Any:
 def traced(server: Server, request_id: str, **query: int) -> httpx.Response:
     url = f"{server.url}/v1/lora_ext/trace/{request_id}"
     return httpx.get(url, params=query, timeout=60, trust_env=False)
+
+
+def test_a_resolver_of_vllms_finds_adapters_by_name(server):
+    """`lora_filesystem_resolver`: a plain adapter and a routed one, in one batch and by twos."""
+    cases = [
+        (name, fixture, i)
+        for name, fixture in (("found", "plain-a"), ("also-found", "loramoe-a"), ("base", ""))
+        for i in (1, 2)
+    ]
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(2):
+            answers = pool.map(
+                lambda case: ask(server, case[0], recorded(case[1] or "plain-a").prompts[case[2]]),
+                cases,
+            )
+            for (name, fixture, i), answer in zip(cases, answers, strict=True):
+                assert answer.status_code == 200, answer.text
+                got = answer.json()["choices"][0]["token_ids"]
+                if fixture:
+                    assert got == recorded(fixture).greedy[i][: len(got)], name
+    broken, unknown = (ask(server, name, [5, 6]) for name in ("broken", "nowhere"))
+    assert (broken.status_code, unknown.status_code) == (400, 404), broken.text
+    both = {"lora_ext": {"adapters": [{"name": "found"}, {"name": "also-found", "scale": 0.5}]}}
+    assert ask(server, "base", [5, 6, 7], **both).status_code == 200
 
 
 def test_a_trace_is_its_clients_own(server):

@@ -144,6 +144,8 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.lora.model_manager", "LoRAModelManager._stack_moe_lora_weights"),
             Target("vllm.lora.model_manager", "LoRAModelManager._convert_3d_to_2d_moe_lora"),
             Target("vllm.lora.model_manager", "LoRAModelManager._validate_moe_lora_format"),
+            Target("vllm.lora.model_manager", "LoRAModelManager._get_lora_layer_weights"),
+            Target("vllm.lora.model_manager", "LoRAModelManager._get_module_to_save_weights"),
             Target("vllm.lora.lora_weights", "LoRALayerWeights"),
             Target("vllm.lora.lora_weights", "PackedLoRALayerWeights"),
             Target("vllm.lora.layers.classifier", "ClassificationHeadWithLoRA"),
