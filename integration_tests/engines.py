@@ -36,10 +36,10 @@ def make_engine(base: str | Path, **overrides: Any) -> Any:
     os.environ.update(ENVIRONMENT)
     from vllm import LLM
 
-    from integration_tests import forked
+    if os.environ.get("VLLM_ENABLE_V1_MULTIPROCESSING") != "0":
+        from integration_tests import forked
 
-    forked.use()
-
+        forked.use()
     return LLM(**engine_options(base, **overrides))
 
 

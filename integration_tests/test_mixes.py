@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from integration_tests.engines import recorded
+from integration_tests.matrix import WHERE
 from integration_tests.reference_model import logits
 from integration_tests.server import Server, base_with_tokenizer, command, free_port, serving
 from integration_tests.soak import world
@@ -27,6 +29,7 @@ from vllm_lora_ext.merging.generate import ExpertLibrary, minilm
 from vllm_lora_ext.merging.generate.embed import PACKAGE
 
 pytestmark = pytest.mark.engine
+whole = pytest.mark.skipif(WHERE not in os.environ, reason="minutes of its own: `make matrix`")
 BOUND = 2e-3
 BASE = "base_llama"
 PLAIN = recorded("plain-a")
@@ -279,6 +282,7 @@ def test_nothing_of_the_mixes_stays_behind(server, home):
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
+@whole
 def test_a_soak_in_short(server, home):
     """`make soak`, for a part of a minute, on a server that has seen all of the above."""
     report = soak(server, home / "soak", seconds=40, clients=8)
@@ -287,6 +291,7 @@ def test_a_soak_in_short(server, home):
     assert report.counted["preemptions"] > 0 and report.tally.requests["200"] > 100
 
 
+@whole
 def test_an_engine_that_is_killed_ends_what_waits_for_it(server, home):
     """The last of this server: a load in flight is answered, the server ends as stock's does."""
     assert kill_part(server, world.make(home / "deaths"), "EngineCore") == []

@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -30,13 +31,16 @@ from integration_tests.conditioned import (
     instructions,
     users,
 )
-from integration_tests.matrix import BOUND, http_error
+from integration_tests.matrix import BOUND, WHERE, http_error
 from integration_tests.reference_model import model, where, worn
 from integration_tests.server import Server, base_with_tokenizer, command, free_port, serving, words
 from vllm_lora_ext.adapters.registry import load_adapter
 from vllm_lora_ext.conditions.column import Column, Prompt
 
-pytestmark = pytest.mark.engine
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.skipif(WHERE not in os.environ, reason="minutes of its own: `make matrix`"),
+]
 BASE, QUOTE = "base_llama_mha", 7
 FOLDERS = {name: adapter(name).lora_path for name in (*USERS, WAVLLM, IMAGES)}
 PASSES = "lora_ext:gate_passes_total"

@@ -791,7 +791,7 @@ def test_the_engines_numbers_stand_on_metrics(server, client, places):
     there = set(re.findall(r"^([a-z_]+:\w+)", text, re.MULTILINE))
     assert metric_names() <= there, metric_names() - there
     routed_by = re.findall(r'lora_requests_info{[^}]*running_lora_adapters="([^"]*)"', text)
-    assert {"plain", "loramoe", "seen"} <= set(",".join(routed_by).split(","))  # docs/fleet.md
+    assert {"plain", "loramoe"} <= set(",".join(routed_by).split(","))  # docs/fleet.md
 
 
 @pytest.mark.parametrize("stream", [False, True])

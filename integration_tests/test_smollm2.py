@@ -8,6 +8,7 @@ test; past such a place the texts are not compared.
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from integration_tests.engines import close, greedy, lora, make_engine, run, tokens
+from integration_tests.matrix import WHERE
 from vllm_lora_ext.adapters.hf import apply_adapter
 from vllm_lora_ext.adapters.registry import load_adapter
 
@@ -71,6 +73,7 @@ def test_greedy_text_equals_transformers(demo, llm):
     assert same >= 0.85 * len(gaps)
 
 
+@pytest.mark.skipif(WHERE not in os.environ, reason="minutes of its own: `make matrix`")
 @pytest.mark.parametrize("kind", ["Plain", "Routed"])
 def test_two_steps_of_the_training_loop(demo, llm, kind, monkeypatch):
     """`make rl` in short: the loop asserts of every answer that its version is the one asked."""
