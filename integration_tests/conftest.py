@@ -12,10 +12,12 @@ from integration_tests.engines import close, make_engine
 _TOGETHER = (
     "authors_numbers bad_adapters_offline conditioned formats labels ladder logits matrix"
     " properties residency rl stock templates trace",
-    "dora rewards two_pass verify_cli",
+    "dora rank_attention rewards two_pass verify_cli",
 )
 _GROUP = {f"test_{name}.py": group for group in _TOGETHER for name in group.split()}
-TWO_PASS = {"lora_ext": {"two_pass": True}}
+TWO_PASS = {
+    "lora_ext": {"two_pass": True, "rank_attention": {"heads": 4, "head_size": 32}}
+}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -28,8 +30,8 @@ def llama() -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def llama_eager() -> Iterator[Any]:
-    """The same without a compiler, with prompts prefilled in one piece, with two passes, and open
-    to all folders that settings allow."""
+    """The same without a compiler, with prompts prefilled in one piece, with two passes and room
+    for attention over A x, and open to all folders that settings allow."""
     allowed = {"pickle": "weights_only", "accept_config_keys": ["newest_option"]}
     llm = make_engine(
         "base_llama", enforce_eager=True, max_num_batched_tokens=512, max_loras=6,
@@ -41,7 +43,8 @@ def llama_eager() -> Iterator[Any]:
 
 @pytest.fixture(scope="session")
 def qwen2() -> Iterator[Any]:
-    """Tiny Qwen2: biases on q, k, v; one key/value head; tied output matrix; with two passes."""
+    """Tiny Qwen2: biases on q, k, v; one key/value head; tied output matrix; with two passes and
+    room for attention over A x."""
     llm = make_engine("base_qwen2", additional_config=TWO_PASS)
     yield llm
     close(llm)

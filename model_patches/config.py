@@ -42,20 +42,50 @@ def check_config(vllm_config: Any, lora_config: Any) -> LoraExtSettings:
         check_trace(vllm_config, graphs)
     if settings.two_pass:
         check_two_pass(vllm_config)
+    if settings.rank_attention:
+        check_rank_attention(vllm_config, settings, graphs)
     _check_connector(vllm_config.kv_transfer_config)
     return settings
 
 
 def check_two_pass(vllm_config: Any) -> None:
     """Raises AdapterError `bad_settings` where an engine cannot run its model twice in a step."""
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
     mode = vllm_config.compilation_config.cudagraph_mode
-    for seen, limit, fix in (
+    _refuse_first("two_pass", "run its model twice in a step", (
         (mode.name if mode and mode.has_full_cudagraphs() else None,
          "an engine whose CUDA graphs are PIECEWISE: a FULL one holds one pass",
          """start with --compilation-config '{"cudagraph_mode": "PIECEWISE"}'"""),
-        (parallel.pipeline_parallel_size > 1, "one pipeline stage: gates come from the last one",
+        (vllm_config.parallel_config.pipeline_parallel_size > 1,
+         "one pipeline stage: gates come from the last one",
          "start with --tensor-parallel-size instead"),
+        *_second_caches(vllm_config),
+    ))  # fmt: skip
+
+
+def check_rank_attention(vllm_config: Any, settings: LoraExtSettings, graphs: bool) -> None:
+    """Raises AdapterError `bad_settings` where an engine cannot keep what adapters attend to."""
+    dtype = vllm_config.cache_config.cache_dtype
+    _refuse_first("rank_attention", "keep what adapters attend to", (
+        (graphs, "an engine without CUDA graphs: none holds it", "start with --enforce-eager"),
+        (settings.extend_weights > 0 or settings.fuse_activation,
+         "linear layers that add what adapters add by themselves",
+         "leave out the settings extend_weights and fuse_activation"),
+        (vllm_config.parallel_config.world_size > 1, "one rank, which has A x whole",
+         "start one server for each GPU"),
+        (dtype if dtype not in ("auto", str(vllm_config.model_config.dtype)[6:]) else None,
+         "a KV cache of the model's dtype", "start without --kv-cache-dtype"),
+        *_second_caches(vllm_config),
+    ))  # fmt: skip
+
+
+_Checks = tuple[tuple[object, str, str], ...]
+"""What is seen, if it is in the way; what is served; what mends it."""
+
+
+def _second_caches(vllm_config: Any) -> _Checks:
+    """What is in the way of more than the model's own keys and values in the KV cache."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    return (
         (parallel.data_parallel_size > 1, "an engine that no other one steps with",
          "start one server for each"),
         (parallel.decode_context_parallel_size > 1 or parallel.prefill_context_parallel_size > 1,
@@ -73,12 +103,16 @@ def check_two_pass(vllm_config: Any) -> None:
          "a decoder of text, whose inputs outlive a pass", "serve another model"),
         (unknown_rows(vllm_config), "an engine that knows on the host which rows are whose",
          "start without it"),
-    ):  # fmt: skip
+    )  # fmt: skip
+
+
+def _refuse_first(setting: str, what: str, checks: _Checks) -> None:
+    for seen, limit, fix in checks:
         if seen:
             raise AdapterError(
-                "bad_settings", "the setting two_pass is true, and this engine cannot run its model"
-                " twice in a step", seen=None if seen is True else seen, limit=limit,
-                fix=f"{fix}, or leave the setting two_pass out",
+                "bad_settings", f"the setting {setting} is given, and this engine cannot {what}",
+                seen=None if seen is True else seen, limit=limit,
+                fix=f"{fix}, or leave the setting {setting} out",
             )  # fmt: skip
 
 

@@ -78,7 +78,10 @@ class Deriver:
                 " on its way", seen=part.name, fix="send the request again",
             )  # fmt: skip
         host, version = resident.host, part.version
-        if host is None or host.classifier is not None or part.lora_id >= DERIVED_IDS:
+        if (
+            host is None or host.classifier is not None or host.attention
+            or part.lora_id >= DERIVED_IDS
+        ):  # fmt: skip
             raise AdapterError(
                 "unsupported_feature", f"adapter {part.name} cannot be one of several, or scaled",
                 seen=resident.system, limit="adapters of linear layers, embedding and output"

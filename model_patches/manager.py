@@ -45,6 +45,7 @@ from vllm_lora_ext.model_patches.placing import Placer
 from vllm_lora_ext.model_patches.positions import Positions
 from vllm_lora_ext.model_patches.products import guard_steps
 from vllm_lora_ext.model_patches.punica import skip_unread
+from vllm_lora_ext.model_patches.rank_attention import RankAttention
 from vllm_lora_ext.model_patches.residency import HeadWeights, HostAdapter
 from vllm_lora_ext.model_patches.rows import Rows, unknown_rows
 from vllm_lora_ext.model_patches.scope import Scope, on_encoder_rows
@@ -123,6 +124,11 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
             step.columns = settings.max_gates or _usual_gates(self.modules.values())
             assert len(step.rows_TC)  # made now, before the KV cache takes the rest
             self._two_pass = TwoPass(self.model, step, self.rows, vllm_config)
+        self._attention: RankAttention | None = None
+        if settings.rank_attention:
+            self._attention = RankAttention(
+                self.model, self.modules, step, settings.rank_attention, vllm_config
+            )
         self._columns: RowColumns | None = None
         self._max_model_len = vllm_config.model_config.max_model_len
         follow_rows(self.rows, self.modules)
@@ -143,6 +149,7 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
             lora_config.max_lora_rank, router_rows, lora_config.lora_dtype, self.base_name,
             pinned=pinned, graphs=self.graphs,
             pooling=self.is_pooling_model, positions=positions, two_pass=self._two_pass,
+            attention=self._attention,
         )  # fmt: skip
         self.composer = Composer(
             self.modules, self.blocks, lora_config.max_lora_rank, router_rows, positions, pinned,
@@ -294,6 +301,8 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
             self.blocks[name].site.load(slot, block)
         if self._two_pass is not None:
             self._two_pass.load(slot, host.classifier)
+        if self._attention is not None:
+            self._attention.load(slot, host.attention)
 
     def pin_adapter(self, lora_id: int) -> bool:
         """Keeps a registered adapter in its slot.
@@ -335,6 +344,8 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
             block.site.clear(slot)
         if self._two_pass is not None:
             self._two_pass.load(slot, None)
+        if self._attention is not None:
+            self._attention.load(slot, {})
 
 
 def _usual_gates(layers: Iterable[BaseLayerWithLoRA]) -> int:

@@ -14,7 +14,7 @@ from vllm.model_executor.models.utils import PPMissingLayer
 
 from vllm_lora_ext.adapters.checks import BLOCK_PARTS, check_fits
 from vllm_lora_ext.adapters.classifier import Classifier
-from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
+from vllm_lora_ext.adapters.model import NO_GATE, LowRank, MixBlock, RoutedAdapter, RoutedModule
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora.plan import Shape
 from vllm_lora_ext.model_patches.dora import begun, finish_all, squares_of
@@ -23,10 +23,12 @@ from vllm_lora_ext.model_patches.logits import RoutedLogits
 from vllm_lora_ext.model_patches.mlp import Block
 from vllm_lora_ext.model_patches.names import Names
 from vllm_lora_ext.model_patches.positions import Positions
+from vllm_lora_ext.model_patches.rank_attention import RankAttention
 from vllm_lora_ext.model_patches.residency import (
     Fill,
     HostAdapter,
     Layout,
+    Projections,
     SlotPart,
     one,
     pack_flat,
@@ -52,6 +54,7 @@ class Placer:
         graphs: whether the engine captures CUDA graphs.
         positions: where something may differ by token.
         two_pass: computes what a classifier reads; None: this server does not.
+        attention: keeps what adapters attend to; None: this server does not.
         pooling: whether the model is served for pooling; adapters may then have been trained on
             the bare model, whose layers' names lack `model.`.
     """
@@ -73,6 +76,7 @@ class Placer:
         pooling: bool,
         positions: Positions,
         two_pass: TwoPass | None,
+        attention: RankAttention | None,
     ) -> None:
         self._model_name = type(model).__name__
         self._modules, self._packed, self._blocks = modules, packed, blocks
@@ -80,6 +84,7 @@ class Placer:
         self._dtype, self._base_name, self._pinned = dtype, base_name, pinned
         self._graphs, self._scope = graphs, scope
         self.lane, self._positions, self._two_pass = lane, positions, two_pass
+        self._attention = attention
         # Prefixes of the layers that live on another pipeline rank.
         self._missing = tuple(
             f"{name}." for name, m in model.named_modules() if isinstance(m, PPMissingLayer)
@@ -173,7 +178,18 @@ class Placer:
                 )  # fmt: skip
 
     def _check_passes(self, adapter: RoutedAdapter) -> None:
-        """That the engine runs the pass that the adapter's gates come from, if there is one."""
+        """That the engine keeps and computes what the adapter needs beside its own rows: what it
+        attends to, and the pass that its gates come from."""
+        if adapter.attends:
+            if self._attention is None:
+                raise AdapterError(
+                    "unsupported_feature", "the adapter attends to earlier tokens' A x, for whose"
+                    " keys and values every token needs room in the KV cache",
+                    seen=adapter.attends[0], limit='servers with the setting "rank_attention"',
+                    fix="start the server with --additional-config '{\"lora_ext\":"
+                    " {\"rank_attention\": {\"heads\": 4, \"head_size\": 32}}}'",
+                )  # fmt: skip
+            self._attention.check(adapter)
         if adapter.classifier is None:
             return
         if self._two_pass is None:
@@ -212,6 +228,7 @@ class Placer:
         stock: Layout = {}
         blocks: Layout = {}
         norms: dict[str, torch.Tensor] = {}
+        attention: Projections = {}
         names: dict[str, tuple[str, ...]] = {}
         for layer_name, layer in self._modules.items():
             parts = [found.get(n) for n in self._packed.get(layer_name, [layer_name])]
@@ -227,6 +244,10 @@ class Placer:
                 if squares_N is not None:
                     norms[layer_name] = squares_N
                 _check_extended(layer_name, layer, slices)
+                if adapter.attends and self._attention is not None:
+                    own = self._attention.projections(layer_name, slices)
+                    attention |= {layer_name: own} if own else {}
+                    slices = [m and _without_attention(m) for m in slices]
                 sites[layer_name] = _site(layer, begun(slices))
             elif not self.lane.packs(layer_name):
                 stock[layer_name] = _stock(names[layer_name][0], layer, modules, self._dtype)
@@ -245,9 +266,10 @@ class Placer:
         return HostAdapter(
             system=adapter.system, source=adapter.source, rank=adapter.rank,
             version=adapter.digest,
-            nbytes=nbytes + (classifier.nbytes if classifier else 0), names=names,
+            nbytes=nbytes + (classifier.nbytes if classifier else 0) + _bytes(attention),
+            names=names,
             sites=packed[0], stock=packed[1], blocks=packed[2], heads=packed[3],
-            on_base=bool(adapter.dora), norms=norms,
+            on_base=bool(adapter.dora), norms=norms, attention=attention,
             parts=(SlotPart(
                 adapter.digest, columns=adapter.columns, linear=_is_linear(adapter),
                 blocks=bool(blocks), frozen=classifier is not None and classifier.frozen,
@@ -345,6 +367,17 @@ def _is_linear(adapter: RoutedAdapter) -> bool:
     )
     own = adapter.blocks or adapter.experts or adapter.heads
     return not adapter.columns or (multiplied and not own)
+
+
+def _bytes(attention: Projections) -> int:
+    return sum(own.weight_PR.nbytes for found in attention.values() for own in found.values())
+
+
+def _without_attention(module: RoutedModule) -> RoutedModule:
+    """B A x alone, which is added first."""
+    if module.gate.source != "attention":
+        return module
+    return replace(module, gate=NO_GATE, attention_PR=None)
 
 
 def _site(layer: RoutedLinear, slices: Sequence[RoutedModule | None]) -> tuple[list[Shape], Fill]:

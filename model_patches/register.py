@@ -669,6 +669,31 @@ PATCHES: tuple[Patch, ...] = (
         ),
     ),
     Patch(
+        name="rank-attention",
+        module="rank_attention",
+        why=(
+            "An adapter whose A x attends to that of earlier tokens needs their keys and values, in"
+            " the blocks of the request."
+        ),
+        how=(
+            "With the setting `rank_attention`: attention layers of vLLM's own for the slices of "
+            "linear layers, in vLLM's table of layers, called behind the op that adds B A x."
+        ),
+        upstream="none yet",
+        remove_when="never: vLLM has no such adapters.",
+        targets=(
+            Target("vllm.model_executor.layers.attention.attention", "Attention.__init__"),
+            Target("vllm.model_executor.layers.attention.attention", "Attention.forward"),
+            Target("vllm.model_executor.layers.attention.attention", "Attention.get_kv_cache_spec"),
+            Target("vllm.model_executor.layers.attention.attention", "get_attention_context"),
+            Target("vllm.v1.worker.utils", "bind_kv_cache"),
+            Target("vllm.v1.core.kv_cache_utils", "get_kv_cache_groups"),
+            Target("vllm.v1.kv_cache_interface", "UniformTypeKVCacheSpecs"),
+            Target("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.get_kv_cache_spec"),
+            Target("vllm.v1.worker.gpu.attn_utils", "get_kv_cache_spec"),
+        ),
+    ),
+    Patch(
         name="logits",
         module="logits",
         why=(

@@ -22,6 +22,24 @@ from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora.plan import PackedSite, Shape
 from vllm_lora_ext.kernels.mix_mlp.block import PackedBlock
 
+
+@dataclass(frozen=True)
+class Projection:
+    """What makes q, k and v of A x in one slice of a layer (`rank_attention`).
+
+    Args:
+        weight_PR: [3 R, R] fp32, as the adapter has it.
+        heads: of R / heads numbers each.
+    """
+
+    weight_PR: torch.Tensor = field(repr=False)
+    heads: int
+
+
+Projections = dict[str, dict[int, Projection]]
+"""Of one adapter: vLLM's name of a layer → number of the slice → what it has there."""
+
+
 # Arguments of vLLM's `set_lora`, of fused experts one tensor for each of the layer's tables; and
 # arguments of `set_module_to_save`.
 Weights = tuple[torch.Tensor, ...]
@@ -83,6 +101,7 @@ class HostAdapter:
         template: it goes into no slot before it is derived, and has nothing of the above.
         classifier: gives the gates of its rows, from a first pass of the step.
         on_base: whether it holds what was computed from the base weights (DoRA).
+        attention: name of a linear layer → what makes its slices attend to earlier tokens.
         norms: name of a linear layer → this rank's part of a sum over the ranks without which its
             site is not ready (`dora`).
     """
@@ -102,6 +121,7 @@ class HostAdapter:
     template: Template | None = field(default=None, repr=False)
     classifier: Classifier | None = field(default=None, repr=False)
     on_base: bool = False
+    attention: Projections = field(default_factory=dict, repr=False)
     norms: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property

@@ -28,12 +28,11 @@ from vllm.forward_context import (
     override_forward_context,
 )
 from vllm.model_executor.layers.attention import Attention
-from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-from vllm.v1.attention.backend import AttentionType
 
 from vllm_lora_ext.adapters.classifier import Classifier
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora import StepMap
+from vllm_lora_ext.model_patches.attention_layers import not_served, own_attentions
 from vllm_lora_ext.model_patches.frozen_gates import FrozenGates
 from vllm_lora_ext.model_patches.rows import Rows
 
@@ -60,7 +59,12 @@ class TwoPass:
         self._hidden = vllm_config.model_config.get_hidden_size()
         self._classifiers: dict[int, Classifier] = {}
         self._frozen = FrozenGates(rows, step)
-        attentions = _attentions(model)
+        attentions = own_attentions(model, "two_pass", windows=True)
+        if type(model).__call__ is not nn.Module.__call__:
+            raise not_served(
+                "two_pass", "is compiled as a whole, so that it cannot be run twice in a step",
+                type(model).__name__, "models of vLLM's own, whose inner part is compiled",
+            )  # fmt: skip
         self._twins = {layer.layer_name: _twin(layer) for layer in attentions}
         layers = vllm_config.compilation_config.static_forward_context
         layers |= {twin.layer_name: twin for twin in self._twins.values()}
@@ -166,35 +170,6 @@ def _twin(layer: Attention) -> Attention:
     twin.layer_name = f"{layer.layer_name}.{TWIN}"
     twin.kv_cache = torch.tensor([])
     return twin
-
-
-def _attentions(model: nn.Module) -> list[Attention]:
-    """Of the model itself, not of a drafter that stands beside it in vLLM's table."""
-    kept: list[Any] = [layer for layer in model.modules() if isinstance(layer, AttentionLayerBase)]
-    other = [
-        f"{layer.layer_name}: {type(layer).__name__}" for layer in kept
-        if type(layer) is not Attention
-        or layer.attn_type != AttentionType.DECODER
-        or layer.kv_sharing_target_layer_name is not None
-    ]  # fmt: skip
-    if other or not kept:
-        raise _not_served(
-            "keeps something else than keys and values of its own in each attention layer",
-            other[:1], "decoders whose layers all have a KV cache of their own",
-        )  # fmt: skip
-    if type(model).__call__ is not nn.Module.__call__:
-        raise _not_served(
-            "is compiled as a whole, so that it cannot be run twice in a step",
-            type(model).__name__, "models of vLLM's own, whose inner part is compiled",
-        )  # fmt: skip
-    return kept
-
-
-def _not_served(why: str, seen: object, limit: str) -> AdapterError:
-    return AdapterError(
-        "bad_settings", f"the setting two_pass is true, and this model {why}", seen=seen or "none",
-        limit=limit, fix="leave the setting two_pass out, and serve no X-LoRA",
-    )  # fmt: skip
 
 
 def apply() -> None:

@@ -1,5 +1,6 @@
 """The gate table and its plain reference. Knows no vLLM and no files."""
 
+from vllm_lora_ext.routing.attention import attention_reference
 from vllm_lora_ext.routing.norm import InputNorm
 from vllm_lora_ext.routing.reference import (
     GatedSlice,
@@ -16,6 +17,7 @@ __all__ = [
     "GatedSlice",
     "InputNorm",
     "Rescale",
+    "attention_reference",
     "delta_reference",
     "gate_reference",
     "logits_reference",

@@ -6,6 +6,7 @@ from typing import Protocol
 
 import torch
 
+from vllm_lora_ext.routing.attention import attention_reference
 from vllm_lora_ext.routing.norm import InputNorm
 from vllm_lora_ext.routing.rescale import Rescale
 from vllm_lora_ext.routing.spec import GIVEN, GateSpec
@@ -18,7 +19,7 @@ class GatedSlice(Protocol):
     head_K [in], norm; the last four where the gate asks for them. logit_bias_G [G] is added to a
     router's logits. a_RK has R / n rows when n experts share one A. row_start is the first of the
     numbers that come with each row which the gate reads. rescale is what happens to the layer's own
-    output, if anything does.
+    output, if anything does. attention_PR [3 R, R] belongs to source `attention`.
     """
 
     @property
@@ -43,6 +44,8 @@ class GatedSlice(Protocol):
     def row_start(self) -> int: ...
     @property
     def rescale(self) -> Rescale | None: ...
+    @property
+    def attention_PR(self) -> torch.Tensor | None: ...
 
 
 def delta_reference(
@@ -51,12 +54,16 @@ def delta_reference(
     """`B (g(x) ⊙ (A x))`: what the adapter adds to the layer's output, [T, out] fp32.
 
     Args:
+        x_TK: for source `attention`, one sequence from its first token on.
         rows_TG: [T, G] those of the numbers that came with each row which the gate reads, for
             sources `request`, `position`, `classifier`.
     """
     x_TK = x_TK.float()
     h_TR = x_TK @ s.a_RK.float().t()
-    if s.gate.source != "none":
+    if s.gate.source == "attention":
+        assert s.attention_PR is not None
+        h_TR = h_TR + attention_reference(h_TR, s.attention_PR, s.gate.num_gates)
+    elif s.gate.source != "none":
         head_T = None if s.head_K is None else x_TK @ s.head_K.float() + s.head_bias
         g_TR = gate_reference(s.gate, logits_reference(s, x_TK, rows_TG), s.bias_G, head_T)
         if s.gate.product:

@@ -13,7 +13,9 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-Source = Literal["none", "router", "self", "prototype", "request", "position", "classifier"]
+Source = Literal[
+    "none", "router", "self", "prototype", "request", "position", "classifier", "attention"
+]
 Score = Literal["identity", "softmax", "sigmoid", "l2", "abs"]
 Select = Literal["all", "top_k", "threshold", "top_p"]
 Weight = Literal["score", "renormalise", "softmax", "one", "sqrt"]
@@ -42,6 +44,8 @@ class GateSpec:
             `self`, the projection A x itself (then G = R and every block is 1); `request`,
             `position` and `classifier`, numbers that come with each row, given by the request, by
             where the token stands, or by a classifier of the base model's last hidden state;
+            `attention`, no number multiplies: A x gets its attention over earlier tokens' A x added
+            (`routing.attention`), blocks are heads, and no other field may be set;
             `none`, no gate (g = 1, a plain LoRA; everything else keeps its default).
         normalise: `layer`, the router reads LayerNorm(x) without an affine part (`InputNorm`
             stands beside the router); normalise_eps is added to the variance.
@@ -121,6 +125,11 @@ class GateSpec:
             raise GateSpecError("blocks", self.blocks, "one rank >= 1 per gate")
         if self.source == "self" and any(b != 1 for b in self.blocks):
             raise GateSpecError("blocks", self.blocks, "1 for every rank when source is 'self'")
+        if self.source == "attention":
+            if len(set(self.blocks)) != 1:
+                raise GateSpecError("blocks", self.blocks, "one size for all heads")
+            for name in self.to_dict().keys() - {"source", "blocks"}:
+                raise GateSpecError(name, getattr(self, name), "no other field with 'attention'")
         if self.product and len(set(self.blocks)) != 1:
             raise GateSpecError("blocks", self.blocks, "one rank for all gates of a product")
         if self.normalise != "none" and self.source not in ROUTED:
@@ -145,6 +154,11 @@ class GateSpec:
     def num_gates(self) -> int:
         """G, the number of gates; 0 for a plain LoRA."""
         return len(self.blocks)
+
+    @property
+    def weighs(self) -> bool:
+        """Whether numbers multiply A x, which can be shown."""
+        return self.source not in ("none", "attention")
 
     @property
     def router_rows(self) -> int:

@@ -164,6 +164,9 @@ def random_module(
         bias_G=_bias(rng, spec) if spec.bias != "none" else None,
         head_K=normal(rng, k) / math.sqrt(k) if spec.threshold_head else None,
         head_bias=float(np.float32(rng.normal())) if spec.threshold_head else 0.0,
+        attention_PR=normal(rng, 3 * total, total) * (1.5 / math.sqrt(total))
+        if spec.source == "attention"
+        else None,
         kind=kind,  # type: ignore[arg-type]
         **normalised,
     )

@@ -25,7 +25,7 @@ ROUTER_ROWS_DEFAULT = 64
 GATES_LIMIT = 1 << 16
 USUAL_EXPERTS = 16
 
-_MERGE, _REWARD = "merge", "reward"
+_MERGE, _REWARD, _RANKS = "merge", "reward", "rank_attention"
 _TOKEN_LENGTH = 16
 _EXAMPLE = f'--additional-config \'{{"{KEY}": {{"host_cache_mb": 4096}}}}\''
 _ALLOWED = {
@@ -38,6 +38,7 @@ _ALLOWED = {
     "trace": "true or false",
     "pickle": '"weights_only", or null for no pickles',
     "two_pass": "true or false, or null for what --lora-modules needs",
+    "rank_attention": "an object with heads and head_size, or null for no such adapters",
     "max_gates": f"a whole number from 1 to {GATES_LIMIT}, or null",
     "accept_config_keys": "a list of keys of adapter_config.json",
     "max_request_adapters": "a whole number, 1 or more",
@@ -49,6 +50,10 @@ _ALLOWED = {
 _ALLOWED_REWARD = {
     "models": "an object of name: existing folder",
     "router_device": "a device of torch, cpu or cuda",
+}
+_ALLOWED_RANKS = {
+    "heads": "a whole number from 1 to 64",
+    "head_size": "a whole number from 8 to 512 that the attention backend takes",
 }
 _ALLOWED_MERGE = {
     "enabled": "true or false",
@@ -62,6 +67,7 @@ _ALLOWED_MERGE = {
     "max_seconds": "a number above 0",
     "store": "a folder, or null for one in the user's cache",
 }
+_INSIDE = {_MERGE: _ALLOWED_MERGE, _REWARD: _ALLOWED_REWARD, _RANKS: _ALLOWED_RANKS}
 _Kind = Literal["folder", "file"]
 _ON = {"1", "true", "yes"}
 _OFF = {"", "0", "false", "no"}
@@ -176,6 +182,18 @@ class RewardSettings(BaseModel):
         return hash(self.model_dump_json())
 
 
+class RankAttentionSettings(BaseModel):
+    """What adapters keep of each token in each slice of a linear layer (`routing.attention`)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    heads: int = Field(ge=1, le=64)
+    """Most heads of an adapter's attention."""
+
+    head_size: int = Field(ge=8, le=512)
+    """Most numbers of a head."""
+
+
 class LoraExtSettings(BaseModel):
     """Everything under the key `lora_ext` of vLLM's `--additional-config`."""
 
@@ -216,6 +234,10 @@ class LoraExtSettings(BaseModel):
     max_gates: int | None = Field(default=None, ge=1, le=GATES_LIMIT)
     """With `two_pass`: gates that a classifier may give a token, layers times experts. None: 16
     experts for each linear layer. It costs 4 bytes for each token of `--max-num-batched-tokens`."""
+
+    rank_attention: RankAttentionSettings | None = None
+    """Experimental: adapters whose A x attends to that of earlier tokens are served, and every
+    token has room for their keys and values in the KV cache. None: they are refused."""
 
     pickle: Literal["weights_only"] | None = None
     """Whether `adapter_model.bin` is read where there is no safetensors file. None: refused."""
@@ -360,8 +382,8 @@ def _as_adapter_error(error: ValidationError) -> AdapterError:
     first = error.errors()[0]
     *parents, last = [str(part) for part in first["loc"]] or [KEY]
     allowed, known = (_ALLOWED, parents[:1] or [last])
-    if parents[:1] in ([_MERGE], [_REWARD]):
-        allowed = _ALLOWED_MERGE if parents[0] == _MERGE else _ALLOWED_REWARD
+    if parents[:1] in ([_MERGE], [_REWARD], [_RANKS]):
+        allowed = _INSIDE[parents[0]]
         known = [*parents[1:2], last]
     if first["type"] == "extra_forbidden":
         return AdapterError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,11 +18,12 @@ from vllm_lora_ext.adapters.template import Template
 from vllm_lora_ext.kernels.gated_lora.memory import ROUTER_BYTES
 from vllm_lora_ext.kernels.gated_lora.memory import slot_bytes as site_bytes
 from vllm_lora_ext.routing import GateSpec
-from vllm_lora_ext.settings import LoraExtSettings
+from vllm_lora_ext.settings import KEY, LoraExtSettings
 
 _STORED = torch.bfloat16  # or float16: A and B in a slot of a GPU
 _FUSED = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 _LAYER = re.compile(r"\.\d+\.")
+_HEADS = 32  # a CPU takes multiples of it
 
 
 def summarise(adapter: RoutedAdapter, reader: Reader | None = None) -> dict[str, Any]:
@@ -41,8 +43,13 @@ def summarise(adapter: RoutedAdapter, reader: Reader | None = None) -> dict[str,
         flags.append(f"--max-lora-rank {max_rank}")
     rows = adapter.router_rows
     reserved = LoraExtSettings().router_rows(max_rank or max(adapter.rank, 1))
+    settings: dict[str, Any] = {}
     if max_rank is not None and rows > reserved:
-        flags.append(f'--additional-config \'{{"lora_ext": {{"max_router_rows": {rows}}}}}\'')
+        settings["max_router_rows"] = rows
+    if adapter.attends:
+        settings["rank_attention"] = attention_setting(adapter)
+    if settings:
+        flags.append(f"--additional-config '{json.dumps({KEY: settings})}'")
     if adapter.heads:
         labels = max(len(head.weight_NK) for head in adapter.heads.values())
         flags.append(f"--runner pooling --max-lora-cls-labels {labels}")
@@ -85,6 +92,16 @@ def _classifier_text(classifier: Classifier | None) -> str:
     if classifier.frozen:
         passes += " for the prompt; behind it frozen, an approximation"
     return ", ".join(filter(None, steps)) + f"; {passes}"
+
+
+def attention_setting(adapter: RoutedAdapter) -> dict[str, int]:
+    """The setting `rank_attention` that is large enough for an adapter, with a size of heads that
+    attention backends take."""
+    heads = [adapter.modules[name].gate.blocks for name in adapter.attends]
+    return {
+        "heads": max(map(len, heads)),
+        "head_size": -(-max(sizes[0] for sizes in heads) // _HEADS) * _HEADS,
+    }
 
 
 def request_fields(adapter: RoutedAdapter) -> dict[str, str]:
@@ -207,7 +224,7 @@ def adapter_bytes(adapter: RoutedAdapter) -> int:
     gates: list[torch.Tensor | None] = [block.router_GK for block in adapter.blocks.values()]
     owners = shared_routers(adapter.modules)
     for name, module in adapter.modules.items():
-        gates += [module.head_K, *2 * [module.magnitude_N]]
+        gates += [module.head_K, module.attention_PR, *2 * [module.magnitude_N]]
         if name not in owners:
             gates += [module.router_GK, module.bias_G, module.logit_bias_G]
     rest = sum(t.numel() * ROUTER_BYTES for t in gates if t is not None)

@@ -21,6 +21,7 @@ from vllm_lora_ext.adapters.limits import RANKS, slot_rank
 from vllm_lora_ext.conditions.column import Prompt, values
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.settings import LoraExtSettings
+from vllm_lora_ext.summary import attention_setting
 
 # Largest |difference of a log-probability| that rounding explains, by the engine's dtype.
 TOLERANCES = {"float32": 2e-3, "float16": 0.1, "bfloat16": 0.5}
@@ -260,6 +261,8 @@ def engine_options(
         settings["max_router_rows"] = rows
     if adapter.classifier is not None:
         settings |= {"two_pass": True, "max_gates": adapter.classifier.gates}
+    if adapter.attends:
+        settings["rank_attention"] = attention_setting(adapter)
     if settings:
         options["additional_config"] = {"lora_ext": settings}
     return options

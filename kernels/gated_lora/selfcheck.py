@@ -42,6 +42,7 @@ class Weights:
     norm: InputNorm | None = None
     row_start: int = 0
     rescale: Rescale | None = None
+    attention_PR: torch.Tensor | None = None
 
 
 def selfcheck(

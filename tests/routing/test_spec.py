@@ -61,6 +61,9 @@ NAN, INF = float("nan"), float("inf")
         ("normalise_eps", GATE | {"normalise_eps": 1e-6}),
         ("product", GATE | {"product": 1}),
         ("blocks", GATE | {"blocks": (2, 1), "product": True}),
+        ("blocks", {"source": "attention"}),
+        ("blocks", {"source": "attention", "blocks": (2, 1)}),
+        ("constant", {"source": "attention", "blocks": (2, 2), "constant": 2.0}),
     ],
 )
 def test_refuses(field, fields):

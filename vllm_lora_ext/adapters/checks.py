@@ -197,6 +197,12 @@ def _check_gate_tensors(name: str, module: RoutedModule) -> None:
         ("router", module.router_GK, routed, [gate.num_gates, width]),
         ("bias", module.bias_G, gate.bias != "none", [gate.num_gates]),
         ("threshold head", module.head_K, gate.threshold_head, [width]),
+        (
+            "attention",
+            module.attention_PR,
+            gate.source == "attention",
+            [3 * module.rank, module.rank],
+        ),
         *_norm_tensors(module),
     )
     for what, tensor, needed, shape in wanted:
@@ -286,6 +292,7 @@ def _check_finite(name: str, module: RoutedModule) -> None:
         "bias": module.bias_G, "threshold head": module.head_K,
         "threshold head's bias": torch.tensor(module.head_bias),
         "logit bias": module.logit_bias_G, "magnitude": module.magnitude_N,
+        "attention": module.attention_PR,
     }  # fmt: skip
     if module.norm is not None:
         norm = module.norm

@@ -59,8 +59,10 @@ def apply_adapter(
     """Add `B (g(x) ⊙ (A x))` to every adapted layer of a transformers model, in fp32; rescale
     its own output before, where the adapter is a DoRA.
 
-    An adapter with a classifier (X-LoRA) has every call of the model run twice, and raises
-    `unsupported_feature` at a call that goes on from a KV cache: it would need two of them.
+    An adapter with a classifier (X-LoRA) has every call of the model run twice. With one, and with
+    attention over earlier activations, whose keys and values no cache of transformers has, calls
+    are whole sequences without padding: one that goes on from a KV cache raises
+    `unsupported_feature`.
 
     Args:
         hf_model: its `nn.Linear` and `nn.Embedding` layers go by the adapter's module names.
@@ -83,6 +85,8 @@ def apply_adapter(
     check_fits(adapter, model_shapes(hf_model), torch.float32)
     handles = []
     rows = _Rows(rows_TC)
+    if adapter.attends:
+        handles.append(hf_model.register_forward_pre_hook(_refuse_cache, with_kwargs=True))
     if classifier is not None:
         device = next(hf_model.parameters()).device
         before = _first_pass(classifier.map(lambda t: t.to(device)), rows, prompt_length)
@@ -118,13 +122,7 @@ def _first_pass(classifier: Classifier, rows: _Rows, prompt_length: int | None) 
     def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if rows.away:
             return
-        cache = kwargs.get("past_key_values")
-        if cache is not None and cache.get_seq_length():
-            raise AdapterError(
-                "unsupported_feature", "the adapter's gates come from a pass without it, which has"
-                " no KV cache of its own here", seen=f"{cache.get_seq_length()} cached tokens",
-                limit="whole sequences", fix="call or generate with use_cache=False",
-            )  # fmt: skip
+        _refuse_cache(model, args, kwargs)
         rows.away = True
         try:
             asked = {"output_hidden_states": True, "return_dict": True, "use_cache": False}
@@ -139,6 +137,17 @@ def _first_pass(classifier: Classifier, rows: _Rows, prompt_length: int | None) 
         rows.values_TC = gates_BTG.flatten(0, 1)
 
     return before
+
+
+def _refuse_cache(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    cache = kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length():
+        raise AdapterError(
+            "unsupported_feature", "what the adapter adds needs a cache of its own, for its pass"
+            " without the experts or its attention, and there is none here",
+            seen=f"{cache.get_seq_length()} cached tokens", limit="whole sequences",
+            fix="call or generate with use_cache=False",
+        )  # fmt: skip
 
 
 def model_shapes(hf_model: nn.Module) -> dict[str, tuple[int, int]]:
@@ -179,7 +188,11 @@ def _hook(module: RoutedModule, rows: _Rows) -> Any:
             return output
         x = args[0]
         flat = x.reshape(-1) if module.kind == "embedding" else x.reshape(-1, x.shape[-1])
-        delta = delta_reference(module, flat, rows.of(module)).reshape(output.shape)
+        if module.gate.source == "attention":  # each sequence by itself
+            every = [delta_reference(module, x_TK) for x_TK in x.reshape(-1, *x.shape[-2:])]
+            delta = torch.stack(every).reshape(output.shape)
+        else:
+            delta = delta_reference(module, flat, rows.of(module)).reshape(output.shape)
         y = output.float()
         if module.rescale is not None:
             y = y * module.rescale.scale_N + module.rescale.shift_N

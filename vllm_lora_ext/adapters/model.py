@@ -34,6 +34,7 @@ class RoutedModule:
         magnitude_N: [out], of DoRA: `y = m / |W + B A| * (W x + B A x)`, the norm that of each row
             of the weight. Only of linear layers without a gate.
         rescale: what comes of it where the base weights are known (`dora.rescaled`), B scaled too.
+        attention_PR: [3 R, R], when gate.source is `attention`: makes q, k and v of A x.
     """
 
     a_RK: torch.Tensor
@@ -49,6 +50,7 @@ class RoutedModule:
     row_start: int = 0
     magnitude_N: torch.Tensor | None = None
     rescale: Rescale | None = None
+    attention_PR: torch.Tensor | None = None
 
     @property
     def rank(self) -> int:
@@ -164,6 +166,11 @@ class RoutedAdapter:
     def dora(self) -> list[str]:
         """Layers with DoRA's magnitudes, whose output the adapter rescales."""
         return [name for name, m in self.modules.items() if m.magnitude_N is not None]
+
+    @property
+    def attends(self) -> list[str]:
+        """Layers whose A x attends to that of earlier tokens."""
+        return [name for name, m in self.modules.items() if m.gate.source == "attention"]
 
     @property
     def rank(self) -> int:

@@ -171,12 +171,12 @@ def _concat_blocks(name: str, blocks: Sequence[MixBlock], k: int | None) -> MixB
 def _concat_gates(name: str, gates: Sequence[GateSpec], k: int | None) -> GateSpec:
     """The one gate over all experts. Raises AdapterError."""
     for gate in gates:
-        if gate.source in ("none", "self"):
+        if gate.source in ("none", "self", "attention"):
             raise AdapterError(
                 "unsupported_feature",
                 f"{name} has no gate: its delta is always added, and would be so for the other"
                 " adapter's experts" if gate.source == "none" else
-                f"the ranks of {name} gate themselves by A x: they have no router to put beside"
+                f"the ranks of {name} act by A x alone: they have no router to put beside"
                 " another", seen=f"source {gate.source}", limit="source router or prototype",
                 fix="serve the adapters apart, or merge adapters without gates",
             )  # fmt: skip

@@ -49,7 +49,7 @@ def record(
         try:
             for key in sorted(owners, key=natural):
                 owner = owners[key]
-                if owner.gate.source != "none":
+                if owner.gate.weighs:
                     hook = _hook(found, key, owner, applied)
                     handles.append(model.get_submodule(key).register_forward_hook(hook))
             _run(model, ids)

@@ -36,7 +36,7 @@ _NEEDED = _KEYS - {"base_model_name_or_path", "blocks", "columns"}
 _PART = re.compile(
     r"(?P<module>.+?)\.(?P<part>(lora_A|lora_B|lora_embedding_A|lora_embedding_B)\.weight"
     r"|lora_magnitude"
-    r"|(router|threshold)\.(weight|bias)|router\.(logit_bias|row_sums|tail|tail_sums))"
+    r"|attention\.weight|(router|threshold)\.(weight|bias)|router\.(logit_bias|row_sums|tail|tail_sums))"
 )
 
 
@@ -242,6 +242,7 @@ def _read_module(
     router, bias = take.pop("router.weight", None), take.pop("router.bias", None)
     logit_bias, norm = take.pop("router.logit_bias", None), _norm(module, gate, router, take)
     magnitude_N = take.pop("lora_magnitude", None)
+    attention_PR = take.pop("attention.weight", None)
     if take:  # both kinds of A and B
         raise AdapterError(
             "unexpected_tensor", f"{module} is adapted both as a linear and as an embedding",
@@ -267,7 +268,7 @@ def _read_module(
         head_K=None if head_1K is None else head_1K[0],
         head_bias=0.0 if head_bias is None else float(head_bias),
         kind="embedding" if embedding else "linear", logit_bias_G=logit_bias, norm=norm,
-        magnitude_N=magnitude_N,
+        magnitude_N=magnitude_N, attention_PR=attention_PR,
     )  # fmt: skip
 
 
@@ -314,6 +315,8 @@ def _tensors(
         found |= _router_tensors(module)
     if module.magnitude_N is not None:
         found["lora_magnitude"] = module.magnitude_N
+    if module.attention_PR is not None:
+        found["attention.weight"] = module.attention_PR
     if module.head_K is not None:
         found["threshold.weight"] = module.head_K[None]
         found["threshold.bias"] = torch.tensor([module.head_bias], dtype=torch.float32)
