@@ -18,7 +18,7 @@ import torch
 import yaml
 from mergekit.merge_methods import merge_tensors
 from mergekit.scripts import extract_lora, run_yaml
-from merging_speed import Clock, Memory, empty_model
+from merging_ways import Clock, Memory, empty_model
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
@@ -103,7 +103,7 @@ def _command(script: Any, *words: object) -> None:
 
 
 def small_llama(folder: Path) -> Path:
-    """A random Llama of two layers in whose shapes merging_speed.SMALL fits."""
+    """A random Llama of two layers in whose shapes merging_checks.SMALL fits."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)

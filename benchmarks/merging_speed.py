@@ -40,253 +40,58 @@ mergekit-extract-lora on a small Llama with the same adapters, and so must the c
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import platform
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from merging_checks import (
+    DENSE_LIKE_PEFT,
+    LIKE_MERGEKIT,
+    LIKE_PEFT,
+    Q,
+    answer,
+    by_mergekit,
+    check_mergekit,
+    check_peft,
+)
+from merging_ways import (
+    COUNT,
+    RANK,
+    WEIGHTS,
+    Memory,
+    empty_model,
+    like_mergekit,
+    like_peft,
+    make_adapters,
+    merge_by_peft,
+    merge_here,
+    norm,
+)
+from safetensors.torch import save_file
 
 REPO = Path(__file__).resolve().parent.parent
-SIDE = Path(__file__).with_name("mergekit_side.py")
-RANK, COUNT = 16, 4
-WEIGHTS = (0.5, 0.3, -0.2, 0.4)
 NOT_MEASURED = "not measured: give --mergekit-python"
 SHAPES = {  # in, out of Llama-2-7B
     "self_attn.q_proj": (4096, 4096), "self_attn.k_proj": (4096, 4096),
     "self_attn.v_proj": (4096, 4096), "self_attn.o_proj": (4096, 4096),
     "mlp.gate_proj": (4096, 11008), "mlp.up_proj": (4096, 11008), "mlp.down_proj": (11008, 4096),
 }  # fmt: skip
-SMALL = {"self_attn.q_proj": (48, 40), "mlp.down_proj": (56, 48)}  # of mergekit_side.small_llama
-Q = "self_attn.q_proj"
 DENSE = {Q: SHAPES[Q]}
 ONE_LINEAR = "4096 x 4096"
-
 DEFAULT: dict[str, dict[str, Any]] = {
     "cat": {}, "svd": {"rank": RANK}, "ties": {}, "dare_ties": {}, "dare_linear": {},
     "magnitude_prune": {}, "della": {}, "breadcrumbs": {}, "knots_ties": {}, "iso": {}, "tsv": {},
     "cart": {}, "lego": {"k": RANK}, "robustmerge": {}, "lorahub": {},
 }  # fmt: skip
-LIKE_PEFT: dict[str, dict[str, Any]] = {
-    "cat": {}, "linear": {}, "ties": {"density": 0.2}, "dare_ties": {"density": 0.5},
-    "dare_linear": {"density": 0.5}, "magnitude_prune": {"density": 0.5},
-}  # fmt: skip
-DENSE_LIKE_PEFT: dict[str, dict[str, Any]] = {
-    "svd": {"svd_rank": RANK}, "ties_svd": {"density": 0.2, "svd_rank": RANK},
-    "magnitude_prune_svd": {"density": 0.5, "svd_rank": RANK},
-}  # fmt: skip
-LIKE_MERGEKIT: dict[str, dict[str, Any]] = {
-    "task_arithmetic": {}, "ties": {"density": 0.2}, "dare_linear": {"density": 0.5},
-    "dare_ties": {"density": 0.5}, "della": {"density": 0.5, "epsilon": 0.1},
-    "breadcrumbs": {"density": 0.5, "gamma": 0.01},
-}  # fmt: skip
 PARTS = ("read", "base", "merge", "extract", "write")
-
-
-def make_adapters(
-    root: Path, shapes: Mapping[str, tuple[int, int]], layers: int, dtype: torch.dtype
-) -> list[Path]:
-    """Random PEFT folders; the spectrum of B A falls off as trained ones' do."""
-    draw = torch.Generator().manual_seed(0)
-    decay_R = 0.8 ** torch.arange(RANK)
-    folders = []
-    for i in range(COUNT):
-        tensors = {}
-        for layer in range(layers):
-            for name, (width, out) in shapes.items():
-                stem = f"base_model.model.model.layers.{layer}.{name}"
-                a_RK = torch.randn(RANK, width, generator=draw) / width**0.5
-                b_NR = torch.randn(out, RANK, generator=draw) * decay_R * 0.02
-                tensors[f"{stem}.lora_A.weight"] = a_RK.to(dtype)
-                tensors[f"{stem}.lora_B.weight"] = b_NR.to(dtype)
-        folder = root / f"adapter-{i}"
-        folder.mkdir(parents=True)
-        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        config = {"peft_type": "LORA", "r": RANK, "lora_alpha": 2 * RANK, "bias": "none",
-                  "target_modules": sorted(name.split(".")[1] for name in shapes)}  # fmt: skip
-        (folder / "adapter_config.json").write_text(json.dumps(config))
-        folders.append(folder)
-    return folders
-
-
-class Clock:
-    """Seconds by the name of what was done."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.seconds[name], self._last = now - self._last, now
-
-
-class Memory:
-    """Largest resident memory of this process from now on (Linux).
-
-    Not getrusage's: a child's begins at what its parent had.
-    """
-
-    def __init__(self) -> None:
-        with contextlib.suppress(OSError):  # without it the imports' own peak counts, too
-            Path("/proc/self/clear_refs").write_text("5")
-        self._before = self._megabytes("VmRSS")
-
-    def peaks(self) -> dict[str, float]:
-        whole = self._megabytes("VmHWM")
-        return {"peak_mb": whole - self._before, "process_mb": whole}
-
-    @staticmethod
-    def _megabytes(field: str) -> float:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(x.split()[1]) / 1024 for x in lines if x.startswith(f"{field}:"))
-
-
-def merge_here(
-    folders: list[Path], out: Path, method: str, parameters: Mapping[str, Any]
-) -> dict[str, float]:
-    """Seconds of reading, merging and writing."""
-    from vllm_lora_ext.merging import Term, load_factors, merge, save_peft
-
-    clock = Clock()
-    terms = [Term(load_factors(f), w) for f, w in zip(folders, WEIGHTS, strict=True)]
-    clock.lap("read")
-    merged = merge(method, terms, parameters)
-    clock.lap("merge")
-    save_peft(merged.factors, out)
-    clock.lap("write")
-    return clock.seconds
-
-
-def like_mergekit(method: str, parameters: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """What mergekit's method is called here, an adapter of rank 16 coming out."""
-    if method == "task_arithmetic":
-        return "svd", {**parameters, "rank": RANK}
-    return method, {**parameters, "rank": RANK, "compat": "mergekit"}
-
-
-def like_peft(method: str, parameters: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """What PEFT's combination type is called here."""
-    said = {**parameters, "compat": "peft"}
-    if method == "svd" or not method.endswith("_svd"):
-        return method, said
-    return method.removesuffix("_svd"), {**said, "space": "full"}
-
-
-def merge_by_peft(
-    folders: list[Path], out: Path, method: str, parameters: Mapping[str, Any], model: Any
-) -> dict[str, float]:
-    """The same by PEFT; its adapters are fp32 in memory, as ours are."""
-    from peft import PeftModel
-
-    names = [f"a{i}" for i in range(len(folders))]
-    clock = Clock()
-    tuned = PeftModel.from_pretrained(model, folders[0], adapter_name=names[0])
-    for name, folder in zip(names[1:], folders[1:], strict=True):
-        tuned.load_adapter(folder, adapter_name=name)
-    clock.lap("read")
-    tuned.add_weighted_adapter(names, list(WEIGHTS), "merged", method, **parameters)
-    clock.lap("merge")
-    tuned.save_pretrained(out, selected_adapters=["merged"], save_embedding_layers=False)
-    clock.lap("write")
-    return clock.seconds
-
-
-def empty_model(shapes: Mapping[str, tuple[int, int]], layers: int) -> torch.nn.Module:
-    """Linears under Llama's names; each weight is one zero, seen as a matrix."""
-    root = torch.nn.Module()
-    for layer in range(layers):
-        for name, (width, out) in shapes.items():
-            linear = torch.nn.Linear(width, out, bias=False, device="meta")
-            weight = torch.zeros(1, 1).expand(out, width)
-            linear.weight = torch.nn.Parameter(weight, requires_grad=False)
-            parent = root
-            *path, last = f"model.layers.{layer}.{name}".split(".")
-            for part in path:
-                if part not in parent._modules:
-                    parent.add_module(part, torch.nn.Module())
-                parent = parent._modules[part]  # type: ignore[assignment]
-            parent.add_module(last, linear)
-    return root
-
-
-def differences(
-    mine: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]
-) -> list[float]:
-    """Relative distances of the modules' deltas."""
-    return [float((mine[name] - d).norm() / d.norm()) for name, d in theirs.items()]
-
-
-def deltas(folder: Path) -> dict[str, torch.Tensor]:
-    from vllm_lora_ext.merging import load_factors
-
-    return {name: pair.delta() for name, pair in load_factors(folder).modules.items()}
-
-
-def passed(tool: str, kinds: int, found: list[float]) -> None:
-    """Raises SystemExit unless the differences are rounding."""
-    wrong = [x for x in found if not x < 1e-4]  # NaN is wrong, too
-    if wrong or not found:
-        raise SystemExit(f"check failed: merges differ from {tool}'s by {wrong}")
-    print(f"check passed: {kinds} kinds equal {tool}'s to {max(found):.0e}", flush=True)
-
-
-def without_chance(method: str, parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Random masks of another tool cannot be repeated: compared where nothing is dropped."""
-    drawn = method.startswith(("dare", "della"))
-    return {**parameters, "density": 1.0} if drawn else dict(parameters)
-
-
-def check_peft(root: Path) -> None:
-    """Ours with compat equals PEFT on small adapters."""
-    folders = make_adapters(root / "small", SMALL, 2, torch.float32)
-    found: list[float] = []
-    for method, given in (LIKE_PEFT | DENSE_LIKE_PEFT).items():
-        parameters = without_chance(method, given)
-        mine, theirs = root / f"{method}-mine", root / f"{method}-peft"
-        merge_here(folders, mine, *like_peft(method, parameters))
-        merge_by_peft(folders, theirs, method, parameters, empty_model(SMALL, 2))
-        found += differences(deltas(mine), deltas(theirs / "merged"))
-    passed("PEFT", len(LIKE_PEFT | DENSE_LIKE_PEFT), found)
-
-
-def check_mergekit(python: str, root: Path) -> dict[str, Any]:
-    """Ours with compat equals mergekit's commands and the linear that is timed; its versions."""
-    methods = {method: without_chance(method, p) for method, p in LIKE_MERGEKIT.items()}
-    folders = make_adapters(root / "small", SMALL, 2, torch.float32)
-    versions = by_mergekit(python, {
-        "what": "check", "root": str(root), "folders": [str(f) for f in folders],
-        "weights": WEIGHTS, "rank": RANK, "shapes": SMALL, "linear": Q, "methods": methods,
-    })  # fmt: skip
-    base = load_file(root / "base/model.safetensors")
-    found: list[float] = []
-    for method, parameters in methods.items():
-        ours, given = like_mergekit(method, parameters)
-        merge_here(folders, root / f"{method}-cut", ours, given)
-        merge_here(folders, root / f"{method}-whole", ours, {**given, "rank": 4 * RANK})
-        whole, cut = deltas(root / f"{method}-whole"), deltas(root / f"{method}-cut")
-        merged = load_file(root / f"{method}-merged/model.safetensors")
-        theirs = {name: merged[f"{name}.weight"] - base[f"{name}.weight"] for name in whole}
-        found += differences(whole, theirs)
-        found += differences(cut, deltas(root / f"{method}-extracted"))
-        found += differences(cut, deltas(root / f"{method}-linear"))
-    passed("mergekit", len(methods), found)
-    return versions
-
-
-def by_mergekit(python: str, job: Mapping[str, Any]) -> dict[str, Any]:
-    """A job of mergekit_side.py."""
-    return answer([python, str(SIDE), json.dumps(job)], f"mergekit {job['what']}")
 
 
 def child(job: Mapping[str, Any]) -> None:
@@ -356,22 +161,6 @@ def measure(job: dict[str, Any], root: Path, mergekit_python: str) -> dict[str, 
         seen["norm"] = norm(written)
     shutil.rmtree(place)
     return seen
-
-
-def norm(folder: Path) -> float:
-    """Of an adapter's deltas, all of them together."""
-    from vllm_lora_ext.merging import load_factors
-
-    grams = [(b.t() @ b) * (a @ a.t()) for a, b in load_factors(folder).modules.values()]
-    return float(sum(gram.sum() for gram in grams)) ** 0.5
-
-
-def answer(line: list[str], what: str) -> dict[str, Any]:
-    """The JSON that a process prints last. Raises SystemExit."""
-    done = subprocess.run(line, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{what} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def run(args: argparse.Namespace, root: Path, mergekit: Mapping[str, Any] | str) -> dict[str, Any]:

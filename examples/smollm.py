@@ -62,21 +62,31 @@ class PrefixBatcher:
         self.prefix = one[:length]
 
     def batch(self, items: list[tuple[int, Item]]) -> Batch:
-        rows, labels = [], []
         end = self.tokenizer.eos_token_id
-        for _, item in items:
-            prompt = prompt_ids(self.tokenizer, item.question)
+        rows = [
+            (
+                prompt_ids(self.tokenizer, item.question),
+                [*self.tokenizer(item.answer, add_special_tokens=False)["input_ids"], end],
+            )
+            for _, item in items
+        ]
+        return self.rows(rows, [task for task, _ in items])
+
+    def rows(self, rows: list[tuple[list[int], list[int]]], tasks: list[int]) -> Batch:
+        """Of token ids, prompts and answers."""
+        ids, labels = [], []
+        end = self.tokenizer.eos_token_id
+        for prompt, answer in rows:
             assert prompt[: len(self.prefix)] == self.prefix
             prompt = prompt[len(self.prefix) :]
-            answer = [*self.tokenizer(item.answer, add_special_tokens=False)["input_ids"], end]
-            rows.append(prompt + answer[:-1])
+            ids.append(prompt + answer[:-1])
             labels.append([IGNORED] * (len(prompt) - 1) + answer)
-        width = max(map(len, rows))
+        width = max(map(len, ids))
         return Batch(
-            torch.tensor([row + [end] * (width - len(row)) for row in rows]),
+            torch.tensor([row + [end] * (width - len(row)) for row in ids]),
             torch.tensor([row + [IGNORED] * (width - len(row)) for row in labels]),
-            torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in rows]),
-            torch.tensor([task for task, _ in items]),
+            torch.tensor([[True] * len(row) + [False] * (width - len(row)) for row in ids]),
+            torch.tensor(tasks),
         )
 
     def prefix_cache(self, model) -> DynamicCache:
@@ -86,6 +96,10 @@ class PrefixBatcher:
 
     def loss(self, model, batch: Batch, cache: DynamicCache) -> torch.Tensor:
         """Mean cross entropy of the answers' tokens. Uses the cache up."""
+        return self.losses(model, batch, cache).mean()
+
+    def losses(self, model, batch: Batch, cache: DynamicCache) -> torch.Tensor:
+        """Cross entropy of each of the answers' tokens, row after row, [N]. Uses the cache up."""
         body, head = model.model, model.lm_head
         cache.batch_repeat_interleave(len(batch.ids_BL))
         seen_BP = torch.ones(len(batch.ids_BL), len(self.prefix), dtype=torch.bool)
@@ -96,7 +110,7 @@ class PrefixBatcher:
         ).last_hidden_state
         answer_BL = batch.labels_BL != IGNORED
         logits_NV = head(hidden_BLH[answer_BL]).float()  # only answers pay for the vocabulary
-        return F.cross_entropy(logits_NV, batch.labels_BL[answer_BL])
+        return F.cross_entropy(logits_NV, batch.labels_BL[answer_BL], reduction="none")
 
 
 def epochs(items: list[tuple[int, Item]], size: int, seed: int) -> Iterator[list]:

@@ -50,7 +50,8 @@ SEED = 11
 class Experts:
     """The three adapters in one: hooks on the model's linears that add the gated sum."""
 
-    def __init__(self, model, folders: list[Path]) -> None:
+    def __init__(self, model, folders: list[Path], spec: GateSpec = SPEC) -> None:
+        self.spec = spec
         files = [load_file(folder / "adapter_model.safetensors") for folder in folders]
         self.a: dict[str, torch.Tensor] = {}
         self.b: dict[str, torch.Tensor] = {}
@@ -77,7 +78,7 @@ class Experts:
             else:
                 u = x.float() @ self.router[name].T
                 self.logits.append(u)
-                g = gate_reference(SPEC, u.flatten(0, 1)).unflatten(0, u.shape[:2])
+                g = gate_reference(self.spec, u.flatten(0, 1)).unflatten(0, u.shape[:2])
             delta = ((x.float() @ self.a[name].T) * g) @ self.b[name].T
             return y + delta.to(y.dtype)
 

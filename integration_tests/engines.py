@@ -36,6 +36,14 @@ def make_engine(base: str | Path, **overrides: Any) -> Any:
     os.environ.update(ENVIRONMENT)
     from vllm import LLM
 
+    from integration_tests import forked
+
+    forked.use()
+
+    return LLM(**engine_options(base, **overrides))
+
+
+def engine_options(base: str | Path, **overrides: Any) -> dict[str, Any]:
     options: dict[str, Any] = {
         "model": str(base_path(base) if isinstance(base, str) else base),
         "skip_tokenizer_init": True, "dtype": "float32",
@@ -43,7 +51,7 @@ def make_engine(base: str | Path, **overrides: Any) -> Any:
         "max_model_len": 256, "max_num_seqs": 8, "max_num_batched_tokens": 64, "block_size": 32,
         "enable_prefix_caching": True, "max_logprobs": -1, "disable_log_stats": True, "seed": 0,
     }  # fmt: skip
-    return LLM(**(options | overrides))
+    return options | overrides
 
 
 def close(llm: Any) -> None:

@@ -16,19 +16,24 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from integration_tests import conditioned
+from integration_tests import followed as made_for
 from integration_tests.conditioned import Case
-from integration_tests.engines import base_path, lora, recorded, tokens, worst
-from integration_tests.reference_model import logits, model
+from integration_tests.engines import base_path, lora, recorded, worst
+from integration_tests.followed import followed
+from integration_tests.reference_model import model
 from tests import dora_folders
-from vllm_lora_ext.adapters import RoutedAdapter, load_adapter
+from vllm_lora_ext.adapters import load_adapter
 from vllm_lora_ext.merging import Term, load_factors, merge, save_peft
 
 BASE, VOCABULARY, BOUND = "base_llama", 512, 2e-3
 WHERE = "VLLM_LORA_EXT_MATRIX"  # the file that results are written to
-ANSWER = 12
+whole = pytest.mark.skipif(WHERE not in os.environ, reason="an engine of its own: `make matrix`")
+XLORA = ("xlora_topk-a", "xlora_lw_topk-a")
 
 
 @dataclass(frozen=True)
@@ -36,13 +41,10 @@ class Row:
     """One kind of adapter.
 
     Args:
-        reference: the adapter, where transformers can compute it from the prompt alone; None for
-            the base too.
         plain: whether a request says no more than the adapter's name.
     """
 
     cases: Sequence[Case]
-    reference: RoutedAdapter | None = None
     plain: bool = True
 
 
@@ -54,20 +56,11 @@ def of_fixture(name: str) -> Row:
         Case(f"{name} {i}", fx.prompts[i], fx.greedy[i], fx.logits[i][-1:], request)
         for i in range(1, len(fx.prompts))
     ]
-    return Row(cases, load_adapter(fx.folder))
-
-
-def followed(name: str, prompt: list[int], adapter: RoutedAdapter | None, request: Any) -> Case:
-    """A prompt and its greedy answer, by transformers."""
-    ids, rows = list(prompt), []
-    for _ in range(ANSWER):
-        rows.append(logits(BASE, adapter, ids)[-1])
-        ids.append(int(rows[-1].argmax()))
-    return Case(name, prompt, ids[len(prompt) :], torch.stack(rows), request)
+    return Row(cases)
 
 
 def rows(folder: Path) -> dict[str, Row]:
-    """Every row.
+    """Every row but X-LoRA's, which needs two passes (`two_pass_rows`).
 
     Args:
         folder: where adapters that are made here are written.
@@ -77,6 +70,7 @@ def rows(folder: Path) -> dict[str, Row]:
     conditioned_mixes = [*conditioned.mixes("scales-a"), *conditioned.mixes("spans-a")]
     spans = [c for c in conditioned_mixes if any("spans" in a for a in c.says["adapters"])]
     scales = [c for c in conditioned_mixes if c not in spans]
+    made_for.write_made(folder / "made")
     return {
         "base": Row(base),
         "plain": of_fixture("plain-a"),
@@ -88,7 +82,14 @@ def rows(folder: Path) -> dict[str, Row]:
         "several, scaled": Row(scales[:3], plain=False),
         "spans": Row(spans[:3], plain=False),
         "Activated LoRA": Row(conditioned.aloras()[:3], plain=False),
+        "user": Row(made_for.users(folder / "made"), plain=False),
+        "instruction": Row(made_for.instructions(folder / "made"), plain=False),
     }
+
+
+def two_pass_rows() -> dict[str, Row]:
+    """What an engine serves with the setting `two_pass` only."""
+    return {"X-LoRA": Row(conditioned.xloras(*XLORA), plain=False)}
 
 
 @cache
@@ -99,7 +100,7 @@ def _base_model() -> Any:
 def _dora(folder: Path, prompts: Sequence[list[int]]) -> Row:
     dora_folders.make(folder, _base_model())
     adapter, request = load_adapter(folder), lora("dora", folder)
-    return Row([followed(f"dora {i}", p, adapter, request) for i, p in enumerate(prompts)], adapter)
+    return Row([followed(f"dora {i}", p, adapter, request) for i, p in enumerate(prompts)])
 
 
 def _merged(folder: Path, prompts: Sequence[list[int]]) -> Row:
@@ -108,9 +109,7 @@ def _merged(folder: Path, prompts: Sequence[list[int]]) -> Row:
     terms = [Term(load_factors(parts / name), 0.7, name) for name in ("red", "green")]
     save_peft(merge("ties", terms, {"rank": 8}).factors, folder)
     adapter, request = load_adapter(folder), lora("merged", folder)
-    return Row(
-        [followed(f"merged {i}", p, adapter, request) for i, p in enumerate(prompts)], adapter
-    )
+    return Row([followed(f"merged {i}", p, adapter, request) for i, p in enumerate(prompts)])
 
 
 def load(llm: Any) -> None:
@@ -175,17 +174,20 @@ class Record:
 
     Args:
         column: its name on the page; test: the test that asks.
+        bound: of a difference that is still right.
     """
 
     column: str
     test: str
+    bound: float = BOUND
     cells: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def right(self, numbers: Mapping[str, float], note: str = "") -> None:
         """Rows that were asked, and how far their numbers are off; the worst of all calls."""
         for row, number in numbers.items():
             number = max(number, self.cells.get(row, {}).get("number", 0.0))
-            self.cells[row] = {"state": "right" if number < BOUND else "wrong", "number": number}
+            state = "right" if number < self.bound else "wrong"
+            self.cells[row] = {"state": state, "number": number}
             if note:
                 self.cells[row]["note"] = note
 
@@ -235,5 +237,19 @@ def with_tokenizer(folder: Path) -> Path:
     return folder
 
 
-def same_tokens(outputs: Sequence[Any], wanted: Sequence[Any]) -> list[bool]:
-    return [tokens(a) == tokens(b) for a, b in zip(outputs, wanted, strict=True)]
+def eagle_head(base: Path, folder: Path) -> Path:
+    """One layer that takes the base's last hidden state on, a little disturbed, as its own."""
+    config = json.loads((base / "config.json").read_text()) | {"num_hidden_layers": 1}
+    whole_base = load_file(base / "model.safetensors")
+    of_layer = "model.layers.0."
+    tensors = {
+        name.removeprefix("model."): weight * (0.1 if "o_proj" in name or "down" in name else 1)
+        for name, weight in whole_base.items()
+        if name.startswith(of_layer) and "input_layernorm" not in name
+    }
+    size = config["hidden_size"]
+    tensors["fc.weight"] = torch.cat([0.1 * torch.eye(size), torch.eye(size)], dim=1)
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

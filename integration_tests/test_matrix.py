@@ -19,15 +19,15 @@ import pytest
 import torch
 
 from integration_tests import matrix
-from integration_tests.engines import close, make_engine, tokens
+from integration_tests.conftest import TWO_PASS
+from integration_tests.engines import close, engine_options, make_engine, tokens
 from integration_tests.matrix import Record, Row
 from integration_tests.reference_model import logits
 from integration_tests.server import base_with_tokenizer, command, free_port, serving
+from vllm_lora_ext.adapters import load_adapter
+from vllm_lora_ext.errors import AdapterError
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
-whole = pytest.mark.skipif(
-    matrix.WHERE not in os.environ, reason="an engine of its own: `make matrix`"
-)
 NGRAM = {
     "method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1
 }  # fmt: skip
@@ -55,13 +55,43 @@ def drafting(base: Path) -> Iterator[Any]:
     close(llm)
 
 
+@pytest.fixture(scope="module")
+def two_pass_rows() -> dict[str, Row]:
+    return matrix.two_pass_rows()
+
+
+@pytest.fixture(scope="module")
+def two_pass(base: Path) -> Iterator[Any]:
+    """As `drafting`, but that two passes and drafts exclude each other; `make matrix` only."""
+    if matrix.WHERE not in os.environ:
+        yield None
+        return
+    llm = make_engine(
+        base, skip_tokenizer_init=False, max_num_batched_tokens=96, additional_config=TWO_PASS
+    )
+    yield llm
+    close(llm)
+
+
+def refused_with_two_passes(record: Record, rows: dict[str, Row], **options: Any) -> None:
+    """An engine with these options does not start when it is to serve X-LoRA."""
+    from vllm import EngineArgs
+
+    arguments = engine_options(matrix.BASE, additional_config=TWO_PASS, **options)
+    with pytest.raises(AdapterError) as caught:
+        EngineArgs(**arguments).create_engine_config()
+    record.other("refused", caught.value.code, *rows)
+
+
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Record:
     """The column is the test's first line of documentation."""
     return Record(request.function.__doc__.splitlines()[0].rstrip("."), request.node.nodeid)
 
 
-def test_ngram(drafting: Any, rows: dict[str, Row], record: Record) -> None:
+def test_ngram(
+    drafting: Any, rows: dict[str, Row], two_pass_rows: dict[str, Row], record: Record
+) -> None:
     """Speculative decoding, n-gram."""
     cases = matrix.every(rows)
     before = drafted(drafting)
@@ -71,6 +101,7 @@ def test_ngram(drafting: Any, rows: dict[str, Row], record: Record) -> None:
     count, taken = (a - b for a, b in zip(drafted(drafting), before, strict=True))
     assert count > 50 and taken > 0, "nothing was drafted, or nothing taken"
     record.right(matrix.errors(rows, outputs), f"{taken} of {count} drafts taken")
+    refused_with_two_passes(record, two_pass_rows, speculative_config=NGRAM)
     record.close()
 
 
@@ -81,14 +112,17 @@ def drafted(llm: Any) -> tuple[int, int]:
     return tuple(int(found[f"vllm:spec_decode_{name}"]) for name in names)  # type: ignore[return-value]
 
 
-def test_several_answers(llama: Any, rows: dict[str, Row], record: Record) -> None:
+def test_several_answers(
+    llama_eager: Any, rows: dict[str, Row], two_pass_rows: dict[str, Row], record: Record
+) -> None:
     """Several answers (n).
 
     Not while drafting: stock 0.32 ends an engine on a CPU that samples by top-k and has no draft.
     """
     from vllm import SamplingParams
 
-    matrix.load(llama)
+    matrix.load(llama_eager)
+    rows = rows | two_pass_rows
     cases = matrix.every(rows)
     params = [
         SamplingParams(
@@ -97,7 +131,7 @@ def test_several_answers(llama: Any, rows: dict[str, Row], record: Record) -> No
         )
         for c in cases
     ]  # fmt: skip
-    outputs = llama.generate(
+    outputs = llama_eager.generate(
         [{"prompt_token_ids": c.prompt} for c in cases], params,
         lora_request=[c.adapter for c in cases], use_tqdm=False,
     )  # fmt: skip
@@ -109,48 +143,69 @@ def test_several_answers(llama: Any, rows: dict[str, Row], record: Record) -> No
 ALLOWED = range(100, 200)
 
 
-def test_structured_output(drafting: Any, rows: dict[str, Row], record: Record) -> None:
+def test_structured_output(
+    drafting: Any, two_pass: Any, rows: dict[str, Row], two_pass_rows: dict[str, Row],
+    record: Record,
+) -> None:  # fmt: skip
     """Structured output."""
+    shaped(drafting, rows, record)
+    if two_pass:
+        shaped(two_pass, two_pass_rows, record)
+    record.close()
+
+
+def shaped(llm: Any, rows: dict[str, Row], record: Record) -> None:
+    """By a grammar, against the same requests with only the tokens that it allows."""
     from vllm.sampling_params import StructuredOutputsParams
 
     cases = matrix.every(rows)
     shape = StructuredOutputsParams(regex=r"(<1\d\d>){6}<1\d\d>*")
-    got = matrix.answer(drafting, cases, structured_outputs=shape)
-    want = matrix.answer(drafting, cases, allowed_token_ids=list(ALLOWED))
+    got = matrix.answer(llm, cases, structured_outputs=shape)
+    want = matrix.answer(llm, cases, allowed_token_ids=list(ALLOWED))
     left = iter(zip(got, want, strict=True))
     for name, row in rows.items():
         pairs = [next(left) for _ in row.cases]
         same = all(tokens(a)[:6] == tokens(b)[:6] for a, b in pairs)
         assert all(set(tokens(a)[:6]) <= set(ALLOWED) for a, _ in pairs)
         record.right({name: 0.0 if same else float("inf")})
-    record.close()
 
 
 WIDTH, STEPS = 3, 4
 
 
-def test_beam_search(drafting: Any, rows: dict[str, Row], record: Record) -> None:
+def test_beam_search(
+    drafting: Any, two_pass: Any, rows: dict[str, Row], two_pass_rows: dict[str, Row],
+    record: Record,
+) -> None:  # fmt: skip
     """Beam search."""
+    asked = {name: row for name, row in rows.items() if row.plain}
+    searched(drafting, asked, record)
+    if two_pass:
+        searched(two_pass, two_pass_rows, record)
+    others = [name for name in rows if name not in asked]
+    record.other("not testable here", "offline beam search carries no `extra_args`", *others)
+    record.close()
+
+
+def searched(llm: Any, rows: dict[str, Row], record: Record) -> None:
+    """Against transformers."""
     from vllm.sampling_params import BeamSearchParams
 
-    asked = {name: row for name, row in rows.items() if row.plain}
-    cases = matrix.every(asked)
-    outputs = drafting.beam_search(
+    cases = matrix.every(rows)
+    outputs = llm.beam_search(
         [{"prompt_token_ids": c.prompt} for c in cases],
         BeamSearchParams(beam_width=WIDTH, max_tokens=STEPS, ignore_eos=True),
         lora_request=[c.adapter for c in cases],
     )  # fmt: skip
     left = iter(outputs)
-    for name, row in asked.items():
+    for name, row in rows.items():
         for case in row.cases:
             got = [(s.tokens[len(case.prompt) :], s.cum_logprob) for s in next(left).sequences]
-            want = beams(case.prompt, row.reference)
+            adapter = case.adapter and load_adapter(case.adapter.lora_path)
+            want = beams(case.prompt, adapter)
             same = [t for t, _ in got] == [t for t, _ in want]
             apart = max(abs(a - b) for (_, a), (_, b) in zip(got, want, strict=True))
             record.right({name: apart if same else float("inf")})
-    others = [name for name, row in rows.items() if not row.plain]
-    record.other("not testable here", "offline beam search carries no `extra_args`", *others)
-    record.close()
 
 
 def beams(prompt: list[int], adapter: Any) -> list[tuple[list[int], float]]:
@@ -172,6 +227,14 @@ COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
         "Speculative decoding, draft model",
         {"speculative_config": {"method": "draft_model", "num_speculative_tokens": 3}},
     ),
+    "eagle": (
+        "Speculative decoding, EAGLE head",
+        {"speculative_config": {"method": "eagle", "num_speculative_tokens": 3}},
+    ),
+    "chunks": (
+        "Eager, chunks of 32, cold and from the prefix cache",
+        {"max_num_batched_tokens": 32, "additional_config": TWO_PASS},
+    ),
     "pp2": (
         "Pipeline parallel, 2 ranks",
         {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"},
@@ -179,8 +242,10 @@ COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@whole
-def test_kv_connector(rows: dict[str, Row], record: Record, tmp_path: Path) -> None:
+@matrix.whole
+def test_kv_connector(
+    rows: dict[str, Row], two_pass_rows: dict[str, Row], record: Record, tmp_path: Path
+) -> None:
     """KV connector (files named by block hashes)."""
     transfer = {
         "kv_connector": "HashedConnector", "kv_role": "kv_both",
@@ -202,11 +267,14 @@ def test_kv_connector(rows: dict[str, Row], record: Record, tmp_path: Path) -> N
     finally:
         del os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]
         close(llm)
+    refused_with_two_passes(record, two_pass_rows, kv_transfer_config=transfer)
     record.close()
 
 
-@whole
-def test_data_parallel(rows: dict[str, Row], request: Any, tmp_path: Path) -> None:
+@matrix.whole
+def test_data_parallel(
+    rows: dict[str, Row], two_pass_rows: dict[str, Row], request: Any, tmp_path: Path
+) -> None:
     """Two engines behind one server; each must have every adapter."""
     node = request.node.nodeid
     answers, beams = Record("Data parallel 2, over HTTP", node), Record("Beam search, HTTP", node)
@@ -228,6 +296,7 @@ def test_data_parallel(rows: dict[str, Row], request: Any, tmp_path: Path) -> No
                 })  # fmt: skip
         used = engines_used(httpx.get(f"{running.url}/metrics", trust_env=False).text)
     assert len(used) == 2 and min(used) > 5, f"one engine did all: {used}"
+    refused_with_two_passes(answers, two_pass_rows, data_parallel_size=2)
     for record in (answers, beams):
         record.close()
 
@@ -255,23 +324,33 @@ def engines_used(metrics: str) -> list[int]:
     return sorted(int(count) for count in found.values())
 
 
-@whole
+@matrix.whole
 @pytest.mark.parametrize("column", COLUMNS)
 def test_an_engine_of_its_own(
-    column: str, base: Path, rows: dict[str, Row], request: pytest.FixtureRequest
-) -> None:
+    column: str, base: Path, rows: dict[str, Row], two_pass_rows: dict[str, Row],
+    request: pytest.FixtureRequest, tmp_path: Path,
+) -> None:  # fmt: skip
     """Options that an engine is started with."""
     title, options = COLUMNS[column]
     record = Record(title, request.node.nodeid)
-    if "speculative_config" in options:
-        drafter = {"speculative_config": options["speculative_config"] | {"model": str(base)}}
-        options = options | drafter
-    llm = make_engine(base, enforce_eager=True, **options)
+    drafts = options.get("speculative_config")
+    if drafts:
+        model = matrix.eagle_head(base, tmp_path / "head") if column == "eagle" else base
+        options = options | {"speculative_config": drafts | {"model": str(model)}}
+    if "additional_config" in options:
+        rows = rows | two_pass_rows
+    else:
+        refused_with_two_passes(record, two_pass_rows, **options)
+    llm = make_engine(base, enforce_eager=True, disable_log_stats=False, **options)
     try:
         matrix.load(llm)
         for again in (False, True):
             outputs = matrix.answer(llm, matrix.every(rows), skip_reading_prefix_cache=not again)
             record.right(matrix.errors(rows, outputs))
+        if drafts:
+            count, taken = drafted(llm)
+            assert count > 50
+            record.right(matrix.errors(rows, outputs), f"{taken} of {count} drafts taken")
     finally:
         close(llm)
     record.close()

@@ -18,6 +18,9 @@ import torch
 from integration_tests.engines import recorded
 from integration_tests.reference_model import logits
 from integration_tests.server import Server, base_with_tokenizer, command, free_port, serving
+from integration_tests.soak import world
+from integration_tests.soak.deaths import kill_part
+from integration_tests.soak.report import soak
 from vllm_lora_ext.adapters.registry import load_adapter
 from vllm_lora_ext.merging import Factors, Pair, Term, load_factors, merge, save_peft
 from vllm_lora_ext.merging.generate import ExpertLibrary, minilm
@@ -73,8 +76,9 @@ def server(home) -> Iterator[Server]:
         },
     }  # fmt: skip
     argv = command(
-        base_with_tokenizer(home / BASE), free_port(), settings,
+        base_with_tokenizer(home / BASE), free_port(), settings, "--enforce-eager",
         "--max-loras", str(SLOTS), "--max-cpu-loras", str(SLOTS), "--max-lora-rank", "16",
+        "--num-gpu-blocks-override", "24",  # so that long answers are put back
         "--lora-modules", *(f"{name}={home}/adapters/{name}" for name in NAMES[:2]),
         f"static={home}/weekly.yaml",
     )  # fmt: skip
@@ -271,3 +275,18 @@ def test_nothing_of_the_mixes_stays_behind(server, home):
     while any((home / "store" / "store").glob(".*.*")) and time.monotonic() < deadline:
         time.sleep(0.2)
     assert not list((home / "store" / "store").glob(".*.*"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_soak_in_short(server, home):
+    """`make soak`, for a part of a minute, on a server that has seen all of the above."""
+    report = soak(server, home / "soak", seconds=40, clients=8)
+    print(report.table())
+    assert report.faults() == {}
+    assert report.counted["preemptions"] > 0 and report.tally.requests["200"] > 100
+
+
+def test_an_engine_that_is_killed_ends_what_waits_for_it(server, home):
+    """The last of this server: a load in flight is answered, the server ends as stock's does."""
+    assert kill_part(server, world.make(home / "deaths"), "EngineCore") == []

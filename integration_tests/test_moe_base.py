@@ -70,7 +70,7 @@ def test_base_plain_and_routed_rows(tmp_path):
             wanted.append(logits(peft, PROMPTS[2]))
         peft.unload()
 
-    llm = make_engine(tmp_path / "base")
+    llm = make_engine(tmp_path / "base", enforce_eager=True)
     try:
         plain, mixed = (
             lora("moe-plain", tmp_path / "plain"),

@@ -790,6 +790,8 @@ def test_the_engines_numbers_stand_on_metrics(server, client, places):
     text = httpx.get(f"{server.url}/metrics", timeout=60, trust_env=False).text
     there = set(re.findall(r"^([a-z_]+:\w+)", text, re.MULTILINE))
     assert metric_names() <= there, metric_names() - there
+    routed_by = re.findall(r'lora_requests_info{[^}]*running_lora_adapters="([^"]*)"', text)
+    assert {"plain", "loramoe", "seen"} <= set(",".join(routed_by).split(","))  # docs/fleet.md
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -876,3 +878,5 @@ def test_bad_settings_stop_the_server(places, tmp_path):
     assert status not in (0, None)
     assert "[lora_ext:bad_settings]" in log
     assert "max_router_row;" in log
+    said = ("Starting to load model", "Loading weights took", "Loading safetensors")
+    assert not any(line in log for line in said), "weights were loaded first"

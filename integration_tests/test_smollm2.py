@@ -34,7 +34,18 @@ def demo():
     sys.path.remove(str(EXAMPLES))
 
 
-def test_greedy_text_equals_transformers(demo):
+@pytest.fixture(scope="module")
+def llm(demo):
+    smollm, _ = demo
+    llm = make_engine(
+        smollm.ensure_base(), dtype="bfloat16", max_model_len=128, max_num_seqs=32,
+        max_num_batched_tokens=1024, skip_tokenizer_init=False,
+    )  # fmt: skip
+    yield llm
+    close(llm)
+
+
+def test_greedy_text_equals_transformers(demo, llm):
     smollm, tasks = demo
     model, tokenizer = smollm.load(torch.float32)
     names = [*tasks.TASKS, "routed"]
@@ -45,15 +56,8 @@ def test_greedy_text_equals_transformers(demo):
         for item in tasks.held_out(task, ITEMS)
         for name in (None, *names)
     ]
-    llm = make_engine(
-        smollm.ensure_base(), dtype="bfloat16", max_model_len=128, max_num_seqs=32,
-        max_num_batched_tokens=1024,
-    )  # fmt: skip
-    try:
-        asked = [(p, n and lora(n, folders[n])) for p, n in requests]
-        answers = [until_end(tokens(o), tokenizer) for o in run(llm, asked, greedy(TOKENS))]
-    finally:
-        close(llm)
+    asked = [(p, n and lora(n, folders[n])) for p, n in requests]
+    answers = [until_end(tokens(o), tokenizer) for o in run(llm, asked, greedy(TOKENS))]
     adapters = {name: load_adapter(folders[name]) for name in names}
     gaps = {
         (name, tokenizer.decode(prompt), tokenizer.decode(answer)): first_difference(
@@ -65,6 +69,21 @@ def test_greedy_text_equals_transformers(demo):
     print(f"{same} of {len(gaps)} texts equal, largest gap at a parting {max(gaps.values()):.2f}")
     assert [k for k, gap in gaps.items() if gap >= BOUND] == []
     assert same >= 0.85 * len(gaps)
+
+
+@pytest.mark.parametrize("kind", ["Plain", "Routed"])
+def test_two_steps_of_the_training_loop(demo, llm, kind, monkeypatch):
+    """`make rl` in short: the loop asserts of every answer that its version is the one asked."""
+    import rl_loop
+    import rl_policies
+
+    monkeypatch.setattr(rl_loop, "QUESTIONS", 3)
+    monkeypatch.setattr(rl_loop, "GROUP", 4)
+    policy = rl_policies.Plain(warm=1) if kind == "Plain" else rl_policies.Routed()
+    curve = rl_loop.learn(llm, policy, steps=2, exam_every=1, exam_items=2)
+    exams = 3 * 2 * len(policy.tasks)
+    assert curve["answers"] == 2 * 3 * 4 + exams and list(curve["exam"]) == [0, 1, 2]
+    assert len(curve["reward"]) == 2 and 1 <= len(curve["distance"]) <= 2
 
 
 def until_end(answer: list[int], tokenizer) -> list[int]:

@@ -27,7 +27,9 @@ from integration_tests.conditioned import (
     users,
 )
 from integration_tests.engines import base_path
+from integration_tests.followed import instructed
 from integration_tests.matrix import WHERE
+from integration_tests.reference_model import logits, model
 from vllm_lora_ext.adapters import load_adapter
 from vllm_lora_ext.adapters.hf import apply_adapter
 from vllm_lora_ext.errors import AdapterError
@@ -63,15 +65,8 @@ def test_an_instruction_longer_than_a_chunk(llama_mha: Any) -> None:
     ids = [int(t) for t in np.random.default_rng(3).integers(4, 150, 150)]
     prompt = ids[:40]
     template = load_adapter(adapter(WAVLLM).lora_path, head_size=32).template
-    model, hidden = load_base(base_path("base_llama_mha")), []
-    hook = model.model.norm.register_forward_pre_hook(lambda _, args: hidden.append(args[0][0]))
-    with torch.inference_mode():
-        model(torch.tensor([ids]))
-        hook.remove()
-        pooling = template.pooling()
-        pooling.add(hidden[0])
-        with apply_adapter(model, template.derive(None, pooling.gate())):
-            want = model(torch.tensor([prompt])).logits[0]
+    wanted = instructed(model("base_llama_mha"), template, ids)
+    want = logits("base_llama_mha", wanted, prompt)
     long = Case(
         "long", prompt, [int(want[-1].argmax())], want[-1:], adapter(WAVLLM),
         {"instruction": {"ids": ids}},
@@ -86,14 +81,14 @@ def test_a_rotation_of_users_over_few_slots(llama_mha: Any) -> None:
     _, numbers = fixture("reclora-a")
     prompt = numbers["prompt_1"].tolist()
     template = load_adapter(adapter("reclora-a").lora_path).template
-    model, rng, cases = load_base(base_path("base_llama_mha")), np.random.default_rng(4), []
+    net, rng, cases = load_base(base_path("base_llama_mha")), np.random.default_rng(4), []
     for i in range(1000 if WHERE in os.environ else 60):
         user = [float(np.float32(x)) for x in rng.normal(size=template.user)]
         with (
             torch.inference_mode(),
-            apply_adapter(model, template.derive(torch.tensor(user), None)),
+            apply_adapter(net, template.derive(torch.tensor(user), None)),
         ):
-            logits = model(torch.tensor([prompt])).logits[0, -1:]
+            logits = net(torch.tensor([prompt])).logits[0, -1:]
         answer = [int(logits[0].argmax())]
         cases.append(
             Case(f"user {i}", prompt, answer, logits, adapter("reclora-a"), {"user": user})

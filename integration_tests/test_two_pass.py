@@ -4,6 +4,9 @@ prefills in one piece, `qwen2` is compiled and prefills 64 tokens at a time."""
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,6 +32,7 @@ from integration_tests.conditioned import (
 from integration_tests.engines import lora as request_for
 from integration_tests.engines import prompt_logprobs, recorded, tokens, worst
 from vllm_lora_ext.adapters import load_adapter
+from vllm_lora_ext.verify import NEW_TOKENS, follow
 
 pytestmark = pytest.mark.engine
 LLAMA, QWEN = ("xlora_topk-a", "xlora_lw_topk-a"), ("xlora_flat-a", "xlora_lw-a")
@@ -107,6 +111,56 @@ def test_only_steps_with_such_rows_run_twice(llama_eager: Any) -> None:
     for cases, want in ((others()[:1], 0), (xloras(*LLAMA)[:1], 12), (others()[:1], 0)):
         check(cases, ask(llama_eager, cases))
         assert llama_eager.collective_rpc(passes) == [want]
+
+
+def frozen(folder: Path, name: str) -> Any:
+    """A fixture whose sidecar says that gates are frozen."""
+    shutil.copytree(adapter(name).lora_path, folder / name, dirs_exist_ok=True)
+    (folder / name / "routing.json").write_text('{"gates": "frozen"}')
+    return request_for(f"frozen-{name}", folder / name)
+
+
+def frozen_cases(one: Any, name: str) -> list[Case]:
+    """What transformers answers with its gates."""
+    own, model = load_adapter(one.lora_path), reference_model.model(fixture(name)[0]["base"])
+    prompts = [case.prompt for case in xloras(name)]
+    return [
+        Case(f"frozen {name}", s.prompt, s.greedy, s.logp_PV[-NEW_TOKENS:], one)
+        for s in follow(model, own, prompts)
+    ]
+
+
+@ENGINES
+def test_frozen_gates(engine: str, names: tuple[str, ...], request: Any, tmp_path: Path) -> None:
+    """Cold, from the prefix cache, after a preemption, and beside requests for the exact adapter,
+    which have the same prompts: neither finds the other's blocks."""
+    llm = request.getfixturevalue(engine)
+    cases = [case for name in names for case in frozen_cases(frozen(tmp_path, name), name)]
+    check(cases, ask(llm, cases, skip_reading_prefix_cache=True))
+    both = [case for pair in zip(cases, xloras(*names), strict=True) for case in pair]
+    check(both, ask(llm, both))
+    check(both, ask(llm, both))
+    check_beginnings(both, preempted(llm, both))
+
+
+def test_frozen_gates_take_one_pass_and_what_follows_finds_none_of_it(
+    llama_eager: Any, tmp_path: Path
+) -> None:
+    """A next turn, whose prompt holds the answer, is computed exactly, up to its own end."""
+    name = LLAMA[1]
+    one, model = frozen(tmp_path, name), reference_model.model("base_llama")
+    prompt = xloras(name)[1].prompt
+    (first,) = follow(model, load_adapter(one.lora_path), [prompt])
+    case = Case("first", prompt, first.greedy, first.logp_PV[-NEW_TOKENS:], one)
+    llama_eager.collective_rpc(passes)
+    (output,) = ask(llama_eager, [replace(case, answer=case.answer * 12)])
+    assert llama_eager.collective_rpc(passes) == [1]
+    turn = prompt + tokens(output)
+    (second,) = follow(model, load_adapter(one.lora_path), [turn])
+    case = replace(case, prompt=turn, answer=second.greedy, logits=second.logp_PV[-NEW_TOKENS:])
+    (again,) = ask(llama_eager, [case])
+    check([case], [again])
+    assert again.num_cached_tokens == len(prompt) // 32 * 32
 
 
 def test_a_slot_that_comes_back(llama_eager: Any) -> None:

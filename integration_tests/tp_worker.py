@@ -23,7 +23,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from integration_tests import conditioned, given
+from integration_tests import conditioned, followed, given
 from integration_tests.engines import (
     ENVIRONMENT,
     close,
@@ -82,7 +82,7 @@ def ask(llm: Any, job: dict[str, Any]) -> dict[str, Any]:
     result["given"] = what_requests_give(llm)
     result["refused"] = [refusal(llm, folder) for folder in job["refused"]]
     result["from_memory"] = from_memory(llm, job)
-    result["conditioned"] = what_requests_say(llm)
+    result["conditioned"] = what_requests_say(llm, Path(job["made"]))
     llm.reset_prefix_cache()
     llm.collective_rpc(watch)
     run(llm, requests, greedy(3))
@@ -100,14 +100,16 @@ def refusal(llm: Any, folder: str) -> str:
     return "served"
 
 
-def what_requests_say(llm: Any) -> int:
-    """Adapters on spans, Activated LoRAs and X-LoRA beside others; how many requests were right."""
+def what_requests_say(llm: Any, made: Path) -> list[str]:
+    """Adapters on spans, Activated LoRAs, X-LoRA, users and instructions beside others; the names
+    of the requests that were right."""
     conditioned.load(llm)
     cases = [*conditioned.mixes("spans-a"), *conditioned.aloras(), *conditioned.others()]
     cases += conditioned.xloras("xlora_topk-a", "xlora_lw_topk-a")
+    cases += [*followed.users(made), *followed.instructions(made)]
     for _ in range(2):  # the second time from the prefix cache
         conditioned.check(cases, conditioned.ask(llm, cases))
-    return len(cases)
+    return [case.key for case in cases]
 
 
 def what_requests_give(llm: Any) -> int:

@@ -1,11 +1,12 @@
 """An adapter that fails, fails its own request, before the request reaches the engine.
 
 Targets: `LLMEngine.{add_request, add_lora, remove_lora, pin_lora, collective_rpc}` and the same of
-`AsyncLLM`; both get `add_adapter` for adapters that are tensors, `roll_back_adapter`, `adapter_version`. The first
-request that names an adapter has it loaded and checked by `add_lora`, whose error comes back to the
-caller as an `AdapterError`. This is a shortcut for early errors: the engine core checks every
-request again (`core`), for it alone knows what was evicted meanwhile. Here also a request's own
-words (`request_says`) become what it is sent with.
+`AsyncLLM`; both get `add_adapter` for adapters that are tensors, `roll_back_adapter`,
+`adapter_version`. The first request that names an adapter has it loaded and checked by `add_lora`,
+whose error comes back to the caller as an `AdapterError`. This is a shortcut for early errors: the
+engine core checks every request again (`core`), for it alone knows what was evicted meanwhile.
+Trainers hand adapters to the workers themselves, by `collective_rpc`: what is held is asked for
+anew afterwards. Here also a request's own words (`request_says`) become what it is sent with.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from vllm_lora_ext.conditions.said import FIELD
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches import metrics
 from vllm_lora_ext.model_patches.admitted import Admitted
+from vllm_lora_ext.model_patches.core import OURS
 from vllm_lora_ext.model_patches.driving import run, run_async
 from vllm_lora_ext.model_patches.ledger import MEMORY_IDS
 from vllm_lora_ext.model_patches.refused import RefusedRequest
@@ -138,6 +140,11 @@ def expecting(version: str | None) -> Iterator[None]:
         _expected.reset(token)
 
 
+def _doubt(engine: Any, method: Any) -> None:
+    if not str(method).startswith(OURS):
+        Admitted.of(engine).doubt_all()
+
+
 def _check_on(engine: Any) -> None:
     if engine.vllm_config.lora_config is None:
         raise no_adapters()
@@ -148,12 +155,6 @@ def _requests(name: str) -> list[LoRARequest]:
     start = int.from_bytes(sha256(name.encode()).digest()[:4], "little")
     ids = [MEMORY_IDS + (start + i) % (DERIVED_IDS - MEMORY_IDS) for i in range(TRIES)]
     return [LoRARequest(name, number, f"memory:{name}", load_inplace=True) for number in ids]
-
-
-def _doubt_after(engine: Any, method: Any) -> None:
-    """A call of somebody else's to the workers may have changed what they hold."""
-    if not str(method).startswith(FIELD):
-        Admitted.of(engine).doubt_all()
 
 
 def _typed(error: Exception) -> Exception:
@@ -168,8 +169,7 @@ def _source(tensors: Any, config: Any, settings: Any) -> list[Any]:
 def _patch_sync(cls: type[Any]) -> None:
     add_request, add_lora = cls.add_request, cls.add_lora
     remove_lora, pin_lora = cls.remove_lora, cls.pin_lora
-    collective_rpc = cls.collective_rpc
-    arguments = _Arguments(add_request)
+    collective_rpc, arguments = cls.collective_rpc, _Arguments(add_request)
 
     @functools.wraps(add_lora)
     def new_add_lora(self: Any, lora_request: LoRARequest) -> bool:
@@ -202,7 +202,7 @@ def _patch_sync(cls: type[Any]) -> None:
         try:
             return collective_rpc(self, method, *args, **kwargs)
         finally:
-            _doubt_after(self, method)
+            _doubt(self, method)
 
     def add_adapter(
         self: Any, name: str, tensors: Mapping[str, torch.Tensor],
@@ -260,8 +260,7 @@ def _patch_sync(cls: type[Any]) -> None:
 def _patch_async(cls: type[Any]) -> None:
     add_request, add_lora = cls.add_request, cls.add_lora
     remove_lora, pin_lora = cls.remove_lora, cls.pin_lora
-    collective_rpc = cls.collective_rpc
-    arguments = _Arguments(add_request)
+    collective_rpc, arguments = cls.collective_rpc, _Arguments(add_request)
 
     @functools.wraps(add_lora)
     async def new_add_lora(self: Any, lora_request: LoRARequest) -> bool:
@@ -296,10 +295,11 @@ def _patch_async(cls: type[Any]) -> None:
 
     @functools.wraps(collective_rpc)
     async def new_collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        _doubt(self, method)  # from now on the core is asked, which does one thing after the other
         try:
             return await collective_rpc(self, method, *args, **kwargs)
         finally:
-            _doubt_after(self, method)
+            _doubt(self, method)
 
     async def add_adapter(
         self: Any, name: str, tensors: Mapping[str, torch.Tensor],

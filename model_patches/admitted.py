@@ -114,7 +114,7 @@ class Admitted:
         self._held.discard(lora_id)
 
     def doubt_all(self) -> None:
-        """Somebody called the workers behind the core's back."""
+        """Somebody calls the workers, and may change what they hold."""
         self._held.clear()
 
     def list_by(self, models: Mapping[str, LoRARequest]) -> None:

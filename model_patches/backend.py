@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -23,11 +23,13 @@ class Building:
         router_rows: most router rows per slice.
         backend: what they run on.
         graphs: whether the engine captures CUDA graphs.
+        extend: A and routers stand below base weights where that adds up to so many of its rows.
     """
 
     router_rows: int
     backend: Backend
     graphs: bool
+    extend: float = 0.0
 
 
 _building: ContextVar[Building] = ContextVar("building")
@@ -60,6 +62,21 @@ def asks_for_triton(wanted: bool | None, device_type: str) -> bool:
             seen=device_type, limit="null or false", fix="leave the setting triton out",
         )  # fmt: skip
     return wanted is not False and device_type == "cuda"
+
+
+def check_kernels(wanted: Mapping[str, object], triton: bool, device_type: str) -> None:
+    """Raises AdapterError `bad_settings` where a setting changes what kernels do, and none runs.
+
+    Args:
+        wanted: such settings; triton: whether the Triton kernels are asked for.
+    """
+    for name, value in wanted.items():
+        if value and not triton:
+            raise AdapterError(
+                "bad_settings", f"the setting {name} is {value}, and no Triton kernels run here",
+                seen=device_type, limit="a GPU whose setting triton is not false",
+                fix=f"leave the setting {name} out",
+            )  # fmt: skip
 
 
 def choose_backend(

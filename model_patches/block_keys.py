@@ -3,7 +3,8 @@
 Tokens' keys and values are the same where every adapter adds the same: so a block's key has, of
 each adapter that adds something to one of its positions, the version, and how much it adds where.
 Positions that only the base model computes share the base's blocks; an adapter that stands alone
-and whole, those of its plain requests.
+and whole, those of its plain requests. Where gates are frozen at the end of a prompt, blocks behind
+it are known by where that is.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from vllm_lora_ext.model_patches.plan import Plan, Values, prompt_of
+from vllm_lora_ext.model_patches.plan import Plan, Values, prompt_length, prompt_of
 from vllm_lora_ext.model_patches.residency import SlotPart
 
 Entry = tuple[str, str]
@@ -54,8 +55,13 @@ class BlockKeys:
             entry = _entry(part, values_TC[:, at : at + part.width])
             at += part.width
             if entry is not None:
-                found.append(("lora", entry))
+                found.append(("lora", entry + self._frozen_at(part, stop)))
         return sorted(found)
+
+    def _frozen_at(self, part: SlotPart, stop: int) -> str:
+        """The gates themselves follow from the tokens before, which are in the key already."""
+        end = prompt_length(self._request)
+        return f":frozen at {end}" if part.frozen and stop > end else ""
 
 
 def salted(parts: tuple[SlotPart, ...], salt: str) -> tuple[SlotPart, ...]:
@@ -64,8 +70,8 @@ def salted(parts: tuple[SlotPart, ...], salt: str) -> tuple[SlotPart, ...]:
 
 
 def is_plain(parts: tuple[SlotPart, ...]) -> bool:
-    """Whether it is one adapter, whole, in all positions."""
-    return len(parts) == 1 and not parts[0].width and parts[0].scale == 1.0
+    """Whether it is one adapter, whole, and in all positions the same."""
+    return len(parts) == 1 and not parts[0].width and parts[0].scale == 1.0 and not parts[0].frozen
 
 
 def _entry(part: SlotPart, values_TC: np.ndarray) -> str | None:

@@ -127,6 +127,8 @@ class Composer:
         matrices = {n: self._matrix(n, places) for n in layers if n not in site_parts}
         groups = [self._shapes(n, of) for n, of in site_parts.items()]
         groups += [[(tuple(t.shape), t.dtype) for t in m[:2]] for m in matrices.values()]
+        by_row = matrices if starts[-1] else {}
+        groups += [[((len(m.factors),), torch.int64)] for m in by_row.values()]
         nbytes, views = flat_views(groups, self._pinned)
         left = iter(views)
         sites = {n: self._modules[n].site.compose(of, next(left)) for n, of in site_parts.items()}
@@ -139,7 +141,7 @@ class Composer:
             stock={n: m.into(*next(left)) for n, m in matrices.items()},
             blocks=blocks, heads={}, names=_names(linears, places), parts=parts,
             on_base=any(i.host.on_base for i in ingredients),
-            factors={n: torch.tensor(m.factors) for n, m in matrices.items() if starts[-1]},
+            factors={n: next(left)[0].copy_(torch.tensor(m.factors)) for n, m in by_row.items()},
         )  # fmt: skip
 
     def _shapes(self, layer: str, parts: list[Any]) -> list[Shape]:

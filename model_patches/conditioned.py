@@ -61,7 +61,7 @@ class Conditions:
                 plan = plan_of(request)
         plan = plan or Plan(())
         _check_fits(plan.columns, held)
-        if plan.columns:
+        if plan.columns or any(part.frozen for part in held.parts):
             self._check_served(request, plan.columns)
 
     def _check_served(self, request: Any, columns: Sequence[Column]) -> None:

@@ -16,7 +16,7 @@ from vllm.engine.arg_utils import EngineArgs
 
 from vllm_lora_ext.adapters.registry import needs_two_passes
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.model_patches.backend import asks_for_triton, check_graphs
+from vllm_lora_ext.model_patches.backend import asks_for_triton, check_graphs, check_kernels
 from vllm_lora_ext.model_patches.rows import unknown_rows
 from vllm_lora_ext.settings import KEY, LoraExtSettings
 
@@ -35,6 +35,8 @@ def check_config(vllm_config: Any, lora_config: Any) -> LoraExtSettings:
     # Whether the kernels pass their check here is found out where they run; if not, it says so.
     device_type = vllm_config.device_config.device_type
     triton = asks_for_triton(settings.triton, device_type)
+    of_kernels = {n: getattr(settings, n) for n in ("extend_weights", "fuse_activation")}
+    check_kernels(of_kernels, triton, device_type)
     mode = vllm_config.compilation_config.cudagraph_mode
     graphs = check_graphs(mode and mode.name, device_type, triton)
     if settings.trace:

@@ -45,7 +45,9 @@ STATE = "lora_ext_state"
 ROLL_BACK = "lora_ext_roll_back"
 """Method of the core: new requests get an older version again."""
 
-_OURS = "lora_ext"
+OURS = "lora_ext"
+"""Names of methods of core and workers that are the plugin's begin so."""
+
 _KEY = "_lora_ext_key"
 _making = threading.Lock()
 
@@ -73,6 +75,7 @@ class Adapters:
             core.vllm_config.lora_config.max_loras,
             self._named, self._running, self._replaced, self._lost,
         )  # fmt: skip
+        self.ledger.doubt()  # workers may have been called before this was made
 
     def _requests(self, at: int) -> list[Any]:
         requests = self._scheduler.requests.values()
@@ -324,7 +327,7 @@ def _patch_core() -> None:
     @functools.wraps(collective_rpc)
     def new_collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
         adapters = self.__dict__.get("_lora_ext")
-        if adapters is not None and not str(method).startswith(_OURS):
+        if adapters is not None and not str(method).startswith(OURS):
             adapters.ledger.doubt()
         return collective_rpc(self, method, *args, **kwargs)
 

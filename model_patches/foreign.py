@@ -2,8 +2,8 @@
 
 Target: none; `LRUCacheWorkerLoRAManager._load_adapter` stays where it is. Reinforcement-learning
 frameworks replace it on the class, so that their requests bring tensors in place of a folder. What
-such a function returns is a stock `LoRAModel`: it passes our checks, and goes into a slot as every
-plain LoRA does where we know all its layers, else by stock's own way.
+such a function returns is a stock `LoRAModel`: it passes our checks, and is held as every plain
+LoRA is, formed by our rules where we know all its layers, else by stock's own.
 """
 
 from __future__ import annotations
@@ -38,17 +38,30 @@ def is_foreign(request: LoRARequest) -> bool:
     return type(request) is not LoRARequest or not os.path.isdir(request.lora_path)
 
 
-def host_form(lora: LoRAModel, placer: Placer) -> HostAdapter | None:
-    """The model for our slots; None when it has parts that only stock can place.
+def host_form(lora: LoRAModel, placer: Placer, max_rank: int) -> HostAdapter:
+    """The model for our slots; whoever has made it keeps its tensors as they are.
 
     Raises:
-        AdapterError: as for an adapter that was read from a folder.
+        AdapterError: as for an adapter that was read from a folder; where layers are not known
+            here, what `_check_stock` and `Placer.place_formed` raise.
     """
+    version = digest_of(lora)
+    adapter = _adapter(lora, placer, version)
+    if adapter is not None:
+        check_adapter(adapter)
+        return placer.place(adapter, renamed=True)
+    _check_stock(lora, placer, max_rank)
+    for w in filter(_is_linear, lora.loras.values()):  # stock would do it in place
+        w.lora_b, w.scaling = w.lora_b * w.scaling, 1.0
+    placer.lane.form(lora)
+    return placer.place_formed(lora, version)
+
+
+def _adapter(lora: LoRAModel, placer: Placer, version: str) -> RoutedAdapter | None:
+    """The model as we read one from a folder; None when it has parts that only stock can form."""
     fused = placer.lane.by_parameter(lora.loras)
     linear = {name: w for name, w in lora.loras.items() if name not in fused}
-    if not all(map(_is_linear, lora.loras.values())) or not (lora.loras or lora.modules_to_save):
-        return None
-    if not all(map(placer.knows, linear)):
+    if not all(map(_is_linear, lora.loras.values())) or not all(map(placer.knows, linear)):
         return None
     modules = {
         name: RoutedModule(
@@ -57,10 +70,10 @@ def host_form(lora: LoRAModel, placer: Placer) -> HostAdapter | None:
         )
         for name, w in linear.items()
     }  # fmt: skip
-    adapter = RoutedAdapter(
+    return RoutedAdapter(
         modules,
         system="plain",
-        digest=digest_of(lora),
+        digest=version,
         heads={name: Head(m.weight, m.bias) for name, m in lora.modules_to_save.items()},
         experts={
             parameter: FusedExperts(
@@ -71,17 +84,15 @@ def host_form(lora: LoRAModel, placer: Placer) -> HostAdapter | None:
             for name, parameter in fused.items()
         },
     )
-    check_adapter(adapter)
-    return placer.place(adapter, renamed=True)
 
 
-def check_stock(lora: LoRAModel, placer: Placer, max_rank: int) -> None:
-    """What must hold of a model before stock's own way puts it into a slot.
+def _check_stock(lora: LoRAModel, placer: Placer, max_rank: int) -> None:
+    """What must hold of a model before stock forms it for the layers.
 
     Raises:
         AdapterError: `unknown_module`, no layer is known here; `rank_too_large`; `not_finite`.
     """
-    if lora.loras and not any(map(placer.wraps, lora.loras)):
+    if not any(map(placer.wraps, lora.loras)):
         raise AdapterError(
             "unknown_module", "the adapter adapts no layer that this model has",
             seen=min(lora.loras), fix="serve it with the model it was trained on",
@@ -104,11 +115,6 @@ def digest_of(lora: LoRAModel) -> str:
         head = f"{name} {tensor.dtype} {tuple(tensor.shape)} "
         digest.update(sha256(head.encode()).digest() + sha256(data.data).digest())
     return digest.hexdigest()
-
-
-def bytes_of(lora: LoRAModel) -> int:
-    """Host memory of a model's tensors."""
-    return sum(tensor.nbytes for _, tensor in _tensors(lora))
 
 
 def _is_linear(w: LoRALayerWeights) -> bool:

@@ -47,9 +47,14 @@ def _refusal(name: str, error: AdapterError) -> ErrorResponse:
     return to_response(error)
 
 
-def _typed(name: str, answer: Any) -> Any:
+def _typed(engine: Any, name: str, answer: Any) -> Any:
     if isinstance(answer, ErrorResponse):
         error = AdapterError.parse(answer.error.message)
+        if error is None and engine.errored:
+            error = AdapterError(
+                "engine_dead", "the engine has ended, and the server ends too",
+                fix="ask another replica; the server's log says why",
+            )  # fmt: skip
         return answer if error is None else _refusal(name, error)
     return answer
 
@@ -103,7 +108,7 @@ def apply() -> None:
             request = request.model_copy(update={"lora_path": str(entry.path)})
         try:
             with expecting(expected):
-                answer = _typed(name, await load(self, request, *args, **kwargs))
+                answer = _typed(front.engine, name, await load(self, request, *args, **kwargs))
         except asyncio.CancelledError:
             answer = None
             raise

@@ -15,10 +15,11 @@ from dataclasses import replace
 
 import torch
 import vllm.lora.utils as lora_utils
+from vllm import envs
 from vllm.distributed import tensor_model_parallel_all_reduce
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
 from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA
-from vllm.model_executor.layers.linear import RowParallelLinear
+from vllm.model_executor.layers.linear import RowParallelLinear, UnquantizedLinearMethod
 from vllm.utils.multi_stream_utils import maybe_execute_in_parallel
 
 from vllm_lora_ext.adapters.model import RoutedModule
@@ -27,13 +28,16 @@ from vllm_lora_ext.kernels.gated_lora import (
     Factors,
     Site,
     StepMap,
+    activated_lora,
     begin,
     embedding_lora_,
+    extended_linear,
     finish_,
     gated_lora_,
     gated_lora_into_,
     register_site,
 )
+from vllm_lora_ext.kernels.gated_lora.extension import fits
 from vllm_lora_ext.model_patches.backend import building
 
 
@@ -69,12 +73,17 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
                 x_part = _part_of(self.input_size, self.tp_rank, self.tp_size)
                 width = x_part.stop - x_part.start
         self.reduces = self.x_is_shard or x_part is not None
+        base_NK = self._extended(max_loras, lora_config) if made.extend else None
+        if base_NK is not None:  # one launch, which waits for the product
+            self._enable_aux_cuda_stream = False
         self.site = Site(
             max_loras, width, sizes, rank, made.router_rows,
             lora_config.lora_dtype, self.device, made.backend,
             tensor_model_parallel_all_reduce if self.reduces else None, made.graphs, x_part, y_part,
+            base_NK,
         )  # fmt: skip
         self.handle = register_site(self.site)
+        self._columns = sum(self.output_slices)
         # Where the linear of an MLP block on the kernels leaves its shrunk rows (`mlp`).
         self.memory: torch.Tensor | None = None
         # Only the shapes and dtypes of these are read (`create_dummy_lora`): no memory behind.
@@ -87,17 +96,41 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
         )
         self.follow_base()
 
+    def _extended(self, max_loras: int, lora_config) -> torch.Tensor | None:  # type: ignore[no-untyped-def]
+        """The base weight, where A and routers are to stand below it; None: they are not."""
+        base = self.base_layer
+        if self.reduces or type(base.quant_method) is not UnquantizedLinearMethod:
+            return None
+        if envs.VLLM_BATCH_INVARIANT:  # a row's bits then hang on its batch
+            return None
+        weight_NK = base.weight.data
+        shape = sum(self.output_slices), self.input_size
+        if weight_NK.dtype != lora_config.lora_dtype or tuple(weight_NK.shape) != shape:
+            return None
+        made = building()
+        limits = lora_config.max_lora_rank, made.router_rows, made.extend
+        return weight_NK if fits(weight_NK, max_loras, self.n_slices, *limits) else None
+
     def follow_base(self) -> None:
         """Where vLLM's product on a CPU is a function of the base layer's (unquantised weights),
         it is this layer's as well, and the path to its weights, which a compiled graph walks for
         every linear in every step, is no longer than without LoRA.
 
+        An extended weight takes in the numbers, and the base layer has its memory.
+
         Again whenever vLLM has replaced the base weights, which makes new ones.
         """
+        if self.site.extension is not None:
+            self.site.extension.follow(self.base_layer.weight)
         product = vars(self.base_layer).get("cpu_linear")
         self.has_product = product is not None
         if self.has_product:
             self.cpu_linear = product
+
+    def activate(self, name: str) -> None:
+        """From now on a layer [gate | up] gives `act(gate) · up`; `name` as of the site's."""
+        self.site.activation, self._columns = name, self.output_slices[0]
+        self._enable_aux_cuda_stream = False  # stock's op would have the size of both
 
     def set_mapping(self, punica_wrapper) -> None:  # type: ignore[no-untyped-def]
         super().set_mapping(punica_wrapper)
@@ -179,12 +212,18 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
         return _outputs(m, cut)
 
     def _apply_sync(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        if self.site.extension is not None:
+            y_TN = extended_linear(x.reshape(-1, x.shape[-1]), bias, self.handle, self._columns)
+            return y_TN.view(*x.shape[:-1], self._columns)
         base = self if self.has_product else self.base_layer
         output = self._get_quant_method().apply(base, x, bias)
         return self._apply_lora_to_output(x, output)
 
     def _apply_lora_to_output(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         y_TN, x_TK = output.view(-1, output.shape[-1]), x.reshape(-1, x.shape[-1])
+        if self.site.activation is not None:
+            a_TI = activated_lora(y_TN, x_TK, self.handle, self._columns)
+            return a_TI.view(*output.shape[:-1], self._columns)
         if self.memory is None:
             gated_lora_(y_TN, x_TK, self.handle)
         else:

@@ -110,6 +110,7 @@ class Ledger:
         self._pinned: frozenset[int] = frozenset()
         self._pinning: set[int] = set()  # as soon as older versions have left their pinned slots
         self._leaving: set[int] = set()  # dropped as soon as no request uses them
+        self._theirs: set[int] = set()  # held by all workers, handed to them by somebody else
         self._unsure = False
 
     def find(self, lora_id: int, version: str | None = None) -> int | None:
@@ -144,7 +145,7 @@ class Ledger:
         """Adapters that are held, and were not removed."""
         self._refresh()
         ats = set(self._held) - self._leaving
-        return {self._held[at].lora_id for at in ats if self._is_current(at)}
+        return {self._held[at].lora_id for at in ats if self._is_current(at)} | self._theirs
 
     def listing(
         self, active: Collection[int], in_flight: Mapping[int, int]
@@ -360,6 +361,7 @@ class Ledger:
             ))  # fmt: skip
         for at, report in ranks[0].items():
             self._believe(at, report)
+        self._theirs = held_by_all - set(self._held)
 
     def _believe(self, at: int, report: Any) -> None:
         """What a worker says it holds; under an adapter's own id it is the adapter's newest."""
@@ -401,7 +403,9 @@ class Ledger:
             if reports:  # some workers hold it, some do not, or not the same
                 self._drop(at)
             raise error
-        self._note(adapter, reports, at, given=source is not None)
+        theirs = at in self._theirs  # nobody else has its tensors
+        self._theirs.discard(at)
+        self._note(adapter, reports, at, given=source is not None or theirs)
         return evicted
 
     def _kept(self, lora_id: int) -> set[int]:
@@ -409,7 +413,8 @@ class Ledger:
         on serving when the next one is refused."""
         given = {at for at, held in self._held.items() if held.given and self._is_current(at)}
         current = self._versions.current(lora_id)
-        return given | self._pinned | self._named() | ({current} if current is not None else set())
+        own = {current} if current is not None else set()
+        return given | self._theirs | self._pinned | self._named() | own
 
     def _take_out(self, reports: list[Any], at: int, failed: bool) -> list[int]:
         """Forgets what the workers have evicted; ids of the adapters that are gone."""
@@ -452,6 +457,7 @@ class Ledger:
         return self._versions.current(self._held[at].lora_id) == at
 
     def _drop(self, at: int) -> bool:
+        self._theirs.discard(at)
         self._forget(at)
         return all(self._rpc("remove_lora", at))
 

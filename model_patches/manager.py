@@ -19,6 +19,7 @@ from vllm.utils.torch_utils import PIN_MEMORY
 from vllm_lora_ext.adapters.template import Template
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora.backends.base import Backend
+from vllm_lora_ext.kernels.gated_lora.optional_selfcheck import selfcheck as optional_selfcheck
 from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
 from vllm_lora_ext.kernels.gated_lora.sharded import may_sum
 from vllm_lora_ext.kernels.gated_lora.step import MAX_COLUMNS
@@ -45,11 +46,11 @@ from vllm_lora_ext.model_patches.products import guard_steps
 from vllm_lora_ext.model_patches.punica import skip_unread
 from vllm_lora_ext.model_patches.residency import HeadWeights, HostAdapter
 from vllm_lora_ext.model_patches.rows import Rows, unknown_rows
-from vllm_lora_ext.model_patches.scope import Scope
-from vllm_lora_ext.model_patches.stock_lane import StockLane
+from vllm_lora_ext.model_patches.scope import Scope, on_encoder_rows
+from vllm_lora_ext.model_patches.stock_lane import StockLane, expert_tables, put
 from vllm_lora_ext.model_patches.trace import Recorder
 from vllm_lora_ext.model_patches.two_pass import TwoPass
-from vllm_lora_ext.settings import USUAL_EXPERTS
+from vllm_lora_ext.settings import USUAL_EXPERTS, LoraExtSettings
 
 
 class RoutedLoRAModel(LoRAModel):
@@ -87,9 +88,10 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         router_rows = settings.router_rows(lora_config.max_lora_rank)
         self.base_name = vllm_config.model_config.model
         device_type = vllm_config.device_config.device_type
+        self._elsewhere = on_encoder_rows(model)
         backend = choose_backend(
             settings.triton, device_type,
-            lambda: _selfcheck(device, lora_config, router_rows),
+            lambda: _selfcheck(device, lora_config, router_rows, settings),
         )  # fmt: skip
         graphs = vllm_config.compilation_config.cudagraph_mode
         self.graphs = check_graphs(graphs and graphs.name, device_type, backend.on_device)
@@ -97,7 +99,8 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
             keep_memory()
             guard_steps()
         self.pinned: set[int] = set()
-        with build_with(Building(router_rows, backend, self.graphs)):
+        extend = settings.extend_weights if backend.on_device else 0.0
+        with build_with(Building(router_rows, backend, self.graphs, extend)):
             super().__init__(
                 model, max_num_seqs, max_num_batched_tokens, vocab_size, lora_config, device,
                 vllm_config,
@@ -115,7 +118,8 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         self._max_model_len = vllm_config.model_config.max_model_len
         follow_rows(self.rows, self.modules)
         skip_unread(self.punica_wrapper_mapping.values(), self.modules.values())
-        self.blocks = wrap_blocks(self.model, self.modules)
+        fuse = settings.fuse_activation and backend.on_device
+        self.blocks = wrap_blocks(self.model, self.modules, fuse)
         share_scratch(self.blocks.values(), vllm_config.model_config.dtype)
         pinned = device_type == "cuda" and PIN_MEMORY
         text = next(iter(self.punica_wrapper_mapping.values()))  # the language model's is first
@@ -142,6 +146,12 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         if settings.trace:
             check_trace(vllm_config, self.graphs)
             self.recorder = Recorder(self)
+
+    def _match_target_modules(self, module_name: str) -> bool:
+        if module_name.startswith(self._elsewhere):
+            return False
+        found: bool = super()._match_target_modules(module_name)
+        return found
 
     def _warm(self, backend: Backend, vllm_config: Any) -> None:
         """Compiles all that a step can need, while nobody waits and no row has an adapter."""
@@ -232,11 +242,10 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
             self._columns = RowColumns(self.rows, step, self._max_model_len)
 
     def _add_adapter(self, lora: LoRAModel) -> None:
-        if isinstance(lora, RoutedLoRAModel) or getattr(lora, "_lora_ext_merged", False):
+        if isinstance(lora, RoutedLoRAModel):
             self._registered_adapters[lora.id] = lora
-        else:
+        else:  # a warm-up's dummy
             super()._add_adapter(lora)
-            lora._lora_ext_merged = True  # in place, and not to be done to it again
 
     def activate_adapter(self, lora_id: int) -> bool:
         """Puts a registered adapter into a slot by asynchronous copies; all of it, or nothing and
@@ -265,7 +274,7 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
             if isinstance(layer, RoutedLinear):
                 layer.site.load(slot, host.sites.get(name))
             elif name in host.stock:
-                layer.set_lora(slot, *host.stock[name])
+                put(layer, slot, host.stock[name])
                 if name in host.factors:
                     layer.factors.set(slot, host.factors[name])
             else:
@@ -330,8 +339,7 @@ def _tables(layer: Any) -> list[torch.Tensor]:
     if isinstance(layer, RoutedLinear):
         return [layer.site.a_SRK, *layer.site.bt_SRN]
     if isinstance(layer, FusedMoEWithLoRA):
-        pairs = layer.w13_lora_a_stacked, layer.w13_lora_b_stacked
-        return [*pairs[0], *pairs[1], *layer.w2_lora_a_stacked, *layer.w2_lora_b_stacked]
+        return expert_tables(layer)
     own = layer.lora_a_stacked, layer.lora_b_stacked
     found = [table for part in own for table in (part if isinstance(part, tuple) else (part,))]
     return [*found, *([layer.full_weight_stacked] if hasattr(layer, "full_weight_stacked") else [])]
@@ -353,11 +361,14 @@ def slots_pinned(pinned: int, slots: int) -> AdapterError:
     )  # fmt: skip
 
 
-def _selfcheck(device: torch.device, lora_config: Any, router_rows: int) -> str | None:
+def _selfcheck(
+    device: torch.device, lora_config: Any, router_rows: int, settings: LoraExtSettings
+) -> str | None:
     if not HAS_TRITON:
         return "vLLM finds no working Triton"
     case = device, lora_config.lora_dtype, lora_config.max_lora_rank, router_rows
-    return selfcheck(*case) or block_selfcheck(*case)
+    optional = settings.extend_weights > 0, settings.fuse_activation
+    return selfcheck(*case) or block_selfcheck(*case) or optional_selfcheck(*case, *optional)
 
 
 def _reserve_routers(modules: Mapping[str, BaseLayerWithLoRA]) -> None:

@@ -21,6 +21,7 @@ from torch import nn
 
 from vllm_lora_ext.adapters.blocks import activation
 from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedModule
+from vllm_lora_ext.kernels.gated_lora.codes import ACTIVATIONS, MOST_ACTIVATED
 from vllm_lora_ext.kernels.gated_lora.plan import Shape
 from vllm_lora_ext.kernels.mix_mlp import (
     BlockSite,
@@ -50,6 +51,13 @@ class MixedActivation(nn.Module):
             mix_act_(a_TI, gate_up_TN, self.handle)
         else:
             block_mix_(a_TI, self.scratch.z, gate_up_TN, self.scratch.u, self.handle)
+        return a
+
+
+class Activated(nn.Module):
+    """In place of an activation that the linear before it has done."""
+
+    def forward(self, a: torch.Tensor) -> torch.Tensor:
         return a
 
 
@@ -118,13 +126,15 @@ class _Gated(nn.Module):
         return self.act(gate) * up
 
 
-def wrap_blocks(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, Block]:
+def wrap_blocks(model: nn.Module, layers: Mapping[str, nn.Module], fuse: bool) -> dict[str, Block]:
     """Finds the MLP blocks whose linears can be adapted, and wraps their activations.
 
     Args:
         layers: the model's LoRA layers by name.
+        fuse: the first linear is to activate too, where its kernel can.
     Returns:
-        Block's name → the block.
+        Block's name → the block. One with an extended weight, whose shrunk rows no launch leaves
+        behind, or whose first linear activates, can hold no experts and is none.
     """
     found = {}
     for name, module, (first_name, act_name, last_name) in list(_blocks(model)):
@@ -132,18 +142,31 @@ def wrap_blocks(model: nn.Module, layers: Mapping[str, nn.Module]) -> dict[str, 
         last = layers.get(f"{name}.{last_name}")
         if not isinstance(first, RoutedLinear) or not isinstance(last, RoutedLinear):
             continue
-        gated = first_name != "fc1"
+        gated, name_of_act = first_name != "fc1", _act_name(getattr(module, act_name))
+        if fuse and name_of_act in ACTIVATIONS and _activates(first):
+            assert name_of_act is not None
+            first.activate(name_of_act)
+            setattr(module, act_name, Activated())
+            continue
+        if first.site.extension is not None or last.site.extension is not None:
+            continue
         if first.n_slices not in (1, 1 + gated) or last.n_slices != 1:
             continue
         act = getattr(module, act_name)
         bias = last.base_layer.bias
         if bias is not None and last.tp_rank > 0:  # added once; every rank decides alike
             bias = torch.zeros_like(bias)
-        site = BlockSite(first.site, last.site, act, bias, _act_name(act))
+        site = BlockSite(first.site, last.site, act, bias, name_of_act)
         mixed = MixedActivation(act, site)
         setattr(module, act_name, mixed)
         found[name] = Block(first, last, site, gated, mixed)
     return found
+
+
+def _activates(first: RoutedLinear) -> bool:
+    """Whether the kernel behind gate and up can activate too."""
+    few = first.site.padded_rank <= MOST_ACTIVATED
+    return first.n_slices == 2 and few and not first.reduces
 
 
 def share_scratch(blocks: Collection[Block], dtype: torch.dtype) -> None:

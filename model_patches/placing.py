@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA
+from vllm.lora.lora_model import LoRAModel
+from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.model_executor.models.utils import PPMissingLayer
 
 from vllm_lora_ext.adapters.checks import BLOCK_PARTS, check_fits
@@ -22,14 +23,18 @@ from vllm_lora_ext.model_patches.logits import RoutedLogits
 from vllm_lora_ext.model_patches.mlp import Block
 from vllm_lora_ext.model_patches.names import Names
 from vllm_lora_ext.model_patches.positions import Positions
-from vllm_lora_ext.model_patches.residency import HostAdapter, SlotPart, bytes_of, flat_views
+from vllm_lora_ext.model_patches.residency import (
+    Fill,
+    HostAdapter,
+    Layout,
+    SlotPart,
+    one,
+    pack_flat,
+)
 from vllm_lora_ext.model_patches.scope import Scope
 from vllm_lora_ext.model_patches.stock_lane import StockLane, refuse_gate
 from vllm_lora_ext.model_patches.two_pass import TwoPass
 from vllm_lora_ext.routing import GateSpec
-
-Fill = Callable[[list[torch.Tensor]], Any]
-Layout = dict[str, tuple[list[Shape], Fill]]
 
 
 class Placer:
@@ -221,6 +226,7 @@ class Placer:
                 squares_N = squares_of(layer_name, layer, slices)
                 if squares_N is not None:
                     norms[layer_name] = squares_N
+                _check_extended(layer_name, layer, slices)
                 sites[layer_name] = _site(layer, begun(slices))
             elif not self.lane.packs(layer_name):
                 stock[layer_name] = _stock(names[layer_name][0], layer, modules, self._dtype)
@@ -230,28 +236,56 @@ class Placer:
                 block_name = name_of[first].rpartition(".")[0]
                 names[block_name] = (name,)
                 blocks[block_name] = _block(self._block(name, block_name, block), block)
-        kinds = (sites, stock, blocks)
-        groups = [shapes for kind in kinds for shapes, _ in kind.values()]
-        nbytes, views = flat_views(groups, self._pinned)
-        left = iter(views)
-        packed = [{name: fill(next(left)) for name, (_, fill) in kind.items()} for kind in kinds]
+        experts, heads = self.lane.layouts(adapter, name_of, away)
+        classifier = self._classifier(adapter)
+        factors = {n: one(_factors(found[n][1])) for n in stock if n in found and classifier}
+        nbytes, packed = pack_flat([sites, stock | experts, blocks, heads, factors], self._pinned)
         whole = {n: norms.pop(n) for n in list(norms) if not self._modules[n].x_is_shard}
         finish_all(self._modules, packed[0], whole)
-        experts, heads = self.lane.pack(adapter, name_of, away)
-        classifier = self._classifier(adapter)
         return HostAdapter(
             system=adapter.system, source=adapter.source, rank=adapter.rank,
             version=adapter.digest,
-            nbytes=nbytes + bytes_of(experts.values()) + bytes_of(heads.values())
-            + (classifier.nbytes if classifier else 0), names=names,
-            sites=packed[0], stock=packed[1] | experts, blocks=packed[2], heads=heads,
+            nbytes=nbytes + (classifier.nbytes if classifier else 0), names=names,
+            sites=packed[0], stock=packed[1], blocks=packed[2], heads=packed[3],
             on_base=bool(adapter.dora), norms=norms,
             parts=(SlotPart(
                 adapter.digest, columns=adapter.columns, linear=_is_linear(adapter),
-                blocks=bool(blocks),
+                blocks=bool(blocks), frozen=classifier is not None and classifier.frozen,
             ),),
-            factors={n: _factors(found[n][1]) for n in stock if n in found and classifier},
-            classifier=classifier,
+            factors=packed[4], classifier=classifier,
+        )  # fmt: skip
+
+    def place_formed(self, lora: LoRAModel, version: str) -> HostAdapter:
+        """A model of vLLM's own, which `StockLane.form` has formed for the layers; what they do
+        not have is left out, as stock does.
+
+        Raises:
+            AdapterError: `shape_mismatch`, `unsupported_feature`.
+        """
+        sites: Layout = {}
+        stock: Layout = {}
+        heads: Layout = {}
+        names: dict[str, tuple[str, ...]] = {}
+        for name, layer in self._modules.items():
+            weights, head = self.lane.formed(lora, name)
+            if head is not None:
+                heads[name] = self.lane.head_layout(name, head)
+            if weights is None:
+                continue
+            if self.lane.packs(name):
+                stock[name] = self.lane.experts_layout(name, weights.lora_a, weights.lora_b)
+                continue
+            modules = _modules_of(weights)
+            names[name] = (name,) * sum(m is not None for m in modules)
+            if isinstance(layer, RoutedLinear):
+                sites[name] = _formed_site(name, layer, modules)
+            else:
+                stock[name] = _stock(name, layer, modules, self._dtype)
+        nbytes, packed = pack_flat([sites, stock, heads], self._pinned)
+        return HostAdapter(
+            system="plain", source="", rank=lora.rank, version=version, nbytes=nbytes, names=names,
+            sites=packed[0], stock=packed[1], blocks={}, heads=packed[2],
+            parts=(SlotPart(version),),
         )  # fmt: skip
 
     def _classifier(self, adapter: RoutedAdapter) -> Classifier | None:
@@ -263,8 +297,9 @@ class Placer:
             raise AdapterError(
                 "unsupported_feature", f"the adapter's experts are whole MLP blocks, and {name} is"
                 " no block that can hold them", seen=self._model_name,
-                limit="blocks that do first linear, activation, second linear and nothing else",
-                fix="serve it with the model it was trained on",
+                limit="blocks that do first linear, activation, second linear and nothing else,"
+                " without the settings extend_weights and fuse_activation",
+                fix="serve it with the model it was trained on, and without these settings",
             )  # fmt: skip
         block = self._blocks[vllm_name]
         if self._graphs and not block.on_kernel(experts):
@@ -289,6 +324,17 @@ def _check_once(name_of: Mapping[str, str]) -> None:
             )  # fmt: skip
 
 
+def _check_extended(name: str, layer: RoutedLinear, slices: Sequence[RoutedModule | None]) -> None:
+    """Raises AdapterError `unsupported_feature` for a router that no extended weight has."""
+    if layer.site.extension is not None and any(s and s.norm is not None for s in slices):
+        raise AdapterError(
+            "unsupported_feature", "the adapter's router reads a normalised input, which a product"
+            " with rows below the base weight does not give", seen=name,
+            limit="servers without the setting extend_weights",
+            fix="start without the setting extend_weights",
+        )  # fmt: skip
+
+
 def _is_linear(adapter: RoutedAdapter) -> bool:
     """Whether the adapter's columns multiply all that it adds, and nothing else is done to them."""
     gates = [module.gate for module in adapter.modules.values()]
@@ -303,6 +349,25 @@ def _is_linear(adapter: RoutedAdapter) -> bool:
 
 def _site(layer: RoutedLinear, slices: Sequence[RoutedModule | None]) -> tuple[list[Shape], Fill]:
     return layer.site.shapes(slices), lambda out: layer.site.pack(slices, out)
+
+
+def _modules_of(weights: LoRALayerWeights) -> list[RoutedModule | None]:
+    """One for each slice of a layer, scales in B."""
+    a, b = weights.lora_a, weights.lora_b
+    pairs = zip(a, b, strict=True) if isinstance(a, list) else [(a, b)]
+    return [None if a is None else RoutedModule(a, b) for a, b in pairs]
+
+
+def _formed_site(
+    name: str, layer: RoutedLinear, modules: Sequence[RoutedModule | None]
+) -> tuple[list[Shape], Fill]:
+    try:
+        return _site(layer, layer.sharded(modules))
+    except ValueError as error:
+        raise AdapterError(
+            "shape_mismatch", f"{name} has other sizes in the adapter than in the model",
+            seen=str(error), fix="serve it with the model it was trained on",
+        ) from error  # fmt: skip
 
 
 def _stock(

@@ -96,10 +96,15 @@ def attach(request: Any, columns: Sequence[Column]) -> None:
             setattr(request, name, params)
 
 
+def prompt_length(request: Any) -> int:
+    """Of vLLM's `Request` or `NewRequestData`, whatever of its answer has been computed."""
+    ids = request.prompt_token_ids
+    return len(request.prompt_embeds if ids is None else ids)
+
+
 def prompt_of(request: Any, plan: Plan) -> Prompt:
     """What the columns' values depend on."""
-    ids, embeds = request.prompt_token_ids, request.prompt_embeds
-    length = len(ids) if ids is not None else len(embeds)
+    ids = request.prompt_token_ids
     if ids is not None and request.prompt_is_token_ids is not None:  # the others are placeholders
         ids = [i if own else -1 for i, own in zip(ids, request.prompt_is_token_ids, strict=True)]
     modality: dict[str, list[tuple[int, int]]] = {}
@@ -108,7 +113,8 @@ def prompt_of(request: Any, plan: Plan) -> Prompt:
     for feature in request.mm_features or ():
         ranges = feature.mm_position.extract_embeds_range()
         modality.setdefault(feature.modality, []).extend((a, b + 1) for a, b in ranges)
-    return Prompt(length, ids, {name: tuple(spans) for name, spans in modality.items()})
+    every = {name: tuple(spans) for name, spans in modality.items()}
+    return Prompt(prompt_length(request), ids, every)
 
 
 _PLACES = (("sampling_params", "extra_args"), ("pooling_params", "extra_kwargs"))

@@ -30,6 +30,7 @@ _STATUS = {
     "path_not_allowed": HTTPStatus.FORBIDDEN,
     "id_in_use": HTTPStatus.CONFLICT,
     "adapter_changed": HTTPStatus.CONFLICT,
+    "files_changed": HTTPStatus.CONFLICT,
     "version_conflict": HTTPStatus.CONFLICT,
     "no_token": HTTPStatus.UNAUTHORIZED,
     "wrong_token": HTTPStatus.FORBIDDEN,
@@ -40,6 +41,7 @@ _STATUS = {
     "merge_failed": HTTPStatus.INTERNAL_SERVER_ERROR,
     "load_failed": HTTPStatus.INTERNAL_SERVER_ERROR,
     "ranks_differ": HTTPStatus.INTERNAL_SERVER_ERROR,
+    "engine_dead": HTTPStatus.SERVICE_UNAVAILABLE,
 }
 
 

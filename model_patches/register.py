@@ -133,6 +133,7 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.lora.model_manager", "LoRAModelManager._add_adapter"),
             Target("vllm.lora.model_manager", "LoRAModelManager.remove_all_adapters"),
             Target("vllm.lora.model_manager", "LoRAModelManager._register_packed_modules"),
+            Target("vllm.lora.model_manager", "LoRAModelManager._match_target_modules"),
             Target("vllm.lora.model_manager", "LoRAModelManager.set_adapter_mapping"),
             Target("vllm.lora.model_manager", "LRUCacheLoRAModelManager"),
             Target("vllm.lora.lora_model", "LoRAModel.__init__"),
@@ -333,12 +334,28 @@ PATCHES: tuple[Patch, ...] = (
         ),
     ),
     Patch(
+        name="packed-weights",
+        module="packed_weights",
+        why="On a CPU a base of int8 weights has none to look at, and LoRA's wrappers do.",
+        how="Where a layer's weight is None, LoRA's tensors go where its scale lies.",
+        upstream="none yet",
+        remove_when="_get_lora_device knows of layers without a weight.",
+        targets=(
+            Target("vllm.lora.layers.utils", "_get_lora_device"),
+            Target("vllm.lora.layers.base_linear", "_get_lora_device"),
+            Target(
+                "vllm.model_executor.kernels.linear.scaled_mm.cpu",
+                "CPUInt8ScaledMMLinearKernel.process_weights_for_onednn",
+            ),
+        ),
+    ),
+    Patch(
         name="admission",
         module="admission",
         why="Stock loads a request's adapter inside a step, where a bad file ends the engine.",
         how=(
             "The first request that names an adapter has it loaded by `add_lora`, whose error "
-            "goes to the caller."
+            "goes to the caller; so has the first after somebody has called the workers."
         ),
         upstream="none yet",
         remove_when="vLLM loads adapters before it admits requests.",
@@ -349,12 +366,32 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.v1.engine.async_llm", "AsyncLLM.add_request"),
             Target("vllm.v1.engine.async_llm", "AsyncLLM.add_lora"),
             Target("vllm.v1.engine.async_llm", "AsyncLLM.remove_lora"),
+            Target("vllm.v1.engine.llm_engine", "LLMEngine.collective_rpc"),
+            Target("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc"),
             Target("vllm.v1.engine.llm_engine", "LLMEngine.pin_lora"),
             Target("vllm.v1.engine.async_llm", "AsyncLLM.pin_lora"),
             Target("vllm.v1.engine.llm_engine", "LLMEngine.collective_rpc"),
             Target("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc"),
             Target("vllm.v1.engine.core_client", "SyncMPClient.call_utility"),
             Target("vllm.v1.engine.core_client", "AsyncMPClient.call_utility_async"),
+        ),
+    ),
+    Patch(
+        name="dead-core",
+        module="dead_core",
+        why=(
+            "When an engine core dies, stock forgets the calls that wait for its answer: an HTTP "
+            "handler then waits for ever, and the server with it."
+        ),
+        how="What listens to a core ends the calls that wait, when it ends itself.",
+        upstream="none yet",
+        remove_when="vLLM ends utility calls when their engine core dies.",
+        targets=(
+            Target("vllm.v1.engine.core_client", "AsyncMPClient._ensure_output_queue_task"),
+            Target("vllm.v1.engine.core_client", "AsyncMPClient._call_utility_async"),
+            Target("vllm.v1.engine.core_client", "SyncMPClient.__init__"),
+            Target("vllm.v1.engine.core_client", "SyncMPClient.call_utility"),
+            Target("vllm.v1.engine.core_client", "BackgroundResources"),
         ),
     ),
     Patch(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,9 +22,13 @@ from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora.plan import PackedSite, Shape
 from vllm_lora_ext.kernels.mix_mlp.block import PackedBlock
 
-# Arguments of vLLM's `set_lora` (of fused experts lists), and of `set_module_to_save`.
-Weights = tuple[torch.Tensor | list[torch.Tensor], torch.Tensor | list[torch.Tensor]]
+# Arguments of vLLM's `set_lora`, of fused experts one tensor for each of the layer's tables; and
+# arguments of `set_module_to_save`.
+Weights = tuple[torch.Tensor, ...]
 HeadWeights = tuple[torch.Tensor, torch.Tensor | None]
+# By name, what is to stand in flat memory, and what puts it there and makes something of it.
+Fill = Callable[[list[torch.Tensor]], Any]
+Layout = dict[str, tuple[list[Shape], Fill]]
 
 _ALIGN = 256  # bytes: more than any dtype or vector load asks for
 _PIECE = {True: 64 << 20, False: sys.maxsize}  # bytes, of page-locked memory and of other
@@ -41,6 +45,7 @@ class SlotPart:
         columns: the adapter's own, which follow.
         linear: its own columns multiply it: where all are 0, it adds nothing.
         blocks: it has experts that are whole MLP blocks, which nothing can multiply.
+        frozen: what it adds behind a prompt depends on where the prompt ends.
     """
 
     version: str
@@ -49,6 +54,7 @@ class SlotPart:
     columns: tuple[Column, ...] = ()
     linear: bool = True
     blocks: bool = False
+    frozen: bool = False
 
     @property
     def width(self) -> int:
@@ -66,7 +72,7 @@ class HostAdapter:
         nbytes: of host memory.
         sites: vLLM's name of a linear layer → its part.
         stock: name of an embedding, output matrix, classification head or layer of fused experts,
-            whose slots are vLLM's own → what its `set_lora` takes.
+            whose slots are vLLM's own → what goes into them (`Weights`).
         heads: name of the classification head → weight [labels, in] and bias [labels] or None.
         blocks: name of an MLP block → its experts.
         names: layer or block → what the adapter's files call its parts, in their order; of a linear
@@ -270,11 +276,17 @@ def _pieces(sizes: Sequence[int], piece: int) -> Iterator[list[int]]:
         yield run
 
 
-def bytes_of(weights: Iterable[Weights | HeadWeights]) -> int:
-    """Bytes of tensors that stand by themselves."""
-    parts = [part for pair in weights for part in pair if part is not None]
-    tensors = [t for part in parts for t in (part if isinstance(part, list) else [part])]
-    return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+def pack_flat(kinds: Sequence[Layout], pinned: bool) -> tuple[int, list[dict[str, Any]]]:
+    """All of an adapter in flat memory: its bytes, and what was made of each entry."""
+    groups = [shapes for kind in kinds for shapes, _ in kind.values()]
+    nbytes, views = flat_views(groups, pinned)
+    left = iter(views)
+    return nbytes, [{name: fill(next(left)) for name, (_, fill) in kind.items()} for kind in kinds]
+
+
+def one(tensor: torch.Tensor) -> tuple[list[Shape], Fill]:
+    """The entry of a tensor that is held as it is."""
+    return [(tuple(tensor.shape), tensor.dtype)], lambda out: out[0].copy_(tensor)
 
 
 def _padded(shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -173,6 +173,10 @@ class Watch:
         """Whether the step that has begun computes rows that are wanted."""
         return bool(self._at)
 
+    def knows(self, key: str) -> bool:
+        """Whether a request is wanted, and not finished."""
+        return key in self._running
+
     def begin(self, scheduled: SchedulerOutput) -> None:
         # First: the id of an aborted request may come back as a new one in the same step.
         for key in scheduled.finished_req_ids:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from vllm.lora.utils import is_in_target_modules
+from vllm.model_executor.layers.attention import CrossAttention
 from vllm.model_executor.models import supports_multimodal
 
 from vllm_lora_ext.adapters.checks import without_drafter
@@ -35,6 +36,7 @@ class Scope:
         self._targets = targets
         self._skip = tuple(getattr(model, "lora_skip_prefixes", None) or ())
         self._towers = () if towers else _towers(model)
+        self._encoder_rows = on_encoder_rows(model)
         self._instead = _instead_of_towers(model)
         self._outside: set[str] = set()
         for name, _ in model.named_modules():
@@ -52,11 +54,19 @@ class Scope:
             has: names of layers, as the adapter has them, that can be adapted or that live on
                 another rank.
         Raises:
-            AdapterError: `unsupported_feature`, layers of a tower or connector whose flag is off;
-                `empty_adapter`, nothing is left.
+            AdapterError: `unsupported_feature`, layers of a tower or connector whose flag is off,
+                or that run on an encoder's rows; `empty_adapter`, nothing is left.
         """
         adapter = without_drafter(adapter, has, self._skip)
         for name in adapter.modules:
+            if name_of[name].startswith(self._encoder_rows):
+                raise AdapterError(
+                    "unsupported_feature", "the adapter has layers that read what the encoder"
+                    " gives, which has other rows than a request's tokens", seen=name,
+                    limit="layers that read the decoder's own states",
+                    fix="train on these: self-attention, queries and outputs of cross attention,"
+                    " the MLPs",
+                )  # fmt: skip
             if name not in has and name_of[name].startswith(self._towers):
                 raise AdapterError(
                     "unsupported_feature", "the adapter has layers of a tower or connector, and"
@@ -81,6 +91,19 @@ class Scope:
                 fix="start with these layers in --lora-target-modules, or without the flag",
             )  # fmt: skip
         return dataclasses.replace(adapter, modules=modules, experts=experts)
+
+
+def on_encoder_rows(model: Any) -> tuple[str, ...]:
+    """What the names of those of an encoder-decoder model's layers begin with that run on the
+    encoder's rows, of which a step's map says nothing: the encoder, and the keys and values of
+    cross attention. vLLM wraps and maps them like all others."""
+    crossed = [n for n, m in model.named_modules() if isinstance(m, CrossAttention)]
+    if not crossed:
+        return ()
+    read = ("k_proj", "v_proj", "kv_proj")
+    parents = {name.rpartition(".")[0] for name in crossed}
+    encoders = [f"{name}." for name in getattr(model, "_tower_model_names", ())]
+    return (*encoders, *(f"{parent}.{layer}" for parent in sorted(parents) for layer in read))
 
 
 def _towers(model: Any) -> tuple[str, ...]:

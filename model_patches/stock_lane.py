@@ -6,7 +6,8 @@ tensors that were read and checked as all others, and what they make goes into t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from vllm.lora.lora_model import LoRAModel
 from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.model_executor.layers.fused_moe import MoERunner
 
-from vllm_lora_ext.adapters.model import FusedExperts, RoutedAdapter, RoutedModule
+from vllm_lora_ext.adapters.model import FusedExperts, Head, RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.parts import (
     ExpertsSlot,
     HeadSlot,
@@ -30,7 +31,8 @@ from vllm_lora_ext.adapters.parts import (
     no_experts,
 )
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.model_patches.residency import HeadWeights, Weights
+from vllm_lora_ext.kernels.gated_lora.plan import Shape
+from vllm_lora_ext.model_patches.residency import Fill, HeadWeights, Layout
 
 
 class StockLane:
@@ -49,10 +51,14 @@ class StockLane:
         self._manager = manager
         layers: Mapping[str, BaseLayerWithLoRA] = manager.modules
         heads = {n: m for n, m in layers.items() if isinstance(m, ClassificationHeadWithLoRA)}
+        self._heads = heads
         self._fused = {n: m for n, m in layers.items() if isinstance(m, FusedMoEWithLoRA)}
         self._parts = {name: manager.packed_modules.get(name, []) for name in self._fused}
         self._bare = tuple(_bare_experts(manager.model, layers))
-        self.heads = {n: HeadSlot(m.input_size, m.max_lora_cls_labels) for n, m in heads.items()}
+        self.heads = {
+            n: HeadSlot(m.input_size, m.max_lora_cls_labels, m.full_bias_stacked.dtype)
+            for n, m in heads.items()
+        }
         self.experts: dict[str, ExpertsSlot] = {}
         self.shapes = {name: (m.input_size, m.output_size) for name, m in heads.items()}
         for name, layer in self._fused.items():
@@ -60,7 +66,7 @@ class StockLane:
             self.experts |= {f"{name}.{p}": slot for p, slot in _all_experts(layer).items()}
 
     def packs(self, layer: str) -> bool:
-        """Whether `pack` gives what this layer's slots take."""
+        """Whether it is `layouts` that gives what this layer's slots take."""
         return layer in self._fused
 
     def by_parameter(self, names: Iterable[str]) -> dict[str, str]:
@@ -118,20 +124,19 @@ class StockLane:
                 fix="start with --enable-mixed-moe-lora-format",
             )  # fmt: skip
 
-    def pack(
+    def layouts(
         self, adapter: RoutedAdapter, name_of: Mapping[str, str], away: set[str]
-    ) -> tuple[dict[str, Weights], dict[str, HeadWeights]]:
-        """What was checked, as vLLM's layers take it: experts of this rank, not yet sharded.
+    ) -> tuple[Layout, Layout]:
+        """What was checked, as the slots of vLLM's layers on this rank hold it.
 
         Returns:
-            Layer of fused experts → arguments of `set_lora`; head → of `set_module_to_save`.
+            Layer of fused experts → `HostAdapter.stock`; head → `HostAdapter.heads`.
         Raises:
             AdapterError: `duplicate_tensor`, `unsupported_feature`.
         """
         dtype = self._manager.lora_config.lora_dtype
         each = {name_of[n]: m for n, m in adapter.modules.items() if n not in away}
         fused = {name_of[n]: e for n, e in adapter.experts.items() if n not in away}
-        heads = {n: (h.weight_NK.to(dtype), h.bias_N) for n, h in adapter.heads.items()}
         loras: dict[str, LoRALayerWeights] = {}
         for name, parts in self._parts.items():
             own, pair = _own(each, parts, self.shapes), self._pair(fused, name)
@@ -141,24 +146,80 @@ class StockLane:
                     seen=name, fix="save one adapter per folder",
                 )  # fmt: skip
             loras |= {n: _lora(n, a, b, dtype) for n, (a, b) in {**own, **pair}.items()}
+        heads = {n: self.head_layout(n, h) for n, h in adapter.heads.items()}
         return self._merged(loras) if loras else {}, heads
 
-    def _merged(self, loras: dict[str, LoRALayerWeights]) -> dict[str, Weights]:
+    def head_layout(self, name: str, head: Head) -> tuple[list[Shape], Fill]:
+        """A trained head in the dtypes of the slots."""
+        layer = self._heads[name]
+        of = [(head.weight_NK, layer.full_weight_stacked.dtype)]
+        if head.bias_N is not None:
+            of.append((head.bias_N, layer.full_bias_stacked.dtype))
+
+        def fill(out: list[torch.Tensor]) -> HeadWeights:
+            weight_NK, *bias = (o.copy_(part) for o, (part, _) in zip(out, of, strict=True))
+            return weight_NK, bias[0] if bias else None
+
+        return [(tuple(part.shape), dtype) for part, dtype in of], fill
+
+    def experts_layout(
+        self, name: str, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]
+    ) -> tuple[list[Shape], Fill]:
+        """This rank's part of a layer's experts, by stock's own slicing.
+
+        Args:
+            a, b: as the layer's `set_lora` takes them, unsharded.
+        Raises:
+            AdapterError: `unsupported_feature`, they are not what the slot has room for.
+        """
+        layer = self._fused[name]
+        w13 = (0, 2)[: layer._w13_slices]
+        whole = [*((layer._slice_w13_a, a[i]) for i in w13),
+                 *((layer._slice_w13_b, b[i]) for i in w13),
+                 (layer._slice_w2_a, a[1]), (layer._slice_w2_b, b[1])]  # fmt: skip
+        tables = expert_tables(layer)
+        with _says_stock():
+            parts = [
+                cut(layer._match_expert_dim(part, table))
+                for (cut, part), table in zip(whole, tables, strict=True)
+            ]
+            for part, table in zip(parts, tables, strict=True):
+                if any(has > room for has, room in zip(part.shape, table.shape[1:], strict=True)):
+                    raise ValueError(f"{name}: {list(part.shape)} in {list(table.shape[1:])}")
+
+        def fill(out: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+            return tuple(o.copy_(part) for o, part in zip(out, parts, strict=True))
+
+        return [(tuple(p.shape), t.dtype) for p, t in zip(parts, tables, strict=True)], fill
+
+    def form(self, lora: LoRAModel) -> None:
+        """Has vLLM form a model of its own for its layers, in place.
+
+        Raises:
+            AdapterError: `unsupported_feature`, it does not take it.
+        """
+        with _says_stock():
+            self._manager._validate_moe_lora_format(lora)
+            self._manager._create_merged_loras_inplace(lora)
+
+    def formed(self, lora: LoRAModel, name: str) -> tuple[LoRALayerWeights | None, Head | None]:
+        """What a model that `form` was called with has for a layer, by stock's own look-up."""
+        full = (
+            self._manager._get_module_to_save_weights(lora, name) if name in self._heads else None
+        )
+        weights = self._manager._get_lora_layer_weights(lora, name)
+        return weights, full and Head(full.weight, full.bias)
+
+    def _merged(self, loras: dict[str, LoRALayerWeights]) -> Layout:
         """Stacked over experts, by vLLM's own functions."""
         model = LoRAModel(1, 0, loras)
-        try:
+        with _says_stock():
             for name, layer in self._fused.items():
                 if f"{name}.base_layer" in loras and not isinstance(layer, FusedMoE3DWithLoRA):
                     self._manager._convert_3d_to_2d_moe_lora(model, layer, name)
-            self._manager._validate_moe_lora_format(model)
-            self._manager._create_merged_loras_inplace(model)
-        except ValueError as error:
-            raise AdapterError(
-                "unsupported_feature", f"vLLM's layers do not take the adapter's experts: {error}",
-                fix="train all experts of a layer alike",
-            ) from error  # fmt: skip
+        self.form(model)
         found = {name: model.loras[name] for name in self._fused if name in model.loras}
-        return {name: (lora.lora_a, lora.lora_b) for name, lora in found.items()}
+        return {n: self.experts_layout(n, lora.lora_a, lora.lora_b) for n, lora in found.items()}
 
     def _pair(
         self, fused: Mapping[str, FusedExperts], name: str
@@ -171,6 +232,37 @@ class StockLane:
         found = [part or no_experts(like, self.experts[f"{name}.{p}"]) for p, part in parts.items()]
         names = f"{name}.base_layer", name
         return {n: (e.a_QK, e.b_NQ) for n, e in zip(names, found, strict=True)}
+
+
+def put(layer: BaseLayerWithLoRA, slot: int, weights: Sequence[torch.Tensor]) -> None:
+    """Into a slot of a layer of vLLM's own, by asynchronous copies: stock's `set_lora`, without
+    what it would cut of experts for the rank."""
+    if not isinstance(layer, FusedMoEWithLoRA):
+        layer.set_lora(slot, *weights)
+        return
+    layer.reset_lora(slot)
+    layer.adapter_enabled[slot] = 1
+    for table, part in zip(expert_tables(layer), weights, strict=True):
+        _, rows, columns = part.shape
+        table[slot, :, :rows, :columns].copy_(part, non_blocking=True)
+
+
+def expert_tables(layer: FusedMoEWithLoRA) -> list[torch.Tensor]:
+    """A and B of all slots of fused experts: of their first linears, then of their last."""
+    return [*layer.w13_lora_a_stacked, *layer.w13_lora_b_stacked,
+            *layer.w2_lora_a_stacked, *layer.w2_lora_b_stacked]  # fmt: skip
+
+
+@contextmanager
+def _says_stock() -> Iterator[None]:
+    """What vLLM's functions say about an adapter's tensors, as an error of the adapter's."""
+    try:
+        yield
+    except (AssertionError, ValueError) as error:
+        raise AdapterError(
+            "unsupported_feature", f"vLLM's layers do not take the adapter's weights: {error}",
+            fix="train all experts of a layer alike, of the model that is served",
+        ) from error  # fmt: skip
 
 
 def refuse_gate(name: str, module: RoutedModule) -> None:

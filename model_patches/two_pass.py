@@ -4,7 +4,8 @@ Every attention layer of the model gets a twin: the same layer, under a name of 
 table of layers, so that vLLM gives it a KV cache of its own in a group of the same kind. Blocks,
 slots, prefix cache, chunks and preemption are then those of any layer. A step with rows of such an
 adapter runs the model first with the twins and without adapters, and takes the rows' gates from
-what comes out; then as always. All other steps run once.
+what comes out; then as always. All other steps run once, and so do those whose rows of such
+adapters all have gates that are `frozen_gates`.
 
 Targets: `compilation_config.static_forward_context`, from which vLLM takes what has a KV cache, and
 the forward context, through which attention finds its layer, when it runs, by its name.
@@ -33,6 +34,7 @@ from vllm.v1.attention.backend import AttentionType
 from vllm_lora_ext.adapters.classifier import Classifier
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora import StepMap
+from vllm_lora_ext.model_patches.frozen_gates import FrozenGates
 from vllm_lora_ext.model_patches.rows import Rows
 
 logger = logging.getLogger("vllm.lora_ext")
@@ -57,6 +59,7 @@ class TwoPass:
         self._step, self._rows = step, rows
         self._hidden = vllm_config.model_config.get_hidden_size()
         self._classifiers: dict[int, Classifier] = {}
+        self._frozen = FrozenGates(rows, step)
         attentions = _attentions(model)
         self._twins = {layer.layer_name: _twin(layer) for layer in attentions}
         layers = vllm_config.compilation_config.static_forward_context
@@ -90,6 +93,11 @@ class TwoPass:
                 fix="start the server with --additional-config "
                 f"'{{\"lora_ext\": {{\"two_pass\": true, \"max_gates\": {classifier.gates}}}}}'",
             )  # fmt: skip
+        if classifier.frozen:
+            logger.warning(
+                "vllm-lora-ext: the gates of an X-LoRA are frozen where a prompt ends, as its"
+                " routing.json says: an approximation, whose answers are not the exact adapter's"
+            )
 
     def load(self, slot: int, classifier: Classifier | None) -> None:
         """What gives the gates of a slot's adapter; None: nothing does."""
@@ -100,11 +108,24 @@ class TwoPass:
             self._classifiers[slot] = classifier.map(lambda t: t.to(device, non_blocking=True))
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._classifiers or not self._step.slots & self._classifiers.keys():
+        slots = self._step.slots & self._classifiers.keys()
+        if not slots:
             return
         context = get_forward_context() if is_forward_context_available() else None
         if context is None or not context.attn_metadata:
             return  # a dummy run
+        frozen = {slot for slot in slots if self._classifiers[slot].frozen}
+        if frozen != slots or not self._frozen.known(slots):
+            self._first_pass(context, model, args, kwargs)
+            for slot in frozen:
+                self._frozen.keep(slot, self._classifiers[slot].gates)
+        if frozen:
+            self._frozen.fill(frozen)
+
+    def _first_pass(
+        self, context: ForwardContext, model: nn.Module, args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:  # fmt: skip
         with (
             self._step.without_adapters(),
             self._rows.first_pass(),

@@ -141,11 +141,8 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         return _resident(request.lora_int_id, placer.place(adapter))
 
     def _foreign(self, lora: LoRAModel) -> Resident:
-        host = foreign.host_form(lora, self._adapter_manager.placer)
-        if host is not None:
-            return _resident(lora.id, host)
-        foreign.check_stock(lora, self._adapter_manager.placer, self.lora_config.max_lora_rank)
-        return Resident(lora, foreign.digest_of(lora), foreign.bytes_of(lora), "plain")
+        placer, max_rank = self._adapter_manager.placer, self.lora_config.max_lora_rank
+        return _resident(lora.id, foreign.host_form(lora, placer, max_rank))
 
     def _hold(self, adapter_id: int, new: Resident, in_use: Collection[int]) -> LoadReport:
         manager = self._adapter_manager

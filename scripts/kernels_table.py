@@ -9,13 +9,15 @@ tensors without memory, for models of several shapes, and what Triton would comp
 is kept. Of those that differ only in alignment, in how far a program walks and in the parts that it
 sums, one with the most parts is compiled; `--every`: all. `--here` compiles with the Triton that is
 installed and prints; without it each release of `TRITONS` is fetched into a folder of its own
-(`--tritons`), and the table is written. Exit code 1 where a variant does not compile, does not fit
-a multiprocessor, or has the pattern that ptxas gets wrong (`tuning.py`).
+(`--tritons`), and the table is written: kernels/compiled.json, and a page of it. Exit code 1 where
+a variant does not compile, does not fit a multiprocessor, spills more than `MOST_SPILLED`, or has
+the pattern that ptxas gets wrong (`tuning.py`).
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import hashlib
 import json
 import os
@@ -23,7 +25,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -31,129 +33,17 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "kernels" / "COMPILED.md"
+sys.path.append(str(ROOT / "scripts"))
+
+from kernel_variants import ENGINES, GPUS, Variant, variants  # noqa: E402
+
+PAGE, NUMBERS = ROOT / "kernels" / "COMPILED.md", ROOT / "kernels" / "compiled.json"
 # Release of Triton → the torch that brings it.
 TRITONS = {"3.6.0": "2.11", "3.7.1": "2.13", "3.8.0": "2.14"}
-# Name, multiprocessors, KiB of shared memory that a program may have.
-GPUS = {"90": ("H100", 132, 227), "100": ("B200", 148, 227), "80": ("A100", 108, 163)}
-# (most ranks, dtype) of an engine: --max-lora-rank, and fp32 to see that it is no worse.
-ENGINES = ((16, "bf16"), (64, "bf16"), (128, "bf16"), (512, "bf16"), (64, "fp32"))
-# K, and N of the slices, of a decoder layer: Llama-3.1-8B, and sizes that no power of two divides.
-LLAMA = ((4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,)))
-ODD = ((2880, (4096, 512, 512)), (4096, (2880,)), (576, (1536, 1536)), (1530, (570,)))
-MAX_TOKENS, SLOTS = 2048, 8  # of a step; more rows change no choice
-# The first is the dtype; the others make no other kernel of it.
-UNNAMED = ("OPERAND", "EVEN_K", "EVEN_N", "WALK", "PARTS")
+MOST_SPILLED = 4096  # bytes of a thread: with more, a kernel's numbers live in memory
 # wgmma's accumulators, then its left operand in registers where shared memory has a descriptor.
 FROM_REGISTERS = re.compile(r"wgmma\.mma_async\S*\s*\{[^}]*\},\s*\{")
 PIPELINED = re.compile(r"cp\.async(?!\.wait)")
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One thing that Triton compiles: a kernel's source with its types, constants and options."""
-
-    kernel: Any
-    signature: dict[str, str]
-    constants: dict[Any, Any]
-    attributes: dict[Any, Any]
-    options: Any
-
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """The constants by their names."""
-        names = self.kernel.arg_names
-        return {names[k[0]] if isinstance(k, tuple) else k: v for k, v in self.constants.items()}
-
-    @property
-    def name(self) -> str:
-        """What the table calls it; several variants may have one name."""
-        shown = [
-            f"{name.removeprefix('BLOCK_')} {value}"
-            for name, value in self.sizes.items()
-            if name.isupper() and name not in UNNAMED
-        ]
-        kernel = self.kernel.__name__.removesuffix("_kernel")
-        return f"{kernel} | {', '.join(shown)} | {self.sizes['OPERAND']} | {self.options.num_warps}"
-
-
-class Kept:
-    """In place of a kernel: keeps what Triton would compile for its launches."""
-
-    def __init__(self, kernel: Any, target: Any) -> None:
-        from triton.compiler import make_backend
-        from triton.runtime.jit import create_function_from_signature
-
-        self.kernel, self.backend = kernel, make_backend(target)
-        self.bind = create_function_from_signature(kernel.signature, kernel.params, self.backend)
-        self.found: dict[str, Variant] = {}
-
-    def __getitem__(self, _grid: Any) -> Any:
-        def launch(*args: Any, **kwargs: Any) -> None:
-            bound, specialization, options = self.bind(*args, **kwargs)
-            key = f"{specialization} {options}"
-            if key not in self.found:
-                packed = self.kernel._pack_args(
-                    self.backend, kwargs, bound, specialization, options
-                )
-                made, signature, constants, attributes = packed
-                self.found[key] = Variant(self.kernel, signature, constants, attributes, made)
-
-        return launch
-
-
-def variants(capability: str, engines: Iterable[tuple[int, str]] = ENGINES) -> list[Variant]:
-    """Every variant of a GPU's engines, by what their warm-up launches."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.jit import JITFunction
-
-    from vllm_lora_ext.kernels.gated_lora.backends.triton import expand, shrink, tuning, warmup
-    from vllm_lora_ext.kernels.mix_mlp import triton_mix
-    from vllm_lora_ext.kernels.mix_mlp import warmup as block_warmup
-
-    name, processors, shared = GPUS[capability]
-    device = tuning.Device(name, processors, shared * 1024)
-    target = GPUTarget("cuda", int(capability), 32)
-    kept, before = [], []
-    for module in (shrink, expand, triton_mix, warmup, block_warmup):
-        for key, value in list(vars(module).items()):
-            if isinstance(value, JITFunction) and key.endswith("_kernel"):
-                kept.append(Kept(value, target))
-                before.append((module, key, value))
-                setattr(module, key, kept[-1])
-            elif value is tuning.device_of:
-                before.append((module, key, value))
-                setattr(module, key, lambda _index: device)
-    try:
-        for rank, dtype in engines:
-            for shapes in (LLAMA, ODD):
-                _warm(shapes, rank, dtype)
-    finally:
-        for module, key, value in before:
-            setattr(module, key, value)
-    return [variant for kernel in kept for variant in kernel.found.values()]
-
-
-def _warm(shapes: Any, rank: int, dtype: str) -> None:
-    """What an engine does when it starts, without memory."""
-    import torch
-
-    from vllm_lora_ext.kernels.gated_lora import Site, StepMap
-    from vllm_lora_ext.kernels.gated_lora.backends import choice
-    from vllm_lora_ext.kernels.gated_lora.backends.triton import warmup
-    from vllm_lora_ext.kernels.mix_mlp import BlockSite
-    from vllm_lora_ext.kernels.mix_mlp import warmup as block_warmup
-
-    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    step = StepMap(MAX_TOKENS, "meta", tiled=True)
-    triton = choice.triton()
-    sites = [Site(SLOTS, k, sizes, rank, rank, kind, "meta", triton) for k, sizes in shapes]
-    for site in sites:
-        site.step = step
-    warmup.warm(sites, MAX_TOKENS, kind)
-    blocks = [BlockSite(sites[2], sites[3], torch.relu, act_name="silu")]
-    if sites[2].slice_sizes[0] == sites[3].a_SRK.shape[2]:
-        block_warmup.warm(blocks, MAX_TOKENS, kind)
 
 
 # --- compiling ------------------------------------------------------------------------------------
@@ -188,6 +78,8 @@ def compiled(variant: Variant, capability: str) -> Compiled:
         return Compiled(registers, spilled, shared, f"{shared} bytes shared, of {most}")
     if registers * 32 * variant.options.num_warps > 65536:
         return Compiled(registers, spilled, shared, "more registers than a multiprocessor has")
+    if spilled > MOST_SPILLED:
+        return Compiled(registers, spilled, shared, f"{spilled} bytes spilled, of {MOST_SPILLED}")
     if PIPELINED.search(ptx) and FROM_REGISTERS.search(ptx):
         return Compiled(registers, spilled, shared, "ptxas may reuse a product's registers")
     return Compiled(registers, spilled, shared)
@@ -257,7 +149,17 @@ def sources() -> str:
     """Digest of all that is compiled."""
     folders = ("kernels/gated_lora/backends/triton", "kernels/mix_mlp")
     files = sorted(path for folder in folders for path in (ROOT / folder).glob("*.py"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+    trees = [_without_docstrings(ast.parse(path.read_text())) for path in files]
+    return hashlib.sha256("".join(map(ast.dump, trees)).encode()).hexdigest()
+
+
+def _without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            del node.body[0]
+    return tree
 
 
 def _order(name: str) -> tuple[Any, ...]:
@@ -267,18 +169,40 @@ def _order(name: str) -> tuple[Any, ...]:
 
 # --- the table ------------------------------------------------------------------------------------
 
-Table = dict[str, dict[str, Compiled]]  # release of Triton → name → numbers
+Tables = dict[str, dict[str, dict[str, Compiled]]]  # capability → release of Triton → name
 
 
-def page(tables: dict[str, Table], names: dict[str, list[str]]) -> str:
-    """kernels/COMPILED.md from the tables of each compute capability, and its variants' names."""
+def read_numbers() -> Tables:
+    """What kernels/compiled.json has."""
+    read = json.loads(NUMBERS.read_text()) if NUMBERS.is_file() else {}
+    return {
+        gpu: {t: {n: Compiled(*v) for n, v in numbers.items()} for t, numbers in table.items()}
+        for gpu, table in read.items()
+    }  # fmt: skip
+
+
+def write_numbers(tables: Tables) -> None:
+    """kernels/compiled.json, and the page of it."""
+    plain = {
+        gpu: {t: {n: list(vars(by_name[n]).values()) for n in sorted(by_name, key=_order)}
+              for t, by_name in tables[gpu].items()}
+        for gpu in sorted(tables, key=int)
+    }  # fmt: skip
+    text = json.dumps(plain, indent=1)
+    text = re.sub(r"\[[^]]*\]", lambda found: " ".join(found[0].split()), text)  # one line each
+    NUMBERS.write_text(text + "\n")
+    PAGE.write_text(page(tables))
+
+
+def page(tables: Mapping[str, Mapping[str, Mapping[str, Compiled]]]) -> str:
+    """kernels/COMPILED.md."""
     brings = ", ".join(f"{triton} (torch {torch})" for triton, torch in TRITONS.items())
     parts = [INTRODUCTION.format(tritons=brings)]
-    for capability, table in tables.items():
-        name, _, shared = GPUS[capability]
+    for capability in sorted(tables, key=int):
+        table, (name, _, shared) = tables[capability], GPUS[capability]
         heads = ["kernel", "block sizes", "dtype", "warps", *table]
         rows = [heads, ["---"] * len(heads)]
-        for variant in names[capability]:
+        for variant in sorted({n for by_name in table.values() for n in by_name}, key=_order):
             cells = [_cell(by_name.get(variant)) for by_name in table.values()]
             rows.append([*variant.split(" | "), *cells])
         lines = "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -304,13 +228,6 @@ def _cell(numbers: Compiled | None) -> str:
     if numbers.wrong:
         return f"**{numbers.wrong}**"
     return f"{numbers.registers} / {numbers.spilled} / {numbers.shared}"
-
-
-def rows_of(text: str, capability: str) -> list[str]:
-    """The names in a page's table of one compute capability."""
-    _, _, rest = text.partition(f"## sm_{capability} ")
-    lines = [line for line in rest.partition("\n## ")[0].splitlines() if line.startswith("| ")]
-    return [" | ".join(line.strip("| ").split(" | ")[:4]) for line in lines[2:]]
 
 
 def fetched(triton: str, folder: Path) -> Path:
@@ -340,18 +257,17 @@ def kept_in(folder: Path, triton: str, gpu: str) -> Path:
 
 
 def write(folder: Path, gpus: Sequence[str], only_page: bool) -> int:
-    """Compiles with every release, and writes the page."""
+    """Compiles with every release, and writes what was found."""
     folder.mkdir(parents=True, exist_ok=True)
-    tables: dict[str, Table] = {}
-    names: dict[str, list[str]] = {}
+    tables = read_numbers()
     for gpu in gpus:
         if not only_page:
-            with ThreadPoolExecutor(len(TRITONS)) as pool:
+            with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
                 list(pool.map(lambda triton, gpu=gpu: elsewhere(triton, folder, gpu), TRITONS))
-        names[gpu] = sorted({variant.name for variant in variants(gpu)}, key=_order)
+        names = {variant.name for variant in variants(gpu)}
         kept = {triton: read_kept(kept_in(folder, triton, gpu)) for triton in TRITONS}
-        tables[gpu] = {t: {n: k[n] for n in names[gpu] if n in k} for t, k in kept.items()}
-        PAGE.write_text(page(tables, names))
+        tables[gpu] = {t: {n: k[n] for n in names if n in k} for t, k in kept.items()}
+        write_numbers(tables)
     wrong = [
         f"sm_{gpu}, Triton {triton}: {name}: {numbers.wrong}"
         for gpu, table in tables.items() for triton, by_name in table.items()

@@ -31,7 +31,6 @@ ALLOWED = {
     "model_patches.*.apply": "the register names the module, `Patch.apply` calls it",
     "kernels.mix_mlp.block.BlockSite.write(*": "takes what `pack` takes",
     "vllm_lora_ext.adapters.*Template.*": "workers call them through the protocol `Template`",
-    "vllm_lora_ext.adapters.user_gates.*.derive": "`UserTemplate` calls its layers' so",
     "model_patches.mixes.Front.*": "serving calls its host through a protocol of its own",
 }
 

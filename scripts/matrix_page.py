@@ -20,9 +20,10 @@ ROOT = Path(__file__).resolve().parent.parent
 RECORD, PAGE = ROOT / "docs" / "matrix.json", ROOT / "docs" / "matrix.md"
 ROWS = (
     "base", "plain", "DoRA", "merged", "routed linear", "rank-wise", "MixLoRA block",
-    "several, scaled", "spans", "Activated LoRA", "user",
+    "several, scaled", "spans", "Activated LoRA", "user", "instruction", "X-LoRA",
 )  # fmt: skip
 _LINEAR = ("base", "plain", "routed linear", "rank-wise", "MixLoRA block")
+_MADE = ("user", "instruction")
 _SAID = ("several, scaled", "spans", "Activated LoRA")
 # Column → test → rows that it proves; each in one batch with the others.
 PROVED: dict[str, dict[str, Iterable[str]]] = {
@@ -30,19 +31,27 @@ PROVED: dict[str, dict[str, Iterable[str]]] = {
         "integration_tests/test_authors_numbers.py::test_every_log_probability_and_greedy_token":
             _LINEAR,
         "integration_tests/test_conditioned.py::test_the_authors_numbers_in_one_batch": _SAID,
-        "integration_tests/test_templates.py::test_the_authors_numbers_in_one_batch": ("user",),
+        "integration_tests/test_templates.py::test_the_authors_numbers_in_one_batch": _MADE,
+        "integration_tests/test_two_pass.py::test_pefts_numbers": ("X-LoRA",),
         "integration_tests/test_dora.py::test_pefts_numbers_in_one_batch": ("DoRA",),
         "integration_tests/test_merged.py::test_case_is_served_with_the_tool_s_delta": ("merged",),
     },
     "`--enforce-eager`": {
         "integration_tests/test_authors_numbers.py::test_five_systems_and_base_rows_in_one_batch":
             _LINEAR,
+        "integration_tests/test_two_pass.py::test_beside_every_other_kind": (*_SAID, "X-LoRA"),
+        "integration_tests/test_matrix.py::test_an_engine_of_its_own": ("DoRA", "merged", *_MADE),
     },
     "Chunked prefill": {
         "integration_tests/test_ladder.py::test_compiled_and_chunked_equal_eager_and_whole":
             ("base", "routed linear"),
         "integration_tests/test_conditioned.py::test_the_authors_numbers_in_one_batch": _SAID,
         "integration_tests/test_dora.py::test_pefts_numbers_in_one_batch": ("DoRA",),
+        "integration_tests/test_templates.py::test_the_authors_numbers_in_one_batch": ("user",),
+        "integration_tests/test_templates.py::test_an_instruction_longer_than_a_chunk":
+            ("instruction",),
+        "integration_tests/test_two_pass.py"
+        "::test_a_long_prompt_in_chunks_and_from_the_prefix_cache": ("X-LoRA",),
     },
     "Prefix cache": {
         "integration_tests/test_ladder.py::test_alone_equals_mixed_and_cached_equals_first":
@@ -50,18 +59,22 @@ PROVED: dict[str, dict[str, Iterable[str]]] = {
         "integration_tests/test_conditioned.py::test_mixes_share_what_they_agree_on": _SAID,
         "integration_tests/test_dora.py::test_pefts_numbers_in_one_batch": ("DoRA", "plain"),
         "integration_tests/test_templates.py::test_a_rotation_of_users_over_few_slots": ("user",),
+        "integration_tests/test_templates.py::test_the_authors_numbers_in_one_batch":
+            ("instruction",),
+        "integration_tests/test_two_pass.py"
+        "::test_a_long_prompt_in_chunks_and_from_the_prefix_cache": ("X-LoRA",),
     },
     "Tensor parallel 2, `mp`": {
         "integration_tests/test_tensor_parallel.py"
         "::test_log_probabilities_and_greedy_tokens_are_those_of_one_rank": (*_LINEAR, "DoRA"),
         "integration_tests/test_tensor_parallel.py::test_what_requests_say_reaches_every_rank":
-            _SAID,
+            (*_SAID, *_MADE, "X-LoRA"),
     },
     "Tensor parallel 2, Ray, fully sharded": {
         "integration_tests/test_tensor_parallel.py"
         "::test_log_probabilities_and_greedy_tokens_are_those_of_one_rank": _LINEAR,
         "integration_tests/test_tensor_parallel.py::test_what_requests_say_reaches_every_rank":
-            _SAID,
+            (*_SAID, *_MADE, "X-LoRA"),
     },
     "Mixture-of-experts base": {
         "integration_tests/test_moe_base.py::test_base_plain_and_routed_rows":
@@ -79,8 +92,8 @@ NOT_HERE = {
     " memory stays",
     "V2 model runner": "vLLM has it on GPUs only; `tests/model_patches/test_rows.py` drives both"
     " runners' calls",
-    "FP8, AWQ, GPTQ, bitsandbytes bases": "their kernels are vLLM's GPU ones here; adapters read a"
-    " layer's output and never its weights, but for DoRA, which is refused on quantised weights"
+    "bitsandbytes bases": "vLLM 0.32 has no such method of its own; adapters read a layer's output"
+    " and never its weights, but for DoRA, which is refused on quantised weights"
     " (`unsupported_feature`)",
 }
 

@@ -1,4 +1,4 @@
-"""Writes docs/systems/<name>.md and README's table of systems from the readers' own metadata.
+"""Writes docs/systems/<name>.md, docs/formats.md and docs/systems.md from the table of formats.
 
     python scripts/system_pages.py            # write; `make docs`
     python scripts/system_pages.py --check    # exit code 1 when a page differs
@@ -23,15 +23,19 @@ from pathlib import Path
 from typing import Any
 
 from vllm_lora_ext.adapters.readers.base import Reader
-from vllm_lora_ext.adapters.registry import READERS
+from vllm_lora_ext.adapters.registry import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "systems"
+TABLE_PAGE, SYSTEMS = ROOT / "docs" / "formats.md", ROOT / "docs" / "systems.md"
 MEASURED, OTHERS = PAGES / "measured.json", PAGES / "others.json"
 FIXTURES = ROOT / "tests" / "fixtures" / "routed"
 BY_HAND, END_BY_HAND = "<!-- by hand -->", "<!-- end by hand -->"
 TABLE, END_TABLE = "<!-- systems: make docs -->", "<!-- end systems -->"
 NOTE = "<!-- Written by `make docs` from the reader; only the part by hand is kept. -->"
+
+# What only `convert` knows, or nobody, is a line of docs/formats.md.
+PAGED = [reader for reader in FORMATS if reader.formula]
 
 
 def main() -> int:
@@ -52,14 +56,13 @@ def main() -> int:
 def files() -> dict[Path, str]:
     """Every generated file with the text that it must have."""
     rows = json.loads(MEASURED.read_text(encoding="utf-8"))["rows"]
-    found = {}
-    for reader in READERS:
+    found = {TABLE_PAGE: table_page()}
+    for reader in PAGED:
         path = PAGES / f"{reader.name}.md"
         mine = [row for row in rows if row["system"] == reader.name]
         found[path] = page(reader, mine, _by_hand(_old(path)))
-    readme = ROOT / "README.md"
-    before, after = _around(_old(readme), TABLE, END_TABLE)
-    found[readme] = f"{before}{TABLE}\n\n{overview(rows)}\n{END_TABLE}{after}"
+    before, after = _around(_old(SYSTEMS), TABLE, END_TABLE)
+    found[SYSTEMS] = f"{before}{TABLE}\n\n{overview(rows)}\n{END_TABLE}{after}"
     return found
 
 
@@ -77,8 +80,8 @@ def page(reader: Reader, rows: list[dict[str, Any]], by_hand: str) -> str:
 
 
 def overview(rows: list[dict[str, Any]]) -> str:
-    """README's table: one section per kind of system."""
-    served = [reader for reader in READERS if not reader.refused]
+    """The table of docs/systems.md: one section per kind of system."""
+    served = [reader for reader in PAGED if not reader.refused]
     plain = [reader for reader in served if "no gate" in reader.summary.lower()]
     said = [reader for reader in served if reader.request]
     routed = [reader for reader in served if reader not in plain and reader not in said]
@@ -94,13 +97,50 @@ def overview(rows: list[dict[str, Any]]) -> str:
             numbers = [_worst(mine, side) for side in ("transformers", "engine")]
             text += f"| {_link(reader)} | {_first(reader.summary)} | {' | '.join(numbers)} |\n"
         text += "\n"
-    refused = [reader for reader in READERS if reader.refused]
+    refused = [reader for reader in PAGED if reader.refused]
     text += "### Known and refused\n\n| system | why |\n|---|---|\n"
     text += "".join(f"| {_link(r)} | {_cell(_sentence(r.refused))} |\n" for r in refused) + "\n"
     for section in json.loads(OTHERS.read_text(encoding="utf-8")):
         text += f"### {section['title']}\n\n| system | status |\n|---|---|\n"
         text += "".join(f"| {r['system']} | {r['status']} |\n" for r in section["rows"]) + "\n"
     return text.rstrip() + "\n"
+
+
+def table_page() -> str:
+    """docs/formats.md: what each format is known by, and what becomes of it."""
+    ways = {
+        "served": "## Served as they are",
+        "convert": "## Made an ordinary LoRA by `convert`",
+        "refused": "## Refused",
+    }
+    text = f"# Which of your files works how\n\n{NOTE}\n\n{FORMATS_TEXT}\n"
+    for status, title in ways.items():
+        last = {"served": "routing.json must say", "convert": "give", "refused": "why"}[status]
+        text += f"\n{title}\n\n| format | known by | {last} |\n|---|---|---|\n"
+        for row in FORMATS:
+            if row.status == status:
+                name = f"[{row.title}](systems/{row.name}.md)" if row in PAGED else row.title
+                cells = [name, _cell(_escape(row.files)), _cell(_asked(row))]
+                text += f"| {' | '.join(cells)} |\n"
+    return text
+
+
+def _asked(row: Reader) -> str:
+    """What must be given for a folder of this format, or why it is refused."""
+    if row.refused:
+        return _sentence(row.refused)
+    words = [f"`--{need}`" for need in row.needs] if row.read is None else []
+    form = "`{}`" if row.read is not None else "`--set {}=...`"
+    hidden = {"sizes"} if "base" in row.needs else set()
+    return ", ".join([*words, *(form.format(key) for key in row.settings if key not in hidden)])
+
+
+FORMATS_TEXT = """A folder is recognised by its config and the names of its tensors together; `vllm-lora-ext inspect`
+says what yours is. `.bin` and `.pt` weights go through `vllm-lora-ext convert --allow-pickle` first. What
+`routing.json` must say can be given as `--set key=value` too. The options of the second table are those
+of `convert`: the base model's folder, the rank of an approximation, the adapter that training began
+with, LoRAM's index, the pruned model. Merges and generated adapters are another matter:
+[merged_systems.md](merged_systems.md)."""  # noqa: E501
 
 
 def _facts(reader: Reader) -> str:
@@ -193,7 +233,7 @@ def _worst(rows: list[dict[str, Any]], side: str) -> str:
 
 
 def _link(reader: Reader) -> str:
-    return f"[{reader.title}](docs/systems/{reader.name}.md)"
+    return f"[{reader.title}](systems/{reader.name}.md)"
 
 
 def _first(text: str) -> str:

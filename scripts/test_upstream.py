@@ -5,8 +5,8 @@
 
 Fetches the source distribution of that release once (44 MB, kept below build/upstream, never
 committed), and runs what needs no GPU; for models and adapters of the hub there are tiny stand-ins
-(`scripts/upstream/hub.py`). What cannot hold is listed with its reason in
-`scripts/upstream/exceptions.toml`.
+(`scripts/upstream/hub.py`). What is not run and what cannot hold is listed with its reason in
+`scripts/upstream/exceptions.toml`; a file in no list, or an exception that holds, is an error.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 import tarfile
 import tomllib
 from pathlib import Path
+from typing import Any
 
 from upstream.hub import write
 
@@ -27,6 +28,7 @@ from vllm_lora_ext.model_patches.check import installed_version
 REPO = Path(__file__).resolve().parents[1]
 HERE = REPO / "scripts" / "upstream"
 BUILD = REPO / "build" / "upstream"
+TESTS = "tests/lora"
 REQUIREMENTS = REPO / "requirements" / "upstream.txt"
 
 
@@ -37,11 +39,14 @@ def main(arguments: list[str]) -> int:
     listed = tomllib.loads((HERE / "exceptions.toml").read_text())
     packages = _packages()
     root = _sources(version, packages)
+    if wrong := unlisted(root / TESTS, listed):
+        sys.exit("scripts/upstream/exceptions.toml: " + "; ".join(wrong))
     shutil.copy(HERE / "plugin.py", packages / "upstream_plugin.py")
     write(BUILD / "hub")
     command = [sys.executable, "-m", "pytest", "-p", "upstream_plugin", "-p", "no:cacheprovider"]
-    command += ["-c", "pyproject.toml", "--rootdir", ".", "-q", "-rfE", "--timeout", "300"]
-    command += [*arguments, *listed["files"]]
+    command += ["-c", "pyproject.toml", "--rootdir", ".", "-q", "-rfEx", "--timeout", "300"]
+    command += [f"--deselect={TESTS}/{test}" for test in listed["left_out"] if "::" in test]
+    command += [*arguments, *(f"{TESTS}/{file}" for file in listed["files"])]
     environment = os.environ | {
         "PYTHONPATH": str(packages),
         "UPSTREAM_EXCEPTIONS": json.dumps(listed["known"]),
@@ -52,6 +57,19 @@ def main(arguments: list[str]) -> int:
         "VLLM_PLUGINS": "lora_ext",
     }
     return subprocess.run(command, cwd=root, env=environment).returncode
+
+
+def unlisted(folder: Path, listed: dict[str, Any]) -> list[str]:
+    """What is wrong with the lists for the tests in `folder`: each file stands in one of them."""
+    there = {path.name for path in folder.glob("test_*.py")}
+    run, left_out = set(listed["files"]), {test for test in listed["left_out"] if "::" not in test}
+    reasons = listed["left_out"] | listed["known"]
+    return [
+        *(f"{name} is in no list" for name in sorted(there - run - left_out)),
+        *(f"{name} is in both lists" for name in sorted(run & left_out)),
+        *(f"{name} is not there" for name in sorted((run | left_out) - there)),
+        *(f"{name} has no reason" for name, reason in reasons.items() if not reason),
+    ]
 
 
 def _packages() -> Path:

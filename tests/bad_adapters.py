@@ -301,14 +301,17 @@ BAD: dict[str, Bad] = {
     "r_zero": Bad(with_json(lambda c: c.update(r=0)), "bad_value"),
     "r_negative": Bad(with_json(lambda c: c.update(r=-8)), "bad_value"),
     "r_other": Bad(with_json(lambda c: c.update(r=4)), "rank_mismatch"),
-    "peft_type_unknown": Bad(with_json(lambda c: c.update(peft_type="OFT")), "unknown_peft_type"),
+    "peft_type_unknown": Bad(
+        with_json(lambda c: c.update(peft_type="SOLORA")), "unknown_peft_type"
+    ),
+    "oft": Bad(with_json(lambda c: c.update(peft_type="OFT")), "unsupported_feature"),
     "peft_type_empty": Bad(with_json(lambda c: c.update(peft_type="")), "unknown_peft_type"),
     "peft_type_list": Bad(with_json(lambda c: c.update(peft_type=["LORA"])), "unknown_peft_type"),
     "slow_pattern": Bad(
         with_json(lambda c: c.update(rank_pattern={"(.|..|...)*[^a-z]": 8})), "bad_value"
     ),
     "broken_pattern": Bad(with_json(lambda c: c.update(rank_pattern={"(": 8})), "bad_value"),
-    "unknown_setting": Bad(with_json(lambda c: c.update(use_moram=True)), "unknown_format"),
+    "moram_without_a_bank": Bad(with_json(lambda c: c.update(use_moram=True)), "missing_key"),
     "unknown_number": Bad(with_json(lambda c: c.update(moram_topk=4)), "unknown_key"),
     "dora": Bad(with_json(lambda c: c.update(use_dora=True)), "missing_tensor"),
     "dora_vectors": Bad(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,33 +44,39 @@ class Given(NamedTuple):
     hidden_TK: torch.Tensor
 
 
-def write_random(name: str, folder: str | Path, seed: int) -> Path:
-    """A folder of one of `FORMATS`, all of whose sizes depend on `seed` only."""
+def write_random(
+    name: str, folder: str | Path, seed: int, base: str = BASE, layers: Sequence[str] = tuple(NAMES)
+) -> Path:
+    """A folder of one of `FORMATS`, all of whose sizes depend on `seed` and the base only.
+
+    Args:
+        layers: which of `NAMES` it may adapt.
+    """
     rng, where = np.random.default_rng([seed, len(name)]), Path(folder)
     if name == "alora":
         shape = {"r": pick(rng, (2, 5)), "alpha": pick(rng, (4, 7)), "targets": ("q_proj",)}
-        write_plain(where, seed, BASE, use_rslora=bool(seed % 2), **shape)
+        write_plain(where, seed, base, use_rslora=bool(seed % 2), **shape)
         config = json.loads((where / "adapter_config.json").read_text())
         config["alora_invocation_tokens"] = [int(t) for t in rng.integers(4, 90, 3)]
         (where / "adapter_config.json").write_text(json.dumps(config))
         return where
-    kinds = [str(k) for k in rng.permutation(list(NAMES))[: int(rng.integers(1, 3))]]
+    kinds = [str(k) for k in rng.permutation(list(layers))[: int(rng.integers(1, 3))]]
     depth = int(rng.integers(1, 4))
     if name == "mmlora":
-        tensors, settings = _mmlora(rng, kinds, depth)
+        tensors, settings = _mmlora(rng, base, kinds, depth)
     elif name == "wavllm":
-        tensors, settings = _wavllm(rng, depth)
+        tensors, settings = _wavllm(rng, base, depth)
     else:
-        tensors, settings = _reclora(rng, name.split("_")[1], kinds, depth)
+        tensors, settings = _reclora(rng, base, name.split("_")[1], kinds, depth)
     where.mkdir(parents=True)
     save_file(tensors, where / f"{'final' if name == 'wavllm' else 'model'}.safetensors")
     (where / "routing.json").write_text(json.dumps(settings))
     return where
 
 
-def _sizes(kind: str, layer: int) -> tuple[int, int]:
+def _sizes(base: str, kind: str, layer: int) -> tuple[int, int]:
     name = f"model.layers.{layer}.{NAMES[kind]}"
-    return linears(BASE, (NAMES[kind].split(".")[1],))[name]
+    return linears(base, (NAMES[kind].split(".")[1],))[name]
 
 
 def _matrix(rng: Rng, rows: int, width: int) -> torch.Tensor:
@@ -85,12 +92,12 @@ def _norm(rng: Rng, stem: str, width: int) -> Tensors:
     return {f"{stem}.weight": 1 + 0.3 * normal(rng, width), f"{stem}.bias": normal(rng, width)}
 
 
-def _mmlora(rng: Rng, kinds: list[str], depth: int) -> tuple[Tensors, dict[str, Any]]:
+def _mmlora(rng: Rng, base: str, kinds: list[str], depth: int) -> tuple[Tensors, dict[str, Any]]:
     tensors: Tensors = {}
     ranks = {"V": pick(rng, (1, 4)), "L": pick(rng, (3, 7))}
     for layer in range(depth):
         for kind in kinds:
-            width, out = _sizes(kind, layer)
+            width, out = _sizes(base, kind, layer)
             for letter, rank in ranks.items():
                 stem = f"model.layers.{layer}.{NAMES[kind]}.{letter}_Slora_"
                 tensors[f"{stem}A.weight"] = _matrix(rng, rank, width)
@@ -99,20 +106,24 @@ def _mmlora(rng: Rng, kinds: list[str], depth: int) -> tuple[Tensors, dict[str, 
     return tensors, settings | ({"system": "mmlora"} if depth % 2 else {})
 
 
-def _wavllm(rng: Rng, depth: int) -> tuple[Tensors, dict[str, Any]]:
+def _wavllm(rng: Rng, base: str, depth: int) -> tuple[Tensors, dict[str, Any]]:
+    """Of the attention's layers those with as many outputs as hidden states: one gate has all."""
     rank, inner = pick(rng, (2, 5)), pick(rng, (7, 20))
-    tensors = _linear(rng, f"{LLAMA}scale_fc_1", inner, HIDDEN)
-    tensors |= _linear(rng, f"{LLAMA}scale_fc_2", HIDDEN, inner)
-    tensors |= _linear(rng, f"{LLAMA}scale_weight_attention", 1, HIDDEN)
+    hidden, _ = _sizes(base, "q", 0)
+    tensors = _linear(rng, f"{LLAMA}scale_fc_1", inner, hidden)
+    tensors |= _linear(rng, f"{LLAMA}scale_fc_2", hidden, inner)
+    tensors |= _linear(rng, f"{LLAMA}scale_weight_attention", 1, hidden)
     for layer in range(depth):
-        for kind in ("wq", "wk", "wv", "wo"):
-            stem = f"{LLAMA}layers.{layer}.attention.{kind}_lora_"
-            tensors[f"{stem}A"] = _matrix(rng, HIDDEN, rank)
-            tensors[f"{stem}B"] = _matrix(rng, rank, HIDDEN)
+        for kind in (k for k in "qkvo" if _sizes(base, k, layer) == (hidden, hidden)):
+            stem = f"{LLAMA}layers.{layer}.attention.w{kind}_lora_"
+            tensors[f"{stem}A"] = _matrix(rng, hidden, rank)
+            tensors[f"{stem}B"] = _matrix(rng, rank, hidden)
     return tensors, {"rope_layout": pick(rng, ("interleaved", "halves")), "system": "wavllm"}
 
 
-def _reclora(rng: Rng, mode: str, kinds: list[str], depth: int) -> tuple[Tensors, dict[str, Any]]:
+def _reclora(
+    rng: Rng, base: str, mode: str, kinds: list[str], depth: int
+) -> tuple[Tensors, dict[str, Any]]:
     user, experts, r = pick(rng, (3, 8)), pick(rng, (2, 5)), pick(rng, (1, 3))
     settings = {
         "mode": "finetune" if mode == "finetune" else "ctr", "layers": kinds, "lora_r": r,
@@ -129,7 +140,7 @@ def _reclora(rng: Rng, mode: str, kinds: list[str], depth: int) -> tuple[Tensors
     tensors: Tensors = {}
     for layer in range(depth):
         for kind in kinds:
-            stem, sizes = f"lorec_layers.{kind}.{layer}.", _sizes(kind, layer)
+            stem, sizes = f"lorec_layers.{kind}.{layer}.", _sizes(base, kind, layer)
             tensors |= _reclora_layer(rng, mode, stem, sizes, (user, experts, r), settings)
     return tensors, settings
 
@@ -233,7 +244,7 @@ def delta(folder: Path, layer: str, x_TK: torch.Tensor, given: Given) -> torch.T
     rows = given.rows_TC.double()
     if f.config:
         c, a, b = f.config, f.pair(layer, "A"), f.pair(layer, "B")
-        scale = c["lora_alpha"] / (math.sqrt(c["r"]) if c["use_rslora"] else c["r"])
+        scale = c["lora_alpha"] / (math.sqrt(c["r"]) if c.get("use_rslora") else c["r"])
         acts = rows[:, :1] if c.get("alora_invocation_tokens") else 1
         return acts * (x_TK @ a.T @ b.T) * scale
     total = torch.zeros(())

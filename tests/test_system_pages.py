@@ -1,4 +1,4 @@
-"""docs/systems and README's table are what the readers say, and their links lead somewhere."""
+"""The pages of systems and formats are what the readers say, and their links lead somewhere."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import ModuleType
 import pytest
 from make_adapters import FIXTURES
 
-from vllm_lora_ext.adapters import READERS, load_adapter
+from vllm_lora_ext.adapters import FORMATS, load_adapter
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "systems"
@@ -35,10 +35,17 @@ def test_pages_are_up_to_date(path: Path) -> None:
     assert path.read_text(encoding="utf-8") == script.files()[path], "run `make docs`"
 
 
-@pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.name)
+@pytest.mark.parametrize("reader", script.PAGED, ids=lambda reader: reader.name)
 def test_readers_describe_themselves(reader) -> None:
     assert reader.summary and reader.files and reader.formula
     assert reader.paper or reader.name == "native"
+
+
+def test_every_format_is_a_line_of_the_page_of_formats() -> None:
+    page = script.table_page()
+    for row in FORMATS:
+        assert row.title in page and row.name, row.name
+        assert (row in script.PAGED) == (f"(systems/{row.name}.md)" in page)
 
 
 @pytest.mark.parametrize("path", sorted(PAGES.glob("*.md")), ids=lambda path: path.name)
@@ -49,14 +56,14 @@ def test_links_lead_somewhere(path: Path) -> None:
 
 
 def test_what_stands_by_hand_is_kept() -> None:
-    reader = READERS[0]
+    reader = script.PAGED[0]
     old = script.page(reader, [], "\nMine, and <!-- a comment -->.\n")
     assert "Mine, and <!-- a comment -->." in old
     assert script.page(reader, [], script._by_hand(old)) == old
 
 
 def test_a_refused_system_has_its_reason_and_no_command() -> None:
-    refused = [reader for reader in READERS if reader.refused]
+    refused = [reader for reader in script.PAGED if reader.refused]
     assert refused
     for reader in refused:
         page = script.page(reader, [], "\n")

@@ -130,7 +130,7 @@ def test_the_guide_shows_the_example_as_it_is() -> None:
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """Pretends that a package with one module and one reader entry point is installed."""
-    registry.readers.cache_clear()
+    registry.formats.cache_clear()
 
     def install(module: str, source: str, name: str = "reader") -> None:
         info = tmp_path / f"{module}-1.0.dist-info"
@@ -143,7 +143,7 @@ def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.delitem(sys.modules, module, raising=False)
 
     yield install
-    registry.readers.cache_clear()
+    registry.formats.cache_clear()
 
 
 GOOD = """
@@ -155,7 +155,31 @@ READER = dataclasses.replace(plain.READER, name="{name}", detect=lambda folder: 
 
 def test_a_good_entry_point_is_last_in_the_table(installed: Any) -> None:
     installed("good_reader_package", GOOD.format(name="other"))
-    assert [reader.name for reader in registry.readers()][-1] == "other"
+    assert [reader.name for reader in registry.formats()][-1] == "other"
+
+
+CLAIMS = """
+import dataclasses
+from vllm_lora_ext.adapters.readers import plain
+READER = dataclasses.replace(
+    plain.READER, name="mine", general=0, detect=lambda folder: "my_key" in folder.config,
+    read=lambda folder: dataclasses.replace(plain.read(folder, also=("my_key",)), system="mine"),
+)
+"""
+
+
+def test_a_format_on_top_of_ordinary_lora_is_its_owners(installed: Any, tmp_path: Path) -> None:
+    """A folder of plain pairs is plain only as long as nobody else claims it."""
+    good = ROOT / "tests" / "fixtures" / "routed" / "plain-a" / "adapter"
+    folder = shutil.copytree(good, tmp_path / "adapter")
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps({**config, "my_key": 3}))
+    with pytest.raises(AdapterError, match="my_key"):
+        load_adapter(folder)
+    registry.formats.cache_clear()
+    installed("claiming_reader_package", CLAIMS)
+    assert load_adapter(folder).system == "mine"
+    assert load_adapter(good).system == "plain"
 
 
 @pytest.mark.parametrize(
@@ -181,5 +205,5 @@ def test_two_packages_with_one_name(installed: Any) -> None:
     for module in ("first_reader_package", "second_reader_package"):
         installed(module, GOOD.format(name="same"))
     with pytest.raises(AdapterError, match="same") as caught:
-        registry.readers()
+        registry.formats()
     assert caught.value.code == "bad_reader"

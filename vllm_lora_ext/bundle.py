@@ -34,8 +34,8 @@ from vllm_lora_ext.merging.routers import (
     Arrow,
     ByRequest,
     Given,
-    Part,
     Router,
+    Share,
     Uniform,
     read_router,
 )
@@ -57,7 +57,7 @@ class Expert:
     """
 
     name: str
-    parts: dict[str, Part] = field(repr=False)
+    parts: dict[str, Share] = field(repr=False)
     base_model: str = ""
     source: str = ""
     digest: str = ""
@@ -164,7 +164,7 @@ def _read_expert(name: str, path: str | os.PathLike[str]) -> Expert:
             fix="train it without the embedding",
         )  # fmt: skip
     check_adapter(RoutedAdapter(pairs, system=reader.name))
-    parts = {module: Part(pair.a_RK, pair.b_NR, scales[module]) for module, pair in pairs.items()}
+    parts = {module: Share(pair.a_RK, pair.b_NR, scales[module]) for module, pair in pairs.items()}
     return Expert(name, parts, base, os.fspath(path), digest)
 
 
@@ -181,8 +181,8 @@ def _refuse_routed(adapter: RoutedAdapter) -> None:
         )  # fmt: skip
 
 
-def _shares(module: str, experts: Sequence[Expert]) -> list[Part]:
+def _shares(module: str, experts: Sequence[Expert]) -> list[Share]:
     """One part per expert; a zero one where it does not adapt the layer."""
     width, out = same_sizes(module, {e.name: e.parts[module] for e in experts if module in e.parts})
-    nothing = Part(torch.zeros(1, width), torch.zeros(out, 1))
+    nothing = Share(torch.zeros(1, width), torch.zeros(out, 1))
     return [expert.parts.get(module, nothing) for expert in experts]

@@ -1,4 +1,7 @@
-"""Any known format into the native one: written beside its place, read back, put there whole."""
+"""Any known format into the native one: written beside its place, read back, put there whole.
+
+A format that needs more than its folder (base weights, a rank) becomes an ordinary LoRA on the way.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,8 +17,8 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from vllm_lora_ext.adapters import RoutedAdapter, load_adapter
-from vllm_lora_ext.adapters.checks import check_overflow
+from vllm_lora_ext.adapters import RoutedAdapter, RoutedModule, load_adapter
+from vllm_lora_ext.adapters.checks import check_adapter, check_overflow
 from vllm_lora_ext.adapters.dmoerm import (
     INNER_FOLDER,
     ROUTER_FOLDER,
@@ -30,6 +33,7 @@ from vllm_lora_ext.adapters.output import beside, check_place, fill, new_folder
 from vllm_lora_ext.adapters.readers.native import fill_native
 from vllm_lora_ext.adapters.registry import read_adapter
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.merging.variants import read_variant
 from vllm_lora_ext.unpickle import copy_as_safetensors, copy_reward_model
 
 # Says where a converted folder came from, and that it may be replaced by the next conversion.
@@ -38,14 +42,39 @@ STEPS = 4
 
 
 @dataclass(frozen=True)
+class Beside:
+    """What stands beside a folder; `Reader.needs` says which formats ask for what.
+
+    Args:
+        base: folder of the base model.
+        rank: of the approximation of deltas with full rank, or to cut others to.
+        init: folder of the adapter that training began with.
+        index: LoRAM's index files; pruned: checkpoint of the pruned model.
+    """
+
+    base: Path | None = None
+    rank: int | None = None
+    init: Path | None = None
+    index: Path | None = None
+    pruned: Path | None = None
+
+    def said(self) -> dict[str, Any]:
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
 class Conversion:
     """What was written.
 
     Args:
-        source: the folder that was read; digest: sha256 over what was read there.
+        source: the folder that was read; digest: sha256 over what was read there, empty where an
+            ordinary LoRA was made of it.
         out_digest: sha256 of the native adapter.
         layers, blocks, tensors: how many were written.
         rounding: largest |written - read| of A and B; 0 in float32.
+        beside: what was given beside the folder.
+        errors: layer → |written - meant| / |meant| of its delta; empty where all are exact.
+        notes: what a user should know about this conversion, a sentence each.
     """
 
     source: str
@@ -62,6 +91,9 @@ class Conversion:
     rounding: float
     digest: str
     out_digest: str
+    beside: dict[str, Any] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -75,10 +107,12 @@ def convert(
     allow_pickle: bool = False,
     force: bool = False,
     step: Callable[[str], None] = lambda text: None,
+    given: Beside | None = None,
 ) -> Conversion:
     """Read an adapter of any known format and write it in the native one.
 
-    An adapter that is made for each request (RecLoRA, WavLLM) keeps its own format: what is written
+    With something beside the folder an ordinary LoRA is made of it first (`read_variant`). An
+    adapter that is made for each request (RecLoRA, WavLLM) keeps its own format: what is written
     are the tensors that its reader reads, and the settings.
 
     Args:
@@ -88,12 +122,15 @@ def convert(
         allow_pickle: read `.bin`, `.pt` and `.pth` weights with `torch.load(weights_only=True)`.
         force: put whatever else `out` holds aside, as `out.old`.
         step: told what begins, `STEPS` times.
+        given: what the format needs beside its folder.
     Raises:
         AdapterError: what reading the adapter raises; `output_exists`, `output_failed`,
             `overflow` (a value that dtype cannot hold); `unsupported_feature`, another dtype than
             float32 for one that keeps its format. `out` is then as it was.
     """
     place = check_output(out, [source], force)
+    if given is not None and given.said():
+        return _convert_to_lora(source, place, settings, dtype, allow_pickle, force, step, given)
     if is_reward_model(source):
         return _convert_reward_model(source, place, settings, dtype, allow_pickle, force, step)
     step("reading")
@@ -116,8 +153,7 @@ def convert(
             base_model=adapter.base_model, dtype=dtype, settings=dict(settings or {}),
             pickles=pickles, layers=len(_layers(adapter)), blocks=len(adapter.blocks),
             tensors=len(template.tensors) if template else len(after), rank=adapter.rank,
-            rounding=max(((before[n] - after[n]).abs().max().item() for n in after), default=0.0),
-            digest=adapter.digest, out_digest=copy.digest,
+            rounding=_rounding(before, after), digest=adapter.digest, out_digest=copy.digest,
         )  # fmt: skip
         write_record(native, made.as_dict())
     return made
@@ -187,6 +223,31 @@ def template_copy(
             raise _written_otherwise(wrong or ["settings"])
         yield folder, copy
         step("putting it in place")
+
+
+def _convert_to_lora(
+    source: str | os.PathLike[str], place: Path, settings: Mapping[str, Any] | None, dtype: str,
+    allow_pickle: bool, force: bool, step: Callable[[str], None], given: Beside,
+) -> Conversion:  # fmt: skip
+    """An ordinary LoRA of a folder and what stands beside it."""
+    step("reading")
+    made = read_variant(source, settings=settings, allow_pickle=allow_pickle, **given.said())
+    pairs = {name: pair for name, pair in made.factors.modules.items() if pair.rank}
+    modules = {name: RoutedModule(a_RK=pair.a_RK, b_NR=pair.b_NR) for name, pair in pairs.items()}
+    adapter = RoutedAdapter(modules, system=made.system, base_model=made.factors.base_model)
+    check_adapter(adapter)
+    with native_copy(adapter, place, dtype, force, step) as (native, copy):
+        before, after = tensors_of(adapter), tensors_of(copy)
+        done = Conversion(
+            source=os.fspath(source), out=os.fspath(place), system=made.system,
+            base_model=adapter.base_model, dtype=dtype, settings=dict(settings or {}), pickles=[],
+            layers=len(adapter.modules), blocks=0, tensors=len(after), rank=adapter.rank,
+            rounding=_rounding(before, after), digest="", out_digest=copy.digest,
+            beside={name: str(value) for name, value in given.said().items()},
+            errors=made.error or {}, notes=made.notes,
+        )  # fmt: skip
+        write_record(native, done.as_dict())
+    return done
 
 
 def _convert_reward_model(
@@ -294,6 +355,10 @@ def tensors_of(adapter: RoutedAdapter) -> dict[str, torch.Tensor]:
         for part, low_rank in block.parts.items():
             found |= {f"{name}.{part}.{f}": value for f, value in vars(low_rank).items()}
     return found
+
+
+def _rounding(before: Mapping[str, torch.Tensor], after: Mapping[str, torch.Tensor]) -> float:
+    return max(((before[name] - after[name]).abs().max().item() for name in after), default=0.0)
 
 
 def _layers(adapter: RoutedAdapter) -> Collection[str]:

@@ -83,9 +83,8 @@ class Report:
         }
 
 
-def examine() -> Report:
-    """The report for this machine."""
-    machine = this_machine()
+def examine(machine: Machine) -> Report:
+    """The report for `this_machine()`."""
     root = installed_root()
     patches = tuple(check_tree(root)) if root else ()
     return diagnose(machine, patches)

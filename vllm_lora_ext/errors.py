@@ -28,14 +28,14 @@ class AdapterError(ValueError):
         self, code: str, message: str, *, seen: object = None, limit: object = None, fix: str = ""
     ) -> None:
         self.code = code
-        self.message = message
-        parts = [message.rstrip(".")]
+        self.message = _sendable(message)
+        parts = [self.message.rstrip(".")]
         if seen is not None:
             parts.append(f"seen: {_show(seen)}")
         if limit is not None:
             parts.append(f"allowed: {_show(limit)}")
         if fix:
-            parts.append(f"fix: {fix.rstrip('.')}")
+            parts.append(f"fix: {_sendable(fix).rstrip('.')}")
         self.text = "; ".join(parts) + "."
         super().__init__(f"[lora_ext:{code}] {self.text} [/lora_ext]")
 
@@ -60,6 +60,13 @@ def _rebuild(text: str) -> AdapterError:
     return error
 
 
+def _sendable(text: str, most: int = 2000) -> str:
+    """Names in it may be of any length, and hold half a character, as JSON may: that has no bytes,
+    and no answer and no log could show it."""
+    text = text if len(text) <= most else text[:most] + "…"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
 def _show(value: object) -> str:
     if isinstance(value, str):
         text = value
@@ -68,4 +75,4 @@ def _show(value: object) -> str:
             text = json.dumps(value)
         except (TypeError, ValueError):
             text = repr(value)
-    return text if len(text) <= 200 else text[:200] + "…"
+    return _sendable(text, 200)

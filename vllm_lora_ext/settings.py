@@ -33,6 +33,8 @@ _ALLOWED = {
     "max_router_rows": f"a whole number from 1 to {ROUTER_ROWS_LIMIT}, or null",
     "host_cache_mb": "a whole number, 1 or more, or null",
     "triton": "true, false, or null",
+    "extend_weights": "a number, 0 or more",
+    "fuse_activation": "true or false",
     "trace": "true or false",
     "pickle": '"weights_only", or null for no pickles',
     "two_pass": "true or false, or null for what --lora-modules needs",
@@ -192,6 +194,16 @@ class LoraExtSettings(BaseModel):
     triton: bool | None = None
     """On a GPU: the fused Triton kernels in place of the PyTorch path. None: when they pass a
     check at start; true: the engine does not start when they fail it."""
+
+    extend_weights: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    """On a GPU: A and routers of all slots stand below a layer's weight where they are at most this
+    share of its rows and it is not quantised, so that small steps need one launch less. 0.1 is
+    where that pays; 0: never. Base rows in a step with adapters may differ in their last bits."""
+
+    fuse_activation: bool = False
+    """On a GPU: the launch behind gate and up of an MLP activates as well, where the kernels know
+    the activation. gate and up are then not rounded in between; experts that are MLP blocks are
+    refused."""
 
     trace: bool = False
     """Whether a request may ask what its adapter's gates decided. Needs an engine without CUDA

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -20,6 +20,7 @@ from vllm_lora_ext.routing import GateSpec
 from vllm_lora_ext.settings import LoraExtSettings
 
 _STORED = torch.bfloat16  # or float16: A and B in a slot of a GPU
+_FUSED = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
 _LAYER = re.compile(r"\.\d+\.")
 
 
@@ -29,8 +30,9 @@ def summarise(adapter: RoutedAdapter, reader: Reader | None = None) -> dict[str,
     Args:
         reader: the one that read the files; says more about the system when it is given.
     Returns:
-        JSON-ready. `slot_mib` is what a slot reserves in the adapted layers of one GPU, with A and
-        B at 16 bits and routers at 32, `adapter_mib` what this adapter's tensors fill of it;
+        JSON-ready. `slot_mib` is what a slot reserves in the adapted layers of one GPU, fused ones
+        whole (`slot_bytes`), with A and B at 16 bits and routers at 32, `adapter_mib` what this
+        adapter's tensors fill of it;
         `slot_mib_cpu` is the slot on a CPU, where all is at 32 bits.
     """
     max_rank = slot_rank(adapter.rank)
@@ -79,7 +81,10 @@ def _classifier_text(classifier: Classifier | None) -> str:
     steps.append(f"softmax / {classifier.temperature:g}" if classifier.softmax else "")
     steps.append("" if classifier.top_k is None else f"top {classifier.top_k}")
     steps.append("softmax again" if classifier.softmax_again else "")
-    return ", ".join(filter(None, steps)) + "; two passes"
+    passes = "two passes"
+    if classifier.frozen:
+        passes += " for the prompt; behind it frozen, an approximation"
+    return ", ".join(filter(None, steps)) + f"; {passes}"
 
 
 def request_fields(adapter: RoutedAdapter) -> dict[str, str]:
@@ -104,11 +109,12 @@ def request_fields(adapter: RoutedAdapter) -> dict[str, str]:
 
 
 def system_row(reader: Reader) -> dict[str, Any]:
-    """A system as its reader describes it, JSON-ready; `status` is `served` or `refused`."""
+    """A system as its reader describes it, JSON-ready; `status` as `Reader.status`."""
     return {
         "name": reader.name,
         "title": reader.title,
-        "status": "refused" if reader.refused else "served",
+        "status": reader.status,
+        "needs": list(reader.needs),
         "reason": reader.refused,
         "summary": reader.summary,
         "paper": reader.paper,
@@ -122,23 +128,65 @@ def system_row(reader: Reader) -> dict[str, Any]:
 
 def slot_bytes(adapter: RoutedAdapter, max_rank: int, on_cpu: bool) -> int:
     """Bytes that one slot reserves in the adapted layers for adapters of up to `max_rank`, with
-    routers like this one's."""
+    routers like this one's.
+
+    Layers that vLLM fuses count whole: the slot of q and v has room for k. What the adapter does
+    not tell is taken to be like its neighbours (`_out`).
+    """
     total = 0
+    linears: dict[str, _Linear] = {}
     for name, layer in _low_ranks(adapter):
         width, out = layer.a_RK.shape[1], layer.b_NR.shape[0]
         if _is_stock(name, layer):
             total += _STORED.itemsize * max_rank * (width + out)
         else:
-            total += site_bytes(width, (out,), max_rank, _router_rows(layer), _STORED, on_cpu)
+            linears[name] = _Linear(width, out, _router_rows(layer))
     if adapter.template is not None:
         rows = adapter.template.router_rows
-        for width, out in adapter.template.sizes.values():
-            total += site_bytes(width, (out,), max_rank, rows, _STORED, on_cpu)
+        made = adapter.template.sizes.items()
+        linears |= {name: _Linear(width, out, rows) for name, (width, out) in made}
+    for width, sizes, rows in _fused(linears):
+        total += site_bytes(width, sizes, max_rank, rows, _STORED, on_cpu)
     for experts in adapter.experts.values():
-        sizes = experts.a_QK.shape[1] + experts.b_NQ.shape[0]
-        total += _STORED.itemsize * experts.count * max_rank * sizes
+        both = experts.a_QK.shape[1] + experts.b_NQ.shape[0]
+        total += _STORED.itemsize * experts.count * max_rank * both
     total += sum(_STORED.itemsize * head.weight_NK.numel() for head in adapter.heads.values())
     return total + sum(ROUTER_BYTES * b.router_GK.numel() for b in adapter.blocks.values())
+
+
+class _Linear(NamedTuple):
+    """In and out features, and routers and heads."""
+
+    width: int
+    out: int
+    router_rows: int
+
+
+def _fused(linears: Mapping[str, _Linear]) -> Iterator[tuple[int, tuple[int, ...], int]]:
+    """In features, sizes of all slices and routers of each layer as vLLM has it."""
+    left = dict(linears)
+    for name in linears:
+        before, _, last = name.rpartition(".")
+        if name not in left:
+            continue
+        parts = next((parts for parts in _FUSED if last in parts), (last,))
+        names = [f"{before}.{part}" if before else part for part in parts]
+        here = [left.pop(n) for n in names if n in left]
+        sizes = tuple(_out(linears, n, names) for n in names)
+        yield here[0].width, sizes, sum(linear.router_rows for linear in here)
+
+
+def _out(linears: Mapping[str, _Linear], name: str, names: Sequence[str]) -> int:
+    """Out features of a slice. One that is not adapted is as large as what the adapter has of the
+    layer: k as v, up as gate, q as what goes into the output projection."""
+    if name in linears:
+        return linears[name].out
+    others = [linears[n].out for n in names if n in linears]
+    before, _, last = name.rpartition(".")
+    if last == "q_proj":
+        output = linears.get(f"{before}.o_proj")
+        return output.width if output else max(others)
+    return min(others)
 
 
 def _router_rows(layer: RoutedModule | LowRank) -> int:

@@ -9,7 +9,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,12 +52,31 @@ class Comparison:
 
 
 @dataclass(frozen=True)
+class Distance:
+    """An approximation against the adapter that it stands for, over the same tokens.
+
+    Args:
+        largest, mean: |difference| of a log-probability, after each of the tokens behind prompts.
+        effect: mean |difference| that the adapter makes there; greedy: share of these positions
+            with the same likeliest token.
+    """
+
+    what: str
+    largest: float
+    mean: float
+    effect: float
+    greedy: float
+    positions: int
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What `verify` found.
 
     Args:
         positions: prompt positions that were compared.
         effect: mean |log-probability with the adapter - without|; 0 would verify nothing.
+        distance: what X-LoRA's gates would be off, were they frozen. No part of what is verified.
     """
 
     adapter: str
@@ -69,6 +88,7 @@ class Verdict:
     positions: int
     effect: float
     comparisons: list[Comparison] = field(default_factory=list)
+    distance: Distance | None = None
 
     @property
     def largest(self) -> float:
@@ -193,6 +213,36 @@ def compare_copy(
     return Comparison("native copy, transformers", max(diffs), sum(same) / len(same), values)
 
 
+def frozen_distance(
+    model: Any, adapter: RoutedAdapter, prompts: list[list[int]], step: Step = lambda text: None
+) -> Distance | None:
+    """How far gates that are frozen where a prompt ends are from the exact ones; None where the
+    adapter has none that could be frozen."""
+    if adapter.classifier is None:
+        return None
+    exact, frozen = (
+        replace(adapter, classifier=replace(adapter.classifier, frozen=frozen))
+        for frozen in (False, True)
+    )
+    diffs, effects, same = [], [], []
+    for number, sequence in enumerate(follow(model, exact, prompts, step), 1):
+        step(f"transformers, frozen gates: prompt {number} of {len(prompts)}")
+        ids, end = sequence.prompt + sequence.greedy[:-1], len(sequence.prompt)
+        with apply_adapter(model, frozen, prompt_length=end):
+            got_PV = _logits(model, torch.tensor(ids)).log_softmax(-1)[end:]
+        base_PV = _logits(model, torch.tensor(ids)).log_softmax(-1)[end:]
+        want_PV = sequence.logp_PV[end:]
+        diffs.append((got_PV - want_PV).abs())
+        effects.append((base_PV - want_PV).abs())
+        same.append((got_PV.argmax(-1) == want_PV.argmax(-1)).float())
+    every_PV = torch.cat(diffs)
+    return Distance(
+        "gates frozen at the end of the prompt, an approximation", every_PV.max().item(),
+        every_PV.mean().item(), torch.cat(effects).mean().item(), torch.cat(same).mean().item(),
+        len(every_PV),
+    )  # fmt: skip
+
+
 def engine_options(
     base: str, adapter: RoutedAdapter, dtype: str, vocabulary: int, longest: int
 ) -> dict[str, Any]:
@@ -271,7 +321,7 @@ def effect(with_adapter: list[Sequence], without: list[Sequence]) -> float:
 
 def _everywhere(model: Any, adapter: RoutedAdapter | None) -> AbstractContextManager[Any]:
     """An adapter that acts on every token alike, for as many prompts as there are."""
-    if adapter is None or adapter.columns:
+    if adapter is None or adapter.columns or _is_frozen(adapter):
         return nullcontext()
     return apply_adapter(model, adapter)
 
@@ -279,11 +329,18 @@ def _everywhere(model: Any, adapter: RoutedAdapter | None) -> AbstractContextMan
 def _by_column(
     model: Any, adapter: RoutedAdapter | None, prompt: list[int], length: int
 ) -> AbstractContextManager[Any]:
-    """One whose columns say at which of a prompt's and its answer's tokens it acts."""
+    """One whose columns say at which of a prompt's and its answer's tokens it acts, or whose gates
+    are frozen between the two."""
+    if adapter is not None and _is_frozen(adapter):
+        return apply_adapter(model, adapter, prompt_length=len(prompt))
     if adapter is None or not adapter.columns:
         return nullcontext()
     rows_TC = values(adapter.columns, Prompt(len(prompt), prompt, {}), 0, length)
     return apply_adapter(model, adapter, torch.from_numpy(rows_TC))
+
+
+def _is_frozen(adapter: RoutedAdapter) -> bool:
+    return adapter.classifier is not None and adapter.classifier.frozen
 
 
 def _invoke(adapter: RoutedAdapter, ids_T: torch.Tensor) -> None:

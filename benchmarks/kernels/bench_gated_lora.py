@@ -26,7 +26,6 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -50,155 +49,16 @@ if str(REPO) not in map(str, vllm_lora_ext.__path__):
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from aims import AIMS  # noqa: E402
+from decoder_layer import MODELS, Case, Layer, Weights  # noqa: E402
 
-from vllm_lora_ext.kernels.gated_lora import (  # noqa: E402
-    Site,
-    StepMap,
-    begin,
-    finish_,
-    gated_lora_,
-    gated_lora_reference,
-    register_site,
-)
-from vllm_lora_ext.kernels.gated_lora.backends import choice  # noqa: E402
+from vllm_lora_ext.kernels.gated_lora import StepMap  # noqa: E402
 from vllm_lora_ext.kernels.gated_lora.backends.triton import tuning  # noqa: E402
 from vllm_lora_ext.kernels.gated_lora.reference import TOLERANCE  # noqa: E402
-from vllm_lora_ext.routing import GateSpec, InputNorm, Rescale  # noqa: E402
 
-# Model, tensor parallel size → K and the slices' N of the four sites, of one rank.
-MODELS: dict[str, tuple[tuple[int, tuple[int, ...]], ...]] = {
-    "llama-3.1-8b": (
-        (4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,)),
-    ),
-    "qwen3-4b": (
-        (2560, (4096, 1024, 1024)), (4096, (2560,)), (2560, (9728, 9728)), (9728, (2560,)),
-    ),
-    "qwen2.5-32b": (
-        (5120, (5120, 1024, 1024)), (5120, (5120,)), (5120, (27648, 27648)), (27648, (5120,)),
-    ),
-    "qwen2.5-32b-tp4": (
-        (5120, (1280, 256, 256)), (1280, (1280,)), (5120, (6912, 6912)), (6912, (1280,)),
-    ),
-    "tiny": ((64, (48, 16, 16)), (48, (64,)), (64, (80, 80)), (80, (64,))),
-}  # fmt: skip
 TOKENS = (1, 8, 32, 64, 256, 2048, 8192)
 CASES = ("1/1/16", "8/2/8", "8/2/16", "32/2/16", "28/2/8", "rank-wise/64/8")
 ROUTING = ("uniform", "skewed", "one-hot")
 LAST_LEVEL_CACHE = 128 << 20  # bytes that are surely more than a GPU caches
-Weights = list[torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Case:
-    """An adapter's shape: E experts of rank r, k of them per token."""
-
-    experts: int
-    k: int
-    rank: int
-
-    @classmethod
-    def parse(cls, text: str) -> Case:
-        first, second, third = text.split("/")
-        if first == "rank-wise":  # rank-wise/gates/k: every rank an expert
-            return cls(int(second), int(third), 1)
-        return cls(int(first), int(second), int(third))
-
-    @property
-    def spec(self) -> GateSpec:
-        if self.experts == 1:
-            return GateSpec()
-        return GateSpec(
-            source="router", blocks=(self.rank,) * self.experts, score="softmax",
-            select="top_k", k=self.k, weight="renormalise",
-        )  # fmt: skip
-
-    @property
-    def ranks(self) -> int:
-        return self.experts * self.rank
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one adapter does to one slice."""
-
-    a_RK: torch.Tensor
-    b_NR: torch.Tensor
-    gate: GateSpec
-    router_GK: torch.Tensor | None
-    bias_G: torch.Tensor | None = None
-    head_K: torch.Tensor | None = None
-    head_bias: float = 0.0
-    logit_bias_G: torch.Tensor | None = None
-    norm: InputNorm | None = None
-    row_start: int = 0
-    rescale: Rescale | None = None
-
-
-class Layer:
-    """Four sites with one adapter in slot 0, their inputs and outputs, and the base weights."""
-
-    def __init__(self, model: str, case: Case, routing: str, t: int, step: StepMap) -> None:
-        self.dtype = torch.bfloat16 if step.device.type == "cuda" else torch.float32
-        self.sites, self.parts, self.x, self.y = [], [], [], []
-        for k, sizes in MODELS[model]:
-            limits = case.ranks, case.experts
-            site = Site(1, k, sizes, *limits, self.dtype, step.device, choice.triton())
-            site.step = step
-            parts = [self._part(case, k, n, routing, step.device) for n in sizes]
-            site.write(0, parts)
-            x_TK = torch.randn(t, k, device=step.device)
-            x_TK[:, 0] = 1  # carries the skew: see `_part`
-            self.sites.append(site)
-            self.parts.append(parts)
-            self.x.append(x_TK.to(self.dtype))
-            self.y.append(torch.zeros(t, sum(sizes), dtype=self.dtype, device=step.device))
-        self.numbers = [register_site(site) for site in self.sites]
-
-    def _part(self, case: Case, k: int, n: int, routing: str, device: torch.device) -> Part:
-        a_RK = torch.randn(case.ranks, k, device=device).to(self.dtype) / k**0.5
-        b_NR = torch.randn(n, case.ranks, device=device).to(self.dtype)
-        if case.experts == 1:
-            return Part(a_RK, b_NR, case.spec, None)
-        router_GK = torch.randn(case.experts, k, device=device) / k**0.5
-        falling_G = torch.arange(case.experts, device=device).float()
-        router_GK[:, 0] = {"uniform": 0.0, "skewed": -0.4, "one-hot": -40.0}[routing] * falling_G
-        return Part(a_RK, b_NR, case.spec, router_GK)
-
-    def run(self) -> None:
-        for number, x_TK, y_TN in zip(self.numbers, self.x, self.y, strict=True):
-            gated_lora_(y_TN, x_TK, number)
-
-    def run_with_base(self, weights: Weights) -> None:
-        """The base layer's products, each followed by both launches."""
-        for number, x_TK, w_NK in zip(self.numbers, self.x, weights, strict=True):
-            gated_lora_(torch.mm(x_TK, w_NK.t()), x_TK, number)
-
-    def run_beside_base(self, weights: Weights, side: torch.cuda.Stream) -> None:
-        """The same with the first launch on a second stream, beside the product."""
-        here = torch.cuda.current_stream()
-        for site, x_TK, w_NK in zip(self.sites, self.x, weights, strict=True):
-            side.wait_stream(here)
-            y_TN = torch.mm(x_TK, w_NK.t())
-            with torch.cuda.stream(side):
-                u_PTR = begin(x_TK, site)
-            here.wait_stream(side)
-            finish_(y_TN, x_TK, u_PTR, site)
-
-    def error(self) -> float:
-        """Largest relative error of a site, in norm. y must be zero before."""
-        worst = 0.0
-        slots_T = torch.zeros(len(self.x[0]), dtype=torch.long, device=self.x[0].device)
-        self.run()
-        for site, parts, x_TK, y_TN in zip(self.sites, self.parts, self.x, self.y, strict=True):
-            want = gated_lora_reference(x_TK, slots_T, [parts], site.slice_sizes)
-            error = float((y_TN.float() - want).norm() / want.norm())
-            worst = max(worst, error if error == error else float("inf"))
-        return worst
-
-    @property
-    def bytes(self) -> int:
-        sites = [b.nbytes for s in self.sites for b in (s.a_SRK, s.store.b_SRN, s.router_SGK)]
-        return sum(sites) + sum(t.nbytes for t in (*self.x, *self.y))
 
 
 def graph_time(calls: Sequence[Callable[[], None]], rounds: int = 20) -> float:
@@ -315,6 +175,12 @@ def measure(
     row["added"] = graph_time([partial(layer.run_with_base, w) for w, layer in pairs]) / base - 1
     beside = graph_time([partial(layer.run_beside_base, w, side) for w, layer in pairs])
     row["added_beside"] = beside / base - 1
+    below = [call for w, layer in pairs[:2] if (call := layer.extended(w)) is not None]
+    fused, apart = (
+        graph_time([layer.gate_up(w, one) for w, layer in pairs[:2]]) for one in (True, False)
+    )
+    row["fused_of_apart"] = fused / apart
+    row["added_extended"] = graph_time(below) / base - 1 if below else None
     for column, rank in (("of_stock_kr", case.k * case.rank), ("of_stock_Er", case.ranks)):
         calls = stock_calls(model, rank, t, len(layers))
         row[column] = None if calls is None else seconds / graph_time(calls)

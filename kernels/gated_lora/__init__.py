@@ -9,8 +9,10 @@ that overlap the first.
 from vllm_lora_ext.kernels.gated_lora.factors import Factors
 from vllm_lora_ext.kernels.gated_lora.op import (
     EmbeddingSite,
+    activated_lora,
     begin,
     embedding_lora_,
+    extended_linear,
     finish_,
     gated_lora_,
     gated_lora_into_,
@@ -25,8 +27,10 @@ __all__ = [
     "Factors",
     "Site",
     "StepMap",
+    "activated_lora",
     "begin",
     "embedding_lora_",
+    "extended_linear",
     "finish_",
     "gated_lora_",
     "gated_lora_into_",

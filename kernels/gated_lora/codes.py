@@ -11,3 +11,16 @@ SCORES: tuple[str, ...] = get_args(Score)
 SELECTS: tuple[str, ...] = get_args(Select)
 WEIGHTS: tuple[str, ...] = get_args(Weight)
 BIASES: tuple[str, ...] = get_args(Bias)
+MOST_ACTIVATED = 256  # ranks of gate and of up, whose gates must be in registers at once
+# Elementwise, by transformers' names.
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu")
+
+
+def header() -> str:
+    """The same numbers for C++: `kScoreSoftmax`, `kSelectTopK`, `kWeightOne`, ..."""
+    kinds = {"Score": SCORES, "Select": SELECTS, "Weight": WEIGHTS}
+    lines = ["// Written by codes.py.", "#pragma once", "#include <cstdint>", ""]
+    for kind, names in kinds.items():
+        each = ", ".join(f"k{kind}{name.title().replace('_', '')}" for name in names)
+        lines.append(f"enum {kind} : std::int64_t {{ {each} }};")
+    return "\n".join(lines) + "\n"

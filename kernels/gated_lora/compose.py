@@ -28,7 +28,7 @@ from vllm_lora_ext.kernels.gated_lora.plan import (
 if TYPE_CHECKING:
     from vllm_lora_ext.kernels.gated_lora.site import Site
 
-Part = tuple[PackedSite | None, float, int, int]  # as for `Site.compose`
+Placed = tuple[PackedSite | None, float, int, int]  # as for `Site.compose`
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class _Piece:
 _Group = list[_Piece]  # what becomes one plan
 
 
-def _groups(parts: Sequence[Part]) -> list[_Group]:
+def _groups(parts: Sequence[Placed]) -> list[_Group]:
     """The plans, slice by slice."""
     pieces = [
         _Piece(i, plan, packed, scale, factor_at, offset + plan.row_start)
@@ -82,7 +82,7 @@ def _groups(parts: Sequence[Part]) -> list[_Group]:
     return [[piece for _, piece in group] for _, group in groups]
 
 
-def _rescaled(parts: Sequence[Part]) -> torch.Tensor | None:
+def _rescaled(parts: Sequence[Placed]) -> torch.Tensor | None:
     """What becomes of the layer's own output. Only one adapter can be at work on it."""
     here = [part for part in parts if part[0] is not None]
     found = [p.rescale_2N for p, *_ in here if p is not None and p.rescale_2N is not None]
@@ -121,7 +121,7 @@ def _plan_of(group: _Group) -> SlicePlan:
     return replace(first.plan, row_start=row_start, factor_at=first.factor_at)
 
 
-def composed_shapes(site: Site, parts: Sequence[Part]) -> list[Shape]:
+def composed_shapes(site: Site, parts: Sequence[Placed]) -> list[Shape]:
     """See `Site.composed_shapes`."""
     groups = _groups(parts)
     _check(site, groups)
@@ -139,7 +139,7 @@ def composed_shapes(site: Site, parts: Sequence[Part]) -> list[Shape]:
 
 
 def compose(
-    site: Site, parts: Sequence[Part], out: Sequence[torch.Tensor] | None
+    site: Site, parts: Sequence[Placed], out: Sequence[torch.Tensor] | None
 ) -> PackedSite | None:
     """See `Site.compose`."""
     shapes = composed_shapes(site, parts)

@@ -37,5 +37,5 @@ def slot_bytes(
     a_and_b = weight * max_rank * (slices * in_features + sum(slice_sizes))
     routers = ROUTER_BYTES * router_rows * in_features
     per_slice = slice_ints(max_rank, MAX_GATES) + slice_floats(max_rank, MAX_GATES)
-    tables = 0 if on_cpu else _TABLE_BYTES * (COUNTS + slices * per_slice)
+    tables = 0 if on_cpu else _TABLE_BYTES * (len(COUNTS) + slices * per_slice)
     return a_and_b + routers + tables

@@ -19,6 +19,7 @@ import torch
 from vllm_lora_ext.kernels.gated_lora import sharded
 from vllm_lora_ext.kernels.gated_lora.backends.native import inductor
 from vllm_lora_ext.kernels.gated_lora.backends.native import op as cpu_op
+from vllm_lora_ext.kernels.gated_lora.extension import MOST_ROWS
 from vllm_lora_ext.kernels.gated_lora.factors import Factors
 from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.kernels.gated_lora.step import StepMap
@@ -107,6 +108,45 @@ def _gated_lora_into(
         finish_(y, x, begin(x, found, memory), found)
 
 
+def _extended_linear(
+    x: torch.Tensor, bias: torch.Tensor | None, site: torch.Tensor, n: int
+) -> torch.Tensor:
+    """The base layer's product with what the adapters add, [T, n], activated if the site does that:
+    of a site with an extension. Large steps, and those of the base model, take the weight as it
+    is."""
+    found = _sites[int(site)]
+    if not found.step.active or len(x) > MOST_ROWS:
+        y = torch.nn.functional.linear(x, found.extension.base_NK, bias)
+        if found.activation is not None:
+            return _activated_lora(y, x, site, n)
+        finish_(y, x, begin(x, found), found)
+        return y
+    # Only these kernels have such sites, and a CPU does not import them.
+    from vllm_lora_ext.kernels.gated_lora.backends.triton import extended, glu
+
+    e, y = found.extension.product(x), x.new_empty(len(x), n)
+    if found.activation is None:
+        extended.expand_extended(y, e, bias, found)
+    else:
+        glu.glu(y, e, None, found, bias)
+    for after in found.after:
+        after(y, x, None)
+    return y
+
+
+def _activated_lora(y: torch.Tensor, x: torch.Tensor, site: torch.Tensor, n: int) -> torch.Tensor:
+    """`gated_lora_`, and then the site's activation: [T, n] of y, [T, gate | up], which stays as it
+    is."""
+    from vllm_lora_ext.kernels.gated_lora.backends.triton import glu
+
+    found = _sites[int(site)]
+    u, a = begin(x, found), y.new_empty(len(y), n)
+    glu.glu(a, y, u, found)
+    for after in found.after if found.step.active else ():
+        after(a, x, u)
+    return a
+
+
 def _embedding_lora(y: torch.Tensor, ids: torch.Tensor, site: torch.Tensor) -> None:
     found = _sites[int(site)]
     for slot, start, stop, index_T in found.step.groups:
@@ -142,12 +182,16 @@ _lib = torch.library.Library("vllm_lora_ext", "DEF")
 for _name in ("gated_lora_", "gated_lora_python_"):
     _lib.define(f"{_name}(Tensor(a!) y, Tensor x, Tensor site) -> ()")
 _lib.define("gated_lora_into_(Tensor(a!) y, Tensor(b!) memory, Tensor x, Tensor site) -> ()")
+_lib.define("extended_linear(Tensor x, Tensor? bias, Tensor site, int n) -> Tensor")
+_lib.define("activated_lora(Tensor y, Tensor x, Tensor site, int n) -> Tensor")
 _lib.define("embedding_lora_(Tensor(a!) y, Tensor ids, Tensor site) -> ()")
 cpu_op.python_op("gated_lora_", _gated_lora)
 _lib.impl("gated_lora_", _gated_lora, "CUDA")
 _lib.impl("gated_lora_python_", _gated_lora_python, "CPU")
 for _key in ("CPU", "CUDA"):
     _lib.impl("gated_lora_into_", _gated_lora_into, _key)
+    _lib.impl("extended_linear", _extended_linear, _key)
+    _lib.impl("activated_lora", _activated_lora, _key)
 _lib.impl("embedding_lora_", _embedding_lora, "CPU")
 _lib.impl("embedding_lora_", _embedding_lora_cuda, "CUDA")
 for _name in ("gated_lora_", "embedding_lora_"):
@@ -155,6 +199,13 @@ for _name in ("gated_lora_", "embedding_lora_"):
     torch.library.register_fake(f"vllm_lora_ext::{_name}", lambda *_: None, lib=_lib)
 torch.library.register_fake("vllm_lora_ext::gated_lora_into_", lambda *_: None, lib=_lib)
 
+for _name in ("extended_linear", "activated_lora"):
+    torch.library.register_fake(
+        f"vllm_lora_ext::{_name}", lambda x, _other, _site, n: x.new_empty(x.shape[0], n), lib=_lib
+    )
+
 gated_lora_ = torch.ops.vllm_lora_ext.gated_lora_.default
 gated_lora_into_ = torch.ops.vllm_lora_ext.gated_lora_into_.default
+extended_linear = torch.ops.vllm_lora_ext.extended_linear.default
+activated_lora = torch.ops.vllm_lora_ext.activated_lora.default
 embedding_lora_ = torch.ops.vllm_lora_ext.embedding_lora_.default

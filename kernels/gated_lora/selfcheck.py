@@ -28,7 +28,7 @@ SLICES, WIDTH = (192, 48), 512
 
 
 @dataclass(frozen=True)
-class Part:
+class Weights:
     """What one adapter does to one slice."""
 
     a_RK: torch.Tensor
@@ -75,7 +75,7 @@ class Case:
 
     x_TK: torch.Tensor
     slots_T: np.ndarray
-    slots: list[list[Part | None]]
+    slots: list[list[Weights | None]]
     mixed: list[SlotPart]
     rows_TC: np.ndarray
     y_TN: torch.Tensor
@@ -95,11 +95,11 @@ def cases(max_rank: int, max_router_rows: int) -> list[Case]:
         source="self", blocks=(1,) * ranks, select="top_k", key="abs", k=min(4, ranks), weight="one"
     )
     specs = (GateSpec(), router, rank_wise)
-    slots: list[list[Part | None]] = [
-        [_part(g, n, spec, max_rank) for n in SLICES] for spec in specs
+    slots: list[list[Weights | None]] = [
+        [part_of(g, n, spec, max_rank) for n in SLICES] for spec in specs
     ]
     slots[2][0] = None
-    slots[0][1] = replace(cast(Part, slots[0][1]), rescale=_rescale(SLICES[1]))
+    slots[0][1] = replace(cast(Weights, slots[0][1]), rescale=_rescale(SLICES[1]))
     slots.append([None] * len(SLICES))
     made, mixed = [], _mixed(max_rank, max_router_rows)
     for t in TOKENS:
@@ -131,11 +131,11 @@ def _mixed(max_rank: int, max_router_rows: int) -> list[SlotPart]:
         product=True,
     )  # fmt: skip
     given = GateSpec(source="position", blocks=(1, 1))
-    first, second = ([_part(g, n, gate, 0) for n in SLICES] for gate in (product, given))
+    first, second = ([part_of(g, n, gate, 0) for n in SLICES] for gate in (product, given))
     return [SlotPart(first, 0.5, factor_at=0), SlotPart(second, row_start=1)]
 
 
-def _part(g: torch.Generator, n: int, gate: GateSpec, max_rank: int) -> Part:
+def part_of(g: torch.Generator, n: int, gate: GateSpec, max_rank: int) -> Weights:
     def normal(*shape: int) -> torch.Tensor:
         return torch.randn(*shape, generator=g, device="cpu", dtype=torch.float32)
 
@@ -145,21 +145,21 @@ def _part(g: torch.Generator, n: int, gate: GateSpec, max_rank: int) -> Part:
     norm = None
     if gate.normalise != "none" and router_GK is not None:
         norm = InputNorm.of(router_GK)
-    return Part(a_RK, b_NR, gate, router_GK, norm=norm)
+    return Weights(a_RK, b_NR, gate, router_GK, norm=norm)
 
 
 def expected(case: Case, dtype: torch.dtype) -> torch.Tensor:
     """The reference's y for weights and inputs as the device holds them."""
     mixed = [
-        replace(p, slices=[_rounded(cast(Part, s), dtype) for s in p.slices]) for p in case.mixed
+        replace(p, slices=[rounded(cast(Weights, s), dtype) for s in p.slices]) for p in case.mixed
     ]
-    slots = [[p and _rounded(p, dtype) for p in parts] for parts in case.slots]
+    slots = [[p and rounded(p, dtype) for p in parts] for parts in case.slots]
     x_TK, slots_T = case.x_TK.to(dtype).float(), torch.from_numpy(case.slots_T)
     rows_TC, y_TN = torch.from_numpy(case.rows_TC), case.y_TN.to(dtype).float()
     return y_TN + gated_lora_reference(x_TK, slots_T, [*slots, mixed], SLICES, rows_TC, y_TN)
 
 
-def _rounded(p: Part, dtype: torch.dtype) -> Part:
+def rounded(p: Weights, dtype: torch.dtype) -> Weights:
     return replace(p, a_RK=p.a_RK.to(dtype).float(), b_NR=p.b_NR.to(dtype).float())
 
 
@@ -185,10 +185,13 @@ def _run(
         y_TN = case.y_TN.to(device, dtype, copy=True)
         backend.gated_lora_(y_TN, x_TK, site)
         got.append(y_TN.cpu())
-    want_TN = expected(case, dtype)
+    return compare(got, expected(case, dtype), f"{dtype}, rank {max_rank}, {len(x_TK)} rows")
+
+
+def compare(got: list[torch.Tensor], want_TN: torch.Tensor, where: str) -> str | None:
+    """Two equal runs against what is expected."""
     error = float((got[0].float() - want_TN).norm() / want_TN.norm())
-    where = f"{dtype}, rank {max_rank}, {len(x_TK)} rows"
-    if not error < TOLERANCE[dtype]:  # NaN is wrong too
+    if not error < TOLERANCE[got[0].dtype]:  # NaN is wrong too
         return f"results differ by {error:.1e} of their norm ({where})"
     if not torch.equal(got[0], got[1]):
         return f"two equal runs differ ({where})"

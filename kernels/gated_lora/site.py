@@ -10,7 +10,8 @@ import torch
 
 from vllm_lora_ext.kernels.gated_lora.backends.base import Backend
 from vllm_lora_ext.kernels.gated_lora.backends.choice import best
-from vllm_lora_ext.kernels.gated_lora.compose import Part, compose, composed_shapes
+from vllm_lora_ext.kernels.gated_lora.compose import Placed, compose, composed_shapes
+from vllm_lora_ext.kernels.gated_lora.extension import Extension, stack
 from vllm_lora_ext.kernels.gated_lora.plan import (
     STATS,
     PackedSite,
@@ -45,6 +46,7 @@ class Site:
         static: whether what runs must not depend on the step's slots (CUDA graphs).
         x_part, y_part: where A and B are both sharded, the columns of x that this rank's A reads,
             or those of y that its B writes; None: all.
+        base_NK: the base layer's weight, where A and routers stand below it (`extension`).
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class Site:
         static: bool = False,
         x_part: slice | None = None,
         y_part: slice | None = None,
+        base_NK: torch.Tensor | None = None,
     ) -> None:
         self.slice_sizes = tuple(slice_sizes)
         self.max_rank, self.max_router_rows = max_rank, max_router_rows
@@ -69,19 +72,23 @@ class Site:
         self.bt_SRN = self.store.bt_SRN
         self.reduce, self.static = reduce, static
         self.x_part, self.y_part = x_part, y_part
-        ranks, self.most_routers = (
-            len(self.slice_sizes) * n for n in (max_rank, max_router_rows + 1)
-        )
+        ranks, self.most_routers = stack(len(self.slice_sizes), max_rank, max_router_rows)
         self.num_rows = ranks + self.most_routers + (STATS if max_router_rows else 0)
-        self.a_SRK = torch.zeros(
-            num_slots, ranks, in_features, dtype=self.store.dtype, device=device
-        )
+        self.extension: Extension | None = None
+        if base_NK is not None:
+            self.extension = Extension(base_NK, num_slots, ranks, self.most_routers)
+        shape = num_slots, ranks, in_features
+        self.a_SRK = self.extension.a_SRK if self.extension else torch.zeros(
+            shape, dtype=self.store.dtype, device=device
+        )  # fmt: skip
         self.router_SGK = torch.zeros(num_slots, 0, in_features, dtype=torch.float32, device=device)
         self.rescale_S2N: torch.Tensor | None = None
         self.plans: list[SlotPlan | None] = [None] * num_slots
         self._reads_rows: set[int] = set()  # slots that read the rows' own numbers
         self._step = StepMap(0)
         self.after: list[After] = []  # who uses the slots in a way of its own, or looks on
+        # Of a layer [gate | up] whose op activates too: a name of `codes.ACTIVATIONS`.
+        self.activation: str | None = None
 
     @property
     def padded_rank(self) -> int:
@@ -274,7 +281,7 @@ class Site:
         self.store.describe(stored, len(a_RK), len(router_GK), packed.slices)
         return packed
 
-    def composed_shapes(self, parts: Sequence[Part]) -> list[Shape]:
+    def composed_shapes(self, parts: Sequence[Placed]) -> list[Shape]:
         """Shapes and dtypes of the tensors of what `compose` makes, in its order.
 
         Raises:
@@ -283,7 +290,7 @@ class Site:
         return composed_shapes(self, parts)
 
     def compose(
-        self, parts: Sequence[Part], out: Sequence[torch.Tensor] | None = None
+        self, parts: Sequence[Placed], out: Sequence[torch.Tensor] | None = None
     ) -> PackedSite | None:
         """Several adapters in one slot: what they add, times factors, adds up.
 
@@ -318,9 +325,12 @@ class Site:
             assert self.rescale_S2N is not None
             self.rescale_S2N[slot].copy_(packed.rescale_2N, non_blocking=True)
         self.store.copy(slot, packed)
+        router_GK = _copy(self.router_SGK[slot], packed.router_GK)
+        if self.extension is not None:
+            self.extension.put_routers(slot, router_GK)
         return SlotPlan(
             a_RK=_copy(self.a_SRK[slot], packed.a_RK),
-            router_GK=_copy(self.router_SGK[slot], packed.router_GK),
+            router_GK=router_GK,
             slices=tuple(self._in_slot(slot, i, plan) for i, plan in packed.slices),
             shared=packed.shared,
             plain=packed.plain,
@@ -350,6 +360,8 @@ class Site:
         sums = self.reduce is None or self.fully_sharded or self.max_router_rows > 0
         if self.static and reads_x and not sums:
             raise ValueError(f"slice {i}: its gate needs a sum over the ranks that no graph holds")
+        if self.extension is not None and s.norm is not None:
+            raise ValueError(f"slice {i}: its router reads what no row below the weight has")
         if s.rescale is not None and self.fully_sharded:
             raise ValueError(f"slice {i}: this rank has a part of what would be rescaled")
         want = (self.a_SRK.shape[2], self.slice_sizes[i])

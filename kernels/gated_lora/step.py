@@ -172,7 +172,7 @@ class StepMap:
         pinned = self.device.type == "cuda"
         host_T = torch.empty(len(rows_T), dtype=torch.int64, pin_memory=pinned)
         host_T.numpy()[:] = rows_T
-        return Group(slot, start, stop, host_T.to(self.device, non_blocking=pinned))
+        return Group(slot, start, stop, host_T.to(self.table.device, non_blocking=pinned))
 
 
 def max_tiles(num_rows: int, num_slots: int, rows: int) -> int:

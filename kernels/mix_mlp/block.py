@@ -110,7 +110,7 @@ class BlockSite:
         first, last: sites of the block's two linears.
         act: the model's own activation: [T, gate | up] → [T, inner], or elementwise without a gate.
         last_bias_N: bias of the second linear as this rank adds it, None when there is none.
-        act_name: what the model's activation computes, a name of `tables.ACTIVATIONS` or None.
+        act_name: what the model's activation computes, a name of `codes.ACTIVATIONS` or None.
     Attributes:
         plans: by slot, what the PyTorch path serves; on_kernels: the slots that the kernels serve.
     """

@@ -11,7 +11,7 @@ from torch.nn.functional import silu
 
 from vllm_lora_ext.kernels.gated_lora.backends import choice
 from vllm_lora_ext.kernels.gated_lora.reference import TOLERANCE
-from vllm_lora_ext.kernels.gated_lora.selfcheck import Part, in_one_line
+from vllm_lora_ext.kernels.gated_lora.selfcheck import Weights, in_one_line
 from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.kernels.gated_lora.step import StepMap
 from vllm_lora_ext.kernels.mix_mlp.block import BlockSite, Scratch, scratch_for
@@ -29,7 +29,7 @@ class Case:
     down_NK: torch.Tensor
     gate: GateSpec
     router_GK: torch.Tensor
-    parts: dict[str, Part]
+    parts: dict[str, Weights]
     x_TK: torch.Tensor
     slots_T: np.ndarray
 
@@ -68,7 +68,9 @@ def case(max_rank: int, max_router_rows: int, dtype: torch.dtype) -> Case:
         "up_proj": (HIDDEN, INNER),
         "down_proj": (INNER, HIDDEN),
     }
-    parts = {name: Part(normal(rank, k), normal(n, rank), gate) for name, (k, n) in shapes.items()}
+    parts = {
+        name: Weights(normal(rank, k), normal(n, rank), gate) for name, (k, n) in shapes.items()
+    }
     x_TK = normal(TOKENS, HIDDEN, HIDDEN**0.5)
     return Case(
         normal(2 * INNER, HIDDEN), normal(HIDDEN, INNER), gate, normal(experts, HIDDEN, 3.0), parts,
@@ -117,8 +119,8 @@ def _block(
     block = BlockSite(first, last, silu, act_name="silu")
     gate, up, down = (case.parts[name] for name in ("gate_proj", "up_proj", "down_proj"))
     plain = GateSpec()
-    routed = Part(gate.a_RK, gate.b_NR, case.gate, case.router_GK)
-    up, down = (Part(p.a_RK, p.b_NR, plain) for p in (up, down))
+    routed = Weights(gate.a_RK, gate.b_NR, case.gate, case.router_GK)
+    up, down = (Weights(p.a_RK, p.b_NR, plain) for p in (up, down))
     block.write(1, case.gate, [routed, up], down)
     first.step = last.step = StepMap(TOKENS, device, tiled=True)
     first.step.update(case.slots_T)

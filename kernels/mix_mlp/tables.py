@@ -17,12 +17,11 @@ import torch
 
 from vllm_lora_ext.kernels.gated_lora.backends.triton.store import TableStore
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tables import SlotTables
+from vllm_lora_ext.kernels.gated_lora.codes import ACTIVATIONS
 from vllm_lora_ext.kernels.gated_lora.plan import Shape, SlicePlan
 from vllm_lora_ext.kernels.gated_lora.site import Site
 
 HEADER = ("first_at", "up_at", "down", "activation")
-# Elementwise, by transformers' names.
-ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "quick_gelu", "relu")
 
 
 class NoTables:

@@ -28,16 +28,23 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_lora_ext.kernels.gated_lora.backends.triton.expand import (
+from vllm_lora_ext.kernels.gated_lora.backends.triton.gates import gate as gate_of
+from vllm_lora_ext.kernels.gated_lora.backends.triton.gates import sum_parts
+from vllm_lora_ext.kernels.gated_lora.backends.triton.names import (
+    BIAS,
     COUNTS,
+    FIRST,
+    HEAD,
+    LOGIT,
     NUM_SLICE,
     RANK_FLOATS,
     RANK_INTS,
-    sum_parts,
-)
-from vllm_lora_ext.kernels.gated_lora.backends.triton.expand import gate as gate_of
+    RANKS,
+    rows_of,
+)  # fmt: skip
 from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import operand
 from vllm_lora_ext.kernels.gated_lora.backends.triton.store import store_of
+from vllm_lora_ext.kernels.gated_lora.backends.triton.tiles import activate
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import warps_of
 from vllm_lora_ext.kernels.gated_lora.step import max_tiles
 from vllm_lora_ext.kernels.mix_mlp import tables
@@ -45,11 +52,8 @@ from vllm_lora_ext.kernels.mix_mlp.block import BlockSite
 from vllm_lora_ext.kernels.mix_mlp.tables import BlockTables
 
 TILE, COLUMNS = 16, 64
+FIRST_AT, UP_AT, DOWN, ACTIVATION = (tl.constexpr(i) for i in range(len(tables.HEADER)))
 NUM_HEADER = tl.constexpr(len(tables.HEADER))
-SILU = tl.constexpr(tables.ACTIVATIONS.index("silu"))
-GELU = tl.constexpr(tables.ACTIVATIONS.index("gelu"))
-GELU_TANH = tl.constexpr(tables.ACTIVATIONS.index("gelu_pytorch_tanh"))
-QUICK_GELU = tl.constexpr(tables.ACTIVATIONS.index("quick_gelu"))
 
 
 @triton.jit(
@@ -100,15 +104,12 @@ def mix_kernel(
         return
     slice_ptr = ints_ptr + slot * stride_ints + COUNTS
     floats_ptr += slot * stride_floats
-    ranks = tl.load(slice_ptr)
+    ranks = tl.load(slice_ptr + RANKS)
     if ranks == 0:
         return
-    tile_start = tl.load(tiles_ptr + stride_tiles + tile)
-    tile_stop = tl.load(tiles_ptr + 2 * stride_tiles + tile)
-    at_T = tile_start + tl.arange(0, BLOCK_T)
-    ok_T = at_T < tile_stop
-    token_T = tl.load(order_ptr + at_T, mask=ok_T, other=0).to(tl.int64)
-    ok_T = ok_T & (token_T < num_tokens)
+    tile_start, tile_stop, at_T, ok_T, token_T = rows_of(
+        tile, tiles_ptr, order_ptr, stride_tiles, num_tokens, BLOCK_T
+    )
     rank_R = tl.arange(0, BLOCK_R)
     ok_R = rank_R < ranks
     ok_TR = ok_T[:, None] & ok_R[None, :]
@@ -117,19 +118,19 @@ def mix_kernel(
     spec_ptr = slice_ptr + NUM_SLICE + RANK_INTS * max_rank
     values_ptr = floats_ptr + RANK_FLOATS * max_rank
     vectors_R = slice_ptr + NUM_SLICE + rank_R
-    logit_R = tl.load(vectors_R, mask=ok_R, other=0)
-    first_R = tl.load(vectors_R + max_rank, mask=ok_R, other=0)
-    bias_R = tl.load(floats_ptr + rank_R, mask=ok_R, other=0.0)
+    logit_R = tl.load(vectors_R + LOGIT * max_rank, mask=ok_R, other=0)
+    first_R = tl.load(vectors_R + FIRST * max_rank, mask=ok_R, other=0)
+    bias_R = tl.load(floats_ptr + BIAS * max_rank + rank_R, mask=ok_R, other=0.0)
     logits_TR = sum_parts(u_T[:, None] + logit_R[None, :], ok_TR, stride_u_part, PARTS)
-    head = tl.load(spec_ptr + 7)
+    head = tl.load(spec_ptr + HEAD)
     has_head_T = ok_T & (at_T < tl.where(head >= 0, tile_stop, tile_start))
     head_T = sum_parts(u_T + head, has_head_T, stride_u_part, PARTS)
     v_TR = gate_of(logits_TR, head_T, bias_R, rank_R, first_R, ok_R, spec_ptr, values_ptr)
     v_TR = tl.where(ok_TR, v_TR, 0.0)
 
     block_ptr += slot * stride_block
-    first_at, up_at = tl.load(block_ptr), tl.load(block_ptr + 1)
-    down, kind = tl.load(block_ptr + 2), tl.load(block_ptr + 3)
+    first_at, up_at = tl.load(block_ptr + FIRST_AT), tl.load(block_ptr + UP_AT)
+    down, kind = tl.load(block_ptr + DOWN), tl.load(block_ptr + ACTIVATION)
     h_T = u_T[:, None] + rank_R[None, :]
     has_first_TR = ok_TR & (rank_R < tl.where(first_at >= 0, ranks, 0))[None, :]
     first_TR = sum_parts(h_T + first_at, has_first_TR, stride_u_part, PARTS)
@@ -168,7 +169,7 @@ def mix_kernel(
                 if first_at >= 0:
                     b_RN = tl.load(b_R[:, None] + n_N[None, :], mask=own_RN, other=0.0)
                     a_TN += tl.dot(first_TR, b_RN.to(OPERAND), input_precision="tf32x3")
-                a_TN = _activate(a_TN, kind)
+                a_TN = activate(a_TN, kind)
                 if GATED:
                     e_up_TN = up_TN
                     if up_at >= 0:
@@ -188,21 +189,6 @@ def mix_kernel(
     if down != 0:
         z_T = z_ptr + part.to(tl.int64) * stride_z_part + token_T * stride_z
         tl.store(z_T[:, None] + rank_R[None, :], z_TR, mask=ok_TR)
-
-
-@triton.jit
-def _activate(x, kind):
-    if kind == SILU:
-        x = x * tl.sigmoid(x)
-    elif kind == GELU:
-        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
-    elif kind == GELU_TANH:  # (1 + tanh z) / 2 is sigmoid(2 z)
-        x = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    elif kind == QUICK_GELU:
-        x = x * tl.sigmoid(1.702 * x)
-    else:
-        x = tl.maximum(x, 0.0)
-    return x
 
 
 def mix_(
@@ -262,6 +248,6 @@ def mix_(
         BLOCK_R=first.padded_rank,
         BLOCK_N=COLUMNS,
         OPERAND=operand(b_SRN),
-        num_warps=warps_of(TILE, first.padded_rank),
+        num_warps=min(32, warps_of(TILE, first.padded_rank) * b_SRN.itemsize // 2),
         num_stages=1,
     )

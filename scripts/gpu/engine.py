@@ -64,6 +64,8 @@ EAGER: dict[str, Any] = {"enforce_eager": True}
 FLASH = {"dtype": "bfloat16", "attention_backend": "FLASH_ATTN"}
 V1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 TORCH = {"additional_config": {"lora_ext": {"triton": False}}}
+# Layers of these models are small: any number of rows may stand below their weights.
+EXTENDED = {"additional_config": {"lora_ext": {"extend_weights": 1e6}}}
 # The first ones tell most.
 ENGINES = {
     "stock": Engine(("plain-a",), EAGER, {"VLLM_LORA_EXT_DISABLE": "1"}),
@@ -73,6 +75,8 @@ ENGINES = {
     "bf16": Engine(options=FLASH),
     "torch": Engine(options=EAGER | TORCH),
     "dual": Engine(env={"VLLM_LORA_ENABLE_DUAL_STREAM": "1"}),
+    "extended": Engine(ROUTED, EXTENDED),
+    "fused": Engine(ROUTED, {"additional_config": {"lora_ext": {"fuse_activation": True}}}),
     "sleep": Engine(options={"enable_sleep_mode": True}, sleeps=True),
     "qwen2": Engine(("meteora-a",)),
     "eager-v1": Engine(options=EAGER, env=V1),

@@ -76,9 +76,11 @@ KINDS = (
     ("stock", "plain32", "stock vLLM, plain LoRA, rank 32"),
     ("plugin", "base", "this plugin, base requests with LoRA on"),
     ("plugin32", "plain16", "this plugin, plain LoRA, rank 16, at stock's settings"),
+    ("extended", "plain16", "the same, with `extend_weights` 0.1"),
     ("plugin", "plain16", "this plugin, plain LoRA, rank 16"),
     ("plugin", "plain32", "this plugin, plain LoRA, rank 32"),
     ("plugin", "routed", "this plugin, routed, 8 experts of rank 16, two at work"),
+    ("fused", "routed", "the same, with `extend_weights` 0.1 and `fuse_activation`"),
 )
 DECODES = tuple(f"decode {n}" for n in (1, 8, 32, 64))
 PREFILLS = tuple(f"prefill {n}" for n in (2048, 8192))

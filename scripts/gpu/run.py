@@ -1,6 +1,6 @@
 """The checks and measurements of a GPU, one stage after the other; a table last, and one JSON file.
 
-    python scripts/gpu/run.py [STAGE[=SECONDS] ...] [--work DIR] [--out FILE.json]
+    python scripts/gpu/run.py [STAGE[=SECONDS] ...] [--work DIR] [--out FILE.json] [--dry-run]
     make gpu [STAGES="probe kernels bench=300"]
 
     probe    what machine this is, what imports, are vLLM's own kernels and the plugin's right
@@ -13,7 +13,8 @@ Runs with the Python that has vLLM for CUDA and this package; the tests and benc
 the checkout this file lies in. Without names all stages run. Each stage begins with something
 small, has a limit of its own (the number after =, in seconds), and never ends the others. What a
 stage printed is in DIR/STAGE.log. The result is benchmarks/results/gpu/CARD-DATE.json, written
-anew after each stage; `make gpu-report` puts it into the tables of the documents.
+anew after each stage; `make gpu-report` puts it into the tables of the documents. `--dry-run`
+prints the commands and runs none of them.
 
 Exit code: 0 all is right; 1 a stage failed; 2 wrong usage; 3 there is no GPU to run on.
 """
@@ -25,6 +26,7 @@ import datetime
 import json
 import os
 import re
+import shlex
 import sys
 import tempfile
 import time
@@ -84,7 +86,8 @@ def all_kernels(work: Path, _: float) -> Command:
 
 
 def _pytest(out: Path, *args: str) -> Command:
-    tests = [REPO / "tests/kernels" / name for name in ("test_triton.py", "test_triton_mix.py")]
+    names = ("triton", "triton_mix", "extension", "glu")
+    tests = [REPO / f"tests/kernels/test_{name}.py" for name in names]
     return [
         sys.executable, "-P", "-m", "pytest", "-q", "-c", HERE / "pytest.ini", "--rootdir", REPO,
         "-p", "no:cacheprovider", "--junitxml", out, *args, *tests,
@@ -215,6 +218,17 @@ def run_all(wanted: Sequence[tuple[Stage, float]], work: Path, out: Path | None)
     return int(any(stage["state"] != OK for stage in found["stages"].values()))
 
 
+def plan(wanted: Sequence[tuple[Stage, float]], work: Path) -> list[str]:
+    """What `run_all` would run: a line for each stage and for each of its commands."""
+    found = []
+    for stage, limit in wanted:
+        found.append(f"{stage.name} (at most {limit:.0f} s)")
+        variables = "".join(f"{name}={value} " for name, value in stage.env)
+        for step in stage.steps:
+            found.append("    " + variables + shlex.join(map(str, step(work, limit))))
+    return found
+
+
 def head(stages: dict[str, Any]) -> dict[str, Any]:
     """What names a result: card, driver, versions, and what vLLM made of its options."""
     machine = ((stages.get("probe") or {}).get("result") or {}).get("machine") or {}
@@ -266,12 +280,16 @@ def main() -> int:
     parser.add_argument("stages", nargs="*", metavar="STAGE[=SECONDS]")
     parser.add_argument("--work", type=Path, help="logs, caches, models of the run")
     parser.add_argument("--out", type=Path, help="the result's file")
+    parser.add_argument("--dry-run", action="store_true", help="print the commands")
     args = parser.parse_args()
     try:
         wanted = chosen(args.stages)
     except ValueError as error:
         parser.error(str(error))
     work = args.work or Path(tempfile.gettempdir()) / "vllm-lora-ext-gpu"
+    if args.dry_run:
+        print("\n".join(plan(wanted, work.resolve())))
+        return 0
     work.mkdir(parents=True, exist_ok=True)
     return run_all(wanted, work.resolve(), args.out)
 

@@ -11,6 +11,8 @@ and CUDA graphs:
               rank 16, 2 per token, in every linear), at --max-lora-rank 128
     stock     the plugin off: base requests, the same plain adapters, at --max-lora-rank 32
     plugin32  the plugin with plain adapters only, at --max-lora-rank 32: like against like
+    extended  as `plugin32`, with A and routers below the base weights (`extend_weights`)
+    fused     as `plugin`, with the settings `fuse_activation` and `extend_weights`
     base-2    `base` again: how far two starts of one engine differ, and how long a second one takes
     plugin-2  `plugin` again, with base requests only: the same of the plugin
 
@@ -84,11 +86,19 @@ class Server:
 
 
 PLAIN = "base", "plain16", "plain32"
+EXTENDED = {"lora_ext": {"extend_weights": 0.1, "max_router_rows": 1}}
+FUSED = {"lora_ext": {"extend_weights": 0.1, "fuse_activation": True, "max_router_rows": EXPERTS}}
 SERVERS = {
     "base": Server(("base",), {}, False),
     "plugin": Server((*PLAIN, "routed"), {"max_lora_rank": EXPERTS * RANK}, True),
     "stock": Server(PLAIN, {"max_lora_rank": 32}, False),
     "plugin32": Server(PLAIN, {"max_lora_rank": 32}, True),
+    "extended": Server(PLAIN, {"max_lora_rank": 32, "additional_config": EXTENDED}, True),
+    "fused": Server(
+        ("base", "plain16", "routed"),
+        {"max_lora_rank": EXPERTS * RANK, "max_loras": 1, "additional_config": FUSED},
+        True,
+    ),
     "base-2": Server(("base",), {}, False),
     "plugin-2": Server(("base",), {"max_lora_rank": EXPERTS * RANK}, True),
 }

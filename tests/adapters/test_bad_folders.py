@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import numpy as np
 import pytest
@@ -10,13 +11,11 @@ import torch
 from bad_adapters import BAD, FIT, GOOD, build_bad, more_experts, widen, with_json
 from make_adapters import random_module
 
-from vllm_lora_ext.adapters import AdapterFolder, Limits, check_fits, load_adapter, resolve_inside
+from vllm_lora_ext.adapters import FORMATS, Limits, check_fits, load_adapter, resolve_inside
 from vllm_lora_ext.adapters.hf import model_shapes
 from vllm_lora_ext.adapters.model import RoutedAdapter
-from vllm_lora_ext.adapters.registry import OFFLINE
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora import Site
-from vllm_lora_ext.merging.variants import VARIANTS
 from vllm_lora_ext.routing import GateSpec
 from vllm_lora_ext.settings import LoraExtSettings
 from vllm_lora_ext.summary import summarise
@@ -71,18 +70,24 @@ def test_the_good_ones_are_good(name, bases):
     check_fits(adapter, model_shapes(base), torch.float32, base_name=adapter.base_model, **FIT)
 
 
-@pytest.mark.parametrize("peft_type", OFFLINE)
-def test_what_can_be_made_an_ordinary_lora_says_how(peft_type, tmp_path):
-    """The table beside the readers says what the converters, one floor above, say themselves."""
+NOT_SERVED = [row for row in FORMATS if row.status != "served"]
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in NOT_SERVED if row.name.upper() in row.peft_types],
+    ids=lambda row: row.name,
+)  # fmt: skip
+def test_what_is_known_and_not_served_is_named(row, tmp_path):
+    """One refusal for all of them: what it is, and which options of `convert` make a LoRA of it."""
     build_bad("peft_type_unknown", tmp_path / "a")
+    (peft_type,) = row.peft_types
     with_json(lambda config: config.update(peft_type=peft_type))(tmp_path / "a", tmp_path / "a")
-    with pytest.raises(AdapterError, match="read_variant") as caught:
+    with pytest.raises(AdapterError, match=re.escape(row.title)) as caught:
         load_adapter(tmp_path / "a")
-    assert caught.value.code == "unknown_peft_type"
-    variant = next(v for v in VARIANTS if v.detect(AdapterFolder(tmp_path / "a")))
-    needs = {"base" if need == "sizes" else need for need in variant.needs}
-    assert variant.convert is not None and needs == set(OFFLINE[peft_type])
-    assert all(f"{need}=..." in caught.value.text for need in needs)
+    assert caught.value.code == "unsupported_feature"
+    assert row.refused in caught.value.text
+    assert ("vllm-lora-ext convert" in caught.value.text) == bool(row.needs)
+    assert all(f"--{need} {need.upper()}" in caught.value.text for need in row.needs)
 
 
 def test_router_rows_and_rank_say_what_would_do(tmp_path, shapes):

@@ -27,8 +27,8 @@ TOKENS = 3
 CHANGES = [c for c in fuzz.CHANGES if c not in (fuzz.add_another_format, fuzz.swap_weights)]
 # Left away, these leave a good folder.
 OPTIONAL = {"system", "head_size"}
-# Without it, an adapter is one that acts everywhere, as in PEFT.
-INVOCATION = "alora_invocation_tokens"
+# Without them, an adapter acts everywhere, or is scaled otherwise, as in PEFT.
+DEFAULTS = {"alora_invocation_tokens": None, "use_rslora": False}
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_one_change(name, data, good, mha, tmp_path):
         return
     files, before = make.Files(change.folder), make.Files(folder)
     told = set(before.settings) - set(files.settings) <= OPTIONAL
-    told &= files.config.get(INVOCATION) == before.config.get(INVOCATION)
+    told &= all(files.config.get(k, v) == before.config.get(k, v) for k, v in DEFAULTS.items())
     if change.outcome == fuzz.SAME and told:
         want = load_adapter(folder, head_size=make.HEAD)
         assert (adapter.columns, adapter.system) == (want.columns, want.system)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -129,4 +131,27 @@ def test_a_full_disk_is_no_safetensors_error(tmp_path: Path) -> None:
     with pytest.raises(AdapterError) as caught, new_folder(tmp_path / "out") as made:
         fill(made / "no such folder", {"a": torch.ones(2)}, {})
     assert caught.value.code == "output_failed"
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_disk_that_is_full(tmp_path: Path) -> None:
+    """By the operating system's own limit, in a process of its own: nothing is left of it."""
+    program = (
+        "import resource, signal, sys, torch\n"
+        "from pathlib import Path\n"
+        "from vllm_lora_ext.adapters.output import fill, new_folder\n"
+        "from vllm_lora_ext.errors import AdapterError\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))\n"
+        "try:\n"
+        "    with new_folder(Path(sys.argv[1])) as made:\n"
+        "        fill(made, {'a': torch.ones(1 << 15)}, {'adapter_config.json': '{}'})\n"
+        "except AdapterError as error:\n"
+        "    sys.exit(0 if error.code == 'output_failed' else str(error))\n"
+        "sys.exit('it was written')\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "out")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
     assert os.listdir(tmp_path) == []

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from make_adapters import BASE_LLAMA
 
-from vllm_lora_ext.adapters import READERS
+from vllm_lora_ext.adapters import FORMATS
 from vllm_lora_ext.model_patches.refused import status_of
 from vllm_lora_ext.routing import GateSpec
 
@@ -51,7 +51,7 @@ def test_listed_status_is_the_one_that_is_sent():
         "id_in_use": "409", "slots_pinned": "409", "host_cache_full": "409",
         "device_memory_full": "409", "adapter_changed": "409", "version_conflict": "409",
         "no_token": "401", "wrong_token": "403",
-        "load_failed": "500", "ranks_differ": "500",
+        "load_failed": "500", "ranks_differ": "500", "engine_dead": "503", "files_changed": "409",
     }  # fmt: skip
     assert {code: str(status_of(code).value) for code in special} == special
 
@@ -79,6 +79,6 @@ def test_the_native_page_names_every_gate_field():
 
 
 def test_readers_have_one_name_each():
-    names = [reader.name for reader in READERS]
+    names = [reader.name for reader in FORMATS]
     assert len(set(names)) == len(names)
-    assert all(r.title and r.url and r.files for r in READERS)
+    assert all(r.title and r.url and r.files for r in FORMATS)

@@ -129,6 +129,8 @@ class TestValuesThatMeanTheSame:
             (("task_type", "peft_version", "inference_mode", "auto_mapping", "revision"), {}),
             ((), {"task_type": None, "target_modules": None, "bias": None, "use_rslora": None}),
             (("peft_version",), {"rank_pattern": None, "alpha_pattern": None}),
+            ((), {"rank_pattern": {"q_proj": 8.0}, "alpha_pattern": {"q_proj": 16.0}}),
+            *(((key,), {}) for key in ("rank_pattern", "alpha_pattern", "use_rslora")),
         ],
     )
     def test_are_served(self, drop, values, folder, base):
@@ -143,6 +145,8 @@ class TestValuesThatMeanTheSame:
             ("bad_value", {"r": 1e300}), ("bad_value", {"r": None}),
             ("bad_value", {"lora_alpha": "16"}), ("bad_value", {"lora_alpha": None}),
             ("bad_value", {"rank_pattern": {"q_proj": 8.5}}), ("rank_mismatch", {"r": 4.0}),
+            ("bad_value", {"rank_pattern": {"q_proj": True}}),
+            ("rank_mismatch", {"rank_pattern": {"q_proj": 4.0}}),
             ("unknown_peft_type", {"peft_type": ""}), ("unknown_peft_type", {"peft_type": "lora"}),
         ],
     )  # fmt: skip
@@ -153,7 +157,7 @@ class TestValuesThatMeanTheSame:
     def test_without_peft_type_the_names_must_be_those_of_lora(self, folder, base):
         make(folder, base)
         set_config(folder, ("peft_type",), use_moram=True)
-        assert refusal(folder).code == "unknown_format"
+        assert refusal(folder).code == "missing_key"
 
 
 SWITCHES = {
@@ -282,7 +286,7 @@ class TestKeysThatNobodyKnows:
         [
             ("unsupported_feature", {"lora_bias": True}), ("unsupported_feature", {"bias": "all"}),
             ("unsupported_feature", {"init_lora_weights": "pissa"}),
-            ("unknown_format", {"use_moram": True}), ("bad_value", {"r": "8"}),
+            ("missing_key", {"use_moram": True}), ("bad_value", {"r": "8"}),
         ],
     )  # fmt: skip
     def test_what_is_known_is_not_theirs_to_accept(self, code, values, folder, base):

@@ -8,6 +8,7 @@ import make_routed as make
 import pytest
 import torch
 from bad_adapters import with_json, with_tensors
+from make_formats import write_mixlora
 from safetensors.torch import load_file
 
 from vllm_lora_ext.adapters import load_adapter
@@ -109,7 +110,7 @@ REFUSED = {
     "moram: off": ("moram", {}, CONFIG, {"use_moram": False}, "unsupported_feature", "use_moram"),
     "moram: other bank": ("moram", {}, CONFIG, {"r_sum": 8}, "rank_mismatch", "lora_A"),
     "moram: bank only, off": (
-        "moram", {"fresh": False}, CONFIG, {"use_moram": None}, "unknown_format", "MoRAM",
+        "moram", {"fresh": False}, CONFIG, {"use_moram": None}, "unsupported_feature", "MoRAM",
     ),
     "mola: number of experts": (
         "mola", {}, SIDE, {"number_experts": [3, 3, 5]}, "setting_mismatch", "number_experts",
@@ -146,9 +147,24 @@ REFUSED = {
     ),
     "moe_peft: lost k": ("mola_moepeft", {}, CONFIG, {"top_k": None}, "missing_key", "top_k"),
     "moe_peft: DoRA": (
-        "loramoe_moepeft", {}, CONFIG, {"use_dora": True}, "unsupported_feature", "DoRA",
+        "loramoe_moepeft", {}, CONFIG, {"use_dora": True}, "unsupported_feature",
+        "magnitudes.*not among the saved tensors",
+    ),
+    "mola: DoRA": (
+        "mola_moepeft", {}, CONFIG, {"use_dora": True}, "unsupported_feature",
+        "magnitudes.*not among the saved tensors",
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_mixlora_with_dora_is_refused(nested, tmp_path):
+    folder = write_mixlora(tmp_path / "a", 5)
+    key = {"expert_lora": {"use_dora": True}} if nested else {"use_dora": True}
+    with_json(lambda c: c.update(key), CONFIG)(folder, folder)
+    with pytest.raises(AdapterError, match=r"magnitudes.*not among the saved tensors") as caught:
+        load_adapter(folder)
+    assert caught.value.code == "unsupported_feature"
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -15,7 +15,7 @@ from peft import LilyConfig, PeftModel, PolyConfig, get_peft_model
 from safetensors.torch import load_file
 
 from tests.adapters.test_fixtures import fixture, largest_error
-from vllm_lora_ext.adapters import READERS, load_adapter, write_native
+from vllm_lora_ext.adapters import FORMATS, load_adapter, write_native
 from vllm_lora_ext.adapters.hf import apply_adapter
 from vllm_lora_ext.errors import AdapterError
 
@@ -230,6 +230,6 @@ def test_a_strange_file_under_that_name_is_no_adapter(tmp_path):
 
 @pytest.mark.parametrize("name", ["moelora", "poly", "arrow", "lora_mixer", "xlora", "lily"])
 def test_the_pages_have_something_to_say(name):
-    reader = next(reader for reader in READERS if reader.name == name)
+    reader = next(reader for reader in FORMATS if reader.name == name)
     assert reader.paper and reader.summary and reader.formula and reader.traps
     assert bool(reader.refused) == (name == "lily")

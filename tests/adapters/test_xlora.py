@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from vllm_lora_ext.merging.factors import load_factors
 from vllm_lora_ext.merging.routed import concat_routed
 from vllm_lora_ext.summary import summarise
 from vllm_lora_ext.trace import record
-from vllm_lora_ext.verify import engine_options
+from vllm_lora_ext.verify import engine_options, frozen_distance
 
 ROOT = FIXTURES / "conditioned"
 NAMES = sorted(path.name for path in ROOT.glob("xlora_*"))
@@ -112,6 +113,58 @@ def test_a_kv_cache_is_refused(bases):
         alone = model(ids).logits
         both = model(torch.cat([ids, ids.flip(1)])).logits
     torch.testing.assert_close(both[:1], alone, atol=1e-5, rtol=1e-5)
+
+
+class TestFrozenGates:
+    """Behind the prompt, the gates of its last token."""
+
+    @staticmethod
+    def freeze(folder):
+        (folder / "routing.json").write_text('{"gates": "frozen"}')
+        return load_adapter(folder)
+
+    @pytest.mark.parametrize("name", NAMES)
+    @torch.no_grad()
+    def test_are_the_last_tokens(self, name, bases, tmp_path):
+        meta, expected = fixture(name)
+        folder = shutil.copytree(ROOT / name / "adapter", tmp_path / "adapter")
+        exact, frozen, base = load_adapter(folder), self.freeze(folder), bases[meta["base"]]
+        assert frozen.digest != exact.digest and frozen.classifier.frozen
+        ids_T = torch.cat([expected["prompt_1"], expected["greedy_1"]])
+        end = len(expected["prompt_1"])
+        hidden = base(ids_T[None], output_hidden_states=True).hidden_states[-1][0]
+        gates_TG = exact.classifier.gates_of(hidden)
+        gates_TG[end:] = gates_TG[end - 1]
+        with apply_adapter(base, replace(exact, classifier=None), gates_TG):
+            want = base(ids_T[None]).logits[0]
+        with apply_adapter(base, frozen, prompt_length=end):
+            got = base(ids_T[None]).logits[0]
+        torch.testing.assert_close(got, want)
+        with pytest.raises(AdapterError, match="prompt_length"):
+            apply_adapter(base, frozen)
+        trace = record(base, frozen, expected["prompt_1"].tolist(), new_tokens=4)
+        gates_TE = trace.weights[meta["modules"][0]]
+        assert (gates_TE[end:] == gates_TE[end - 1]).all() and len(gates_TE) > end
+
+    @pytest.mark.parametrize("name", NAMES)
+    def test_are_an_approximation_whose_distance_is_told(self, name, bases):
+        """docs/two_passes.md has these numbers (`pytest -s` prints them)."""
+        meta, expected = fixture(name)
+        prompts = [expected[f"prompt_{i}"].tolist() for i in range(len(meta["prompt_lens"]))]
+        adapter = load_adapter(ROOT / name / "adapter")
+        far = frozen_distance(bases[meta["base"]], adapter, prompts)
+        print(f"| `{name}` | {far.effect:.2f} | {far.mean:.2f} | {far.largest:.2f} |"
+              f" {100 * far.greedy:.0f} % of {far.positions} |")  # fmt: skip
+        assert 0.05 < far.mean / far.effect < 2 and far.largest > 0.1
+
+    def test_any_other_word_is_an_error(self, folder):
+        (folder / "routing.json").write_text('{"gates": "cold"}')
+        assert refusal(folder).code == "bad_value"
+        (folder / "routing.json").write_text('{"gates": "exact"}')
+        assert not load_adapter(folder).classifier.frozen
+
+    def test_are_named_an_approximation(self, folder):
+        assert "an approximation" in summarise(self.freeze(folder))["classifier"]
 
 
 class TestSoftmaxAndSelection:

@@ -27,5 +27,8 @@ def _poisoned(allocate):
 @pytest.fixture(autouse=True)
 def poisoned(monkeypatch):
     """What is allocated and not written is NaN: whoever reads it shows."""
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+    for owner, name in (
+        (torch, "empty"), (torch, "empty_like"), (torch, "empty_strided"),
+        (torch.Tensor, "new_empty"), (torch.Tensor, "new_empty_strided"),
+    ):  # fmt: skip
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))

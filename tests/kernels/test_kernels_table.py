@@ -1,5 +1,5 @@
-"""The kernels compile for GPUs that are not there, and kernels/COMPILED.md lists the variants that
-serving reaches."""
+"""The kernels compile for GPUs that are not there, and kernels/compiled.json lists the variants
+that serving reaches."""
 
 from __future__ import annotations
 
@@ -41,29 +41,44 @@ def test_kernels_compile_for_gpus_that_are_not_there():
     rows = [line.split(" | ") for line in run.stdout.splitlines()]
     kernels = {(gpu, kernel) for gpu, kernel, *_ in rows}
     assert kernels == {
-        (f"sm_{gpu}", kernel) for gpu in script.GPUS for kernel in ("shrink", "expand", "mix")
+        (f"sm_{gpu}", kernel)
+        for gpu in script.GPUS
+        for kernel in ("shrink", "expand", "extended", "glu", "mix")
     }
     assert all(registers.split(" / ")[0] != "0" for *_, registers in rows)
 
 
-def test_the_page_lists_the_variants_that_serving_reaches():
-    page = script.PAGE.read_text(encoding="utf-8")
-    names = {variant.name for variant in script.variants("90")}
-    assert set(script.rows_of(page, "90")) == names, "run `make kernels-table`"
+@pytest.mark.parametrize("gpu", script.read_numbers())
+def test_the_table_has_the_variants_that_serving_reaches(gpu):
+    names = {variant.name for variant in script.variants(gpu)}
+    tables = script.read_numbers()[gpu]
+    assert set(tables) == set(script.TRITONS)
+    for by_name in tables.values():
+        assert set(by_name) == names, "run `make kernels-table`"
 
 
-def test_nothing_on_the_page_is_wrong():
-    page = script.PAGE.read_text(encoding="utf-8")
-    assert "**" not in page
-    for gpu, (_, _, shared) in script.GPUS.items():
-        rows = page.partition(f"## sm_{gpu} ")[2].partition("\n## ")[0].splitlines()
-        cells = [cell for row in rows for cell in row.split(" | ") if cell.count(" / ") == 2]
-        assert all(int(cell.split(" / ")[2].strip(" |")) <= shared * 1024 for cell in cells)
+def test_nothing_in_the_table_is_wrong():
+    tables = script.read_numbers()
+    assert script.page(tables) == script.PAGE.read_text(encoding="utf-8")
+    for gpu, table in tables.items():
+        for numbers in [n for by_name in table.values() for n in by_name.values()]:
+            assert not numbers.wrong and numbers.registers
+            assert numbers.shared <= script.GPUS[gpu][2] * 1024
+            assert numbers.spilled <= script.MOST_SPILLED
+
+
+def test_what_is_written_is_read_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "NUMBERS", tmp_path / "numbers.json")
+    monkeypatch.setattr(script, "PAGE", tmp_path / "page.md")
+    tables = {"90": {"3.7.1": {"mix | T 16 | bf16 | 4": script.Compiled(10, 0, 4)}, "3.6.0": {}}}
+    script.write_numbers(tables)
+    assert script.read_numbers() == tables
+    assert "| mix | T 16 | bf16 | 4 | 10 / 0 / 4 |  |" in script.PAGE.read_text()
 
 
 def test_a_variant_that_fails_or_does_not_fit_is_named():
     name, wrong = "mix | T 16 | bf16 | 4", script.Compiled(wrong="does not compile")
-    assert "**does not compile**" in script.page({"90": {"3.7.1": {name: wrong}}}, {"90": [name]})
+    assert "**does not compile**" in script.page({"90": {"3.7.1": {name: wrong}}})
     worse = script.worst(script.Compiled(10, 0, 4), script.Compiled(9, 8, 2, "too large"))
     assert worse == script.Compiled(10, 8, 4, "too large")
 

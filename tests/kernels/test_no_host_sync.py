@@ -15,8 +15,21 @@ import torch
 
 from tests.host_syncs import host_syncs, page_locked  # noqa: F401
 from tests.make_adapters import normal, random_module
-from vllm_lora_ext.kernels.gated_lora import Site, StepMap, begin, finish_
+from vllm_lora_ext.kernels.gated_lora import (
+    EmbeddingSite,
+    Factors,
+    Site,
+    StepMap,
+    begin,
+    finish_,
+    register_site,
+)
 from vllm_lora_ext.kernels.gated_lora.backends import choice
+from vllm_lora_ext.kernels.gated_lora.op import (  # the ops themselves take no meta
+    _activated_lora,
+    _extended_linear,
+    embedding_lora_static_,
+)
 from vllm_lora_ext.kernels.mix_mlp import BlockSite
 from vllm_lora_ext.routing import GateSpec
 
@@ -42,12 +55,13 @@ class Launches:
 
 @pytest.fixture
 def launches(monkeypatch):
-    from vllm_lora_ext.kernels.gated_lora.backends.triton import expand, shrink
+    from vllm_lora_ext.kernels.gated_lora.backends.triton import expand, extended, glu, shrink
     from vllm_lora_ext.kernels.mix_mlp import triton_mix
 
     counted = Launches()
     for module, name in (
         (shrink, "shrink_kernel"), (expand, "expand_kernel"), (triton_mix, "mix_kernel"),
+        (extended, "extended_kernel"), (glu, "glu_kernel"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, counted)
     return counted
@@ -123,6 +137,64 @@ def test_a_sharded_layer_in_graphs(launches, page_locked):  # noqa: F811
     with host_syncs(page_locked) as seen:
         finish_(y_TN, x_TK, begin(x_TK, on), on)
     assert seen == [] and launches.count == 2
+
+
+def test_a_layer_with_rows_below_its_weight(launches, page_locked):  # noqa: F811
+    """One product and one launch; an adapter goes in, and out."""
+    base_NK = torch.empty(sum(SIZES), K, dtype=torch.bfloat16, device="meta")
+    on = Site(4, K, SIZES, RANK, 8, torch.bfloat16, "meta", choice.triton(), base_NK=base_NK)
+    handle, rng = register_site(on), np.random.default_rng(0)
+    on.step = step_map()
+    ready = packed(on, rng, SIZES, K, page_locked)
+    on.reserve_routers(on.most_routers)
+    x_TK = torch.empty(len(SLOTS), K, dtype=torch.bfloat16, device="meta")
+    with host_syncs(page_locked) as seen:
+        on.load(1, ready)
+        on.step.update(SLOTS)
+        _extended_linear(x_TK, x_TK.new_empty(sum(SIZES)), handle, sum(SIZES))
+        on.clear(1)
+    assert seen == [] and launches.count == 1
+
+
+@pytest.mark.parametrize("slots_T", [SLOTS, np.full(9, -1)])
+def test_a_layer_that_activates(slots_T, launches, page_locked):  # noqa: F811
+    on = site((K, K))
+    on.activation, on.step = "silu", step_map()
+    handle, t = register_site(on), len(slots_T)
+    x_TK, y_TN = (torch.empty(t, n, dtype=torch.bfloat16, device="meta") for n in (K, 2 * K))
+    with host_syncs(page_locked) as seen:
+        on.step.update(slots_T)
+        assert _activated_lora(y_TN, x_TK, handle, K).shape == (t, K)
+    assert seen == [] and launches.count == (2 if on.step.active else 1)
+
+
+@pytest.mark.parametrize("fully", [False, True])
+def test_a_sharded_layer_outside_of_graphs(fully, launches, page_locked):  # noqa: F811
+    """What its gates read is summed for the rows that have one, of slots whose rows lie apart."""
+    on = Site(4, K, SIZES, RANK, 8, torch.bfloat16, "meta", backend=choice.triton(),
+              reduce=lambda u: u.clone(), x_part=slice(0, K) if fully else None)  # fmt: skip
+    on.load(1, packed(on, np.random.default_rng(0), SIZES, K, page_locked))
+    on.step = step_map()
+    on.step.update(SLOTS)
+    x_TK = torch.empty(len(SLOTS), K, dtype=torch.bfloat16, device="meta")
+    y_TN = torch.empty(len(SLOTS), sum(SIZES), dtype=torch.bfloat16, device="meta")
+    with host_syncs(page_locked) as seen:
+        on.step.update(SLOTS)
+        finish_(y_TN, x_TK, begin(x_TK, on), on)
+    assert seen == [] and launches.count == 2
+
+
+def test_an_embedding(page_locked):  # noqa: F811
+    """The launches that a graph holds, of an adapter with a number for each row."""
+    a_SVR, b_SNR = (torch.empty(4, n, RANK, dtype=torch.bfloat16, device="meta") for n in (9, K))
+    on = EmbeddingSite(a_SVR, b_SNR, step_map(), {1}, Factors(4, RANK, a_SVR.device))
+    columns_R = torch.empty(RANK, dtype=torch.int64, pin_memory=True).zero_()
+    ids_T = torch.empty(len(SLOTS), dtype=torch.int64, device="meta")
+    with host_syncs(page_locked) as seen:
+        on.factors.set(1, columns_R)
+        on.step.update(SLOTS)
+        embedding_lora_static_(ids_T.new_empty(len(SLOTS), K, dtype=torch.bfloat16), ids_T, on)
+    assert seen == []
 
 
 def test_an_mlp_block(launches, page_locked):  # noqa: F811

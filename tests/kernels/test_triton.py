@@ -53,7 +53,8 @@ SOURCES = ("none", "router", "self", "prototype")
 def test_this_file_interpreted():
     command = [
         sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider",
-        str(HERE), str(HERE.with_name("test_triton_mix.py")),
+        *(str(HERE.with_name(f"test_{name}.py"))
+          for name in ("triton", "triton_mix", "extension", "glu")),
     ]  # fmt: skip
     run = subprocess.run(
         command, cwd=HERE.parents[2], env={**os.environ, "TRITON_INTERPRET": "1"},

@@ -3,14 +3,19 @@ keys, on tensors without memory, over the rows that a step may have."""
 
 from __future__ import annotations
 
+import itertools
 import os
 
 import numpy as np
 import pytest
 import torch
 
-from vllm_lora_ext.kernels.gated_lora import Site, StepMap
+from vllm_lora_ext.kernels.gated_lora import Site, StepMap, register_site
 from vllm_lora_ext.kernels.gated_lora.backends import choice
+from vllm_lora_ext.kernels.gated_lora.op import (  # the ops themselves take no meta
+    _activated_lora,
+    _extended_linear,
+)
 from vllm_lora_ext.kernels.mix_mlp import BlockSite
 
 pytest.importorskip("triton")
@@ -45,15 +50,23 @@ class Counted:
 
 @pytest.fixture
 def kernels(monkeypatch):
-    from vllm_lora_ext.kernels.gated_lora.backends.triton import expand, shrink, tuning, warmup
+    from vllm_lora_ext.kernels.gated_lora.backends.triton import (
+        expand,
+        extended,
+        glu,
+        shrink,
+        tuning,
+        warmup,
+    )
     from vllm_lora_ext.kernels.mix_mlp import triton_mix
 
     h100 = tuning.Device("H100", 132, 227 * 1024)
-    for module in (expand, shrink, warmup):
+    for module in (expand, extended, glu, shrink, warmup):
         monkeypatch.setattr(module, "device_of", lambda _index: h100)
     counted = {}
     for module, name in (
         (shrink, "shrink_kernel"), (expand, "expand_kernel"), (triton_mix, "mix_kernel"),
+        (extended, "extended_kernel"), (glu, "glu_kernel"),
     ):  # fmt: skip
         counted[name] = Counted(getattr(module, name))
         monkeypatch.setattr(module, name, counted[name])
@@ -93,6 +106,55 @@ def test_no_step_compiles_what_the_warm_up_has_not(shapes, rank, stored, kernels
             y_TN = torch.empty(t, n, dtype=torch.bfloat16, device="meta")
             expand_(y_TN, u_PTR, site)
             expand_(y_TN, u_PTR[:1], site)
+    assert keys(kernels) == warmed
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("shapes", [LLAMA, ODD])
+def test_no_step_compiles_an_extended_weights_kernel_that_the_warm_up_has_not(
+    shapes, activation, kernels
+):
+    """With a bias and without; steps too large for it, and of the base model, take others."""
+    from vllm_lora_ext.kernels.gated_lora.backends.triton.warmup import warm
+
+    step, found = StepMap(MOST, "meta", tiled=True), []
+    for k, sizes in shapes:
+        base_NK = torch.empty(sum(sizes), k, dtype=torch.bfloat16, device="meta")
+        site = Site(2, k, sizes, 16, 8, base_NK.dtype, "meta", choice.triton(), base_NK=base_NK)
+        site.step = step
+        if len(sizes) == 2:
+            site.activation = activation
+        found.append((register_site(site), site))
+    warm([site for _, site in found], MOST, torch.bfloat16)
+    warmed = keys(kernels)
+    assert 1 <= len({key for name, key in warmed if name == "extended_kernel"}) <= 24
+    for (handle, site), slot in itertools.product(found, (0, -1)):
+        step.update(np.full(MOST, slot))
+        n = sum(site.slice_sizes)
+        for t in (*range(1, 130), 500, 513, MOST):
+            x_TK = torch.empty(t, site.a_SRK.shape[2], dtype=torch.bfloat16, device="meta")
+            for bias_N in (None, x_TK.new_empty(n)):
+                out = n if site.activation is None else site.slice_sizes[0]
+                assert _extended_linear(x_TK, bias_N, handle, out).shape == (t, out)
+    assert keys(kernels) == warmed
+
+
+@pytest.mark.parametrize("shapes", [LLAMA, ODD])
+def test_no_step_compiles_an_activating_kernel_that_the_warm_up_has_not(shapes, kernels):
+    from vllm_lora_ext.kernels.gated_lora.backends.triton.warmup import warm
+
+    halves = [site for site in sites_of(shapes, 64) if len(site.slice_sizes) == 2]
+    for site in halves:
+        site.activation = "gelu"
+    warm(halves, MOST, torch.bfloat16)
+    warmed = keys(kernels)
+    assert 1 <= len({key for name, key in warmed if name == "glu_kernel"}) <= 24
+    for site, slot in itertools.product(halves, (0, -1)):
+        handle, (inner, _) = register_site(site), site.slice_sizes
+        site.step.update(np.full(MOST, slot))
+        for t in (*range(1, 130), 500, 513, MOST):
+            x_TK = torch.empty(t, site.a_SRK.shape[2], dtype=torch.bfloat16, device="meta")
+            _activated_lora(x_TK.new_empty(t, 2 * inner), x_TK, handle, inner)
     assert keys(kernels) == warmed
 
 

@@ -27,6 +27,33 @@ from run_variant import factors_of, handles
 
 Case = dict[str, Any]
 
+# What cases write down beside a tool's parameters: how the numbers were made, or the inputs anew.
+NOTES = {
+    "adapters", "weights", "ids", "torch_manual_seed_before_call", "torch_manual_seed",
+    "random_seed", "dare_seed", "draw_order", "flat_order", "elements", "kept_per_adapter", "stack",
+    "singular_value_threshold", "adapter_order", "softmax_weights", "dtype",
+}  # fmt: skip
+_MERGEKIT = "weight density epsilon gamma normalize rescale lambda int8_mask"
+# What each tool has, whether or not the method of a case reads it.
+PARAMETERS = {
+    tool: set(names.split())
+    for tool, names in {
+        "PEFT": "combination_type density majority_sign_method svd_rank svd_clamp"
+        " svd_full_matrices svd_driver",
+        "mergekit": f"merge_method models parameters {_MERGEKIT}",
+        "LoRAX": "merge_strategy density majority_sign_method",
+        "LoraHub": "",
+        "Core Space": "merge_method merge_space scaling_coeff isotropize topK dare_pruning_coeffs"
+        " cart_pruning_rank cart_scaling_coeffs",
+        "KnOTS": "merge_method merging_type scaling_coeffs topK topK_percent sign_resolve_mode dare"
+        " dare_pruning_coeffs concat_across_output",
+        "TIES-Merging": "reset_type reset_thresh_percent resolve_method merge_func scaling_lambda",
+        "DARE": "mask_rate use_rescale mask_strategy scaling_coefficient",
+        "RobustMerge": "mask_ratio att_ratio fuse_weight",
+        "LoRA-Soups": "lora_mix_mode",
+    }.items()
+}
+
 
 class Call(NamedTuple):
     """What the recipe says; own: parameters of single adapters; weights: in place of the case's."""
@@ -96,34 +123,51 @@ def core_space(case: Case) -> Call:
     if kind == "iso":
         return Call(kind, parameters, weights=ones)
     parameters["isotropise"] = given.get("isotropize", False)
-    if kind == "ties":
-        parameters["density"] = _share(given.get("topK", 10))
-    elif kind == "dare":
+    if kind == "dare":
         kind, parameters["density"] = "dare_linear", 1 - given.get("dare_pruning_coeffs", 0.3)
     elif kind == "cart":
         parameters["keep"] = given.get("cart_pruning_rank", 0.04)
         parameters["strength"] = given.get("cart_scaling_coeffs", 0.1)
+    elif kind in ("ties", "dare-ties", "dare_ties"):
+        if kind != "ties":
+            parameters["drop"] = given.get("dare_pruning_coeffs", 0.3)
+        kind, parameters["density"] = "ties", _share(given.get("topK", 10))
     return Call(kind, parameters, weights=ones)
 
 
 def knots(case: Case) -> Call:
-    """The code multiplies every adapter by the first coefficient."""
+    """The code multiplies every adapter by the first coefficient; DARE comes before TIES."""
     given, ones = case["parameters"], [1.0] * len(case["inputs"])
+    coefficients = given["scaling_coeffs"]
+    percent = given.get("topK_percent", given.get("topK", 100))
     parameters = {
-        "density": _share(given.get("topK_percent", 100)), "lambda": given["scaling_coeffs"][0],
-        "divide": _DIVIDE[given.get("merging_type", "mean")],
+        "density": _share(percent), "divide": _KNOTS[given.get("merging_type", "mean")],
+        "lambda": coefficients if isinstance(coefficients, float) else coefficients[0],
         "sign": {"ties": "total", "tv": "none"}[given["merge_method"]],
     }  # fmt: skip
+    if not given.get("concat_across_output", True):
+        raise ValueError("KnOTS' pieces side by side only, one below the other is not known here")
+    if given.get("sign_resolve_mode", "sum_of_values") != "sum_of_values":
+        raise ValueError("sum_of_signs counts a tie as minus in KnOTS, as nothing does here")
+    coefficient = given.get("dare_pruning_coeffs", 0.0)
+    if given.get("dare", bool(coefficient)):
+        parameters["drop"] = coefficient
     return Call("knots_ties", parameters, weights=ones)
 
 
 def ties_original(case: Case) -> Call:
+    """`merge_methods`: trim, resolve signs, and a merge that begins with `dis` for disjoint."""
     given = case["parameters"]
+    if given.get("reset_type", "topk") != "topk":
+        raise ValueError(f"pruning by {given['reset_type']} is not known here")
+    share, function = given["reset_thresh_percent"], given["merge_func"]
+    divide = {f"dis-{name}": rule for name, rule in _DIVIDE.items()} | _EVERYBODY
+    signs = {"mass": "total", "normfrac": "normfrac", "normmass": "normmass", "none": "none"}
     parameters = {
-        "compat": "ties_original", "density": _share(given["reset_thresh_percent"]),
-        "lambda": given["scaling_lambda"],
-        "divide": {f"dis-{name}": rule for name, rule in _DIVIDE.items()}[given["merge_func"]],
-        "sign": {"mass": "total", "none": "none"}[given.get("resolve_method", "mass")],
+        "compat": "ties_original", "density": 1.0 if share == "none" else _share(share),
+        "lambda": given["scaling_lambda"], "divide": divide[function],
+        "sign": signs[given.get("resolve_method", "mass")],
+        "join": "voters" if function.startswith("dis") else "all",
     }  # fmt: skip
     return Call("ties", parameters, weights=_weights(case, given["scaling_lambda"]))
 
@@ -155,11 +199,25 @@ def soups(case: Case) -> Call:
 
 
 _DIVIDE = {"mean": "voters", "sum": "none", "max": "largest"}
+_KNOTS = {"mean": "voters", "sum": "none"}  # its max forgets the sign
+_EVERYBODY = {"mean": "adapters", "sum": "none", "median": "median", "magnitude": "largest"}
 SYSTEMS: dict[str, Callable[[Case], Call]] = {
     "PEFT": peft, "mergekit": mergekit, "LoRAX": lorax, "LoraHub": lorahub,
     "Core Space": core_space, "KnOTS": knots, "TIES-Merging": ties_original, "DARE": mergelm,
     "RobustMerge": robustmerge, "LoRA-Soups": soups,
 }  # fmt: skip
+
+
+def check_known(case: Case) -> None:
+    """Raises ValueError for a parameter that the case's tool does not have."""
+    system, given = case["system"], case["parameters"]
+    known = PARAMETERS[system] | NOTES
+    unknown = set(given) - known
+    if system == "mergekit":
+        inner = {key for model in given.get("models", []) for key in model} - {"name"}
+        unknown |= (inner | set(given.get("parameters", {}))) - set(_MERGEKIT.split())
+    if unknown:
+        raise ValueError(f"{system} has no parameter {', '.join(sorted(unknown))}")
 
 
 def recipe_of(case_dir: Path, case: Case, rank: int | None = None) -> dict[str, Any]:
@@ -168,6 +226,7 @@ def recipe_of(case_dir: Path, case: Case, rank: int | None = None) -> dict[str, 
     Args:
         rank: largest rank of the result, in place of the case's own.
     """
+    check_known(case)
     call = SYSTEMS[case["system"]](case)
     inputs = case["inputs"]
     weights = call.weights or [entry.get("weight", 1.0) for entry in inputs]

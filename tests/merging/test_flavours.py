@@ -12,7 +12,7 @@ from merging.random_factors import SHAPES, deltas, random_factors, random_pair, 
 
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging import Factors, Pair, Term, load_factors, merge, save_peft
-from vllm_lora_ext.merging.ops.elect import Election, merge_entries
+from vllm_lora_ext.merging.ops.elect import Election, Voters, merge_entries
 from vllm_lora_ext.merging.ops.spaces import core, knots
 from vllm_lora_ext.merging.recipes import parse_recipe, run_recipe
 
@@ -121,7 +121,7 @@ def test_svd_clamp_is_peft_s_alone():
 def test_without_an_election_the_entries_that_are_left_vote():
     tensors = [torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([[4.0, 6.0, 0.0]])]
     draws = [lambda rows, t=t: t[rows] for t in tensors]
-    got = merge_entries(draws, [1.0, 1.0], Election("none", "voters"), 1, 3)
+    got = merge_entries(Voters(draws, [1.0, 1.0]), Election("none", "voters"), 1, 3)
     assert got.tolist() == [[3.0, 6.0, 0.0]]
 
 

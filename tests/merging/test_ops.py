@@ -12,7 +12,7 @@ from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging import Pair
 from vllm_lora_ext.merging.ops import bases, spaces
 from vllm_lora_ext.merging.ops.concat import concat
-from vllm_lora_ext.merging.ops.elect import Election, merge_entries
+from vllm_lora_ext.merging.ops.elect import Election, Voters, merge_entries
 from vllm_lora_ext.merging.ops.factor_linear import factor_linear
 from vllm_lora_ext.merging.ops.kmeans import kmeans
 from vllm_lora_ext.merging.ops.normalise import balance, normalise
@@ -213,53 +213,70 @@ def test_given_masks_are_taken_and_checked():
     assert error.value.code == "shape_mismatch"
 
 
-def naive_election(tensors, weights, how):
+def naive_election(tensors, weights, how, absent):
     """Entry by entry, in plain Python."""
     merged = torch.zeros_like(tensors[0])
-    sums = torch.zeros_like(merged)
-    for t, w in zip(tensors, weights, strict=True):
-        sums += {"total": t, "frequency": t.sign(), "weighted": w * t, "none": t}[how.sign]
+    norms = [float(t.norm()) or 1.0 for t in tensors]
+    votes = [
+        {"total": t, "frequency": t.sign(), "weighted": w * t, "none": t}.get(
+            how.sign, t.sign() * (t / n) ** 2
+        )
+        for t, w, n in zip(tensors, weights, norms, strict=True)
+    ]
+    sums = sum(votes)
+    if how.sign == "normfrac":
+        stacked = torch.stack(votes)
+        sums = stacked.gather(0, stacked.abs().argmax(0, keepdim=True))[0]
     majority = float(sums.sign().sum().sign()) if how.majority else 1.0
     for at in range(merged.numel()):
         values = [(float(t.flatten()[at]), w) for t, w in zip(tensors, weights, strict=True)]
         sign = float(sums.flatten()[at].sign()) or majority
-        if how.sign != "none":
-            turned = how.sign == "weighted"
-            values = [(x, w) for x, w in values if (x * w if turned else x) * sign > 0]
-        elif how.divide == "voters":
-            values = [(x, w) for x, w in values if x]
-        products = [x * w for x, w in values]
+        turned = how.sign == "weighted"
+        agreed = [(x, w) for x, w in values if (x * w if turned else x) * sign > 0]
+        everybody = how.sign == "none" or how.join == "all"
+        voters = [(x, w) for x, w in values if x or how.divide != "voters"]
+        voters = voters if everybody else agreed
+        products = [x * w for x, w in voters]
         if how.divide == "largest":
-            merged.view(-1)[at] = max(products, key=abs, default=0.0)
-            continue
-        divisor = {"none": 1.0, "voters": len(values) or 1.0,
-                   "weights": sum(w for _, w in values) or 1.0}[how.divide]  # fmt: skip
-        merged.view(-1)[at] = sum(products) / divisor
+            value = max(products, key=abs, default=0.0)
+        elif how.divide == "median":
+            padded = sorted(products + [0.0] * (len(values) - len(voters) + absent))
+            value = padded[(len(padded) - 1) // 2]
+        else:
+            divisor = {
+                "none": 1.0, "voters": len(voters) or 1.0, "adapters": len(values) + absent,
+                "weights": sum(w for _, w in voters) or 1.0,
+            }[how.divide]  # fmt: skip
+            value = sum(products) / divisor
+        turn = how.sign != "none" and how.join == "all"
+        merged.view(-1)[at] = abs(value) * sign if turn else value
     return merged
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
-    st.sampled_from(["none", "total", "frequency", "weighted"]),
-    st.sampled_from(["none", "voters", "weights", "largest"]),
-    st.booleans(), st.integers(1, 4), SEEDS,
+    st.sampled_from(["none", "total", "frequency", "weighted", "normfrac", "normmass"]),
+    st.sampled_from(["none", "voters", "weights", "largest", "adapters", "median"]),
+    st.booleans(), st.sampled_from(["voters", "all"]), st.integers(0, 2), st.integers(1, 4), SEEDS,
 )  # fmt: skip
-def test_election_entry_by_entry(sign, divide, majority, count, seed):
+def test_election_entry_by_entry(sign, divide, majority, join, absent, count, seed):
     draw = generator(seed)
     # Whole numbers, so that sums of exactly zero occur.
     tensors = [torch.randint(-2, 3, (5, 3), generator=draw).float() for _ in range(count)]
     weights = [1.0, -0.5, 2.0, 0.25][:count]
-    how = Election(sign, divide, majority)
-    got = merge_entries(draws_of(tensors), weights, how, 5, 3)
-    assert torch.allclose(got, naive_election(tensors, weights, how), atol=1e-6)
+    how = Election(sign, divide, majority, join, absent)
+    got = merge_entries(Voters(draws_of(tensors), weights), how, 5, 3)
+    assert torch.allclose(got, naive_election(tensors, weights, how, absent), atol=1e-6)
 
 
 def test_merging_in_blocks_gives_the_same(monkeypatch):
     tensors = [torch.randn(11, 7, generator=generator(i)) for i in range(3)]
     how = Election("total", "voters", majority=True)
-    whole = merge_entries(draws_of(tensors), [1.0, -2.0, 0.5], how, 11, 7)
+    whole = merge_entries(Voters(draws_of(tensors), [1.0, -2.0, 0.5]), how, 11, 7)
     monkeypatch.setattr("vllm_lora_ext.merging.ops.elect.BLOCK", 20)
-    assert torch.equal(merge_entries(draws_of(tensors), [1.0, -2.0, 0.5], how, 11, 7), whole)
+    assert torch.equal(
+        merge_entries(Voters(draws_of(tensors), [1.0, -2.0, 0.5]), how, 11, 7), whole
+    )
 
 
 def test_tsv_has_orthogonal_directions_and_the_top_values():

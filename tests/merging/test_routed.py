@@ -28,7 +28,7 @@ from vllm_lora_ext.bundle import Arrow, Expert, bundle
 from vllm_lora_ext.convert import differing
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging.routed import concat_routed
-from vllm_lora_ext.merging.routers import Part
+from vllm_lora_ext.merging.routers import Share
 from vllm_lora_ext.routing import GateSpec
 from vllm_lora_ext.routing.mix import mix_reference
 
@@ -208,7 +208,7 @@ def test_written_and_read_again(tmp_path):
 
 def arrow_experts(rng, names):
     def part(rank):
-        return Part(normal(rng, rank, 17), normal(rng, 11, rank), float(rng.uniform(0.3, 3)))
+        return Share(normal(rng, rank, 17), normal(rng, 11, rank), float(rng.uniform(0.3, 3)))
 
     return [Expert(name, {NAME: part(int(rng.integers(1, 6)))}) for name in names]
 

@@ -103,10 +103,52 @@ def test_ties_without_signs(home):
     assert relative(result(folder), mix(home, [0.7, 0.7])) < 0.01  # 99.9 percent stay
 
 
-@pytest.mark.parametrize("parameters", [{"merge_func": "mean"}, {"resolve_method": "normfrac"}])
+@pytest.mark.parametrize("parameters", [{"merge_func": "dis-median"}, {"resolve_method": "vote"}])
 def test_what_the_runner_does_not_know_is_no_other_merge(home, parameters):
     with pytest.raises(KeyError):
         run_case(ties(home, (1.0, 1.0), **parameters))
+
+
+@pytest.mark.parametrize(
+    ("system", "parameters", "name"),
+    [
+        ("KnOTS", {"merge_method": "ties", "scaling_coeffs": [1.0], "dare_p": 0.5}, "dare_p"),
+        ("PEFT", {"combination_type": "ties", "dare_pruning_coeffs": 0.5}, "dare_pruning_coeffs"),
+        ("mergekit", {"merge_method": "ties", "parameters": {"topK": 3}}, "topK"),
+        ("mergekit", {"merge_method": "ties", "models": [{"name": "a", "t": 0.5}, {}]}, "t"),
+        ("LoraHub", {"density": 0.5}, "density"),
+    ],
+)  # fmt: skip
+def test_a_parameter_that_the_tool_does_not_have_is_an_error(home, system, parameters, name):
+    with pytest.raises(ValueError, match=f"{system} has no parameter {name}$"):
+        run_case(case(home, system, parameters))
+
+
+@pytest.mark.parametrize(
+    "parameters",
+    [
+        {"sign_resolve_mode": "sum_of_signs"},
+        {"concat_across_output": False},
+        {"merging_type": "max"},
+    ],
+)
+def test_knots_switches_that_are_not_repeated(home, parameters):
+    given = {"merge_method": "ties", "scaling_coeffs": 0.4, "topK": 30, **parameters}
+    with pytest.raises((ValueError, KeyError)):
+        run_case(case(home, "KnOTS", given))
+
+
+def test_ties_prunes_by_magnitude_only(home):
+    with pytest.raises(ValueError, match="pruning by nf"):
+        run_case(ties(home, (1.0, 1.0), reset_type="nf"))
+
+
+@pytest.mark.parametrize("dare", [{"dare": False, "dare_pruning_coeffs": 0.9}, {}])
+def test_knots_drops_nothing_unless_told(home, dare):
+    given = {"merge_method": "ties", "scaling_coeffs": 0.4, "topK": 30, **dare}
+    folder = case(home, "KnOTS", given)
+    said = recipe_of(folder, json.loads((folder / "case.json").read_text()))["parameters"]
+    assert "drop" not in said and said["lambda"] == 0.4
 
 
 def test_mergelm_by_magnitude(home):

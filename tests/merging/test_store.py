@@ -119,6 +119,33 @@ def test_a_process_that_ends_in_the_middle(home):
     assert stored(home) == [built.path.name]
 
 
+def _build_many(home):
+    for i in range(200):
+        build(home, 1 + i / 8, limit=80_000)
+
+
+def test_processes_that_are_killed_at_any_moment(home):
+    """SIGKILL while they merge, write, rename, make room: what is found afterwards is whole, and
+    nothing of theirs stays."""
+    context = multiprocessing.get_context("fork")
+    for i in range(25):
+        child = context.Process(target=_build_many, args=(home,))
+        child.start()
+        time.sleep(0.02 + 0.013 * i)
+        child.kill()
+        child.join()
+        built = build(home, 1 + i / 8)
+        merged = load_factors(built.path).modules[NAME]
+        wanted = sum(
+            weight * load_factors(home / name).modules[NAME].delta()
+            for name, weight in (("math", 1 + i / 8), ("code", 1.0))
+        )
+        assert torch.allclose(merged.delta(), wanted, atol=1e-5)
+        assert not [name for name in stored(home) if built.path.name in name[1:]]
+    build(home, 0.01)
+    assert not [name for name in stored(home) if name.startswith(".")]
+
+
 def _count(home, queue):
     real = module.write_recipe
 

@@ -127,6 +127,20 @@ def test_answers_and_pattern_inside_a_block() -> None:
     assert shared(a, request(TEXT[:6], answer=answer)) == 2
 
 
+def test_gates_frozen_where_a_prompt_ends() -> None:
+    """Blocks of the prompt are everybody's; those behind it, of requests whose prompt is the same.
+    A prompt that holds the same tokens, an earlier answer, is computed exactly."""
+    frozen, answer = SlotPart("x", frozen=True), [30, 31, 32, 33, 34, 35, 36, 37]
+    first = request(TEXT[:10], (frozen,), answer=answer)
+    assert not is_plain((frozen,)) and len(first.block_hashes) == 4
+    assert shared(first, request(TEXT[:10], (frozen,), answer=answer)) == 4
+    assert shared(first, request(TEXT[:10] + answer, (frozen,))) == 2
+    assert shared(first, request(TEXT[:10] + answer[:1], (frozen,), answer=answer[1:])) == 2
+    assert shared(first, request(TEXT[:10], (SlotPart("x"),), answer=answer)) == 2
+    whole = request(TEXT[:8], (frozen,), answer=answer)
+    assert shared(whole, request(TEXT[:8] + answer, (frozen,))) == 2
+
+
 def test_images_are_where_their_features_say() -> None:
     mask = torch.tensor([True, True, False, True, True, True])
     feature = MultiModalFeatureSpec(None, "image", "id", PlaceholderRange(5, 6, mask))

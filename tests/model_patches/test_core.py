@@ -363,6 +363,15 @@ def test_a_request_gets_the_version_it_was_promised(core):
     assert error_of(core.finish(), "late") == "not_found"
 
 
+def test_what_was_removed_under_way_is_gone_when_the_engine_is_idle(core):
+    core.add("r", lora("a", 1))
+    core.step()
+    core.core.remove_lora(1)
+    assert core.workers.ranks[0].held == {1: "v1"}
+    assert core.finish()["r"].finish_reason is FinishReason.LENGTH
+    assert core.workers.ranks[0].held == {} and core.core.list_loras() == set()
+
+
 def test_rolled_back(core):
     core.core.add_lora(lora("a", 1))
     core.write("/c", "v2")

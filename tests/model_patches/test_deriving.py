@@ -78,16 +78,16 @@ def test_a_constant_mix_adds_what_its_parts_add(harness: Callable[..., Any]) -> 
     h, x_TK = harness(), inputs()
     plain, routed = h.random("plain", specs=GateSpec(), rank=9), h.random("r", specs=router_spec())
     loaded(h, plain, routed)
+    parts = {n: [added(r, n, x_TK) for r in (plain, routed)] for n in (O_PROJ, UP)}
+    shutil.rmtree(h.folder)  # what is loaded is enough
     both = recipe(h, (plain, -1.5), (routed, 0.5))
     report = h.worker.load(both, None, ())
     assert report.version == Recipe.parse(both.lora_path).version
     assert [part.scale for part in report.parts] == [-1.5, 0.5]
-    shutil.rmtree(h.folder / "plain.gone", ignore_errors=True)
-    want = -1.5 * added(plain, O_PROJ, x_TK) + 0.5 * added(routed, O_PROJ, x_TK)
-    close(delta(h, O_PROJ, both, x_TK), want)
-    close(delta(h, O_PROJ, plain, x_TK), added(plain, O_PROJ, x_TK))
-    want = -1.5 * added(plain, UP, x_TK) + 0.5 * added(routed, UP, x_TK)
-    close(delta(h, GATE_UP, both, x_TK)[:, want.shape[1] :], want)
+    want = {name: -1.5 * one + 0.5 * other for name, (one, other) in parts.items()}
+    close(delta(h, O_PROJ, both, x_TK), want[O_PROJ])
+    close(delta(h, O_PROJ, plain, x_TK), parts[O_PROJ][0])
+    close(delta(h, GATE_UP, both, x_TK)[:, want[UP].shape[1] :], want[UP])
     assert h.worker.load(both, None, ()) == report, "held"
     packed = h.worker._residency.get(both.lora_int_id).host.sites.values()
     tensors = [t for site in packed for t in (site.a_RK, site.router_GK, *site.stored)]

@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 
+from tests.host_syncs import host_syncs, page_locked  # noqa: F401
+from tests.make_adapters import random_module, router_spec
+from tests.steps import Steps, onto_device
+from vllm_lora_ext.adapters.model import RoutedAdapter
 from vllm_lora_ext.errors import AdapterError
 
 WIDTH, INNER, EXPERTS = 64, 48, 4
@@ -26,6 +32,8 @@ KINDS = {
     "gpt_oss": ("mlp", "mlp", None),
 }
 Q_PROJ = "model.layers.0.self_attn.q_proj"
+O_PROJ = "model.layers.0.self_attn.o_proj"
+EXPERTS_OF_TWO = [f"model.layers.{i}.mlp.experts" for i in range(2)]
 
 
 def model_of(kind: str) -> Any:
@@ -153,8 +161,7 @@ def test_all_experts_at_once_as_peft_saves_them(
         assert layer.adapter_enabled.tolist()[:2] == [int(s == slot) for s in range(2)]
         assert all(t[1 - slot].abs().max() == 0 for t in _tables(layer))
     held = h.worker._residency.get(number)
-    assert held.nbytes >= sum(t.nbytes for pair in held.model.host.stock.values()
-                              for part in pair for t in part)  # fmt: skip
+    assert held.nbytes >= sum(t.nbytes for own in held.host.stock.values() for t in own)
     if theirs == ours:
         same_as_stock(h, tmp_path / "peft", slot, is_3d_lora_weight=True)
     h.worker.remove_adapter(number)
@@ -174,10 +181,11 @@ def same_as_stock(h: Any, folder: Path, slot: int, **fields: Any) -> None:
     ours = {n: [t[slot].clone() for t in _tables(m)] for n, m in h.manager.modules.items()
             if n.endswith(".experts")}  # fmt: skip
     lora = h.worker._load_adapter(request(folder, 9, **fields))
-    given = foreign.host_form(lora, h.manager.placer)
-    assert given is not None and given.stock.keys() == ours_of(h, slot).stock.keys()
+    given = foreign.host_form(lora, h.manager.placer, 32)
+    assert given.stock.keys() == ours_of(h, slot).stock.keys()
     for name, weights in given.stock.items():
         torch.testing.assert_close(weights, ours_of(h, slot).stock[name])
+    lora = h.worker._load_adapter(request(folder, 9, **fields))
     h.manager._create_merged_loras_inplace(lora)
     for name, own in ours.items():
         layer, weights = h.manager.modules[name], lora.get_lora(name)
@@ -186,6 +194,70 @@ def same_as_stock(h: Any, folder: Path, slot: int, **fields: Any) -> None:
             layer.set_lora(slot, weights.lora_a, weights.lora_b)
         for mine, stock in zip(own, _tables(layer), strict=True):
             torch.testing.assert_close(mine, stock[slot], rtol=1e-6, atol=1e-7)
+
+
+def test_a_step_only_copies(
+    moe: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    page_locked: set[int],  # noqa: F811
+) -> None:
+    """All experts at once, each by itself, and one that a tool hands over for stock to form."""
+    h = moe("qwen3_moe", max_loras=1, max_cpu_loras=3, enable_mixed_moe_lora_format=True)
+    h.manager.placer._pinned = True
+    peft_folder(tmp_path / "all", "qwen3_moe")
+    each_folder(tmp_path / "each", "qwen3_moe", KINDS["qwen3_moe"][2])
+    requests = [request(tmp_path / name, i) for i, name in enumerate(("all", "each"), 1)]
+    for each in requests:
+        h.worker.load(each, None, ())
+    lora = h.worker._load_adapter(request(tmp_path / "all", 3, is_3d_lora_weight=True))
+    lora.loras["model.layers.77.self_attn.q_proj"] = lora.loras[Q_PROJ]
+    h.worker._residency.put(3, h.worker._foreign(lora), ())
+    requests.append(request(tmp_path / "all", 3))
+    steps, layers = Steps(monkeypatch, strided=True), []
+    for each in (*requests[1:], requests[0], requests[2]):
+        before = steps.copies
+        with steps.watch():
+            h.worker._apply_adapters({each})
+        assert steps.copies - before in (2 * 6, 6)  # of two layers, of one
+        layers.append([t.clone() for n in EXPERTS_OF_TWO for t in _tables(h.manager.modules[n])])
+    for theirs, ours, again in zip(*layers[1:], strict=True):
+        assert torch.equal(theirs, again)
+        torch.testing.assert_close(ours, theirs)
+    onto_device(h.manager.modules[n] for n in EXPERTS_OF_TWO)
+    with host_syncs(page_locked) as seen:
+        for each in requests[:2]:
+            h.worker._apply_adapters({each})
+    assert seen == []
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("sharded", [False, True])
+def test_a_rank_holds_its_part(
+    moe: Callable[..., Any], tmp_path: Path, kind: str, sharded: bool
+) -> None:
+    """What stock's `set_lora` would cut in the step, of two ranks."""
+    from vllm_lora_ext.model_patches.stock_lane import put
+
+    h = moe(kind, enable_mixed_moe_lora_format=kind != "gpt_oss")
+    peft_folder(tmp_path / "peft", kind, r=32 if sharded else 4)
+    lane, name = h.manager.placer.lane, "model.layers.0.mlp.experts"
+    lora = h.worker._load_adapter(request(tmp_path / "peft", is_3d_lora_weight=True))
+    lane.form(lora)
+    weights, layer = lora.get_lora(name), h.manager.modules[name]
+    layer.moe_config.intermediate_size_per_partition = INNER // 2
+    h.config.lora_config.fully_sharded_loras = sharded
+    for rank in range(2):
+        layer.tp_size, layer.tp_rank = 2, rank
+        layer.create_lora_weights(2, h.config.lora_config, h.config.model_config.hf_config)
+        layer.set_lora(0, weights.lora_a, weights.lora_b)
+        shapes, fill = lane.experts_layout(name, weights.lora_a, weights.lora_b)
+        put(layer, 1, fill([torch.empty(shape, dtype=dtype) for shape, dtype in shapes]))
+        assert layer.adapter_enabled.tolist()[:2] == [1, 1]
+        for table in _tables(layer):
+            assert table[0].abs().max() > 0 and torch.equal(table[0], table[1])
+        nbytes = sum(torch.Size(shape).numel() for shape, _ in shapes)
+        assert nbytes < sum(t.numel() for t in (*weights.lora_a, *weights.lora_b))
 
 
 def ours_of(h: Any, slot: int) -> Any:
@@ -237,6 +309,137 @@ def test_each_expert_by_itself(moe: Callable[..., Any], tmp_path: Path, kind: st
             torch.testing.assert_close(last[e], want, rtol=1e-4, atol=1e-4)
         if down in names:
             same_as_stock(h, tmp_path / f"each{number}", slot)
+
+
+class Kernels:
+    """Doubles of vLLM's Triton kernels of fused experts, the one for LoRA among them: in PyTorch,
+    with the arguments and the meaning that the kernels have. Their callers are vLLM's own.
+
+    Args:
+        wrapper: the step's metadata, whose methods the kernels for LoRA are.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, wrapper: Any, limit: float) -> None:
+        from vllm.model_executor.layers.fused_moe.experts import triton_moe
+
+        self._wrapper, self._limit = wrapper, limit
+        monkeypatch.setattr(triton_moe, "tl", SimpleNamespace(float32="float32"))
+        monkeypatch.setattr(triton_moe, "try_get_optimal_moe_config", lambda *_, **__: {})
+        monkeypatch.setattr(
+            triton_moe, "_prepare_expert_assignment", lambda ids, *_, **__: (None, ids, None)
+        )
+        monkeypatch.setattr(triton_moe, "invoke_fused_moe_triton_kernel", self.product)
+        monkeypatch.setattr(triton_moe.ops, "moe_sum", lambda y, out: out.copy_(y.sum(1)))
+        monkeypatch.setattr(triton_moe.TritonExperts, "activation", self.activation)
+        for name in ("add_lora_w13", "add_lora_w2"):
+            monkeypatch.setattr(wrapper, name, getattr(self, name), raising=False)
+
+    def product(
+        self, x: torch.Tensor, w_ENK: torch.Tensor, out_TkN: torch.Tensor, _scale: Any,
+        _w_scale: Any, weights_Tk: Any, _sorted: Any, ids_Tk: torch.Tensor, _padded: Any,
+        weigh: bool, top_k: int, _config: Any, B_bias: Any = None, **_: Any,
+    ) -> None:  # fmt: skip
+        """y[t, j] = W[e] x, with e the j-th expert of token t."""
+        x_TkK = x[:, None] if top_k > 1 else x.view(*ids_Tk.shape, -1)
+        y = torch.einsum("tjnk,tjk->tjn", w_ENK[ids_Tk], x_TkK.expand(*ids_Tk.shape, -1))
+        y = y if B_bias is None else y + B_bias[ids_Tk]
+        out_TkN.copy_(y * weights_Tk[..., None] if weigh else y)
+
+    def activation(self, kind: Any, out: torch.Tensor, x: torch.Tensor, **_: Any) -> None:
+        if "oai" in kind.value:
+            gate, up = x[:, ::2].clamp(max=self._limit), x[:, 1::2].clamp(-self._limit, self._limit)
+            out.copy_((up + 1) * gate * torch.sigmoid(1.702 * gate))
+        else:
+            gate, up = x.chunk(2, -1)
+            out.copy_(torch.nn.functional.silu(gate) * up)
+
+    def _deltas(
+        self, x_TkK: Any, a: Any, b: Any, ids_Tk: Any, enabled: torch.Tensor
+    ) -> torch.Tensor:
+        slots_T = self._wrapper.token_lora_indices[: len(ids_Tk)].clone()
+        slots_T[slots_T >= 0] = slots_T[slots_T >= 0].where(enabled[slots_T[slots_T >= 0]] > 0, -1)
+        parts = []
+        for a_SERK, b_SENR in zip(a, b, strict=True):
+            own = slots_T.clamp(min=0)[:, None], ids_Tk
+            h = torch.einsum("tjrk,tjk->tjr", a_SERK[own], x_TkK.expand(*ids_Tk.shape, -1))
+            parts.append(torch.einsum("tjnr,tjr->tjn", b_SENR[own], h))
+        return torch.where(slots_T[:, None, None] >= 0, torch.cat(parts, -1), 0)
+
+    def add_lora_w13(
+        self, y: torch.Tensor, x: torch.Tensor, a: Any, b: Any, ids_Tk: torch.Tensor,
+        _weights: Any, _map: Any, _w1: Any, _w2: Any, _tokens: int, _top_k_num: int,
+        _max_loras: int, enabled: torch.Tensor, *_: Any, **__: Any,
+    ) -> tuple[Any, ...]:  # fmt: skip
+        y += self._deltas(x[:, None], a, b, ids_Tk, enabled)
+        return None, ids_Tk, None, None
+
+    def add_lora_w2(
+        self, y: torch.Tensor, x: torch.Tensor, a: Any, b: Any, weights_Tk: torch.Tensor,
+        _sorted: Any, ids_Tk: torch.Tensor, _padded: Any, _mapping: Any, _tokens: int, _w1: Any,
+        _w2: Any, _top_k_num: int, _max_loras: int, enabled: torch.Tensor, *_: Any, **__: Any,
+    ) -> None:  # fmt: skip
+        delta = self._deltas(x.view(*ids_Tk.shape, -1), a, b, ids_Tk, enabled)
+        y += delta * weights_Tk[..., None]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_one_step_as_peft_computes_them(
+    moe: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Experts' rows beside those of a routed adapter and of the base, through vLLM's own layer."""
+    theirs, ours, _ = KINDS[kind]
+    model = peft_folder(tmp_path / "peft", kind)
+    hf = model.get_submodule(f"base_model.model.model.layers.0.{theirs}")
+    routing: list[torch.Tensor] = []
+    hf.experts.register_forward_pre_hook(lambda _, args: routing.extend(args[1:]))
+    x_TK = torch.randn(9, WIDTH, generator=torch.Generator().manual_seed(3))
+
+    def of_peft() -> torch.Tensor:
+        with torch.no_grad():
+            y = hf(x_TK[None])
+        return (y[0] if isinstance(y, tuple) else y)[0]
+
+    adapted = of_peft()
+    with model.disable_adapter():
+        base = of_peft()
+    assert (adapted - base).abs().amax(1).min() > 1e-3
+    ids_Tk, weights_Tk = sorted(routing[:2], key=torch.is_floating_point)
+    h = moe(kind, enable_mixed_moe_lora_format=kind == "mixtral", max_num_seqs=16)
+    linear = next(m for n, m in h.manager.modules.items() if n.endswith(".o_proj"))
+    width, (out,) = linear.full_sizes()
+    module = random_module(np.random.default_rng(0), width, out, router_spec())
+    routed = h.save("routed", RoutedAdapter({O_PROJ: module}, "random"))
+    experts = request(tmp_path / "peft", 7)
+    for each in (routed, experts):
+        h.worker.load(each, None, ())
+    h.step(*(experts, routed, None) * 3)
+    layer = h.manager.modules[f"model.layers.0.{ours}.experts"]
+    fused, weights = layer._moe_kernel.fused_experts, layer.base_layer.routed_experts
+    own = hf.experts
+    while hasattr(own, "base_layer"):
+        own = own.base_layer
+    turn = kind == "gpt_oss"  # [E, in, out] there
+    for name, mine in (("w13", own.gate_up_proj), ("w2", own.down_proj)):
+        getattr(weights, f"{name}_weight").data.copy_(mine.transpose(1, 2) if turn else mine)
+    if turn:
+        weights.w13_bias.data.copy_(own.gate_up_proj_bias)
+        weights.w2_bias.data.copy_(own.down_proj_bias)
+        weights_Tk = (
+            weights_Tk.gather(1, ids_Tk) if weights_Tk.shape != ids_Tk.shape else weights_Tk
+        )
+    Kernels(monkeypatch, layer.punica_wrapper, getattr(own, "limit", 0.0))
+    out_TK = torch.empty(9, WIDTH)
+    sizes = fused.workspace_shapes(
+        9, 2 * INNER, WIDTH, ids_Tk.shape[1], EXPERTS, EXPERTS, None, weights.activation
+    )
+    with torch.inference_mode():
+        fused.apply(
+            out_TK, x_TK, weights.w13_weight, weights.w2_weight, weights_Tk, ids_Tk,
+            weights.activation, EXPERTS, None, None, None,
+            torch.empty(sizes[0]), torch.empty(sizes[1]), None, False,
+        )  # fmt: skip
+    want = torch.where(torch.arange(9)[:, None] % 3 == 0, adapted, base)
+    torch.testing.assert_close(out_TK, want, rtol=1e-3, atol=1e-4)
 
 
 def test_one_parameter_and_the_router(moe: Callable[..., Any], tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.host_syncs import page_locked  # noqa: F401
 from tests.make_adapters import FIXTURES, normal
+from tests.steps import Steps
 from vllm_lora_ext.adapters.registry import load_adapter
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.routing import delta_reference
@@ -104,19 +106,76 @@ def test_bad_tensors_are_refused_before_a_slot(
     assert h.worker.list_adapters() == set()
 
 
-def test_what_only_stock_can_place_goes_stocks_way(
-    harness: Callable[..., Any], replaced: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+def test_what_only_stock_can_form(
+    harness: Callable[..., Any],
+    replaced: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    page_locked: set[int],  # noqa: F811
 ) -> None:
-    from vllm_lora_ext.model_patches import foreign
-
+    """A layer that the model has not, which stock leaves out: formed once, when it is loaded."""
     h = harness(max_loras=1, max_cpu_loras=1)
+    h.manager.placer._pinned = True
     x_TK = normal(np.random.default_rng(0), 4, 128)
-    monkeypatch.setattr(foreign, "host_form", lambda *_: None)
-    want = delta_reference(load_adapter(PLAIN).modules[O_PROJ], x_TK)
-    h.runner.add_lora(replaced(1))
-    h.runner.add_lora(replaced(2))
-    for number in (1, 2, 1):  # the one that vLLM's cache has dropped comes back
-        torch.testing.assert_close(h.delta(O_PROJ, replaced(number), x_TK), want)
+
+    def more(tensors: dict[str, Any]) -> None:
+        for name in [n for n in tensors if "layers.0." in n]:
+            tensors[name.replace("layers.0.", "layers.77.")] = tensors[name]
+
+    own = load_adapter(PLAIN).modules
+    layers = {
+        name: delta_reference(own[name], x_TK) for name in own if own[name].a_RK.shape[1] == 128
+    }
+    requests = [replaced(number, more) for number in (1, 2)]
+    for request in requests:
+        h.runner.add_lora(request)
+    assert all(h.worker._residency.get(i).host.version for i in (1, 2))
+    steps = Steps(monkeypatch)
+    for request in (*requests, requests[0]):
+        with steps.watch():
+            h.worker._apply_adapters({request})
+        for name, want in layers.items():
+            parts = h.manager.packed_modules
+            layer = next((n for n, names in parts.items() if name in names), name)
+            got = h.delta(layer, request, x_TK)
+            at = parts[layer].index(name) if layer in parts else 0
+            got = got.split(h.manager.modules[layer].output_slices, 1)[at]
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert len(page_locked) > 0
+
+
+def test_what_stock_cannot_form_is_refused(
+    harness: Callable[..., Any], replaced: Callable[..., Any]
+) -> None:
+    h = harness()
+
+    def wider(tensors: dict[str, Any]) -> None:
+        name = next(n for n in tensors if n.endswith("layers.0.self_attn.o_proj.lora_B.weight"))
+        tensors[name] = torch.cat([tensors[name]] * 2)
+        elsewhere(tensors)
+
+    def elsewhere(tensors: dict[str, Any]) -> None:
+        for name in [n for n in tensors if "layers.0." in n]:
+            tensors[name.replace("layers.0.", "layers.77.")] = tensors[name]
+
+    def nowhere(tensors: dict[str, Any]) -> None:
+        for name in list(tensors):
+            tensors[name.replace("layers.", "others.")] = tensors.pop(name)
+
+    def nothing(tensors: dict[str, Any]) -> None:
+        tensors.clear()
+
+    def poison(tensors: dict[str, Any]) -> None:
+        next(iter(tensors.values()))[0, 0] = float("nan")
+        elsewhere(tensors)
+
+    for change, code in (
+        (wider, "shape_mismatch"), (nowhere, "unknown_module"), (nothing, "empty_adapter"),
+        (poison, "not_finite"),
+    ):  # fmt: skip
+        with pytest.raises(AdapterError) as error:
+            h.runner.add_lora(replaced(1, change))
+        assert error.value.code == code
+    assert h.worker.list_adapters() == set()
 
 
 def test_folders_are_still_read_by_our_readers(

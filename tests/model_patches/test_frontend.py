@@ -39,6 +39,7 @@ class Engine:
         self.loaded: list[Any] = []
         self.removed: list[int] = []
         self.error: Exception | None = None
+        self.errored = False
 
     async def add_lora(self, request: Any) -> bool:
         if self.error is not None:
@@ -76,7 +77,7 @@ def roots(models: Any) -> list[str]:
 @pytest.mark.parametrize(
     ("code", "status"),
     [("not_finite", 400), ("not_found", 404), ("path_not_allowed", 403), ("slots_pinned", 409),
-     ("host_cache_full", 409), ("load_failed", 500)],
+     ("host_cache_full", 409), ("load_failed", 500), ("overflow", 400), ("router_too_large", 400)],
 )  # fmt: skip
 def test_a_refused_load_keeps_code_and_status(code, status):
     engine = Engine()
@@ -90,6 +91,14 @@ def test_other_errors_are_stocks():
     engine = Engine()
     engine.error = RuntimeError("something else")
     assert load(models_of(engine), "a", "/a").error.type == "InternalServerError"
+
+
+def test_a_load_whose_engine_dies_is_told_so():
+    engine = Engine()
+    engine.error, engine.errored = RuntimeError("EngineCore encountered an issue"), True
+    answer = load(models_of(engine), "a", "/a")
+    assert (answer.error.type, answer.error.code) == ("engine_dead", 503)
+    assert "a" not in models_of(engine).lora_requests
 
 
 def test_the_path_is_shown_as_it_was_given_and_replaced_once():

@@ -231,6 +231,27 @@ def test_workers_that_were_called_behind_its_back_are_asked(engine):
     assert engine.version(7) == "z"
 
 
+def test_what_others_hand_to_the_workers_is_listed_and_stays(engine):
+    """Tools of reinforcement learning ask `list_loras` whether the workers have their adapter."""
+    for rank in engine.ranks:
+        rank.held[7], rank.room = "trained", 2
+    assert engine.ledger.ids() == set()
+    engine.ledger.doubt()
+    assert engine.ledger.ids() == {7}
+    engine.ledger.add(Request("a", 1))
+    assert engine.ledger.add(Request("b", 2, "/b")) == [1]  # 7 is nowhere to be read again
+    engine.ledger.add(Request("rl", 7, "dummy"))
+    engine.ledger.add(Request("a", 1))
+    assert engine.version(7) == "trained" and engine.same() == {1, 7}
+    assert engine.ledger.remove(7) and engine.ledger.ids() == {1}
+
+
+def test_what_only_one_worker_was_handed_is_not_there(engine):
+    engine.ranks[0].held[7] = "trained"
+    engine.ledger.doubt()
+    assert engine.ledger.ids() == set()
+
+
 class Replacing:
     """An engine whose adapter 1 goes through versions."""
 

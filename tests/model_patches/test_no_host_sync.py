@@ -84,3 +84,25 @@ def test_a_step_that_asks_for_rows(on_device, page_locked) -> None:  # noqa: F81
         rows._take(spans)
         rows._take(())
     assert seen == []
+
+
+def test_the_gates_of_a_first_pass(on_device, page_locked) -> None:  # noqa: F811
+    """X-LoRA: a classifier on the base model's hidden states, for rows that lie apart too."""
+    import numpy as np
+
+    from vllm_lora_ext.adapters.classifier import Classifier
+    from vllm_lora_ext.model_patches.two_pass import TwoPass
+
+    (wrapper,) = on_device.manager.punica_wrapper_mapping.values()
+    step = wrapper.step_map
+    passes = TwoPass.__new__(TwoPass)
+    passes._step, passes._classifiers = step, {}
+    weight = torch.empty(6, 32, pin_memory=True)
+    classifier = Classifier((weight,), (None,), experts=3, top_k=2, softmax_again=True)
+    hidden_TK = torch.empty(7, 32, device="meta")
+    passes._classifiers[0] = classifier.map(lambda t: t.to("meta", non_blocking=True))
+    with host_syncs(page_locked) as seen:
+        for slots in ([0] * 7, [0, 1, 0, -1, 1, 0, 0]):
+            step.update(np.array(slots))
+            passes._fill(hidden_TK)
+    assert seen == []

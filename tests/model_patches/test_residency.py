@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from tests.host_syncs import host_syncs, page_locked  # noqa: F401
 from tests.make_adapters import linear_shapes, normal, random_adapter, random_module, router_spec
+from tests.steps import Steps, onto_device
 from vllm_lora_ext.adapters.model import RoutedAdapter
 from vllm_lora_ext.adapters.registry import load_adapter
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora.backends import choice
 from vllm_lora_ext.model_patches import residency
+from vllm_lora_ext.model_patches.composing import Ingredient
 from vllm_lora_ext.model_patches.residency import Residency, Resident, _pieces, flat_views
 from vllm_lora_ext.routing import GateSpec, delta_reference
 
@@ -54,38 +56,6 @@ def test_a_slot_adds_what_the_folder_says(harness: Callable[..., Any]) -> None:
     assert report.version == load_adapter(request.lora_path).digest
     assert (report.system, report.evicted) == ("random", ())
     assert h.worker.versions() == {request.lora_int_id: report}
-
-
-class Steps:
-    """Counts what a step does to tensors, and ends it at anything but a copy into a slot."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._patch = monkeypatch
-        self.copies = 0
-
-    @contextmanager
-    def watch(self) -> Iterator[None]:
-        copy_ = torch.Tensor.copy_
-
-        def counted(dst: torch.Tensor, src: torch.Tensor, non_blocking: bool = False) -> Any:
-            assert non_blocking, "the host would wait"
-            assert src.dtype == dst.dtype, "a cast"
-            assert src.is_contiguous() and dst.is_contiguous(), "not one piece of memory"
-            self.copies += 1
-            return copy_(dst, src, non_blocking=True)
-
-        def forbidden(*_: Any, **__: Any) -> Any:
-            raise AssertionError("no step does this")
-
-        with self._patch.context() as patch:
-            patch.setattr(torch.Tensor, "copy_", counted)
-            for name in ("to", "float", "half", "bfloat16", "clone", "contiguous", "item", "cpu"):
-                patch.setattr(torch.Tensor, name, forbidden)
-            for name in ("cat", "stack", "zeros", "empty"):
-                patch.setattr(torch, name, forbidden)
-            for name in ("open", "os.open", "os.stat", "os.listdir", "hashlib.sha256"):
-                patch.setattr(f"builtins.{name}" if name == "open" else name, forbidden)
-            yield
 
 
 @pytest.mark.parametrize("triton", [False, True])
@@ -308,7 +278,7 @@ def test_residency_replaces_without_counting_twice() -> None:
     with pytest.raises(AdapterError):
         kept.put(1, resident(7), {1, 2})
     assert kept.nbytes == 9 and 1 in kept
-    assert kept.put(3, resident(6), {1}) == (2,) if kept.nbytes > 9 else True
+    assert kept.put(3, resident(5), {1}) == (2,) and kept.nbytes == 10
 
 
 @pytest.mark.parametrize("piece", [1, 600, 1 << 20, sys.maxsize])
@@ -335,18 +305,63 @@ def test_pieces_of_page_locked_memory_waste_little() -> None:
     assert taken < 1.1 * sum(sizes)
 
 
-def test_plain_lora_on_embedding_and_output_matrix(harness: Callable[..., Any]) -> None:
-    h = harness(dtype="bfloat16")
-    rng = np.random.default_rng(0)
+EMBEDDINGS = "model.embed_tokens", "lm_head"
+
+
+def on_matrices(h: Any, name: str) -> tuple[Any, RoutedAdapter]:
+    """A plain adapter of the embedding and the output matrix, as a folder and as it was made."""
+    rng = np.random.default_rng(len(name))
     embedding = random_module(rng, 512, 128, GateSpec(), kind="embedding")
-    modules = {"model.embed_tokens": embedding, "lm_head": random_module(rng, 128, 512, GateSpec())}
-    request = h.save("a", RoutedAdapter(modules, "plain"))
-    h.worker.load(request, None, ())
-    h.step(request)
-    slot = h.slot_of(request)
-    for name, module in modules.items():
-        layer = h.manager.modules[name]
-        a, b = layer.lora_a_stacked[slot], layer.lora_b_stacked[slot, 0]
-        a = a[:, :6].t() if name != "lm_head" else a[0, :6]
-        assert torch.equal(a, module.a_RK.bfloat16()) and a.abs().sum() > 0
-        assert torch.equal(b[:, :6], module.b_NR.bfloat16())
+    head = random_module(rng, 128, 512, GateSpec())
+    adapter = RoutedAdapter(dict(zip(EMBEDDINGS, (embedding, head), strict=True)), "plain")
+    return h.save(name, adapter), adapter
+
+
+def test_plain_lora_on_embedding_and_output_matrix(
+    harness: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stock's own layers: a step only copies there as well."""
+    h = harness(dtype="bfloat16", max_loras=1, max_cpu_loras=2)
+    made = [on_matrices(h, name) for name in ("a", "other")]
+    for request, _ in made:
+        h.worker.load(request, None, ())
+    steps = Steps(monkeypatch, strided=True)
+    for request, adapter in reversed(made):  # the first one has the slot
+        with steps.watch():
+            h.worker._apply_adapters({request})
+        slot = h.slot_of(request)
+        for name, module in adapter.modules.items():
+            layer = h.manager.modules[name]
+            a, b = layer.lora_a_stacked[slot], layer.lora_b_stacked[slot, 0]
+            a = a[:, :6].t() if name != "lm_head" else a[0, :6]
+            assert torch.equal(a, module.a_RK.bfloat16()) and a.abs().sum() > 0
+            assert torch.equal(b[:, :6], module.b_NR.bfloat16())
+    assert steps.copies == 2 * 4
+
+
+def test_matrices_go_into_slots_without_a_wait(
+    harness: Callable[..., Any],
+    page_locked: set[int],  # noqa: F811
+) -> None:
+    """Also where a part of them differs by token, of one adapter or of two together."""
+    h = harness(max_loras=1, max_cpu_loras=4)
+    h.manager.placer._pinned = h.manager.composer._pinned = True
+    (one, _), (two, _) = on_matrices(h, "a"), on_matrices(h, "other")
+    for request in (one, two):
+        h.worker.load(request, None, ())
+    held = [h.worker._residency.get(r.lora_int_id) for r in (one, two)]
+    both = h.manager.composer.compose(
+        [
+            Ingredient(name, held.version, held.host, 1.0 if by_row else 0.5, by_row)
+            for name, held, by_row in zip("ab", held, (True, False), strict=True)
+        ],
+        "both",
+        "both",
+    )
+    assert both.factors.keys() == set(EMBEDDINGS)
+    onto_device(h.manager.modules[name] for name in EMBEDDINGS)
+    with host_syncs(page_locked) as seen:
+        h.worker._apply_adapters({two})
+        h.worker._apply_adapters({one})
+        h.manager._load(0, both)
+    assert seen == []

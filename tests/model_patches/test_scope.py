@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from vllm.model_executor.layers.attention import CrossAttention
 
 from tests.make_adapters import linear_shapes, normal, random_adapter, random_module
-from vllm_lora_ext.adapters.model import RoutedAdapter
+from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches.scope import Scope, on_encoder_rows
 from vllm_lora_ext.routing import GateSpec, delta_reference
 
 QKV, O_PROJ = "model.layers.0.self_attn.qkv_proj", "model.layers.0.self_attn.o_proj"
@@ -85,3 +87,29 @@ def test_layers_of_a_drafter_are_left_out(harness: Callable[..., Any]) -> None:
     request = h.save("drafted", with_draft)
     h.worker.load(request, None, ())
     assert_adds(h, O_PROJ, request, delta_reference(adapter.modules[O_PROJ], inputs()))
+
+
+def test_layers_on_an_encoders_rows() -> None:
+    """Left as they are, and refused by name: a step's map knows the decoder's rows only."""
+    cross = torch.nn.Module.__new__(CrossAttention)
+    torch.nn.Module.__init__(cross)
+    attention = torch.nn.ModuleDict({n: torch.nn.Linear(4, 4) for n in ("q_proj", "kv_proj")})
+    attention["attn"] = cross
+    model = torch.nn.ModuleDict({
+        "encoder": torch.nn.ModuleDict({"fc1": torch.nn.Linear(4, 4)}),
+        "decoder": torch.nn.ModuleDict({"fc1": torch.nn.Linear(4, 4), "cross": attention}),
+    })  # fmt: skip
+    assert on_encoder_rows(model["decoder"]["fc1"]) == ()
+    model._tower_model_names = ["encoder"]
+    scope = Scope(model, None, {"kv_proj": ["k_proj", "v_proj"]}, towers=False)
+    plain = RoutedModule(torch.ones(2, 4), torch.ones(4, 2))
+
+    def narrowed(*names: str) -> RoutedAdapter:
+        adapter = RoutedAdapter(dict.fromkeys(names, plain), system="random")
+        return scope.narrowed(adapter, {n: n for n in names}, names)
+
+    assert list(narrowed("decoder.fc1", "decoder.cross.q_proj").modules)
+    for name in ("encoder.fc1", "decoder.cross.k_proj", "decoder.cross.v_proj"):
+        with pytest.raises(AdapterError, match=name) as caught:
+            narrowed("decoder.fc1", name)
+        assert caught.value.code == "unsupported_feature"

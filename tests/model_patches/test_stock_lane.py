@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.host_syncs import host_syncs, page_locked  # noqa: F401
+from tests.steps import Steps, onto_device
 from vllm_lora_ext.adapters.model import Head, RoutedAdapter, RoutedModule
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.residency import HostAdapter
@@ -74,7 +76,7 @@ def test_heads_and_lora_on_the_head(classifier: Callable[..., Any]) -> None:
     )
     load(h, 2, RoutedAdapter({"score": lora}, "plain"))
     plain = load_bytes(h, RoutedAdapter({O_PROJ: low_rank(WIDTH, WIDTH)}, "plain"))
-    assert host.nbytes == plain + 4 * (MOST * WIDTH + MOST)
+    assert host.nbytes == plain + 4 * MOST * WIDTH + 256  # tensors begin at multiples of that
     layer, x = h.manager.modules["score"], normal(3, WIDTH, seed=9)
     base = x @ layer.base_layer.weight.T
     rows(h, 1, 2, 0)
@@ -94,6 +96,41 @@ def test_heads_and_lora_on_the_head(classifier: Callable[..., Any]) -> None:
     torch.testing.assert_close(layer(x), base)
 
 
+def heads(h: Any) -> None:
+    """One with LoRA on the head and one with a head of its own, in host memory."""
+    from vllm_lora_ext.model_patches.manager import RoutedLoRAModel
+
+    head = Head(normal(LABELS, WIDTH), normal(LABELS))
+    lora = RoutedAdapter({"score": low_rank(WIDTH, LABELS, 2)}, "plain")
+    for number, adapter in enumerate((RoutedAdapter({}, "plain", heads={"score": head}), lora), 1):
+        h.manager.register(RoutedLoRAModel(number, h.manager.placer.place(adapter)))
+
+
+def test_a_step_only_copies(
+    classifier: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    h = classifier(max_loras=1, dtype="bfloat16")
+    heads(h)
+    steps = Steps(monkeypatch, strided=True)
+    for number in (1, 2, 1):
+        with steps.watch():
+            h.manager.activate_adapter(number)
+    assert steps.copies == 3 * 2
+    layer = h.manager.modules["score"]
+    assert torch.equal(layer.full_bias_stacked[0], normal(LABELS))  # stock's is in float32
+
+
+def test_no_step_waits(classifier: Callable[..., Any], page_locked: set[int]) -> None:  # noqa: F811
+    h = classifier(max_loras=1, dtype="bfloat16")
+    h.manager.placer._pinned = True
+    heads(h)
+    onto_device([h.manager.modules["score"]])
+    with host_syncs(page_locked) as seen:
+        for number in (1, 2, 1):
+            h.manager.activate_adapter(number)
+    assert seen == []
+
+
 def test_a_model_that_a_tool_hands_over(classifier: Callable[..., Any]) -> None:
     from vllm.lora.lora_model import LoRAModel
     from vllm.lora.lora_weights import LoRAFullModuleWeights, LoRALayerWeights
@@ -104,12 +141,12 @@ def test_a_model_that_a_tool_hands_over(classifier: Callable[..., Any]) -> None:
     weights = LoRALayerWeights(O_PROJ, 4, 4, pair.a_RK, pair.b_NR)
     saved = {"score": LoRAFullModuleWeights("score", head)}
     made = LoRAModel(1, 4, {O_PROJ: weights}, modules_to_save=saved)
-    host = foreign.host_form(made, h.manager.placer)
-    assert host is not None and O_PROJ in host.sites
+    host = foreign.host_form(made, h.manager.placer, 64)
+    assert O_PROJ in host.sites
     torch.testing.assert_close(host.heads["score"][0], head)
     saved["score"].weight[0, 0] = float("nan")
     with pytest.raises(AdapterError, match="NaN"):
-        foreign.host_form(made, h.manager.placer)
+        foreign.host_form(made, h.manager.placer, 64)
 
 
 def load_bytes(h: Any, adapter: RoutedAdapter) -> int:
@@ -153,6 +190,17 @@ def test_heads_that_do_not_fit(
     with pytest.raises(AdapterError, match=says) as caught:
         h.manager.placer.place(RoutedAdapter(**({"modules": {}} | parts), system="plain"))
     assert caught.value.code == code
+
+
+def test_a_bias_that_its_slot_cannot_hold(classifier: Callable[..., Any]) -> None:
+    """In float32 by default, whatever the model's dtype."""
+    h, head = classifier(dtype="float16"), Head(normal(LABELS, WIDTH), normal(LABELS) + 1e5)
+    lane, adapter = h.manager.placer.lane, RoutedAdapter({}, "plain", heads={"score": head})
+    assert h.manager.placer.place(adapter).heads["score"][1].max() > 9e4
+    lane.heads["score"] = dataclasses.replace(lane.heads["score"], bias_dtype=torch.float16)
+    with pytest.raises(AdapterError, match="bias of head score") as caught:
+        h.manager.placer.place(adapter)
+    assert caught.value.code == "overflow"
 
 
 def test_a_server_that_generates_has_no_head(harness: Callable[..., Any]) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ from vllm_lora_ext.adapters import load_adapter
 from vllm_lora_ext.conditions.recipe import Part, Recipe
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches import config
+from vllm_lora_ext.model_patches.rows import Span
 from vllm_lora_ext.model_patches.two_pass import TWIN
 
 ON = {"two_pass": True}
@@ -131,6 +134,48 @@ def test_a_step_with_such_rows_runs_the_model_twice(harness: Any) -> None:
     assert len(run(one, one, one, metadata=None)) == 1, "a dummy run"
     h.worker.remove_adapter(one.lora_int_id)
     assert len(run(None, None, None)) == 1
+
+
+def test_frozen_gates_need_no_first_pass_behind_the_prompt(
+    harness: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    h = harness(ON)
+    folder = shutil.copytree(xlora().lora_path, tmp_path / "frozen")
+    (folder / "routing.json").write_text('{"gates": "frozen"}')
+    one, exact = LoRARequest("frozen", 8, str(folder)), xlora()
+    with caplog.at_level("WARNING", "vllm.lora_ext"):
+        h.worker.add_adapter(exact)
+        assert not caplog.messages
+        h.worker.add_adapter(one)
+    assert "an approximation" in caplog.messages[0]
+    held = h.worker.versions()
+    assert [held[i].parts[0].frozen for i in (7, 8)] == [False, True]
+    assert held[7].version != held[8].version
+    hidden_TK = torch.randn(3, 128)
+    ran, gates = Twice(h, hidden_TK), h.manager._two_pass._classifiers
+    metadata = dict.fromkeys(layers_of(h), "some")
+
+    def run(*rows: Any, at: int) -> int:
+        """One request of three rows, a prompt of three tokens; how often the model runs."""
+        ran.passes = []
+        h.step(*rows)
+        request: Any = SimpleNamespace(req_id="r", prompt_token_ids=[1, 2, 3])
+        spans = [Span(request, 0, 3, at, h.slot_of(rows[0]), False)]
+        h.manager._two_pass._frozen._take(spans)
+        with set_forward_context(metadata, h.config, num_tokens=3, slot_mapping=metadata):
+            h.model()
+        return len(ran.passes)
+
+    assert run(one, one, one, at=0) == 2
+    want_TC = gates[h.slot_of(one)].gates_of(hidden_TK)
+    got_TC = step_of(h).rows_TC[:3, : want_TC.shape[1]]
+    assert torch.equal(got_TC, want_TC)
+    got_TC.fill_(float("nan"))
+    assert run(one, one, one, at=3) == 1
+    assert torch.equal(got_TC, want_TC[-1:].expand(3, -1))
+    assert run(one, one, one, at=2) == 2
+    assert torch.equal(got_TC, want_TC[:1].expand(3, -1)), "its first row is the prompt's last"
+    assert run(exact, exact, exact, at=3) == 2
 
 
 def test_what_a_slot_held_before_is_gone(harness: Any) -> None:

@@ -4,9 +4,9 @@ from vllm_lora_ext.adapters.checks import check_adapter, check_fits
 from vllm_lora_ext.adapters.folder import AdapterFolder, Limits, resolve_inside
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.readers.native import write_native
-from vllm_lora_ext.adapters.registry import READERS, Reader, load_adapter
+from vllm_lora_ext.adapters.registry import FORMATS, Reader, load_adapter
 
 __all__ = [
-    "READERS", "AdapterFolder", "Limits", "Reader", "RoutedAdapter", "RoutedModule",
+    "FORMATS", "AdapterFolder", "Limits", "Reader", "RoutedAdapter", "RoutedModule",
     "check_adapter", "check_fits", "load_adapter", "resolve_inside", "write_native",
 ]  # fmt: skip

@@ -31,6 +31,8 @@ class Classifier:
             are.
         top_k: how many of a row's E stay, the others are 0; None: all.
         softmax_again: a second softmax, over those of a row that are not 0.
+        frozen: whether all tokens behind a request's prompt take the gates of its last one, an
+            approximation that needs no further pass without the adapter.
     """
 
     weights: tuple[torch.Tensor, ...] = field(repr=False)
@@ -41,6 +43,7 @@ class Classifier:
     temperature: float = 1.0
     top_k: int | None = None
     softmax_again: bool = False
+    frozen: bool = False
 
     @property
     def hidden_size(self) -> int:

@@ -48,7 +48,7 @@ _EARLIER_HEAD = ("base_value_head.weight", "base_value_head.bias")  # of the fir
 
 
 @dataclass(frozen=True)
-class Expert:
+class RewardExpert:
     """The LoRA of one capability, as PEFT would save it of the bare model.
 
     Args:
@@ -109,7 +109,7 @@ class Category:
         own_base: whether the files hold a base model of this category's own.
     """
 
-    experts: tuple[Expert, ...]
+    experts: tuple[RewardExpert, ...]
     head: Head
     own_base: bool
 
@@ -417,7 +417,7 @@ def _category(
 def _expert(
     tensors: _Tensors, point: str, names: Mapping[tuple[str, str], str], modules: Sequence[str],
     alpha: float,
-) -> Expert:  # fmt: skip
+) -> RewardExpert:  # fmt: skip
     rank, held = 0, {}
     for module in modules:
         for part in "AB":
@@ -432,7 +432,7 @@ def _expert(
         "peft_type": "LORA", "r": rank, "lora_alpha": alpha,
         "target_modules": sorted({module.rpartition(".")[2] for module in modules}),
     }  # fmt: skip
-    return Expert(point, rank, held, config)
+    return RewardExpert(point, rank, held, config)
 
 
 def _head(tensors: _Tensors, width: int) -> Head:

@@ -67,6 +67,6 @@ def refuse_dora(adapter: RoutedAdapter, what: str) -> None:
         raise AdapterError(
             "unsupported_feature", f"the adapter has DoRA's magnitudes: it is no difference that"
             f" can be {what}", seen=adapter.dora[0], limit="adapters that only add to a layer",
-            fix="serve it by itself, or make a plain LoRA of it that is near it with"
-            " vllm_lora_ext.merging.variants.read_variant",
+            fix="serve it by itself, or make a plain LoRA of it that is near it:"
+            " vllm-lora-ext convert --base --rank",
         )  # fmt: skip

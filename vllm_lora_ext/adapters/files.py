@@ -36,9 +36,14 @@ def read_start(path: Path, name: str, size: int) -> bytes:
         with path.open("rb") as file:
             return file.read(size)
     except OSError as error:
-        raise AdapterError(
-            "bad_file", f"'{name}' cannot be read: {error.strerror}", fix="check its permissions"
-        ) from error
+        raise unreadable(name, error) from error
+
+
+def unreadable(name: str, error: OSError) -> AdapterError:
+    """The error for a file that the system does not give."""
+    return AdapterError(
+        "bad_file", f"'{name}' cannot be read: {error.strerror}", fix="check its permissions"
+    )
 
 
 def read_object(path: Path, name: str, limits: Limits) -> tuple[dict[str, Any], bytes]:

@@ -24,11 +24,12 @@ from vllm_lora_ext.adapters.files import Limits, read_object
 from vllm_lora_ext.adapters.finite import is_finite, not_finite
 from vllm_lora_ext.adapters.paths import check_inside, outside, real_file, resolve_inside
 from vllm_lora_ext.adapters.pickles import PICKLES
+from vllm_lora_ext.adapters.stamps import Stamps
+from vllm_lora_ext.adapters.tensor_file import bad_safetensors
 from vllm_lora_ext.adapters.weights import (
     FLOATS,
     WEIGHTS,
     WHOLE,
-    bad_safetensors,
     missing_tensor,
     open_weights,
 )
@@ -86,6 +87,7 @@ class AdapterFolder:
         head_size: int | None = None,
     ) -> None:
         self._root, self.limits, self._budget = Path(path), limits or Limits(), _Budget()
+        self._stamps = Stamps()  # of all subfolders too
         self._roots, self._allow_pickle, self.accepted = roots, allow_pickle, frozenset(accepted)
         self.head_size = head_size
         self._open("", settings or {})
@@ -128,7 +130,11 @@ class AdapterFolder:
             self._parts["settings"] = hashlib.sha256(text.encode()).digest()
 
     def _real(self, name: str) -> Path | None:
-        return real_file(self._root, os.path.join(self._below, name) if name else name, self._roots)
+        below = os.path.join(self._below, name) if name else name
+        found = real_file(self._root, below, self._roots)
+        if found is not None:
+            self._stamps.note(found, below)
+        return found
 
     def subfolder(self, name: str) -> AdapterFolder:
         """An adapter folder inside this one; its files count as this adapter's.
@@ -257,8 +263,10 @@ class AdapterFolder:
         """Refuse what no reader asked for; then the sha256 over all that was read.
 
         Raises:
-            AdapterError: `unexpected_tensor`, `unknown_key`.
+            AdapterError: `unexpected_tensor`, `unknown_key`; `files_changed`, somebody wrote to
+                them meanwhile.
         """
+        self._stamps.check()
         left = [name for name in self.names if name not in self._taken]
         if left:
             raise AdapterError(

@@ -51,7 +51,10 @@ class AppliedAdapter:
 
 
 def apply_adapter(
-    hf_model: nn.Module, adapter: RoutedAdapter, rows_TC: torch.Tensor | None = None
+    hf_model: nn.Module,
+    adapter: RoutedAdapter,
+    rows_TC: torch.Tensor | None = None,
+    prompt_length: int | None = None,
 ) -> AppliedAdapter:
     """Add `B (g(x) ⊙ (A x))` to every adapted layer of a transformers model, in fp32; rescale
     its own output before, where the adapter is a DoRA.
@@ -62,23 +65,27 @@ def apply_adapter(
     Args:
         hf_model: its `nn.Linear` and `nn.Embedding` layers go by the adapter's module names.
         rows_TC: values of the adapter's columns at every token of the calls to come, [T, C].
+        prompt_length: how many tokens of every sequence in the calls to come are its prompt; only
+            gates that are frozen there ask.
     Raises:
         AdapterError: `unknown_module`, `shape_mismatch`, `wrong_base`; `unsupported_feature`, also
             of an adapter whose columns or template need what is not given here.
     """
-    if adapter.template is not None or (adapter.columns and rows_TC is None):
+    classifier = adapter.classifier
+    unknown_end = classifier is not None and classifier.frozen and prompt_length is None
+    if adapter.template is not None or (adapter.columns and rows_TC is None) or unknown_end:
         raise AdapterError(
             "unsupported_feature", "what the adapter adds depends on the request, not on its"
             " weights and the hidden states alone", seen=adapter.system,
             limit="adapters that act on every token alike",
-            fix="give rows_TC, derive it from its template, or ask the server",
+            fix="give rows_TC or prompt_length, derive it from its template, or ask the server",
         )  # fmt: skip
     check_fits(adapter, model_shapes(hf_model), torch.float32)
     handles = []
     rows = _Rows(rows_TC)
-    if adapter.classifier is not None:
+    if classifier is not None:
         device = next(hf_model.parameters()).device
-        before = _first_pass(adapter.classifier.map(lambda t: t.to(device)), rows)
+        before = _first_pass(classifier.map(lambda t: t.to(device)), rows, prompt_length)
         handles.append(hf_model.register_forward_pre_hook(before, with_kwargs=True))
     for name, block in adapter.blocks.items():
         mlp = hf_model.get_submodule(name)
@@ -104,8 +111,9 @@ class _Rows:
         return self.values_TC[:, module.row_start : module.row_start + module.gate.columns]
 
 
-def _first_pass(classifier: Classifier, rows: _Rows) -> Any:
+def _first_pass(classifier: Classifier, rows: _Rows, prompt_length: int | None) -> Any:
     """Before the model runs with the adapter, it runs without, for the gates."""
+    end = prompt_length if classifier.frozen else None
 
     def before(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if rows.away:
@@ -123,7 +131,12 @@ def _first_pass(classifier: Classifier, rows: _Rows) -> Any:
             hidden_BTK = model(*args, **kwargs | asked).hidden_states[-1]
         finally:
             rows.away = False
-        rows.values_TC = classifier.gates_of(hidden_BTK.flatten(0, -2))
+        gates_BTG = classifier.gates_of(hidden_BTK.flatten(0, -2)).unflatten(
+            0, hidden_BTK.shape[:-1]
+        )
+        if end is not None:
+            gates_BTG[:, end:] = gates_BTG[:, end - 1 : end]
+        rows.values_TC = gates_BTG.flatten(0, 1)
 
     return before
 

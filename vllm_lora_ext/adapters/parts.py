@@ -18,10 +18,11 @@ from vllm_lora_ext.errors import AdapterError
 
 @dataclass(frozen=True)
 class HeadSlot:
-    """What a model's classification head takes: weights [1..max_labels, width]."""
+    """What a model's classification head takes: weights [1..max_labels, width], and a bias."""
 
     width: int
     max_labels: int
+    bias_dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -92,6 +93,8 @@ def check_heads_fit(
                 limit=slot.max_labels, fix=f"start with --max-lora-cls-labels {labels}",
             )  # fmt: skip
         _check_overflow(f"the weight of head {name}", head.weight_NK, dtype)
+        if head.bias_N is not None:
+            _check_overflow(f"the bias of head {name}", head.bias_N, slot.bias_dtype)
 
 
 def check_experts_fit(

@@ -21,7 +21,7 @@ def resolve_inside(path: str | os.PathLike[str], roots: Iterable[str | os.PathLi
     """
     text = os.fspath(path)
     shown = [os.fspath(root) for root in roots]
-    if text and "\0" not in text:
+    if _can_be(text):
         for root in shown:
             real_root = Path(os.path.realpath(root))
             real = Path(os.path.realpath(real_root / text))
@@ -73,7 +73,7 @@ def check_inside(
         AdapterError: `path_not_allowed`, the name leads out of the folder, or a link out of the
             folder and the roots.
     """
-    if not name or "\0" in name or os.path.isabs(name):
+    if not _can_be(name) or os.path.isabs(name):
         raise outside(name)
     real_folder = Path(os.path.realpath(folder))
     real = Path(os.path.realpath(real_folder / name))
@@ -83,6 +83,14 @@ def check_inside(
     if not by_link or not (roots is None or any(map(real.is_relative_to, _real(roots)))):
         raise outside(name)
     return real
+
+
+def _can_be(text: str) -> bool:
+    """Whether a file may have this name at all."""
+    try:
+        return bool(text) and b"\0" not in os.fsencode(text)
+    except UnicodeEncodeError:  # half a character
+        return False
 
 
 def _real(folders: Iterable[str | os.PathLike[str]]) -> list[str]:

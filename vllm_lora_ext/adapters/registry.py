@@ -7,6 +7,7 @@ import os
 from collections.abc import Collection, Mapping
 from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Any, Literal
 
 from vllm_lora_ext.adapters.checks import check_adapter
@@ -20,6 +21,7 @@ from vllm_lora_ext.adapters.readers import (
     alora,
     arrow,
     delora,
+    dora,
     flylora,
     gralora,
     hydralora,
@@ -38,6 +40,7 @@ from vllm_lora_ext.adapters.readers import (
     moram,
     native,
     nola,
+    offline,
     plain,
     poly,
     reclora,
@@ -51,13 +54,17 @@ from vllm_lora_ext.adapters.readers import (
 from vllm_lora_ext.adapters.readers.base import Reader
 from vllm_lora_ext.errors import AdapterError
 
-__all__ = ["ENTRY_POINTS", "READERS", "Reader", "find_reader", "load_adapter", "readers"]
+__all__ = [
+    "ENTRY_POINTS", "FORMATS", "Reader", "find_reader", "format_of", "formats", "load_adapter",
+    "not_served",
+]  # fmt: skip
 
 # Packages may bring readers of their own: an entry point of this group names a `Reader`.
 ENTRY_POINTS = "vllm_lora_ext.readers"
 
-READERS: tuple[Reader, ...] = (
+FORMATS: tuple[Reader, ...] = (
     plain.READER,
+    dora.READER,
     alora.READER,
     loramoe.READER,
     meteora.READER,
@@ -91,14 +98,9 @@ READERS: tuple[Reader, ...] = (
     unilora.READER,
     vblora.READER,
     vera.READER,
+    *offline.CONVERTED,
+    *offline.REFUSED,
 )
-
-# Values of peft_type that are no format of the server's, but can be made an ordinary LoRA offline:
-# what `vllm_lora_ext.merging.variants.read_variant` needs beside the folder.
-OFFLINE = {
-    "FOURIERFT": ("base",), "PVERA": ("base",), "HRA": ("base",), "C3A": ("rank",),
-    "RANDLORA": ("base", "rank"), "HIRA": ("base", "rank"), "IA3": ("base", "rank"),
-}  # fmt: skip
 # Formats that are known and not read yet: better to be named than to be "unknown".
 _KNOWN_MARKS = {
     "internal_xlora_classifier": "X-LoRA", "old_lora_A": "MoRAM for CLIP (X-TAIL)",
@@ -106,8 +108,8 @@ _KNOWN_MARKS = {
 
 
 @cache
-def readers() -> tuple[Reader, ...]:
-    """Every reader: the table's, then those of installed packages, by name.
+def formats() -> tuple[Reader, ...]:
+    """Every format: the table's, then those of installed packages, by name.
 
     Raises:
         AdapterError: `bad_reader`, an entry point cannot be loaded or is no Reader.
@@ -121,11 +123,11 @@ def readers() -> tuple[Reader, ...]:
         if not isinstance(reader, Reader):
             raise _bad_reader(entry.value, f"it is a {type(reader).__name__}, not a Reader")
         found.append(reader)
-    names = [reader.name for reader in (*READERS, *found)]
+    names = [reader.name for reader in (*FORMATS, *found)]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise _bad_reader(twice[0], "two readers have this name")
-    return (*READERS, *found)
+    return (*FORMATS, *found)
 
 
 def _bad_reader(what: str, why: str) -> AdapterError:
@@ -173,7 +175,10 @@ def load_adapter(
 
 def read_adapter(folder: AdapterFolder, *, parts: bool = False) -> RoutedAdapter:
     """As `load_adapter`, of a folder that is open already, and not read."""
-    adapter = find_reader(folder).read(folder)
+    reader = find_reader(folder)
+    if reader.read is None:
+        raise not_served(reader, folder.path)
+    adapter = reader.read(folder)
     digest = folder.finish()
     adapter = dataclasses.replace(adapter, source=os.fspath(folder.path), digest=digest)
     check_adapter(adapter)
@@ -191,6 +196,11 @@ def needs_two_passes(path: str | os.PathLike[str]) -> bool:
         return False
 
 
+def format_of(name: str) -> Reader:
+    """The row of this name."""
+    return next(reader for reader in formats() if reader.name == name)
+
+
 def find_reader(folder: AdapterFolder) -> Reader:
     """The one reader whose format the folder has.
 
@@ -204,16 +214,9 @@ def find_reader(folder: AdapterFolder) -> Reader:
             seen=os.fspath(folder.path), limit="adapters",
             fix="score texts with `vllm-lora-ext reward`, or name it in the setting reward",
         )  # fmt: skip
-    peft_type = folder.config.get("peft_type")
-    known = sorted({name for reader in readers() for name in reader.peft_types})
-    if folder.has_config and peft_type not in known:
-        if folder.no_weights is not None:
-            raise folder.no_weights
-        raise AdapterError(
-            "unknown_peft_type", f"peft_type in {CONFIG} is none that can be served",
-            seen=peft_type, limit=known, fix=_way_around(peft_type),
-        )  # fmt: skip
-    found = [reader for reader in readers() if reader.detect(folder)]
+    claims = [reader for reader in formats() if reader.detect(folder)]
+    least = min((reader.general for reader in claims), default=0)
+    found = [reader for reader in claims if reader.general == least]
     if len(found) == 1:
         return found[0]
     if folder.no_weights is not None:
@@ -224,9 +227,22 @@ def find_reader(folder: AdapterFolder) -> Reader:
             seen=[reader.name for reader in found], limit="one",
             fix="keep the files of one adapter only",
         )  # fmt: skip
-    near = [r for r in readers() if not folder.has_config and not r.peft_types]
-    near += [r for r in readers() if peft_type in r.peft_types]
-    raise AdapterError(
+    raise _unknown(folder)
+
+
+def _unknown(folder: AdapterFolder) -> AdapterError:
+    peft_type = folder.config.get("peft_type")
+    near = [r for r in formats() if r.read is not None and peft_type in r.peft_types]
+    if folder.has_config and not near:
+        served = [r for r in formats() if r.read is not None]
+        return AdapterError(
+            "unknown_peft_type", f"peft_type in {CONFIG} is none that can be served",
+            seen=peft_type, limit=sorted({name for r in served for name in r.peft_types}),
+            fix="save it in a known format",
+        )  # fmt: skip
+    if not folder.has_config:
+        near = [r for r in formats() if r.read is not None and not r.peft_types]
+    return AdapterError(
         "unknown_format", f"the tensors{_looks_like(folder)} are of no format that can be served",
         seen=sorted(folder.names)[:3] or "no tensors",
         limit=[r.name for r in near],
@@ -235,15 +251,21 @@ def find_reader(folder: AdapterFolder) -> Reader:
     )  # fmt: skip
 
 
-def _way_around(peft_type: Any) -> str:
-    needs = OFFLINE.get(peft_type) if isinstance(peft_type, str) else None
-    if needs is None:
-        return "save it in a known format"
-    given = ", ".join(f"{name}=..." for name in needs)
-    return (
-        f"make an ordinary LoRA of it: save_peft(read_variant(folder, {given}).factors, out), from"
-        " vllm_lora_ext.merging and vllm_lora_ext.merging.variants"
-    )
+def not_served(reader: Reader, path: Path) -> AdapterError:
+    """The one refusal of what is known, and not served as it is."""
+    if reader.refused:
+        return AdapterError(
+            "unsupported_feature", f"{reader.title} cannot be served: {reader.refused}",
+            seen=reader.files, fix="merge it into the base model with the tool that made it",
+        )  # fmt: skip
+    given = "".join(f" --{need} {need.upper()}" for need in reader.needs)
+    asked = set(reader.settings) - ({"sizes"} if "base" in reader.needs else set())
+    given += "".join(f" --set {key}=VALUE" for key in sorted(asked))
+    return AdapterError(
+        "unsupported_feature", f"{reader.title} is not served as it is", seen=reader.files,
+        limit="formats that need nothing beside their folder", fix="make an ordinary LoRA of it:"
+        f" vllm-lora-ext convert {path} OUT{given}",
+    )  # fmt: skip
 
 
 def _looks_like(folder: AdapterFolder) -> str:

@@ -8,6 +8,8 @@ from typing import Any
 
 from vllm_lora_ext.errors import AdapterError
 
+_DEPTH = 32
+
 
 def parse_object(text: bytes, name: str) -> dict[str, Any]:
     """The JSON object in `text`.
@@ -24,6 +26,7 @@ def parse_object(text: bytes, name: str) -> dict[str, Any]:
             parse_constant=_no_constant,
             parse_float=_finite,
         )
+        _check_depth([value])
         # A lone surrogate would parse, and then break whoever prints the message about it.
         json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
@@ -33,6 +36,17 @@ def parse_object(text: bytes, name: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise AdapterError("bad_json", f"{name} must hold one JSON object", fix="wrap it in {}")
     return value
+
+
+def _check_depth(value: Any) -> None:
+    """Whoever copies or prints a value goes as deep as it does, on a stack that is full sooner."""
+    level = [value]
+    for _ in range(_DEPTH):
+        inner = (list(v.values()) if isinstance(v, dict) else v for v in level)
+        level = [v for held in inner for v in held if isinstance(v, dict | list)]
+        if not level:
+            return
+    raise ValueError(f"it is nested deeper than {_DEPTH} levels")
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from vllm_lora_ext.adapters.files import Limits, read_object, read_start, too_large
+from vllm_lora_ext.adapters.files import Limits, read_object, too_large
 from vllm_lora_ext.adapters.pickles import PICKLES, load_pickle
+from vllm_lora_ext.adapters.tensor_file import SPELLING, TensorFile
 from vllm_lora_ext.errors import AdapterError
 
 WEIGHTS = ("adapter_model.safetensors", "model.safetensors")
@@ -26,15 +25,9 @@ FAIRSEQ = "final.safetensors"
 PICKLED = ("adapter_model.bin", "adapter_model.pt")
 # X-LoRA's, in its authors' layout: no other weights stand beside it.
 GATES_ELSEWHERE = "xlora_classifier.safetensors"
-# As safetensors spells them.
+# As `tensor_file.SPELLING` has them.
 FLOATS = ("F32", "F16", "BF16", "F64", "F8_E4M3", "F8_E5M2")
 WHOLE = ("I64", "I32", "I16", "I8", "U8")
-_SPELLING = {
-    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.int64: "I64",
-    torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8",
-    torch.bool: "BOOL",
-}  # fmt: skip
 _SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}\.safetensors")
 
 Real = Callable[[str], Path | None]  # a file's name → where it really lies, None: nowhere
@@ -52,19 +45,14 @@ class Weights:
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.dtypes: dict[str, str] = {}
         self.missing = missing
-        self._files: dict[str, tuple[str, Any]] = {}
+        self._files: dict[str, TensorFile] = {}
         self._loaded: dict[str, torch.Tensor] = {}
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor as it is stored, in memory of its own. Raises AdapterError `bad_safetensors`."""
         if name in self._loaded:
             return self._loaded[name]
-        file, opened = self._files[name]
-        try:
-            stored: torch.Tensor = opened.get_tensor(name)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise bad_safetensors(file, str(error)) from error
-        return stored.clone(memory_format=torch.contiguous_format)  # it was a view of the file
+        return self._files[name].read(name)
 
     def add_safetensors(self, path: Path, file: str, limits: Limits) -> None:
         """Open one more file.
@@ -73,22 +61,15 @@ class Weights:
             AdapterError: `bad_file`, `bad_safetensors`, `too_large`; `duplicate_tensor`, another
                 file has a tensor of that name.
         """
-        _check_header(path, file, limits)
-        try:
-            opened = safe_open(path, framework="pt")
-            slices = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118
-            shapes = {name: tuple(part.get_shape()) for name, part in slices.items()}
-            dtypes = {name: str(part.get_dtype()) for name, part in slices.items()}
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise bad_safetensors(file, str(error)) from error
-        for name in shapes.keys() & self.shapes.keys():
+        opened = TensorFile(path, file, limits)
+        for name in opened.shapes.keys() & self.shapes.keys():
             raise AdapterError(
                 "duplicate_tensor", f"two files hold tensor '{name}'",
-                seen=[self._files[name][0], file], fix="save the adapter again",
+                seen=[self._files[name].name, file], fix="save the adapter again",
             )  # fmt: skip
-        self.shapes |= shapes
-        self.dtypes |= dtypes
-        self._files |= dict.fromkeys(shapes, (file, opened))
+        self.shapes |= opened.shapes
+        self.dtypes |= opened.dtypes
+        self._files |= dict.fromkeys(opened.shapes, opened)
         if len(self.shapes) > limits.tensors:
             raise too_large(f"the number of tensors in {file}", len(self.shapes), limits.tensors)
 
@@ -98,7 +79,7 @@ class Weights:
         self._loaded = load_pickle(path, file, limit, limits.tensors)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._loaded.items()}
         self.dtypes = {
-            name: _SPELLING.get(tensor.dtype, str(tensor.dtype))
+            name: SPELLING.get(tensor.dtype, str(tensor.dtype))
             for name, tensor in self._loaded.items()
         }
 
@@ -226,25 +207,3 @@ def missing_tensor(name: str, because: str = "") -> AdapterError:
     return AdapterError(
         "missing_tensor", f"tensor '{name}' is missing{because}", fix="save the adapter again"
     )
-
-
-def bad_safetensors(name: str, reason: str) -> AdapterError:
-    """The error for a safetensors file that is broken in any way."""
-    return AdapterError(
-        "bad_safetensors", f"{name} is broken or cut off: {reason}",
-        fix="copy or save the file again",
-    )  # fmt: skip
-
-
-def _check_header(path: Path, name: str, limits: Limits) -> None:
-    """Bound what the library may allocate: it must not meet a length that the file cannot hold."""
-    start = read_start(path, name, 8)
-    if len(start) < 8:
-        raise bad_safetensors(name, f"it has {len(start)} bytes")
-    size, header = path.stat().st_size, int.from_bytes(start, "little")
-    if size > limits.file_bytes:
-        raise too_large(name, size, limits.file_bytes)
-    if header > size - 8:
-        raise bad_safetensors(name, f"a header of {header} bytes in a file of {size}")
-    if header > limits.header_bytes:
-        raise too_large(f"the header of {name}", header, limits.header_bytes)

@@ -31,12 +31,32 @@ def convert(
     force: Annotated[
         bool, typer.Option("--force", help="put aside what OUT holds, as OUT.old")
     ] = False,
+    base: Annotated[
+        Path | None, typer.Option(help="folder of the base model, for deltas that are made of it")
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="of the approximation of a delta with full rank; cuts others"),
+    ] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="folder of the adapter that training began with (PiSSA)")
+    ] = None,
+    index: Annotated[
+        Path | None, typer.Option(help="LoRAM's index files: the adapter of a pruned model")
+    ] = None,
+    pruned: Annotated[
+        Path | None, typer.Option(help="folder of the pruned model (LLM-Pruner), with --base")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Convert an adapter of any known format into the native format, and read it back.
 
     A folder that is complete is served as it is; convert those whose weights are pickles, whose
     settings stand in no file, or which should be smaller. OUT is put in place whole or not at all.
+
+    With one of --base, --rank, --init, --index and --pruned an ordinary LoRA is made of it first:
+    `vllm-lora-ext systems` says which formats ask for what. What a rank loses is told, layer by
+    layer with --json.
 
     Exit code 0: written, and equal when read back. 1: the adapter, or OUT, is refused; the message
     begins with a code of docs/errors.md. 2: wrong usage.
@@ -49,14 +69,16 @@ def convert(
     --set 'expert_order=["math", "code"]'`
 
     `vllm-lora-ext convert adapters/routed adapters/routed-bf16 --dtype bfloat16 --json`
+
+    `vllm-lora-ext convert downloads/hira adapters/hira --base models/base --rank 64`
     """
-    from vllm_lora_ext.convert import STEPS
+    from vllm_lora_ext.convert import STEPS, Beside
     from vllm_lora_ext.convert import convert as run
 
-    given = parse_settings(settings)
+    said, beside = parse_settings(settings), Beside(base, rank, init, index, pruned)
     try:
         with steps(STEPS) as step:
-            done = run(source, out, given, dtype.value, allow_pickle, force, step)
+            done = run(source, out, said, dtype.value, allow_pickle, force, step, beside)
     except AdapterError as error:
         fail(error, as_json)
     if as_json:
@@ -68,3 +90,11 @@ def convert(
         f" tensors in {done.dtype}{rounding}; read back and equal",
         highlight=False, soft_wrap=True,
     )  # fmt: skip
+    if done.errors:
+        layer, off = max(done.errors.items(), key=lambda item: item[1])
+        Console().print(
+            f"an approximation: a layer's delta is off by up to {off:.1%} ({escape(layer)})",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+    for note in done.notes:
+        Console().print(escape(note), highlight=False, soft_wrap=True)

@@ -15,16 +15,34 @@ from vllm_lora_ext.cli.output import Json, fail, print_json, state, table
 from vllm_lora_ext.errors import AdapterError
 
 
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    as_json: Json = False,
+    as_report: Annotated[
+        bool,
+        typer.Option(
+            "--report",
+            help="print Markdown for an issue: these findings, environment variables without"
+            " secrets, and what `vllm collect-env` says of the machine",
+        ),
+    ] = False,
+) -> None:
     """Say whether this machine serves routed adapters, and if not, what to do.
 
-    Imports no vLLM and starts nothing. Exit code 0: all well, 1: there is a problem.
+    Starts nothing, and imports vLLM for `--report` only. Exit code 0: all well, 1: there is a
+    problem.
 
-    Example: `vllm-lora-ext doctor`, or `vllm-lora-ext doctor --json | jq .ok`
+    Example: `vllm-lora-ext doctor`, or `vllm-lora-ext doctor --json | jq .ok`, or
+    `vllm-lora-ext doctor --report > report.md`
     """
-    from vllm_lora_ext.doctor import examine
+    from vllm_lora_ext.doctor import examine, this_machine
 
-    report = examine()
+    machine = this_machine()
+    report = examine(machine)
+    if as_report:
+        from vllm_lora_ext.report import issue_text
+
+        print(issue_text(report, machine))
+        raise typer.Exit(0 if report.ok else 1)
     if as_json:
         print_json(report.as_dict())
         raise typer.Exit(0 if report.ok else 1)
@@ -47,7 +65,7 @@ def check_vllm(
         str | None,
         typer.Argument(
             metavar="VERSION_OR_WHEEL_OR_DIR",
-            help="0.33.0, a wheel, or a folder; without it, the vLLM that is installed",
+            help="0.33.0, newest, a wheel, or a folder; without it, the vLLM that is installed",
         ),
     ] = None,
     record: Annotated[
@@ -68,7 +86,7 @@ def check_vllm(
     `model_patches/targets.json` are written anew, the other releases' stay.
     """
     from vllm_lora_ext.model_patches import check
-    from vllm_lora_ext.sources import sources_of
+    from vllm_lora_ext.vllm_sources import sources_of
 
     with tempfile.TemporaryDirectory(prefix="vllm-lora-ext-") as scratch:
         try:

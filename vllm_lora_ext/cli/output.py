@@ -27,7 +27,10 @@ Set = Annotated[
         " text, and the option may be repeated",
     ),
 ]
-_COLOURS = {"ok": "green", "note": "yellow", "problem": "red", "changed": "red", "missing": "red"}
+_COLOURS = {
+    "ok": "green", "note": "yellow", "problem": "red", "changed": "red", "missing": "red",
+    "served": "green", "convert": "yellow", "refused": "red",
+}  # fmt: skip
 
 
 class Dtype(StrEnum):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,7 +58,8 @@ def verify(
     transformers in float32 is the yardstick. The adapter's copy in the native format, where there
     is one (X-LoRA has none), must give the same; with --engine a vLLM engine answers too, rows of
     the adapter and of the base model in one batch, and every log-probability and greedy token is
-    compared (of large vocabularies, the 20 likeliest tokens).
+    compared (of large vocabularies, the 20 likeliest tokens). Of X-LoRA it also prints how far
+    frozen gates, an approximation, are from the exact ones.
 
     Exit code 0: all within the tolerance. 1: beyond it, or the adapter is refused. 2: wrong usage.
 
@@ -93,7 +95,7 @@ def _verify(
     dtype: str, prompts_from: str, tolerance: float | None,
 ) -> Any:  # fmt: skip
     from vllm_lora_ext import verify as v
-    from vllm_lora_ext.adapters import check_fits, load_adapter, write_native
+    from vllm_lora_ext.adapters import check_fits, load_adapter
     from vllm_lora_ext.adapters.hf import model_shapes
     from vllm_lora_ext.adapters.limits import DTYPES
 
@@ -105,7 +107,7 @@ def _verify(
             param_hint="--engine",
         )
     texts = None if prompts_from == "random" else _lines(Path(prompts_from))
-    with steps(2 + 3 * len(texts or v.LENGTHS) + 2 * engine) as step:
+    with steps(2 + (3 if copied else 4) * len(texts or v.LENGTHS) + 2 * engine) as step:
         step("loading the base model")
         model = v.load_base(base)
         stored = DTYPES[dtype if engine else "float32"]
@@ -115,11 +117,11 @@ def _verify(
         without = v.follow(model, None, prompts, step)
         with_adapter = v.follow(model, loaded, prompts, step)
         comparisons = [v.compare_copy(model, loaded, with_adapter, step)] if copied else []
+        distance = v.frozen_distance(model, loaded, prompts, step)
         del model
         if engine:
             with tempfile.TemporaryDirectory(prefix="vllm-lora-ext-") as scratch:
-                # A server knows no --set: what it would serve then is the native copy.
-                served = write_native(loaded, scratch) if settings else folder
+                served = folder if not settings else _served(folder, loaded, settings, scratch)
                 longest, vocabulary = max(map(len, prompts)), with_adapter[0].logp_PV.shape[1]
                 step("starting the engine")
                 options = v.engine_options(base, loaded, dtype, vocabulary, longest) | engine_args
@@ -128,8 +130,22 @@ def _verify(
         adapter=str(folder), system=loaded.system, base=base, dtype=dtype,
         tolerance=v.TOLERANCES[dtype] if tolerance is None else tolerance, prompts=len(prompts),
         positions=sum(len(s.logp_PV) for s in with_adapter),
-        effect=v.effect(with_adapter, without), comparisons=comparisons,
+        effect=v.effect(with_adapter, without), comparisons=comparisons, distance=distance,
     )  # fmt: skip
+
+
+def _served(folder: Path, loaded: Any, settings: dict[str, Any], scratch: str) -> Path:
+    """What a server, which knows no --set, would serve: the native copy, or where there is none one
+    whose sidecar says it."""
+    from vllm_lora_ext.adapters import write_native
+    from vllm_lora_ext.adapters.folder import SIDECAR
+
+    if loaded.classifier is None:
+        return write_native(loaded, scratch)
+    copy = Path(shutil.copytree(folder, Path(scratch) / "copy"))
+    said = json.loads((copy / SIDECAR).read_text()) if (copy / SIDECAR).is_file() else {}
+    (copy / SIDECAR).write_text(json.dumps(said | settings))
+    return copy
 
 
 def _ask_engine(
@@ -192,6 +208,13 @@ def _show(verdict: Any, engine: bool) -> None:
     for comparison in verdict.comparisons:
         made.add_row(comparison.what, f"{comparison.largest:.1e}", f"{comparison.greedy:.1%}")
     out.print(made)
+    if (far := verdict.distance) is not None:
+        out.print(
+            f"{far.what}: off by {far.mean:.2g} on average behind the prompt, {far.largest:.2g} at"
+            f" most, where the adapter moves a log-probability by {far.effect:.2g};"
+            f" {far.greedy:.0%} same best token",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
     if not verdict.effect:
         out.print("[yellow]the adapter changes nothing, so nothing is shown by this[/]")
     if not engine:

@@ -63,7 +63,8 @@ def _entrywise(
 ) -> Method:
     """A row for an entry-wise merge with its flavours."""
     parameters = {
-        **_FIT, "space": None, "sign": None, "divide": None, "rescale": None, "normalize": None,
+        **_FIT, "space": None, "sign": None, "divide": None, "join": None, "rescale": None,
+        "normalize": None,
         "isotropise": False, "seed": 0, "density": 1.0, "epsilon": 0.1, "gamma": 0.01,
         "compat": None, **defaults,
     }  # fmt: skip
@@ -138,12 +139,13 @@ _ROWS = (
            plans.truncated_sum, {**_SUM, "svd_clamp": None, "compat": None},
            {"compat": ("peft",)}),
     _entrywise("ties", "TIES: trim, elect signs, disjoint mean", _TIES, _TIES_RULES, density=0.2,
-               svd_clamp=None),
+               drop=0.0, svd_clamp=None),
     _entrywise("knots_ties", "TIES over all modules at once in KnOTS space",
-               "https://github.com/gstoica27/KnOTS", {None: _KNOTS}, density=0.2),
+               "https://github.com/gstoica27/KnOTS", {None: _KNOTS}, density=0.2,
+               drop=0.0),
     _entrywise("knots_plain_v_ties", "TIES on the plain V of KnOTS space, module by module",
                "https://github.com/apanariello4/core-space-merging",
-               {None: _magnitude(space="knots_v", **_ORIGINAL)}, density=0.2),
+               {None: _magnitude(space="knots_v", **_ORIGINAL)}, density=0.2, drop=0.0),
     _entrywise("dare_ties", "DARE's random dropping, then TIES' election", _DARE,
                _DARE_TIES_RULES, density=0.5, svd_clamp=None),
     _entrywise("dare_linear", "DARE's random dropping, then the weighted sum", _DARE,

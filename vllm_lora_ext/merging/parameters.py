@@ -73,10 +73,15 @@ PARAMETERS: dict[str, Parameter] = {
     "gamma": Parameter(_real(0, 1), "0 to 1", "breadcrumbs: share of largest entries that go"),
     "space": Parameter(*_choice("core", "knots", "knots_v", "factor", "full"),
                        "where entries are compared"),
-    "sign": Parameter(*_choice("none", "total", "frequency", "weighted"),
+    "drop": Parameter(lambda value: _real(0, 1)(value) if value != 1 else None, "0 to below 1",
+                      "share of entries that DARE drops before anything else"),
+    "sign": Parameter(*_choice("none", "total", "frequency", "weighted", "normfrac", "normmass"),
                       "how entries elect their sign"),
-    "divide": Parameter(*_choice("none", "voters", "weights", "largest"),
-                        "what the sum of the elected entries is divided by"),
+    "divide": Parameter(*_choice("none", "voters", "weights", "largest", "adapters", "median"),
+                        "what the sum of the elected entries is divided by; largest and median"
+                        " take one entry in place of the sum"),
+    "join": Parameter(*_choice("voters", "all"), "whose entries are merged: those of the elected"
+                      " sign, or all, and the result is turned to it"),
     "rescale": Parameter(_rescale, "none, density, l1, true or false", "how entries that stay make"
                          " up for the dropped ones"),
     "svd_clamp": Parameter(_real(0, 1), "0 to 1", "peft: quantile that cuts off an SVD's entries"),

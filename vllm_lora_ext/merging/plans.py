@@ -120,7 +120,7 @@ def entrywise(rules: Mapping[str | None, Rule]) -> Planner:
         normalise = rule.sign == "none" and rule.divide == "weights"
         rule = replace(rule, divide="none") if normalise else rule
         return Plan(
-            lambda work: merge_nonlinear(work, rule),
+            lambda work: merge_nonlinear(work, rule, len(terms.ranks)),
             lambda works, count: survey(works, rule, count),
             max(terms.config_ranks) if dense and settings["energy"] is None else None,
             normalise,
@@ -131,7 +131,7 @@ def entrywise(rules: Mapping[str | None, Rule]) -> Planner:
 
 
 def _overridden(rule: Rule, settings: Settings) -> Rule:
-    said = {key: settings[key] for key in ("space", "sign", "divide") if settings.get(key)}
+    said = {key: settings[key] for key in ("space", "sign", "divide", "join") if settings.get(key)}
     if settings.get("normalize") is not None:
         if "divide" in said:
             raise AdapterError(

@@ -24,7 +24,7 @@ _ROUTER = re.compile(r"(?P<module>.+)\.router\.(?P<part>weight|bias)")
 
 
 @dataclass(frozen=True)
-class Part:
+class Share:
     """One expert's share of a layer, B as it is stored: its delta is `scale · B A`."""
 
     a_RK: torch.Tensor
@@ -46,7 +46,7 @@ class Router(Protocol):
     def check(self, experts: int, modules: Sequence[str]) -> None:
         """Refuse a number of experts, or layers, that it does not fit. Raises AdapterError."""
 
-    def layer(self, module: str, parts: Sequence[Part]) -> RoutedModule:
+    def layer(self, module: str, parts: Sequence[Share]) -> RoutedModule:
         """The layer with one part per expert. Raises AdapterError."""
 
 
@@ -69,7 +69,7 @@ class Arrow:
         if self.seed is not None:
             whole_number(self.seed, "seed", -(2**63), 2**64 - 1)
 
-    def layer(self, module: str, parts: Sequence[Part]) -> RoutedModule:
+    def layer(self, module: str, parts: Sequence[Share]) -> RoutedModule:
         fields = {
             "source": "prototype", "score": "abs", "select": "top_k", "k": self.k,
             "weight": "softmax", "temperature": self.temperature,
@@ -89,7 +89,7 @@ class Uniform:
         if self.weights is not None and len(self.weights) != experts:
             raise bad_value("the number of weights", len(self.weights), f"{experts}, one each")
 
-    def layer(self, module: str, parts: Sequence[Part]) -> RoutedModule:
+    def layer(self, module: str, parts: Sequence[Share]) -> RoutedModule:
         weights = self.weights or (1 / len(parts),) * len(parts)
         return RoutedModule(
             a_RK=torch.cat([part.a_RK for part in parts]),
@@ -115,7 +115,7 @@ class ByRequest:
         if experts > MAX_COLUMNS:
             raise bad_value("the number of experts", experts, f"at most {MAX_COLUMNS}")
 
-    def layer(self, module: str, parts: Sequence[Part]) -> RoutedModule:
+    def layer(self, module: str, parts: Sequence[Share]) -> RoutedModule:
         return _gated(module, parts, {**self.fields, "source": "request"})
 
 
@@ -159,7 +159,7 @@ class Given:
                     fix="name every expert once, in the order of the router's rows",
                 )  # fmt: skip
 
-    def layer(self, module: str, parts: Sequence[Part]) -> RoutedModule:
+    def layer(self, module: str, parts: Sequence[Share]) -> RoutedModule:
         rows = self.rows[module]
         return replace(
             _gated(module, parts, rows.fields), router_GK=rows.router_GK, bias_G=rows.bias_G,
@@ -197,7 +197,7 @@ def read_router(path: str | os.PathLike[str], gate: Mapping[str, Any] | None = N
     return _router_of_file(Checkpoint(path), {"source": "router"} | given)
 
 
-def _gated(module: str, parts: Sequence[Part], fields: Mapping[str, Any]) -> RoutedModule:
+def _gated(module: str, parts: Sequence[Share], fields: Mapping[str, Any]) -> RoutedModule:
     """The experts side by side, every scale folded into B, behind a gate without its tensors."""
     return RoutedModule(
         a_RK=torch.cat([part.a_RK for part in parts]),

@@ -16,6 +16,7 @@ from vllm_lora_ext.adapters.folder import CONFIG, WEIGHTS
 from vllm_lora_ext.adapters.output import fill, new_folder
 from vllm_lora_ext.adapters.readers import plain
 from vllm_lora_ext.adapters.readers.names import PREFIX
+from vllm_lora_ext.adapters.registry import find_reader
 from vllm_lora_ext.adapters.strict_json import parse_object
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging.factors import load_factors, peft_files
@@ -147,7 +148,7 @@ def _example(fields: Mapping[str, Any], line: int, name: str) -> tuple[str, str]
 
 
 def _write_adapter(source: Path, scalars: Mapping[str, float], target: Path) -> None:
-    if plain.detect(AdapterFolder(source)):
+    if find_reader(AdapterFolder(source)) is plain.READER:
         config = (source / CONFIG).read_bytes()
         tensors = load_file(next(source / name for name in WEIGHTS if (source / name).is_file()))
     else:

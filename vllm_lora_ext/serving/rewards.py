@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from vllm_lora_ext.adapters.dmoerm import Expert, RewardAdapter, Router
+from vllm_lora_ext.adapters.dmoerm import RewardAdapter, RewardExpert, Router
 from vllm_lora_ext.conditions.checked import Count, checked
 from vllm_lora_ext.errors import AdapterError
 
@@ -145,7 +145,7 @@ class Judge:
             for number in range(len(self._experts(name)))
         ]
 
-    def each_expert(self) -> Iterator[tuple[str, int, Expert]]:
+    def each_expert(self) -> Iterator[tuple[str, int, RewardExpert]]:
         """Category, number and LoRA of every expert."""
         for name in self.adapter.categories:
             for number, expert in enumerate(self._experts(name)):
@@ -166,7 +166,7 @@ class Judge:
             found.append(Reward(name, probs_TC[text].tolist(), reward))
         return found
 
-    def _experts(self, category: str) -> Sequence[Expert]:
+    def _experts(self, category: str) -> Sequence[RewardExpert]:
         """In the head's order; none of a category without files."""
         found = self.adapter.categories.get(category)
         return () if found is None else found.experts

@@ -39,7 +39,8 @@ def record(
     ids = [int(token) for token in token_ids]
     owners: dict[str, RoutedModule | MixBlock] = {**adapter.modules, **adapter.blocks}
     handles = []
-    with torch.inference_mode(), apply_adapter(model, adapter) as applied:
+    applying = apply_adapter(model, adapter, prompt_length=len(ids))
+    with torch.inference_mode(), applying as applied:
         for _ in range(new_tokens - 1):
             token = int(_run(model, ids)[-1].argmax())
             if token in _ends(model):

@@ -20,7 +20,7 @@ from vllm_lora_ext.kernels.gated_lora.plan import PackedSite, Shape, SlicePlan
 if TYPE_CHECKING:
     from vllm_lora_ext.kernels.gated_lora.site import Site
 
-Part = tuple[int, int]  # a slice's number, and how many ranks one plan has there
+Filled = tuple[int, int]  # a slice's number, and how many ranks one plan has there
 
 
 class Store:
@@ -38,11 +38,11 @@ class Store:
     def __init__(self, dtype: torch.dtype, bt_SRN: Iterable[torch.Tensor]) -> None:
         self.dtype, self.bt_SRN = dtype, tuple(bt_SRN)
 
-    def shapes(self, parts: Sequence[Part]) -> list[Shape]:
+    def shapes(self, parts: Sequence[Filled]) -> list[Shape]:
         """Shapes and dtypes of what it keeps of plans with these parts, a slice's together."""
         raise NotImplementedError
 
-    def places(self, stored: Sequence[torch.Tensor], parts: Sequence[Part]) -> list[torch.Tensor]:
+    def places(self, stored: Sequence[torch.Tensor], parts: Sequence[Filled]) -> list[torch.Tensor]:
         """Where in tensors of these shapes each part's B^T goes, [R, N]; all around it is zero."""
         raise NotImplementedError
 

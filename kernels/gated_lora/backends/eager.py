@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
-from vllm_lora_ext.kernels.gated_lora.backends.base import Part, Store
+from vllm_lora_ext.kernels.gated_lora.backends.base import Filled, Store
 from vllm_lora_ext.kernels.gated_lora.plan import PackedSite, Shape, SlicePlan, SlotPlan
 from vllm_lora_ext.routing import GateSpec, gate_reference
 
@@ -47,10 +47,10 @@ class SliceStore(Store):
         )
         super().__init__(dtype, b_SRN)
 
-    def shapes(self, parts: Sequence[Part]) -> list[Shape]:
+    def shapes(self, parts: Sequence[Filled]) -> list[Shape]:
         return [((rank, self.bt_SRN[i].shape[2]), self.dtype) for i, rank in parts]
 
-    def places(self, stored: Sequence[torch.Tensor], parts: Sequence[Part]) -> list[torch.Tensor]:
+    def places(self, stored: Sequence[torch.Tensor], parts: Sequence[Filled]) -> list[torch.Tensor]:
         return list(stored)
 
     def copy(self, slot: int, packed: PackedSite) -> None:

@@ -16,8 +16,8 @@ from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging.factors import Factors, Pair, load_factors, save_peft
 from vllm_lora_ext.merging.generate import (
     Decoder,
-    Expert,
     ExpertLibrary,
+    LibraryEntry,
     Training,
     decode_adapter,
     fuse,
@@ -263,7 +263,7 @@ def test_selection_is_top_k_of_the_cosine_and_a_softmax(library):
 
 
 def test_equal_experts_keep_their_order(tmp_path):
-    same = [Expert(name, name, "", torch.ones(3) / 3**0.5) for name in ("z", "b", "a")]
+    same = [LibraryEntry(name, name, "", torch.ones(3) / 3**0.5) for name in ("z", "b", "a")]
     found = ExpertLibrary(same, tmp_path).select(torch.ones(3), k=2)
     assert found == pytest.approx({"z": 0.5, "b": 0.5})
 

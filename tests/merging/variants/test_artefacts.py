@@ -10,10 +10,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from vllm_lora_ext.adapters import FORMATS
 from vllm_lora_ext.adapters.readers.nola import expand
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging.factors import Pair
-from vllm_lora_ext.merging.variants import VARIANTS, extract, read_variant
+from vllm_lora_ext.merging.variants import CONVERTERS, extract, read_variant
 from vllm_lora_ext.merging.variants.lowrank import cut, drop_zeros, norm
 from vllm_lora_ext.merging.variants.pruned import query_channels
 
@@ -399,11 +400,13 @@ def test_pickles_only_when_allowed(tmp_path):
 
 
 def test_the_table():
-    names = [variant.name for variant in VARIANTS]
-    assert len(set(names)) == len(names)
-    for variant in VARIANTS:
-        assert variant.title and variant.paper and variant.marks
-        assert (variant.result == "refused") == bool(variant.reason)
+    """What is not served has a converter or a reason, and every converter is of a row."""
+    assert set(CONVERTERS) <= {row.name for row in FORMATS}
+    for row in FORMATS:
+        if row.status == "convert":
+            assert row.name in CONVERTERS and row.needs
+        if row.status == "refused":
+            assert row.name not in CONVERTERS and not row.needs
 
 
 @pytest.mark.parametrize("broken", ["extra", "nan", "missing", "key"])

@@ -8,10 +8,10 @@ import peft
 import pytest
 import torch
 
-from vllm_lora_ext.adapters import load_adapter
+from vllm_lora_ext.adapters import FORMATS, load_adapter
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging.factors import load_factors, save_peft
-from vllm_lora_ext.merging.variants import VARIANTS, read_variant
+from vllm_lora_ext.merging.variants import read_variant
 
 ALL = ["q_proj", "k_proj", "o_proj", "up_proj", "down_proj"]
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -131,14 +131,14 @@ def test_exact_ones(case, make_base, base_dir, tmp_path):
     assert worst(load_factors(tmp_path / "plain"), want) < 2e-5
 
 
-READERS = {v.name for v in VARIANTS if v.result == "exact" and v.convert is None}
-SERVED = [c for c, (system, _) in EXACT.items() if system in READERS and c not in NEEDS_INTS]
+AS_THEY_ARE = {row.name for row in FORMATS if row.status == "served"}
+SERVED = [c for c, (system, _) in EXACT.items() if system in AS_THEY_ARE and c not in NEEDS_INTS]
 
 
 @pytest.mark.parametrize("case", SERVED)
 def test_served_ones_need_no_conversion(case, make_base, tmp_path):
     """The families that have a reader are loaded as they are; sizes come from the sidecar."""
-    variant = next(v for v in VARIANTS if v.name == EXACT[case][0])
+    reader = next(row for row in FORMATS if row.name == EXACT[case][0])
     model = make_base()
     sizes = {
         name: [layer.in_features, layer.out_features]
@@ -146,13 +146,13 @@ def test_served_ones_need_no_conversion(case, make_base, tmp_path):
     }  # fmt: skip
     tuned = trained(model, EXACT[case][1])
     tuned.save_pretrained(tmp_path)
-    if "sizes" in variant.needs:
+    if "sizes" in reader.settings:
         with pytest.raises(AdapterError) as refused:
             load_adapter(tmp_path)
         assert refused.value.code == "missing_setting"
         (tmp_path / "routing.json").write_text(json.dumps({"sizes": sizes}))
     adapter = load_adapter(tmp_path)
-    assert adapter.system == variant.name
+    assert adapter.system == reader.name
     want = dense_deltas(tuned, make_base)
     assert set(adapter.modules) == set(want)
     for name, module in adapter.modules.items():
@@ -252,5 +252,8 @@ def test_refused_by_name(case, make_base, base_dir, tmp_path):
     with pytest.raises(AdapterError) as refused:
         read_variant(tmp_path, base=base_dir, rank=8)
     assert refused.value.code == "unsupported_feature"
-    variant = next(v for v in VARIANTS if v.name == case)
-    assert variant.reason in refused.value.text
+    reader = next(row for row in FORMATS if row.name == case)
+    assert reader.refused in refused.value.text
+    with pytest.raises(AdapterError) as by_the_server:
+        load_adapter(tmp_path)
+    assert by_the_server.value.text == refused.value.text

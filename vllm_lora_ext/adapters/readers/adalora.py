@@ -13,7 +13,7 @@ import torch
 
 from vllm_lora_ext.adapters.folder import AdapterFolder
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
-from vllm_lora_ext.adapters.readers.base import Reader
+from vllm_lora_ext.adapters.readers.base import Reader, of_type
 from vllm_lora_ext.adapters.readers.names import group, part, rank_mismatch
 from vllm_lora_ext.adapters.readers.peft_config import read_peft_config
 from vllm_lora_ext.adapters.readers.tuners import take_shaped, whole
@@ -23,10 +23,6 @@ _KEYS = (
     "beta1", "beta2", "deltaT", "init_r", "orth_reg_weight", "target_r", "tfinal", "tinit",
     "total_step",
 )  # fmt: skip
-
-
-def detect(folder: AdapterFolder) -> bool:
-    return folder.config.get("peft_type") == "ADALORA"
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
@@ -65,7 +61,7 @@ READER = Reader(
     files="adapter_config.json (peft_type ADALORA), adapter_model.safetensors with "
     "<module>.lora_A, <module>.lora_B and <module>.lora_E",
     peft_types=("ADALORA",),
-    detect=detect,
+    detect=of_type("ADALORA"),
     read=read,
     paper="AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient Fine-Tuning, "
     "https://arxiv.org/abs/2303.10512",

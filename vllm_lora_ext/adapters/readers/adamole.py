@@ -13,20 +13,20 @@ below `moe_layer`.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from vllm_lora_ext.adapters.folder import CONFIG, AdapterFolder
-from vllm_lora_ext.adapters.gates import make_gate
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.readers.base import Reader
 from vllm_lora_ext.adapters.readers.experts import (
+    Stack,
     early_peft_config,
     expert_count,
     needed,
     number,
-    stack_experts,
 )
 from vllm_lora_ext.adapters.readers.names import group, part
 from vllm_lora_ext.adapters.readers.peft_config import PeftLora, whole_number
@@ -38,6 +38,7 @@ _PART = re.compile(
     r"|moe_layer\.experts\.(0|[1-9]\d{0,5})\.lora_[AB]\.weight)"
 )
 _MARK = re.compile(r".+\.(lora_gating|lora_threshold|lora_[AB]\.\d+)\.(weight|bias)")
+_STACK = Stack("lora_A.{}.weight", "lora_B.{}.weight", "lora_gating.weight")
 _MAX_THRESHOLD = 1e6
 
 
@@ -102,8 +103,7 @@ def _read(
     )  # fmt: skip
     experts = expert_count(folder.config, "num_experts")
     fields = {
-        "source": "router", "blocks": [config.r] * experts, "score": "softmax",
-        "weight": "renormalise", **gate,
+        "blocks": [config.r] * experts, "score": "softmax", "weight": "renormalise", **gate,
     }  # fmt: skip
     modules = {
         name: _read_module(folder, config, name, parts, fields)
@@ -116,33 +116,25 @@ def _read_module(
     folder: AdapterFolder, config: PeftLora, module: str, parts: dict[str, str],
     fields: dict[str, Any],
 ) -> RoutedModule:  # fmt: skip
-    experts = range(len(fields["blocks"]))
-    a_names = [part(parts, f"lora_A.{e}.weight", module) for e in experts]
-    b_names = [part(parts, f"lora_B.{e}.weight", module) for e in experts]
-    a_RK, b_NR = stack_experts(folder, a_names, b_names, config.r)
-    copies_a = [parts.get(f"moe_layer.experts.{e}.lora_A.weight", "") for e in experts]
-    copies_b = [parts.get(f"moe_layer.experts.{e}.lora_B.weight", "") for e in experts]
-    _check_copies(folder, copies_a, a_RK.chunk(len(experts)))
-    _check_copies(folder, copies_b, b_NR.chunk(len(experts), dim=1))
-    head_K, head_bias = None, 0.0
-    if fields.get("threshold_head"):
-        head_K, head_bias = _read_head(folder, parts, module, a_RK.shape[1])
-    return RoutedModule(
-        a_RK=a_RK,
-        b_NR=b_NR * (config.alpha / config.r),
-        gate=make_gate(fields, module),
-        router_GK=folder.take(part(parts, "lora_gating.weight", module)),
-        head_K=head_K,
-        head_bias=head_bias,
-    )
+    scale = config.alpha / config.r
+    made = _STACK.read(folder, module, parts, fields, scale)
+    experts = len(fields["blocks"])
+    _check_copies(folder, parts, "A", made.a_RK.chunk(experts), 1.0)
+    _check_copies(folder, parts, "B", made.b_NR.chunk(experts, dim=1), scale)
+    if not fields.get("threshold_head"):
+        return made
+    head_K, head_bias = _read_head(folder, parts, module, made.a_RK.shape[1])
+    return replace(made, head_K=head_K, head_bias=head_bias)
 
 
 def _check_copies(
-    folder: AdapterFolder, names: list[str], originals: tuple[torch.Tensor, ...]
-) -> None:
+    folder: AdapterFolder, parts: dict[str, str], side: str,
+    originals: tuple[torch.Tensor, ...], scale: float,
+) -> None:  # fmt: skip
     """The copies below `moe_layer` are the same parameters: another value is a broken file."""
-    for name, original in zip(names, originals, strict=True):
-        if name and not torch.equal(folder.take(name), original):
+    for e, original in enumerate(originals):
+        name = parts.get(f"moe_layer.experts.{e}.lora_{side}.weight")
+        if name and not torch.equal(folder.take(name) * scale, original):
             raise AdapterError(
                 "duplicate_tensor", f"'{name}' is a copy, and differs from what it is a copy of",
                 fix="save the adapter again, or remove the moe_layer tensors",

@@ -18,7 +18,9 @@ _LARGEST_ID = 1 << 31
 
 
 def detect(folder: AdapterFolder) -> bool:
-    return plain.is_pairs(folder) and plain.is_activated(folder)
+    """PEFT asks whether the tokens are null."""
+    tokens = folder.config.get(KEY)
+    return plain.detect(folder) and tokens is not None and tokens is not False
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
@@ -46,8 +48,7 @@ READER = Reader(
     name="alora",
     title="Activated LoRA (PEFT)",
     url="https://github.com/huggingface/peft",
-    files="adapter_config.json (peft_type LORA, alora_invocation_tokens), adapter_model.safetensors"
-    " with <module>.lora_A.weight and <module>.lora_B.weight",
+    files="adapter_config.json (peft_type LORA, alora_invocation_tokens), a LoRA's tensors",
     peft_types=("LORA",),
     detect=detect,
     read=read,

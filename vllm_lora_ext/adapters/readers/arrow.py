@@ -20,7 +20,7 @@ from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.prototypes import prototypes
 from vllm_lora_ext.adapters.readers.base import Reader
 from vllm_lora_ext.adapters.readers.bundle import (
-    Expert,
+    ExpertFolder,
     expert_names,
     read_expert,
     refuse_others,
@@ -197,7 +197,7 @@ def _seed(folder: AdapterFolder, saved: dict[str, Any]) -> int | None:
 
 
 def _read_module(
-    name: str, experts: list[Expert], general: list[Expert], settings: _Settings
+    name: str, experts: list[ExpertFolder], general: list[ExpertFolder], settings: _Settings
 ) -> RoutedModule:
     if general:
         _check_same_rank(name, experts + general)
@@ -221,7 +221,7 @@ def _read_module(
     )
 
 
-def _check_same_rank(module: str, experts: list[Expert]) -> None:
+def _check_same_rank(module: str, experts: list[ExpertFolder]) -> None:
     ranks = {e.name: e.modules[module].rank for e in experts}
     if len(set(ranks.values())) > 1:
         raise AdapterError(

@@ -17,7 +17,7 @@ from vllm_lora_ext.errors import AdapterError
 
 
 @dataclass(frozen=True)
-class Expert:
+class ExpertFolder:
     """One adapter of a mixture: its layers with B as it is stored, and its scales."""
 
     name: str
@@ -64,7 +64,7 @@ def refuse_others(folder: AdapterFolder, named: Collection[str], keys: str) -> N
         )  # fmt: skip
 
 
-def read_expert(folder: AdapterFolder, name: str, embeddings: bool = False) -> Expert:
+def read_expert(folder: AdapterFolder, name: str, embeddings: bool = False) -> ExpertFolder:
     """The ordinary LoRA in a subfolder.
 
     Args:
@@ -95,10 +95,10 @@ def read_expert(folder: AdapterFolder, name: str, embeddings: bool = False) -> E
             raise
         text = f"expert '{name}': {error.text}"
         raise AdapterError.parse(f"[lora_ext:{error.code}] {text} [/lora_ext]") or error from error
-    return Expert(name, config, modules)
+    return ExpertFolder(name, config, modules)
 
 
-def same_layers(experts: Sequence[Expert]) -> list[str]:
+def same_layers(experts: Sequence[ExpertFolder]) -> list[str]:
     """The layers that all experts adapt, in the first one's order.
 
     Raises:
@@ -119,7 +119,7 @@ def same_layers(experts: Sequence[Expert]) -> list[str]:
     return list(experts[0].modules)
 
 
-def _check_sizes(module: str, expert: Expert, first: Expert) -> None:
+def _check_sizes(module: str, expert: ExpertFolder, first: ExpertFolder) -> None:
     seen, wanted = (
         (e.modules[module].a_RK.shape[1], e.modules[module].b_NR.shape[0]) for e in (expert, first)
     )
@@ -131,7 +131,7 @@ def _check_sizes(module: str, expert: Expert, first: Expert) -> None:
         )  # fmt: skip
 
 
-def same_base(experts: Sequence[Expert]) -> str:
+def same_base(experts: Sequence[ExpertFolder]) -> str:
     """The one base model that the experts name, or an empty text. Raises `setting_mismatch`."""
     bases = sorted({e.config.base_model for e in experts if e.config.base_model})
     if len(bases) > 1:

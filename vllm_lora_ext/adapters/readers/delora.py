@@ -11,7 +11,7 @@ import re
 
 from vllm_lora_ext.adapters.folder import AdapterFolder
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
-from vllm_lora_ext.adapters.readers.base import Reader
+from vllm_lora_ext.adapters.readers.base import Reader, of_type
 from vllm_lora_ext.adapters.readers.names import group, part
 from vllm_lora_ext.adapters.readers.peft_config import read_peft_config
 from vllm_lora_ext.adapters.readers.tuners import read_tuner_config, require, take_shaped
@@ -19,10 +19,6 @@ from vllm_lora_ext.adapters.readers.tuners import read_tuner_config, require, ta
 _PART = re.compile(r"(?P<module>.+)\.(?P<part>delora_(A|B|lambda|w_norm))")
 _KEYS = ("delora_lambda", "lambda_pattern", "r", "rank_pattern")
 _SMALLEST_NORM = 1e-4  # PEFT clamps the norms, so that a zero rank stays zero
-
-
-def detect(folder: AdapterFolder) -> bool:
-    return folder.config.get("peft_type") == "DELORA"
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
@@ -52,7 +48,7 @@ READER = Reader(
     files="adapter_config.json (peft_type DELORA), adapter_model.safetensors with "
     "<module>.delora_A, delora_B, delora_lambda and delora_w_norm",
     peft_types=("DELORA",),
-    detect=detect,
+    detect=of_type("DELORA"),
     read=read,
     paper="Decoupling Angles and Strength in Low-rank Adaptation, https://arxiv.org/abs/2503.18225",
     summary="No gate: a LoRA with normalised ranks, one strength, and the base's column norms.",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from vllm_lora_ext.adapters.folder import CONFIG, AdapterFolder
+from vllm_lora_ext.adapters.gates import make_gate
 from vllm_lora_ext.adapters.limits import MAX_EXPERTS
-from vllm_lora_ext.adapters.readers.names import rank_mismatch
+from vllm_lora_ext.adapters.model import RoutedModule
+from vllm_lora_ext.adapters.readers.names import part, rank_mismatch
 from vllm_lora_ext.adapters.readers.peft_config import (
     PeftLora,
     bad_value,
@@ -56,6 +59,46 @@ def number(value: object, field: str, low: float, high: float) -> float:
     if not plain or not low <= value <= high:  # type: ignore[operator]
         raise bad_value(field, value, f"a number from {low:g} to {high:g}")
     return float(value)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """How a saver names the parts of a layer with experts of one rank and a router.
+
+    Args:
+        a, b: an expert's factors, `{}` for its number; an `a` without it is all experts'.
+        router: the router's matrix.
+    """
+
+    a: str
+    b: str
+    router: str
+
+    def read(
+        self, folder: AdapterFolder, module: str, parts: dict[str, str], gate: dict[str, Any],
+        scale: float, where: str = "",
+    ) -> RoutedModule:  # fmt: skip
+        """The layer, experts side by side.
+
+        Args:
+            parts: of the layer, as `group` gives them.
+            gate: fields of a GateSpec but for its source, a router; `blocks` holds the ranks.
+            scale: folded into B.
+            where: what of the gate stands in which file, for messages.
+        Raises:
+            AdapterError: `missing_tensor`, `rank_mismatch`, those of `make_gate`.
+        """
+        experts = range(len(gate["blocks"]))
+        with_a = experts if "{}" in self.a else experts[:1]
+        a_names = [part(parts, self.a.format(e), module) for e in with_a]
+        b_names = [part(parts, self.b.format(e), module) for e in experts]
+        a_RK, b_NR = stack_experts(folder, a_names, b_names, gate["blocks"][0])
+        return RoutedModule(
+            a_RK=a_RK,
+            b_NR=b_NR * scale,
+            gate=make_gate({"source": "router", **gate}, f"{module} {where}".rstrip()),
+            router_GK=folder.take(part(parts, self.router, module)),
+        )
 
 
 def stack_experts(

@@ -12,7 +12,7 @@ import torch
 
 from vllm_lora_ext.adapters.folder import AdapterFolder
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
-from vllm_lora_ext.adapters.readers.base import Reader
+from vllm_lora_ext.adapters.readers.base import Reader, of_type
 from vllm_lora_ext.adapters.readers.names import group, part
 from vllm_lora_ext.adapters.readers.peft_config import bad_value, read_peft_config
 from vllm_lora_ext.adapters.readers.tuners import (
@@ -25,10 +25,6 @@ from vllm_lora_ext.adapters.readers.tuners import (
 
 _PART = re.compile(r"(?P<module>.+)\.(?P<part>gralora_[AB](_general)?)(\.weight)?")
 _KEYS = ("alpha", "gralora_dropout", "gralora_k", "hybrid_r", "r", "rank_pattern")
-
-
-def detect(folder: AdapterFolder) -> bool:
-    return folder.config.get("peft_type") == "GRALORA"
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
@@ -81,7 +77,7 @@ READER = Reader(
     files="adapter_config.json (peft_type GRALORA), adapter_model.safetensors with "
     "<module>.gralora_A and <module>.gralora_B",
     peft_types=("GRALORA",),
-    detect=detect,
+    detect=of_type("GRALORA"),
     read=read,
     paper="GraLoRA: Granular Low-Rank Adaptation for Parameter-Efficient Fine-Tuning, "
     "https://arxiv.org/abs/2505.20355",

@@ -10,46 +10,29 @@ from __future__ import annotations
 import re
 
 from vllm_lora_ext.adapters.folder import AdapterFolder
-from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
+from vllm_lora_ext.adapters.model import RoutedAdapter
 from vllm_lora_ext.adapters.readers.base import Reader
-from vllm_lora_ext.adapters.readers.experts import stack_experts
-from vllm_lora_ext.adapters.readers.loramoe import NUMBERED_A, read_config
-from vllm_lora_ext.adapters.readers.names import group, part
-from vllm_lora_ext.adapters.readers.peft_config import PeftLora
-from vllm_lora_ext.routing import GateSpec
+from vllm_lora_ext.adapters.readers.experts import Stack
+from vllm_lora_ext.adapters.readers.loramoe import read_dense
 
 _PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_(route|A|B(0|[1-9]\d{0,5})))\.weight")
+_STACK = Stack("lora_A", "lora_B{}", "lora_route")
+_ONE_A = re.compile(r".+\.lora_A\.weight")
 _MARK = re.compile(r".+\.lora_(route|B\d+)\.weight")
 
 
 def detect(folder: AdapterFolder) -> bool:
-    return (
-        folder.config.get("peft_type") == "LORA"
-        and any(map(_MARK.fullmatch, folder.names))
-        and not any(map(NUMBERED_A.fullmatch, folder.names))
-    )
+    if folder.config.get("peft_type") != "LORA":
+        return False
+    marked = any(map(_MARK.fullmatch, folder.names))
+    if any(map(_ONE_A.fullmatch, folder.names)):
+        return marked or "lora_nums" in folder.config
+    # Without any A it is somebody's all the same, and the reader says which tensor is missing.
+    return marked and not any(".lora_A" in name for name in folder.names)
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
-    config, experts = read_config(folder, "HydraLoRA")
-    modules = {
-        name: _read_module(folder, config, experts, name, parts)
-        for name, parts in group(folder.names, _PART).items()
-    }
-    return RoutedAdapter(modules, system="hydralora", base_model=config.base_model)
-
-
-def _read_module(
-    folder: AdapterFolder, config: PeftLora, experts: int, module: str, parts: dict[str, str]
-) -> RoutedModule:
-    b_names = [part(parts, f"lora_B{e}", module) for e in range(experts)]
-    a_RK, b_NR = stack_experts(folder, [part(parts, "lora_A", module)], b_names, config.r)
-    return RoutedModule(
-        a_RK=a_RK,
-        b_NR=b_NR * (config.alpha / config.r),
-        gate=GateSpec(source="router", blocks=(config.r,) * experts, score="softmax"),
-        router_GK=folder.take(part(parts, "lora_route", module)),
-    )
+    return read_dense(folder, "hydralora", "HydraLoRA", _PART, _STACK)
 
 
 READER = Reader(

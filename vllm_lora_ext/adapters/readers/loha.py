@@ -13,7 +13,7 @@ import torch
 
 from vllm_lora_ext.adapters.folder import AdapterFolder
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
-from vllm_lora_ext.adapters.readers.base import Reader
+from vllm_lora_ext.adapters.readers.base import Reader, of_type
 from vllm_lora_ext.adapters.readers.names import group, part
 from vllm_lora_ext.adapters.readers.tuners import (
     identity_factors,
@@ -24,10 +24,6 @@ from vllm_lora_ext.adapters.readers.tuners import (
 
 _PART = re.compile(r"(?P<module>.+)\.(?P<part>hada_(w[12]_[ab]))")
 _KEYS = ("alpha", "alpha_pattern", "r", "rank_pattern")
-
-
-def detect(folder: AdapterFolder) -> bool:
-    return folder.config.get("peft_type") == "LOHA"
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
@@ -70,7 +66,7 @@ READER = Reader(
     files="adapter_config.json (peft_type LOHA), adapter_model.safetensors with "
     "<module>.hada_w1_a, hada_w1_b, hada_w2_a and hada_w2_b",
     peft_types=("LOHA",),
-    detect=detect,
+    detect=of_type("LOHA"),
     read=read,
     paper="FedPara: Low-Rank Hadamard Product for Communication-Efficient Federated Learning, "
     "https://arxiv.org/abs/2108.06098",

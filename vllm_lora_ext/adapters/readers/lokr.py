@@ -13,7 +13,7 @@ import torch
 
 from vllm_lora_ext.adapters.folder import AdapterFolder
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
-from vllm_lora_ext.adapters.readers.base import Reader
+from vllm_lora_ext.adapters.readers.base import Reader, of_type
 from vllm_lora_ext.adapters.readers.names import group, part
 from vllm_lora_ext.adapters.readers.tuners import (
     identity_factors,
@@ -25,10 +25,6 @@ from vllm_lora_ext.errors import AdapterError
 
 _PART = re.compile(r"(?P<module>.+)\.(?P<part>lokr_(w[12](_[ab])?|t2))")
 _KEYS = ("alpha", "alpha_pattern", "decompose_both", "decompose_factor", "r", "rank_pattern")
-
-
-def detect(folder: AdapterFolder) -> bool:
-    return folder.config.get("peft_type") == "LOKR"
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
@@ -70,7 +66,7 @@ READER = Reader(
     files="adapter_config.json (peft_type LOKR), adapter_model.safetensors with <module>.lokr_w1 "
     "(or lokr_w1_a and lokr_w1_b) and <module>.lokr_w2 (or lokr_w2_a and lokr_w2_b)",
     peft_types=("LOKR",),
-    detect=detect,
+    detect=of_type("LOKR"),
     read=read,
     paper="Navigating Text-To-Image Customization: From LyCORIS Fine-Tuning to Model Evaluation, "
     "https://arxiv.org/abs/2309.14859",

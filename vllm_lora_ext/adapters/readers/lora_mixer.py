@@ -18,7 +18,7 @@ from vllm_lora_ext.adapters.gates import make_gate
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.readers.base import Reader
 from vllm_lora_ext.adapters.readers.bundle import (
-    Expert,
+    ExpertFolder,
     expert_names,
     read_expert,
     refuse_others,
@@ -84,7 +84,7 @@ def _gate_fields(folder: AdapterFolder) -> dict[str, Any]:
 
 
 def _read_module(
-    folder: AdapterFolder, name: str, experts: list[Expert], router: str, gate: dict[str, Any]
+    folder: AdapterFolder, name: str, experts: list[ExpertFolder], router: str, gate: dict[str, Any]
 ) -> RoutedModule:
     shape = folder.shape(router)
     if len(shape) != 2 or shape[0] != len(experts):

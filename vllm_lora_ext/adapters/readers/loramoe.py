@@ -10,65 +10,52 @@ from __future__ import annotations
 import re
 
 from vllm_lora_ext.adapters.folder import CONFIG, AdapterFolder
-from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
+from vllm_lora_ext.adapters.model import RoutedAdapter
 from vllm_lora_ext.adapters.readers.base import Reader
-from vllm_lora_ext.adapters.readers.experts import (
-    early_peft_config,
-    expert_count,
-    stack_experts,
-)
-from vllm_lora_ext.adapters.readers.names import group, part
-from vllm_lora_ext.adapters.readers.peft_config import PeftLora
+from vllm_lora_ext.adapters.readers.experts import Stack, early_peft_config, expert_count
+from vllm_lora_ext.adapters.readers.names import group
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.routing import GateSpec
 
-NUMBERED_A = re.compile(r".+\.lora_A\d+\.weight")
+_NUMBERED_A = re.compile(r".+\.lora_A\d+\.weight")
 _PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_(route|[AB](0|[1-9]\d{0,5})))\.weight")
+_STACK = Stack("lora_A{}", "lora_B{}", "lora_route")
 # `blc_*` weigh a training loss; the other two come from old PEFT.
 _KEYS = ("lora_nums", "blc_alpha", "blc_weight", "enable_lora", "merge_weights")
 
 
 def detect(folder: AdapterFolder) -> bool:
-    return folder.config.get("peft_type") == "LORA" and any(map(NUMBERED_A.fullmatch, folder.names))
+    return folder.config.get("peft_type") == "LORA" and any(
+        map(_NUMBERED_A.fullmatch, folder.names)
+    )
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
-    config, experts = read_config(folder, "LoRAMoE")
-    modules = {
-        name: _read_module(folder, config, experts, name, parts)
-        for name, parts in group(folder.names, _PART).items()
-    }
-    return RoutedAdapter(modules, system="loramoe", base_model=config.base_model)
+    return read_dense(folder, "loramoe", "LoRAMoE", _PART, _STACK)
 
 
-def read_config(folder: AdapterFolder, system: str) -> tuple[PeftLora, int]:
-    """The config of LoRAMoE and of what grew out of its code, and its number of experts.
+def read_dense(
+    folder: AdapterFolder, system: str, title: str, pattern: re.Pattern[str], stack: Stack
+) -> RoutedAdapter:
+    """LoRAMoE and what grew out of its code: a softmax over all experts.
 
     Raises:
-        AdapterError: what `early_peft_config` and `expert_count` raise; `unsupported_feature`.
+        AdapterError: what `early_peft_config`, `expert_count` and `Stack.read` raise;
+            `unsupported_feature`.
     """
-    config = early_peft_config(folder.config, system, _KEYS, folder.accepted)
+    config = early_peft_config(folder.config, title, _KEYS, folder.accepted)
     for feature in ("enable_lora", "merge_weights"):
         if folder.config.get(feature):
             raise AdapterError(
                 "unsupported_feature", f"{CONFIG} sets '{feature}', which is not served",
                 seen=folder.config[feature], limit="null or false", fix="save it without",
             )  # fmt: skip
-    return config, expert_count(folder.config, "lora_nums")
-
-
-def _read_module(
-    folder: AdapterFolder, config: PeftLora, experts: int, module: str, parts: dict[str, str]
-) -> RoutedModule:
-    a_names = [part(parts, f"lora_A{e}", module) for e in range(experts)]
-    b_names = [part(parts, f"lora_B{e}", module) for e in range(experts)]
-    a_RK, b_NR = stack_experts(folder, a_names, b_names, config.r)
-    return RoutedModule(
-        a_RK=a_RK,
-        b_NR=b_NR * (config.alpha / config.r),
-        gate=GateSpec(source="router", blocks=(config.r,) * experts, score="softmax"),
-        router_GK=folder.take(part(parts, "lora_route", module)),
-    )
+    experts = expert_count(folder.config, "lora_nums")
+    gate = {"blocks": [config.r] * experts, "score": "softmax"}
+    modules = {
+        name: stack.read(folder, name, parts, gate, config.alpha / config.r)
+        for name, parts in group(folder.names, pattern).items()
+    }
+    return RoutedAdapter(modules, system=system, base_model=config.base_model)
 
 
 READER = Reader(

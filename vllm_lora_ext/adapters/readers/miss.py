@@ -15,7 +15,7 @@ import torch
 
 from vllm_lora_ext.adapters.folder import AdapterFolder
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
-from vllm_lora_ext.adapters.readers.base import Reader
+from vllm_lora_ext.adapters.readers.base import Reader, of_type
 from vllm_lora_ext.adapters.readers.names import group, part
 from vllm_lora_ext.adapters.readers.tuners import (
     CONFIG,
@@ -31,20 +31,9 @@ _PART = re.compile(r"(?P<module>.+)\.(?P<part>miss_block)")
 _KEYS = ("mini_r", "miss_dropout", "r")
 
 
-def detect(folder: AdapterFolder) -> bool:
-    return folder.config.get("peft_type") == "MISS"
-
-
 def read(folder: AdapterFolder) -> RoutedAdapter:
     base_model = read_tuner_config(folder, _KEYS)
     rank, flavour = whole(folder.config, "r"), folder.config.get("init_weights")
-    if flavour == "bat":
-        raise AdapterError(
-            "unsupported_feature", "init_weights 'bat' in adapter_config.json multiplies with the"
-            " base weights, so its delta is no low-rank matrix of its own",
-            fix="approximate it offline: vllm_lora_ext.merging.variants.read_variant with base and"
-            " rank",
-        )  # fmt: skip
     modules, layers = {}, group(folder.names, _PART)
     _miss_no_layer(folder, layers)
     for name, parts in layers.items():
@@ -103,7 +92,7 @@ READER = Reader(
     files="adapter_config.json (peft_type MISS), adapter_model.safetensors with "
     "<module>.miss_block",
     peft_types=("MISS",),
-    detect=detect,
+    detect=of_type("MISS"),
     read=read,
     paper="MiSS: Balancing LoRA Performance and Efficiency with Simple Shard Sharing, "
     "https://arxiv.org/abs/2409.15371",
@@ -115,4 +104,5 @@ READER = Reader(
         "A layer is one tensor: a lost one is found only when `sizes` names the layers in full.",
         "init_weights is no training detail here: 'bat' and 'mini' are other formulas.",
     ),
+    general=1,  # `bat` is a format of its own
 )

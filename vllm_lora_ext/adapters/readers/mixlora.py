@@ -30,6 +30,7 @@ from vllm_lora_ext.adapters.readers.peft_config import (
     base_model_of,
     check_keys,
     flag,
+    refuse_lost_dora,
     whole_number,
 )
 from vllm_lora_ext.errors import AdapterError
@@ -171,11 +172,7 @@ def _read_config(
 
 def _lora(config: Mapping[str, Any], where: str) -> tuple[int, float]:
     """Rank and scale."""
-    if flag(config.get("use_dora"), f"use_dora in {where}"):
-        raise AdapterError(
-            "unsupported_feature", f"'use_dora' in {where}: DoRA experts cannot be served",
-            seen=True, limit=False, fix="train without it",
-        )  # fmt: skip
+    refuse_lost_dora(config, where)
     rank = whole_number(config["r"], f"r in {where}", 1, MAX_RANK)
     alpha = config["lora_alpha"]
     if not _is_number(alpha) or not -MAX_ALPHA <= alpha <= MAX_ALPHA:
@@ -342,6 +339,8 @@ READER = Reader(
         "`jitter_noise` is noise for training. The PyPI package applies it at inference too; it is"
         " not served.",
         "In the dynamic strategy `temperature` divides the probabilities, not the logits.",
-        "DoRA experts and the switch strategy are refused.",
+        "DoRA experts are refused: both packages save A and B only, so the trained magnitudes are"
+        " lost; what they load again computes the same as without DoRA.",
+        "The switch strategy is refused.",
     ),
 )

@@ -11,15 +11,15 @@ import re
 from typing import Any
 
 from vllm_lora_ext.adapters.folder import CONFIG, AdapterFolder
-from vllm_lora_ext.adapters.gates import make_gate
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.readers.base import Reader
-from vllm_lora_ext.adapters.readers.experts import expert_count, needed, stack_experts
+from vllm_lora_ext.adapters.readers.experts import Stack, expert_count, needed, stack_experts
 from vllm_lora_ext.adapters.readers.names import group, part
 from vllm_lora_ext.adapters.readers.peft_config import (
     PeftLora,
     bad_value,
     read_peft_config,
+    refuse_lost_dora,
     whole_number,
 )
 from vllm_lora_ext.errors import AdapterError
@@ -29,6 +29,7 @@ _PART = (
     r"{}\.(?P<module>layers\.\d+\.(self_attn|mlp)\.\w+)"
     r"\.(?P<part>moe_gate|(experts\.(0|[1-9]\d{{0,5}})\.)?lora_[AB])\.weight"
 )
+_STACK = Stack("experts.{}.lora_A", "experts.{}.lora_B", "moe_gate")
 _KEYS = (
     "num_experts", "routing_strategy",
     "router_init_range", "router_aux_loss_coef", "router_loss", "lora_init",  # training only
@@ -67,6 +68,7 @@ def _read(
     also: tuple[str, ...] = (),
     plain_attention: bool = False,
 ) -> RoutedAdapter:
+    refuse_lost_dora(folder.config, CONFIG)
     config = read_peft_config(folder.config, also=(*_KEYS, *also), accepted=folder.accepted)
     if config.ranks or config.alphas:
         raise AdapterError(
@@ -78,16 +80,14 @@ def _read(
     if strategy != prefix:
         raise bad_value(f"routing_strategy in {CONFIG}", strategy, f"'{prefix}'")
     experts = expert_count(folder.config, "num_experts")
-    fields = {
-        "source": "router", "blocks": [config.r] * experts, "score": "softmax", **gate,
-    }  # fmt: skip
+    fields = {"blocks": [config.r] * experts, "score": "softmax", **gate}
     modules = {}
     for name, parts in group(folder.names, re.compile(_PART.format(prefix))).items():
         module = f"model.{name}"
         if plain_attention and ".self_attn." in module:
             modules[module] = _read_plain(folder, config, module, parts)
         else:
-            modules[module] = _read_experts(folder, config, module, parts, fields)
+            modules[module] = _STACK.read(folder, module, parts, fields, config.scale(module))
     return RoutedAdapter(modules, system=f"{prefix}_moepeft", base_model=config.base_model)
 
 
@@ -97,23 +97,6 @@ def _read_plain(
     names = part(parts, "lora_A", module), part(parts, "lora_B", module)
     a_RK, b_NR = stack_experts(folder, [names[0]], [names[1]], config.r)
     return RoutedModule(a_RK=a_RK, b_NR=b_NR * config.scale(module))
-
-
-def _read_experts(
-    folder: AdapterFolder, config: PeftLora, module: str, parts: dict[str, str],
-    fields: dict[str, Any],
-) -> RoutedModule:  # fmt: skip
-    experts = range(len(fields["blocks"]))
-    router_GK = folder.take(part(parts, "moe_gate", module))
-    a_names = [part(parts, f"experts.{e}.lora_A", module) for e in experts]
-    b_names = [part(parts, f"experts.{e}.lora_B", module) for e in experts]
-    a_RK, b_NR = stack_experts(folder, a_names, b_names, config.r)
-    return RoutedModule(
-        a_RK=a_RK,
-        b_NR=b_NR * config.scale(module),
-        gate=make_gate(fields, module),
-        router_GK=router_GK,
-    )
 
 
 _FILES = (

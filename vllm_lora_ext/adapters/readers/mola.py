@@ -13,21 +13,17 @@ import re
 from typing import Any
 
 from vllm_lora_ext.adapters.folder import CONFIG, AdapterFolder
-from vllm_lora_ext.adapters.gates import make_gate
 from vllm_lora_ext.adapters.limits import MAX_EXPERTS
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.readers.base import Reader
-from vllm_lora_ext.adapters.readers.experts import (
-    early_peft_config,
-    needed,
-    stack_experts,
-)
+from vllm_lora_ext.adapters.readers.experts import Stack, early_peft_config, needed
 from vllm_lora_ext.adapters.readers.names import group, part
 from vllm_lora_ext.adapters.readers.peft_config import MAX_RANK, bad_value, whole_number
 from vllm_lora_ext.errors import AdapterError
 
 _PART = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB]_(0|[1-9]\d{0,5})|router\.router)\.weight")
 _MARK = re.compile(r".+\.(lora_[AB]_\d+|router\.router)\.weight")
+_STACK = Stack("lora_A_{}", "lora_B_{}", "router.router")
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,6})\.")
 _MAX_LAYERS = 4096
 
@@ -98,19 +94,11 @@ def _read_module(
             seen=list(folder.shape(router)), limit=f"[{wanted or 'experts'}, in]",
             fix="mend number_experts",
         )  # fmt: skip
-    a_names = [part(parts, f"lora_A_{e}", module) for e in range(experts)]
-    b_names = [part(parts, f"lora_B_{e}", module) for e in range(experts)]
-    a_RK, b_NR = stack_experts(folder, a_names, b_names, rank)
     gate = {
-        "source": "router", "blocks": [rank] * experts, "score": "softmax", "select": "top_k",
-        "k": k, "weight": "renormalise",
+        "blocks": [rank] * experts, "score": "softmax", "select": "top_k", "k": k,
+        "weight": "renormalise",
     }  # fmt: skip
-    return RoutedModule(
-        a_RK=a_RK,
-        b_NR=b_NR * scale,
-        gate=make_gate(gate, f"{module} (top_k in routing.json)"),
-        router_GK=folder.take(router),
-    )
+    return _STACK.read(folder, module, parts, gate, scale, "(top_k in routing.json)")
 
 
 READER = Reader(

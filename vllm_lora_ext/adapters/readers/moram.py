@@ -35,7 +35,7 @@ _MIN_TAU, _MAX_TAU = 1e-6, 1e6  # the authors' code clamps below
 
 
 def detect(folder: AdapterFolder) -> bool:
-    named = _asks_for_moram(folder) and "r_sum" in folder.config
+    named = _asks_for_moram(folder) or bool(folder.config.get("r_sum"))
     return folder.config.get("peft_type") == "LORA" and (named or _has_fresh(folder))
 
 
@@ -47,8 +47,8 @@ def read(folder: AdapterFolder) -> RoutedAdapter:
     if not _asks_for_moram(folder):
         raise AdapterError(
             "unsupported_feature",
-            f"there are loranew tensors, and use_moram in {CONFIG} is not true: without it the "
-            "authors' code adds both blocks with no gate", seen=folder.config.get("use_moram"),
+            f"it has MoRAM's r_sum or loranew tensors, and use_moram in {CONFIG} is not true: "
+            "without it the authors' code has no gate", seen=folder.config.get("use_moram"),
             limit="true", fix="set use_moram if this is MoRAM's",
         )  # fmt: skip
     fresh = config.r if _has_fresh(folder) else 0

@@ -13,7 +13,7 @@ import torch
 from vllm_lora_ext.adapters.folder import CONFIG, WEIGHTS, AdapterFolder
 from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.output import fill, new_folder
-from vllm_lora_ext.adapters.readers.base import Reader
+from vllm_lora_ext.adapters.readers.base import Reader, of_type
 from vllm_lora_ext.adapters.readers.names import group, part
 from vllm_lora_ext.adapters.readers.native_routing import (
     Routing,
@@ -38,10 +38,6 @@ _PART = re.compile(
     r"|lora_magnitude"
     r"|(router|threshold)\.(weight|bias)|router\.(logit_bias|row_sums|tail|tail_sums))"
 )
-
-
-def detect(folder: AdapterFolder) -> bool:
-    return folder.config.get("peft_type") == PEFT_TYPE
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
@@ -354,7 +350,7 @@ READER = Reader(
     "routing), adapter_model.safetensors with <module>.lora_A.weight, .lora_B.weight, "
     ".router.weight, ...",
     peft_types=(PEFT_TYPE,),
-    detect=detect,
+    detect=of_type(PEFT_TYPE),
     read=read,
     summary="This package's own format: any gate of the table, spelled by name in the config. "
     "convert writes it, for every system.",

@@ -87,7 +87,7 @@ def _check_work(folder: AdapterFolder) -> None:
         raise AdapterError(
             "too_large", "the random basis is too large to be drawn by a server",
             seen=f"{draws} numbers", limit=_MAX_DRAWS,
-            fix="make an ordinary LoRA of it: vllm_lora_ext.merging.variants.read_variant",
+            fix="make an ordinary LoRA of it: vllm-lora-ext convert --rank, its own rank or less",
         )  # fmt: skip
 
 

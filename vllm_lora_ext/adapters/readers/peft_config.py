@@ -92,28 +92,21 @@ def read_peft_config(
     check_keys(config, where, HARMLESS, REFUSED, also, accepted)
     if "init_lora_weights" not in also:
         _check_init(config.get("init_lora_weights"), where)
-    # PEFT writes every field; one gone from such a file was lost, and its default would be a guess.
-    needed = ["r", "lora_alpha"]
-    if config.get("peft_version"):
-        needed += ["rank_pattern", "alpha_pattern", "use_rslora"]
-    for key in needed:
+    for key in ("r", "lora_alpha"):  # the others have PEFT's defaults
         if key not in config:
             raise AdapterError(
                 "missing_key", f"{where} has no '{key}'", fix="save the adapter again with PEFT"
             )
     ranks = {
-        key: whole_number(value, f"rank_pattern['{key}'] in {where}", 1, MAX_RANK)
+        key: _rank(value, f"rank_pattern['{key}'] in {where}")
         for key, value in _table(config, "rank_pattern", where).items()
     }
     alphas = {
         key: _alpha(value, f"alpha_pattern['{key}'] in {where}")
         for key, value in _table(config, "alpha_pattern", where).items()
     }
-    r = config["r"]
-    if isinstance(r, float) and r.is_integer():
-        r = int(r)
     return PeftLora(
-        r=whole_number(r, f"r in {where}", 1, MAX_RANK),
+        r=_rank(config["r"], f"r in {where}"),
         alpha=_alpha(config["lora_alpha"], f"lora_alpha in {where}"),
         ranks=Patterns(ranks, f"rank_pattern in {where}"),
         alphas=Patterns(alphas, f"alpha_pattern in {where}"),
@@ -150,6 +143,12 @@ def bad_value(field: str, seen: object, limit: str) -> AdapterError:
     return AdapterError(
         "bad_value", f"{field} is out of range", seen=seen, limit=limit, fix="mend the value"
     )
+
+
+def _rank(value: object, field: str) -> int:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return whole_number(value, field, 1, MAX_RANK)
 
 
 def _alpha(value: object, field: str) -> float:
@@ -201,6 +200,22 @@ def check_keys(
                 f' the server with --additional-config \'{{"lora_ext": {{"accept_config_keys":'
                 f' ["{key}"]}}}}\'',
             )  # fmt: skip
+
+
+def refuse_lost_dora(config: Mapping[str, Any], where: str) -> None:
+    """Refuses DoRA experts of MixLoRA's authors (MoE-PEFT, `mixlora`): both programs save A and B
+    only. What they load has the norms of W + B A for magnitudes, so that each factor is one.
+
+    Raises:
+        AdapterError: `unsupported_feature`, `bad_value`.
+    """
+    if flag(config.get("use_dora"), f"use_dora in {where}"):
+        raise AdapterError(
+            "unsupported_feature", f"'use_dora' in {where}: the magnitudes that DoRA has trained"
+            " are not among the saved tensors", seen=True, limit=False,
+            fix='train without it; or set "use_dora": false, which is what the authors\' program'
+            " computes from such a file: there the magnitudes cancel out",
+        )  # fmt: skip
 
 
 def _check_init(init: object, where: str) -> None:

@@ -22,36 +22,12 @@ _LINEAR = re.compile(r"(?P<module>.+)\.(?P<part>lora_[AB])(\.\w+)?\.weight")
 _EMBEDDING = re.compile(r"(?P<module>.+)\.(?P<part>lora_embedding_[AB])(\.\w+)?(\.weight)?")
 _MAGNITUDE = re.compile(r"(?P<module>.+)\.(?P<part>lora_magnitude_vector)(\.\w+)*")
 _TRAINING = re.compile(r"(?P<module>.+)\.lora_(?P<of>velora|monteclora)_(embed|sampler)(\.\w+)*")
-# Tensor names that make a LORA folder something else.
-_OTHER = re.compile(
-    r"lora_route|lora_[AB]_?\d|lora_topk_bias|loranew_|router\.router|moe_gate|lora_router"
-    r"|lora_gating|lora_threshold|lora_biases|lora_[AB]\.(coefficients|seed)"
-)
-# Keys of such systems: with one of these, ordinary tensors would be only a part of the adapter.
-_OTHER_KEYS = (
-    "lora_nums", "use_moram", "use_mora", "r_sum", "save_loranew", "num_experts", "lora_rank",
-    "routing_strategy", "bias_u", "activate_r", "rank_partition", "use_nola", "nola_num_basis",
-)  # fmt: skip
 
 
 def detect(folder: AdapterFolder) -> bool:
-    return is_pairs(folder) and not is_activated(folder)
-
-
-def is_activated(folder: AdapterFolder) -> bool:
-    """Whether it acts from its invocation tokens on only. PEFT asks whether they are null."""
-    tokens = folder.config.get("alora_invocation_tokens")
-    return tokens is not None and tokens is not False
-
-
-def is_pairs(folder: AdapterFolder) -> bool:
-    """Whether the tensors are those of an ordinary LoRA, wherever it acts."""
-    return (
-        folder.config.get("peft_type") == "LORA"
-        and not any(key in folder.config for key in _OTHER_KEYS)
-        and not folder.config.get("arrow_config")
-        and any(_LINEAR.fullmatch(n) or _EMBEDDING.fullmatch(n) for n in folder.names)
-        and not any(_OTHER.search(n) for n in folder.names)
+    """Whether it holds pairs of an ordinary LoRA: it may be more, if another reader claims it."""
+    return folder.config.get("peft_type") == "LORA" and any(
+        _LINEAR.fullmatch(name) or _EMBEDDING.fullmatch(name) for name in folder.names
     )
 
 
@@ -204,13 +180,9 @@ READER = Reader(
     read=read,
     paper="LoRA: Low-Rank Adaptation of Large Language Models (arXiv 2106.09685)",
     summary="One pair of low-rank matrices per layer and no gate. Served as stock vLLM does.",
-    formula="y = W x + alpha/r B A x;  alpha / sqrt(r) with use_rslora;\n"
-    "with use_dora: y = m / |W + alpha/r B A| (W x + alpha/r B A x) + bias, the norm of each row",
+    formula="y = W x + alpha/r B A x;  alpha / sqrt(r) with use_rslora",
     traps=(
         "rank_pattern and alpha_pattern change r and alpha of single layers, and are honoured.",
-        "DoRA (use_dora) needs the base weights when it is loaded: on linear layers that are not "
-        "quantised. It is no difference: it cannot be scaled, nor stand beside another adapter on "
-        "the same layer.",
         "Trained biases and adapters that changed the base weights when training began "
         "(PiSSA, OLoRA, CorDA, LoftQ) are refused by name; so is modules_to_save, but for the "
         "score or classifier of a classification model.",
@@ -218,4 +190,5 @@ READER = Reader(
         "on routers.",
         "target_modules and its kin choose layers for training; the tensors say which they are.",
     ),
+    general=2,
 )

@@ -15,7 +15,7 @@ import torch
 
 from vllm_lora_ext.adapters.folder import SIDECAR, AdapterFolder
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
-from vllm_lora_ext.adapters.readers.base import Reader
+from vllm_lora_ext.adapters.readers.base import Reader, of_type
 from vllm_lora_ext.adapters.readers.names import group, part
 from vllm_lora_ext.adapters.readers.peft_config import whole_number
 from vllm_lora_ext.adapters.readers.tuners import bad_shape, read_tuner_config, whole
@@ -26,10 +26,6 @@ _ROUTER = "poly_router.module_logits"
 _KEYS = ("r", "n_tasks", "n_skills", "n_splits", "poly_type")
 _TASK_ID = "number of the task whose weights are served"
 _EPS = 1e-12  # PEFT's, under the sum of the weights
-
-
-def detect(folder: AdapterFolder) -> bool:
-    return folder.config.get("peft_type") == "POLY"
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
@@ -87,7 +83,7 @@ READER = Reader(
     "adapter_model.safetensors with <module>.poly_lora_A, .poly_lora_B and "
     ".poly_router.module_logits, routing.json with task_id",
     peft_types=("POLY",),
-    detect=detect,
+    detect=of_type("POLY"),
     read=read,
     paper="Polytropon, https://arxiv.org/abs/2202.13914; multi-head routing,"
     " https://arxiv.org/abs/2211.03831",

@@ -13,7 +13,7 @@ import torch
 
 from vllm_lora_ext.adapters.folder import AdapterFolder
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
-from vllm_lora_ext.adapters.readers.base import Reader
+from vllm_lora_ext.adapters.readers.base import Reader, of_type
 from vllm_lora_ext.adapters.readers.names import group, part
 from vllm_lora_ext.adapters.readers.tuners import (
     bad_shape,
@@ -29,10 +29,6 @@ _THETA = "base_model.unilora_theta_d"
 _KEYS = (
     "init_theta_d_bound", "proj_seed", "r", "save_indices", "theta_d_length", "unilora_dropout",
 )  # fmt: skip
-
-
-def detect(folder: AdapterFolder) -> bool:
-    return folder.config.get("peft_type") == "UNILORA"
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
@@ -75,7 +71,7 @@ READER = Reader(
     "with <module>.unilora_indices_A, .unilora_scales_A, the same of B, and "
     "base_model.unilora_theta_d",
     peft_types=("UNILORA",),
-    detect=detect,
+    detect=of_type("UNILORA"),
     read=read,
     paper="Uni-LoRA: One Vector is All You Need (arXiv 2506.00799)",
     summary="No gate: a LoRA whose every entry of A and B is one entry of a short trained vector, "

@@ -12,7 +12,7 @@ import torch
 
 from vllm_lora_ext.adapters.folder import AdapterFolder
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
-from vllm_lora_ext.adapters.readers.base import Reader
+from vllm_lora_ext.adapters.readers.base import Reader, of_type
 from vllm_lora_ext.adapters.readers.names import group, part
 from vllm_lora_ext.adapters.readers.tuners import (
     bad_shape,
@@ -29,10 +29,6 @@ _KEYS = (
     "init_logits_std", "init_vector_bank_bound", "num_vectors", "r", "save_only_topk_weights",
     "topk", "vblora_dropout", "vector_length",
 )  # fmt: skip
-
-
-def detect(folder: AdapterFolder) -> bool:
-    return folder.config.get("peft_type") == "VBLORA"
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
@@ -90,7 +86,7 @@ READER = Reader(
     "<module>.vblora_logits_A, <module>.vblora_logits_B (or, with save_only_topk_weights, their "
     "_topk_indices and _topk_weights) and base_model.vblora_vector_bank",
     peft_types=("VBLORA",),
-    detect=detect,
+    detect=of_type("VBLORA"),
     read=read,
     paper="VB-LoRA: Extreme Parameter Efficient Fine-Tuning with Vector Banks, "
     "https://arxiv.org/abs/2405.15179",

@@ -12,7 +12,7 @@ import torch
 
 from vllm_lora_ext.adapters.folder import AdapterFolder
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
-from vllm_lora_ext.adapters.readers.base import Reader
+from vllm_lora_ext.adapters.readers.base import Reader, of_type
 from vllm_lora_ext.adapters.readers.names import group, part
 from vllm_lora_ext.adapters.readers.peft_config import flag
 from vllm_lora_ext.adapters.readers.tuners import (
@@ -29,10 +29,6 @@ from vllm_lora_ext.adapters.readers.tuners import (
 _PART = re.compile(r"(?P<module>.+)\.(?P<part>vera_lambda_[bd])")
 _SHARED = ("base_model.vera_A", "base_model.vera_B")
 _KEYS = ("d_initial", "projection_prng_key", "r", "save_projection", "vera_dropout")
-
-
-def detect(folder: AdapterFolder) -> bool:
-    return folder.config.get("peft_type") == "VERA"
 
 
 def read(folder: AdapterFolder) -> RoutedAdapter:
@@ -89,7 +85,7 @@ READER = Reader(
     "<module>.vera_lambda_b, <module>.vera_lambda_d and, unless save_projection was off, "
     "base_model.vera_A and base_model.vera_B",
     peft_types=("VERA",),
-    detect=detect,
+    detect=of_type("VERA"),
     read=read,
     paper="VeRA: Vector-based Random Matrix Adaptation, https://arxiv.org/abs/2310.11454",
     summary="No gate: one frozen random A and B for all layers, scaled by two vectors per layer.",

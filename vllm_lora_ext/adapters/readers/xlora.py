@@ -21,7 +21,7 @@ from vllm_lora_ext.adapters.limits import MAX_EXPERTS
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.readers.base import Reader
 from vllm_lora_ext.adapters.readers.bundle import (
-    Expert,
+    ExpertFolder,
     expert_names,
     read_expert,
     refuse_others,
@@ -63,7 +63,10 @@ _SETTINGS = {
     "layers": "names of all adapted layers in the order of the model's modules, which is that of"
     " the classifier's rows; only with layerwise_scalings, and only where the layers are not those"
     " of Llama",
+    "gates": '"exact", which it is without this key, or "frozen": tokens behind the prompt take the'
+    " gates of its last one, an approximation that runs them through the model once",
 }
+_GATES = ("exact", "frozen")
 # In the order in which transformers' models of Llama's kind make them: PEFT counts them so.
 _ORDER = (
     "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
@@ -251,11 +254,20 @@ def _classifier(folder: AdapterFolder, config: _Config, source: _Source, rows: i
         biases.append(take_shaped(folder, f"{name}.bias", out) if source.biased else None)
     return Classifier(
         tuple(weights), tuple(biases), count, source.relu, config.softmax, config.temperature,
-        config.top_k, config.again,
+        config.top_k, config.again, _frozen(folder),
     )  # fmt: skip
 
 
-def _in_order(folder: AdapterFolder, experts: Sequence[Expert], layerwise: bool) -> list[str]:
+def _frozen(folder: AdapterFolder) -> bool:
+    if not folder.has_setting("gates"):
+        return False
+    given = folder.setting("gates", _SETTINGS["gates"])
+    if given not in _GATES:
+        raise bad_value(f"gates in {SIDECAR}", given, " or ".join(_GATES))
+    return bool(given == "frozen")
+
+
+def _in_order(folder: AdapterFolder, experts: Sequence[ExpertFolder], layerwise: bool) -> list[str]:
     """All adapted layers, in the order in which the model has them."""
     every = {name for expert in experts for name in expert.modules}
     if folder.has_setting("layers"):
@@ -286,7 +298,7 @@ def _place(name: str) -> tuple[int, int, int] | None:
     return 1, int(found["number"]), _ORDER.index(found["kind"])
 
 
-def _module(name: str, experts: Sequence[Expert], start: int, weight: float) -> RoutedModule:
+def _module(name: str, experts: Sequence[ExpertFolder], start: int, weight: float) -> RoutedModule:
     """An expert that does not adapt the layer has one rank of zeros there, so that the layer's
     gates stand side by side."""
     adapting = [expert for expert in experts if name in expert.modules]

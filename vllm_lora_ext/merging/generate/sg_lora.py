@@ -29,7 +29,7 @@ LIBRARY, EMBEDDINGS = "library.json", "embeddings.safetensors"
 
 
 @dataclass(frozen=True)
-class Expert:
+class LibraryEntry:
     """One adapter of a library.
 
     Args:
@@ -55,7 +55,7 @@ class ExpertLibrary:
         AdapterError: `bad_value`.
     """
 
-    def __init__(self, experts: Sequence[Expert], root: str | os.PathLike[str] = ".") -> None:
+    def __init__(self, experts: Sequence[LibraryEntry], root: str | os.PathLike[str] = ".") -> None:
         names = [expert.name for expert in experts]
         lengths = {tuple(expert.embedding_H.shape) for expert in experts}
         if not experts or len(set(names)) < len(names) or len(lengths) > 1:
@@ -76,7 +76,7 @@ class ExpertLibrary:
             AdapterError: `bad_value`.
         """
         experts = [
-            Expert(name, folder, text, _unit(embed(text)))
+            LibraryEntry(name, folder, text, _unit(embed(text)))
             for name, (folder, text) in described.items()
         ]
         return cls(experts, root)
@@ -105,7 +105,7 @@ class ExpertLibrary:
                     "bad_value", f"{LIBRARY}: '{name}' is broken", limit="folder and text"
                 )
             vector_H = _unit(vectors.take(name))
-            experts.append(Expert(name, entry["folder"], entry["text"], vector_H))
+            experts.append(LibraryEntry(name, entry["folder"], entry["text"], vector_H))
         return cls(experts, where)
 
     def select(

@@ -16,7 +16,6 @@ from vllm_lora_ext.adapters.readers.names import group, part
 from vllm_lora_ext.adapters.readers.peft_config import whole_number
 from vllm_lora_ext.adapters.readers.tuners import bad_shape
 from vllm_lora_ext.merging.factors import Factors, Pair
-from vllm_lora_ext.merging.variants.files import Artefact
 from vllm_lora_ext.merging.variants.source import Source
 
 _PART = re.compile(
@@ -24,10 +23,6 @@ _PART = re.compile(
     r"|adapters\.\d+\.lora_[AB]|adapter_scales\.\d+\.logit)"
 )
 _SIZE = 1e-6  # a base gate nearer to 1 than this is taken for 1
-
-
-def detect(folder: Artefact) -> bool:
-    return any(name.endswith(".base_weight_scale.logit") for name in folder.names)
 
 
 def curriculum(source: Source) -> Factors:

@@ -66,10 +66,6 @@ REFUSED = {
 }
 
 
-def detect(folder: Artefact) -> bool:
-    return any(re.search(r"\.weight_a(\.\d+)?$", name) for name in folder.names)
-
-
 def lorafactory(source: Source) -> Factors:
     """The factors of a LoRAFactory checkpoint; base weights saved along are skipped.
 

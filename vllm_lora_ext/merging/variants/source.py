@@ -26,7 +26,7 @@ class Converted:
 
     Args:
         factors: fp32, scale folded into B.
-        system: name of the variant, a row of `VARIANTS`.
+        system: name of the format, a row of `adapters.FORMATS`.
         error: module → |approximation - delta| / |delta| (Frobenius); None when exact.
         notes: what a user should know about this conversion, a sentence each.
         out_scale: module → [out] fp32, or None. Only when multipliers were asked for.

@@ -19,6 +19,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from vllm_lora_ext.kernels.gated_lora import codes
+
 logger = logging.getLogger("vllm.lora_ext")
 
 _NAMES = ("cpu.cpp", "cpu_gate.h", "cpu_op.h", "cpu_vec.h")
@@ -70,7 +72,8 @@ def _load(folder: Path) -> ctypes.CDLL:
 def _build(compiler: list[str], built: Path) -> None:
     with tempfile.TemporaryDirectory(dir=built.parent) as scratch:
         part, whole = Path(scratch, "cpu.o"), Path(scratch, "cpu.so")
-        _run([*compiler, *FLAGS, "-c", str(SOURCES[0]), "-o", str(part)])
+        Path(scratch, "codes.h").write_text(codes.header())
+        _run([*compiler, *FLAGS, f"-I{scratch}", "-c", str(SOURCES[0]), "-o", str(part)])
         # Not linked with OpenMP: its symbols must come from the runtime that PyTorch has loaded,
         # whose threads vLLM binds to cores. A second runtime would fight with it.
         _run([*compiler, "-shared", str(part), "-o", str(whole)])
@@ -85,7 +88,7 @@ def _run(command: list[str]) -> str:
 
 
 def _key(compiler: list[str]) -> str:
-    parts = [path.read_text() for path in SOURCES]
+    parts = [codes.header(), *(path.read_text() for path in SOURCES)]
     parts += [*compiler, *FLAGS, _run([*compiler, "--version"]), platform.machine(), _processor()]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 

@@ -144,7 +144,7 @@ void cut(std::vector<Rows>& out, Rows all) {
 
 bool sparse(const Slice& s) {
   const Gate& g = s.gate;
-  const bool some = g.select != kAll || g.given;  // or all of them, which is not known
+  const bool some = g.select != kSelectAll || g.given;  // or all of them, which is not known
   return g.gated && !g.self && some && !g.product && s.ranks == s.a_rows;
 }
 

@@ -6,12 +6,12 @@
 #include <limits>
 #include <vector>
 
+#include "codes.h"  // of ../../codes.py, written where this is built
+
 using std::int64_t;
 
-// In the order of ../../codes.py; the last of each is how many there are.
-enum Score : int64_t { kIdentity, kSoftmax, kSigmoid, kL2, kAbs, kScores };
-enum Select : int64_t { kAll, kTopK, kThreshold, kTopP, kSelects };
-enum Weight : int64_t { kScore, kRenormalise, kSoftmaxKept, kOne, kSqrt, kWeights };
+// What follows is written for choices up to these: Python serves gates that have a later one.
+constexpr int64_t kScores = kScoreAbs + 1, kSelects = kSelectTopP + 1, kWeights = kWeightSqrt + 1;
 
 struct Gate {
   int64_t gated, self, given, score, bias, bias_value, select, key_abs, k, threshold_head;
@@ -55,12 +55,12 @@ void score(const Gate& s, const float* u, const float* stats, std::vector<float>
   if (s.row_sums_G) normalise(s, stats, v);
   if (s.logit_bias_G)
     for (int64_t i = 0; i < n; i++) v[i] += s.logit_bias_G[i];
-  if (s.score == kSoftmax) softmax(v.data(), n, s.score_temperature);
-  if (s.score == kSigmoid)
+  if (s.score == kScoreSoftmax) softmax(v.data(), n, s.score_temperature);
+  if (s.score == kScoreSigmoid)
     for (float& e : v) e = 1 / (1 + std::exp(-e));
-  if (s.score == kAbs)
+  if (s.score == kScoreAbs)
     for (float& e : v) e = std::fabs(e);
-  if (s.score == kL2) {
+  if (s.score == kScoreL2) {
     double squares = 0;
     for (float e : v) squares += double(e) * e;
     const float norm = std::sqrt(squares);
@@ -71,13 +71,13 @@ void score(const Gate& s, const float* u, const float* stats, std::vector<float>
 void select(const Gate& s, float threshold, GateScratch& m) {
   const int64_t n = s.num_gates;
   const std::vector<float>& key = m.key;
-  m.kept.assign(n, s.select == kAll);
-  if (s.select == kThreshold)
+  m.kept.assign(n, s.select == kSelectAll);
+  if (s.select == kSelectThreshold)
     for (int64_t i = 0; i < n; i++) m.kept[i] = key[i] >= threshold;
-  if (s.select != kTopK && s.select != kTopP) return;
+  if (s.select != kSelectTopK && s.select != kSelectTopP) return;
   m.order.resize(n);
   for (int64_t i = 0; i < n; i++) m.order[i] = i;
-  const int64_t sorted = s.select == kTopK ? s.k : n;
+  const int64_t sorted = s.select == kSelectTopK ? s.k : n;
   std::partial_sort(m.order.begin(), m.order.begin() + sorted, m.order.end(), [&](int a, int b) {
     // As torch sorts: NaN before all, ties to the lower index.
     const bool a_nan = key[a] != key[a], b_nan = key[b] != key[b];
@@ -89,7 +89,7 @@ void select(const Gate& s, float threshold, GateScratch& m) {
   for (int64_t i = 0; i < sorted; i++) {
     const float value = key[m.order[i]];
     total += value;
-    m.kept[m.order[i]] = s.select == kTopK || float(total) - value < s.top_p;
+    m.kept[m.order[i]] = s.select == kSelectTopK || float(total) - value < s.top_p;
   }
 }
 
@@ -108,16 +108,16 @@ void gate(const Gate& s, const float* u, const float* stats, float head, GateScr
   select(s, threshold, m);
   for (int64_t i = 0; i < n; i++) {
     if (s.subtract_threshold) m.value[i] -= threshold;
-    if (!m.kept[i]) m.value[i] = s.weight == kSoftmaxKept ? -INFINITY : 0;
-    else if (s.weight == kOne) m.value[i] = 1;
-    else if (s.weight == kSqrt) m.value[i] = std::sqrt(m.value[i] < 0 ? 0 : m.value[i]);
+    if (!m.kept[i]) m.value[i] = s.weight == kWeightSoftmax ? -INFINITY : 0;
+    else if (s.weight == kWeightOne) m.value[i] = 1;
+    else if (s.weight == kWeightSqrt) m.value[i] = std::sqrt(m.value[i] < 0 ? 0 : m.value[i]);
   }
-  if (s.weight == kRenormalise) {
+  if (s.weight == kWeightRenormalise) {
     float total = 0;
     for (float e : m.value) total += e;
     for (float& e : m.value) e /= total == 0 ? 1 : total;
   }
-  if (s.weight == kSoftmaxKept) {
+  if (s.weight == kWeightSoftmax) {
     softmax(m.value.data(), n, s.temperature);
     for (float& e : m.value) e = e == e ? e : 0;  // nothing kept
   }

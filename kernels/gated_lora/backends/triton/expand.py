@@ -1,15 +1,8 @@
 """Second launch: gates, and `y += B (g ⊙ A x)`, for all slices of a layer.
 
-    g = constant · mask( weight( select( score(u) + bias ) ) )        per gate, spread over ranks
     y[t, n] += sum_r B[slot(t), r, n] · factor[t, r] · g[t, r] · (A x)[t, r]
 
 where y is first scaled and shifted, column by column, if the slot says so (DoRA).
-
-The whole gate table (`routing.reference` is its specification) is evaluated in registers, over
-[tile, ranks]: every rank carries the score of its gate, and sums over gates count the first rank
-of each (`SlotTables`). A top-k of k gates costs k maxima over the row, ties to the lower index;
-a top-p costs one for each gate. Where a slot holds several adapters, the ranks of a slice are
-those of all: each gate table is evaluated over its own, and one product with B serves all.
 
 One program takes one tile of rows of one slot (`StepMap`) and `WALK` columns of one slice. It
 loads only those rows of B whose gate is open for some row of its tile: at decode a top-2 router of
@@ -27,37 +20,28 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_lora_ext.kernels.gated_lora import codes, plan
-from vllm_lora_ext.kernels.gated_lora.backends.triton import tables
+from vllm_lora_ext.kernels.gated_lora.backends.triton.gates import gated
+from vllm_lora_ext.kernels.gated_lora.backends.triton.names import (
+    COUNTS,
+    GATES,
+    MAX_GATES,
+    NUM_SLICE,
+    NUM_SPEC,
+    NUM_VALUES,
+    RANK_FLOATS,
+    RANK_INTS,
+    RANKS,
+    RESCALED,
+    rows_of,
+)
 from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import operand
 from vllm_lora_ext.kernels.gated_lora.backends.triton.store import store_of
+from vllm_lora_ext.kernels.gated_lora.backends.triton.tiles import add
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import blocks, device_of
 from vllm_lora_ext.kernels.gated_lora.step import max_tiles
 
 if TYPE_CHECKING:
     from vllm_lora_ext.kernels.gated_lora.site import Site
-
-SOFTMAX_SCORE = tl.constexpr(codes.SCORES.index("softmax"))
-SIGMOID_SCORE = tl.constexpr(codes.SCORES.index("sigmoid"))
-L2_SCORE = tl.constexpr(codes.SCORES.index("l2"))
-ABS_SCORE = tl.constexpr(codes.SCORES.index("abs"))
-NO_BIAS = tl.constexpr(codes.BIASES.index("none"))
-VALUE_BIAS = tl.constexpr(codes.BIASES.index("value"))
-TOP_K = tl.constexpr(codes.SELECTS.index("top_k"))
-TOP_P = tl.constexpr(codes.SELECTS.index("top_p"))
-THRESHOLD = tl.constexpr(codes.SELECTS.index("threshold"))
-SCORE_WEIGHT = tl.constexpr(codes.WEIGHTS.index("score"))
-RENORMALISE = tl.constexpr(codes.WEIGHTS.index("renormalise"))
-SOFTMAX_WEIGHT = tl.constexpr(codes.WEIGHTS.index("softmax"))
-SQRT_WEIGHT = tl.constexpr(codes.WEIGHTS.index("sqrt"))
-AS_IT_IS = tl.constexpr(tables.AFFINE.index("none"))
-NORMALISED = tl.constexpr(tables.AFFINE.index("normalised"))
-COUNTS = tl.constexpr(tables.COUNTS)
-NUM_SPEC = tl.constexpr(len(tables.SPEC))
-NUM_VALUES = tl.constexpr(len(tables.VALUES))
-NUM_SLICE = tl.constexpr(len(tables.SLICE))
-RANK_INTS, RANK_FLOATS = tl.constexpr(tables.RANK_INTS), tl.constexpr(tables.RANK_FLOATS)
-MAX_GATES = tl.constexpr(plan.MAX_GATES)
 
 
 @triton.jit(
@@ -108,7 +92,7 @@ def expand_kernel(
     slice_floats = RANK_FLOATS * max_rank + MAX_GATES * NUM_VALUES
     slice_ptr = slot_ptr + COUNTS + part * slice_ints
     floats_ptr += slot * stride_floats + part * slice_floats
-    ranks = tl.load(slice_ptr)
+    ranks = tl.load(slice_ptr + RANKS)
     column = tl.load(columns_ptr + 2 * part)
     size = tl.load(columns_ptr + 2 * part + 1)
     if EVEN_N:  # then B and y are read and written 16 bytes at a time
@@ -117,214 +101,24 @@ def expand_kernel(
     if (ranks == 0) | (begin >= size):
         return
 
-    start = tl.load(tiles_ptr + stride_tiles + tile)
-    stop = tl.load(tiles_ptr + 2 * stride_tiles + tile)
-    at_T = start + tl.arange(0, BLOCK_T)
-    ok_T = at_T < stop
-    token_T = tl.load(order_ptr + at_T, mask=ok_T, other=0).to(tl.int64)
-    ok_T = ok_T & (token_T < num_tokens)  # the step may hold more rows than y has
-    rank_R = tl.arange(0, BLOCK_R)
-    ok_R = rank_R < ranks
-    ok_TR = ok_T[:, None] & ok_R[None, :]
-    vectors_R = slice_ptr + NUM_SLICE + rank_R
+    start, stop, at_T, ok_T, token_T = rows_of(
+        tile, tiles_ptr, order_ptr, stride_tiles, num_tokens, BLOCK_T
+    )
     u_T = u_ptr + token_T * stride_u
     v_T = v_ptr + token_T * stride_u
     rows_T = rows_ptr + token_T * stride_rows
-    at_R = tl.load(vectors_R + 2 * max_rank, mask=ok_R, other=0)
-    h_TR = sum_parts(u_T[:, None] + at_R[None, :], ok_TR, stride_u_part, PARTS)
-    gates, i = tl.load(slice_ptr + 1), 0
-    while i < gates:
-        spec_ptr = slice_ptr + NUM_SLICE + RANK_INTS * max_rank + i * NUM_SPEC
-        values_ptr = floats_ptr + RANK_FLOATS * max_rank + i * NUM_VALUES
-        first, last = tl.load(spec_ptr), tl.load(spec_ptr + 1)
-        own_R = (rank_R >= first) & (rank_R < last)
-        own_TR = ok_T[:, None] & own_R[None, :]
-        logit_R = tl.load(vectors_R, mask=own_R, other=0)
-        first_R = tl.load(vectors_R + max_rank, mask=own_R, other=0)
-        floats_R = floats_ptr + rank_R
-        bias_R = tl.load(floats_R, mask=own_R, other=0.0)
-        if tl.load(spec_ptr + 11) != 0:  # given with the row
-            logits_TR = tl.load(rows_T[:, None] + logit_R[None, :], mask=own_TR, other=0.0)
-        else:
-            logits_TR = sum_parts(v_T[:, None] + logit_R[None, :], own_TR, stride_u_part, PARTS)
-            if tl.load(spec_ptr + 12) != AS_IT_IS:
-                stats_T = v_T + tl.load(slot_ptr) + tl.load(slot_ptr + 1)
-                logits_TR = _affine(
-                    logits_TR, stats_T, floats_R + max_rank, own_R, ok_T, spec_ptr, values_ptr,
-                    stride_u_part, max_rank, PARTS,
-                )  # fmt: skip
-        head = tl.load(spec_ptr + 7)
-        has_head_T = ok_T & (at_T < tl.where(head >= 0, stop, start))
-        head_T = sum_parts(v_T + head, has_head_T, stride_u_part, PARTS)
-        g_TR = gate(logits_TR, head_T, bias_R, rank_R, first_R, own_R, spec_ptr, values_ptr)
-        block = tl.load(spec_ptr + 13)
-        if block != 0:  # a product: one A x, mixed of all
-            mixed_TR = tl.zeros_like(h_TR)
-            e = first
-            while e < last:
-                g_T = tl.sum(tl.where((rank_R == e)[None, :], g_TR, 0.0), axis=1)
-                ax_T = u_T[:, None] + (at_R + e - first)[None, :]
-                mixed_TR += g_T[:, None] * sum_parts(ax_T, own_TR, stride_u_part, PARTS)
-                e += block
-            h_TR = tl.where(own_R[None, :], mixed_TR, h_TR)
-        h_TR = tl.where(own_R[None, :], h_TR * g_TR, h_TR)
-        i += 1
-    if tl.load(slice_ptr + 2) != 0:
-        factor_R = tl.load(vectors_R + 3 * max_rank, mask=ok_R, other=-1)
-        has_TR = ok_TR & (factor_R >= 0)[None, :]
-        h_TR *= tl.load(rows_T[:, None] + factor_R[None, :], mask=has_TR, other=1.0)
-
-    b_R = b_ptr + slot * stride_b_slot + rank_R.to(tl.int64) * stride_b
-    b_R += column
-    y_T = y_ptr + token_T * stride_y + column
-    rescaled = tl.load(slice_ptr + 3)
-    scale_N = tl.load(rescale_ptr).to(tl.pointer_type(tl.float32)) + slot * 2 * width + column
-    open_R = tl.max((h_TR != 0).to(tl.int32), axis=0) != 0
-    h_TR = h_TR.to(b_ptr.dtype.element_ty).to(OPERAND)
-    for n in range(begin, tl.minimum(begin + WALK, size), BLOCK_N):
-        n_N = n + tl.arange(0, BLOCK_N)
-        ok_N = n_N < size
-        ok_TN = ok_T[:, None] & ok_N[None, :]
-        y_TN = tl.load(y_T[:, None] + n_N[None, :], mask=ok_TN, other=0.0).to(tl.float32)
-        if rescaled != 0:
-            y_TN *= tl.load(scale_N + n_N, mask=ok_N, other=1.0)[None, :]
-            y_TN += tl.load(scale_N + width + n_N, mask=ok_N, other=0.0)[None, :]
-        b_RN = tl.load(b_R[:, None] + n_N[None, :], mask=open_R[:, None] & ok_N[None, :], other=0.0)
-        delta_TN = tl.dot(h_TR, b_RN.to(OPERAND), input_precision="tf32x3")
-        y_TN = (y_TN + delta_TN).to(y_ptr.dtype.element_ty)
-        tl.store(y_T[:, None] + n_N[None, :], y_TN, mask=ok_TN)
-
-
-@triton.jit
-def sum_parts(u, ok, stride, PARTS: tl.constexpr):
-    """u in fp32, its parts added in order; four loads in flight at once."""
-    AT_ONCE: tl.constexpr = 4 if PARTS % 4 == 0 else PARTS
-    total = tl.load(u, mask=ok, other=0.0)
-    for i in tl.static_range(1, AT_ONCE):
-        total += tl.load(u + i * stride, mask=ok, other=0.0)
-    for part in range(AT_ONCE, PARTS, AT_ONCE):
-        for i in tl.static_range(AT_ONCE):
-            total += tl.load(u + (part + i) * stride, mask=ok, other=0.0)
-    return total
-
-
-@triton.jit
-def _affine(
-    u_TR,
-    stats_T,
-    floats_R,
-    own_R,
-    ok_T,
-    spec_ptr,
-    values_ptr,
-    stride_part,
-    max_rank,
-    PARTS: tl.constexpr,
-):
-    """A router's logits with their bias, of LayerNorm(x) where it reads that (`routing.norm`)."""
-    if tl.load(spec_ptr + 12) == NORMALISED:
-        width = tl.load(values_ptr + 7)
-        mean_T = sum_parts(stats_T, ok_T, stride_part, PARTS) + tl.load(values_ptr + 8)
-        mean_T /= width
-        var_T = sum_parts(stats_T + 1, ok_T, stride_part, PARTS) + tl.load(values_ptr + 9)
-        var_T = tl.maximum(var_T / width - mean_T * mean_T, 0.0)
-        std_T = tl.sqrt(var_T + tl.load(values_ptr + 10))
-        sums_R = tl.load(floats_R + max_rank, mask=own_R, other=0.0)
-        tail_R = tl.load(floats_R + 2 * max_rank, mask=own_R, other=0.0)
-        u_TR = (u_TR + tail_R[None, :] - mean_T[:, None] * sums_R[None, :]) / std_T[:, None]
-    return u_TR + tl.load(floats_R, mask=own_R, other=0.0)[None, :]
-
-
-@triton.jit
-def gate(logits_TR, head_T, bias_R, rank_R, first_R, ok_R, spec_ptr, values_ptr):
-    """Gate of every rank. `once` marks one rank per gate; offsets are those of `tables.SPEC` and
-    `tables.VALUES`."""
-    score_kind, bias_kind = tl.load(spec_ptr + 2), tl.load(spec_ptr + 3)
-    select, by_magnitude, picks = (
-        tl.load(spec_ptr + 4), tl.load(spec_ptr + 5), tl.load(spec_ptr + 6),
+    h_TR = gated(
+        u_T, v_T, rows_T, slot_ptr, slice_ptr, floats_ptr, ranks, tl.load(slice_ptr + GATES),
+        at_T, ok_T, start, stop, max_rank, stride_u_part, 0, 0, PARTS, 0, BLOCK_R,
     )  # fmt: skip
-    head, subtract = tl.load(spec_ptr + 7), tl.load(spec_ptr + 8)
-    weight_kind, masked = tl.load(spec_ptr + 9), tl.load(spec_ptr + 10)
-    score_temperature, threshold = tl.load(values_ptr), tl.load(values_ptr + 1)
-    head_bias, top_p = tl.load(values_ptr + 2), tl.load(values_ptr + 3)
-    temperature, mask_below = tl.load(values_ptr + 4), tl.load(values_ptr + 5)
-    constant = tl.load(values_ptr + 6)
-
-    ok = ok_R[None, :]
-    once = ok & (first_R == rank_R)[None, :]
-    score_TR = _score(logits_TR, ok, once, score_kind, score_temperature)
-    key_TR = score_TR
-    if bias_kind != NO_BIAS:
-        key_TR += bias_R[None, :]
-    value_TR = score_TR
-    if bias_kind == VALUE_BIAS:
-        value_TR = key_TR
-    if by_magnitude != 0:
-        key_TR = tl.abs(key_TR)
-    threshold_T = tl.zeros_like(head_T) + threshold
-    if head >= 0:
-        threshold_T *= tl.sigmoid(head_T + head_bias)
-    kept_TR = _select(key_TR, ok, once, first_R, threshold_T, select, picks, top_p)
-    if subtract != 0:
-        value_TR -= threshold_T[:, None]
-    g_TR = _weigh(value_TR, kept_TR, once, weight_kind, temperature)
-    if masked != 0:
-        g_TR = tl.where(score_TR >= mask_below, g_TR, 0.0)
-    return g_TR * constant
-
-
-@triton.jit
-def _score(u_TR, ok, once, kind, temperature):
-    score_TR = u_TR
-    if kind == SOFTMAX_SCORE:
-        z_TR = tl.where(ok, u_TR / temperature, float("-inf"))
-        e_TR = tl.exp(z_TR - tl.max(z_TR, axis=1)[:, None])
-        score_TR = e_TR / tl.sum(tl.where(once, e_TR, 0.0), axis=1)[:, None]
-    elif kind == SIGMOID_SCORE:
-        score_TR = tl.sigmoid(u_TR)
-    elif kind == L2_SCORE:
-        norm_T = tl.sqrt(tl.sum(tl.where(once, u_TR * u_TR, 0.0), axis=1))
-        score_TR = u_TR / tl.where(norm_T > 0, norm_T, 1.0)[:, None]
-    elif kind == ABS_SCORE:
-        score_TR = tl.abs(u_TR)
-    return score_TR
-
-
-@triton.jit
-def _select(key_TR, ok, once, first_R, threshold_T, select, picks, top_p):
-    """Which ranks stay. The search takes the largest key left, `picks` times."""
-    kept_TR = tl.broadcast_to(ok, key_TR.shape)
-    if select == THRESHOLD:
-        kept_TR = ok & (key_TR >= threshold_T[:, None])
-    elif (select == TOP_K) | (select == TOP_P):
-        kept_TR = kept_TR & (first_R < 0)[None, :]
-        left_TR = tl.where(once, key_TR, float("-inf"))
-        before_T = tl.zeros_like(threshold_T)
-        for _ in range(picks):
-            best_T, at_T = tl.max(left_TR, axis=1, return_indices=True)
-            hit_TR = ok & (first_R[None, :] == at_T[:, None])
-            kept_TR = kept_TR | (hit_TR & ((select == TOP_K) | (before_T < top_p))[:, None])
-            before_T += best_T
-            left_TR = tl.where(hit_TR, float("-inf"), left_TR)
-    return kept_TR
-
-
-@triton.jit
-def _weigh(value_TR, kept_TR, once, kind, temperature):
-    g_TR = tl.where(kept_TR, 1.0, 0.0)
-    if (kind == SCORE_WEIGHT) | (kind == RENORMALISE):
-        g_TR = tl.where(kept_TR, value_TR, 0.0)
-    elif kind == SOFTMAX_WEIGHT:
-        z_TR = tl.where(kept_TR, value_TR / temperature, float("-inf"))
-        top_T = tl.max(z_TR, axis=1)
-        top_T = tl.where(top_T == float("-inf"), 0.0, top_T)  # nothing kept: zeros
-        g_TR = tl.exp(z_TR - top_T[:, None])
-    elif kind == SQRT_WEIGHT:
-        g_TR = tl.where(kept_TR, tl.sqrt(tl.where(value_TR < 0, 0.0, value_TR)), 0.0)
-    if (kind == RENORMALISE) | (kind == SOFTMAX_WEIGHT):
-        sum_T = tl.sum(tl.where(once, g_TR, 0.0), axis=1)
-        g_TR = g_TR / tl.where(sum_T == 0, 1.0, sum_T)[:, None]
-    return g_TR
+    b_R = b_ptr + slot * stride_b_slot + tl.arange(0, BLOCK_R).to(tl.int64) * stride_b + column
+    y_T = y_ptr + token_T * stride_y + column
+    scale_N = tl.load(rescale_ptr).to(tl.pointer_type(tl.float32)) + slot * 2 * width + column
+    end = tl.minimum(begin + WALK, size)
+    add(
+        y_T, y_T, y_ptr, 0, h_TR, b_R, scale_N, tl.load(slice_ptr + RESCALED), width, ok_T, begin,
+        end, size, BLOCK_N, OPERAND,
+    )  # fmt: skip
 
 
 def expand_(

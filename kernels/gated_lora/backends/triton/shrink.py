@@ -29,6 +29,12 @@ import torch
 import triton
 import triton.language as tl
 
+from vllm_lora_ext.kernels.gated_lora.backends.triton.names import (
+    A_ROWS,
+    READS_NORM,
+    ROUTER_ROWS,
+    rows_of,
+)
 from vllm_lora_ext.kernels.gated_lora.backends.triton.store import store_of
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import (
     SYNCHRONOUS_ROWS,
@@ -88,21 +94,16 @@ def shrink_kernel(
         return
     part = tl.program_id(0) % parts
     row_tile = tl.program_id(0) // parts
-    num_a = tl.load(ints_ptr + slot * stride_ints)
-    num_routers = tl.load(ints_ptr + slot * stride_ints + 1)
-    start = tl.load(tiles_ptr + stride_tiles + tile)
-    stop = tl.load(tiles_ptr + 2 * stride_tiles + tile)
-    at_T = start + tl.arange(0, BLOCK_T)
-    ok_T = at_T < stop
-    token_T = tl.load(order_ptr + at_T, mask=ok_T, other=0).to(tl.int64)
-    ok_T = ok_T & (token_T < num_tokens)  # the step may hold more rows than x has
+    num_a = tl.load(ints_ptr + slot * stride_ints + A_ROWS)
+    num_routers = tl.load(ints_ptr + slot * stride_ints + ROUTER_ROWS)
+    _, _, _, ok_T, token_T = rows_of(tile, tiles_ptr, order_ptr, stride_tiles, num_tokens, BLOCK_T)
     x_T = x_ptr + token_T * stride_x
     u_T = u_ptr + part.to(tl.int64) * stride_u_part + token_T * stride_u
     length = tl.cdiv(num_k, parts * BLOCK_K) * BLOCK_K
     begin = part * length
     end = tl.minimum(begin + length, num_k)
     if row_tile == a_tiles:  # noqa: SIM102 - nobody else needs to load that
-        if tl.load(ints_ptr + slot * stride_ints + 2) != 0:
+        if tl.load(ints_ptr + slot * stride_ints + READS_NORM) != 0:
             _stats(u_T + num_a + num_routers, x_T, ok_T, begin, end, num_k,
                    BLOCK_T, BLOCK_K, EVEN_K)  # fmt: skip
     if row_tile < a_tiles:

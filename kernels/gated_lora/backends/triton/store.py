@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from vllm_lora_ext.kernels.gated_lora.backends.base import Part, Store
+from vllm_lora_ext.kernels.gated_lora.backends.base import Filled, Store
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tables import SlotTables
 from vllm_lora_ext.kernels.gated_lora.plan import PackedSite, Shape, SlicePlan
 
@@ -40,13 +40,13 @@ class TableStore(Store):
         self.routers_2 = torch.zeros(2, dtype=torch.int64, device=device)
         self.rescale_1 = torch.zeros(1, dtype=torch.int64, device=device)
 
-    def shapes(self, parts: Sequence[Part]) -> list[Shape]:
+    def shapes(self, parts: Sequence[Filled]) -> list[Shape]:
         ranks = [0] * len(self._sizes)  # of each slice
         for i, rank in parts:
             ranks[i] += rank
         return [((max(ranks), sum(self._sizes)), self.dtype), *self.tables.shapes()]
 
-    def places(self, stored: Sequence[torch.Tensor], parts: Sequence[Part]) -> list[torch.Tensor]:
+    def places(self, stored: Sequence[torch.Tensor], parts: Sequence[Filled]) -> list[torch.Tensor]:
         left = list(stored[0].zero_().split(self._sizes, dim=1))  # of each slice
         found = []
         for i, rank in parts:

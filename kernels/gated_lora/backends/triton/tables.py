@@ -6,11 +6,12 @@ column of its logit, the first rank of its gate, the column of its A x, and its 
 then need no notion of blocks, of a shared A, or of where the logits come from. The ranks of a slice
 may have several gate tables one after the other, those of several adapters in one slot.
 
-    ints     rows of A in use, rows of routers in use, whether a router reads a normalised x,
-             then per slice: `SLICE`, `RANK_INTS` vectors over ranks (logit column, first rank of
-             the same gate, A x column, factor column), and `SPEC` for each gate table
-    floats   per slice: `RANK_FLOATS` vectors over ranks (bias, bias of the logit, sum of the
-             router's row, the constant input's part of the logit), and `VALUES` for each gate table
+    ints     `COUNTS`, then per slice: `SLICE`, a vector over ranks for each of `RANK_INTS`, and
+             `SPEC` for each gate table
+    floats   per slice: a vector over ranks for each of `RANK_FLOATS`, and `VALUES` for each gate
+             table
+
+Kernels know the places by the names of `names.py`.
 
 Zeros everywhere mean that the slot adds nothing.
 """
@@ -25,8 +26,13 @@ import torch
 from vllm_lora_ext.kernels.gated_lora.codes import BIASES, SCORES, SELECTS, WEIGHTS
 from vllm_lora_ext.kernels.gated_lora.plan import MAX_GATES, Shape, SlicePlan
 
+# Rows in use, and whether a router reads a normalised x.
+COUNTS = ("a_rows", "router_rows", "reads_norm")
 SLICE = ("ranks", "gates", "factors", "rescaled")
-RANK_INTS, RANK_FLOATS = 4, 4
+# Column of the rank's logit, first rank of its gate, columns of its A x and of its factor.
+RANK_INTS = ("logit", "first", "ax", "factor")
+# Bias, bias of the logit, sum of the router's row, the constant input's part of the logit.
+RANK_FLOATS = ("bias", "logit_bias", "row_sum", "tail")
 # start, stop: the ranks that one gate table is for.
 SPEC = (
     "start", "stop", "score", "bias", "select", "by_magnitude", "picks", "head", "subtract",
@@ -37,7 +43,6 @@ VALUES = (
     "width", "tail_sum", "tail_squares", "normalise_eps",
 )  # fmt: skip
 AFFINE = ("none", "bias", "normalised")  # what becomes of a router's logits before their score
-COUNTS = 3  # ints before the first slice's
 
 
 class SlotTables:
@@ -47,7 +52,7 @@ class SlotTables:
         slice_sizes: N of each slice, y_start: first column of y that this rank adds to.
         gates: most gate tables of a slice.
     Attributes:
-        ints_SI: [slots, COUNTS + slices * slice_ints(max_rank, gates)] int32.
+        ints_SI: [slots, len(COUNTS) + slices * slice_ints(max_rank, gates)] int32.
         floats_SF: [slots, slices * slice_floats(max_rank, gates)] float32.
         columns_S2: [slices, 2] int32, first column of a slice in B, and its size.
     """
@@ -63,7 +68,7 @@ class SlotTables:
         self.max_rank, self.num_slices = max_rank, len(slice_sizes)
         self.slice_ints = slice_ints(max_rank, gates)
         self.slice_floats = slice_floats(max_rank, gates)
-        ints = COUNTS + self.num_slices * self.slice_ints
+        ints = len(COUNTS) + self.num_slices * self.slice_ints
         self.ints_SI = torch.zeros(num_slots, ints, dtype=torch.int32, device=device)
         self.floats_SF = torch.zeros(
             num_slots, self.num_slices * self.slice_floats, dtype=torch.float32, device=device
@@ -97,10 +102,10 @@ class SlotTables:
         for i, p in plans:
             of_slice.setdefault(i, []).append(p)
         normalised = any(p.norm is not None for ps in of_slice.values() for p in ps)
-        ints_np[:COUNTS] = a_rows, router_rows, normalised
+        ints_np[: len(COUNTS)] = a_rows, router_rows, normalised
         for i, ps in of_slice.items():
             self._slice(
-                ints_np[COUNTS + i * self.slice_ints :][: self.slice_ints],
+                ints_np[len(COUNTS) + i * self.slice_ints :][: self.slice_ints],
                 floats_np[i * self.slice_floats :][: self.slice_floats], ps,
             )  # fmt: skip
 
@@ -111,8 +116,9 @@ class SlotTables:
 
     def _slice(self, ints: np.ndarray, floats: np.ndarray, plans: Sequence[SlicePlan]) -> None:
         """Fills the rows' part of one slice."""
-        ints_R = ints[len(SLICE) :][: RANK_INTS * self.max_rank].reshape(RANK_INTS, -1)
-        floats_R = floats[: RANK_FLOATS * self.max_rank].reshape(RANK_FLOATS, -1)
+        ints_R = ints[len(SLICE) :][: len(RANK_INTS) * self.max_rank].reshape(len(RANK_INTS), -1)
+        floats_R = floats[: len(RANK_FLOATS) * self.max_rank].reshape(len(RANK_FLOATS), -1)
+        logit_R, first_R, ax_R, factor_R = ints_R
         specs = ints[len(SLICE) + ints_R.size :].reshape(-1, len(SPEC))
         values = floats[floats_R.size :].reshape(-1, len(VALUES))
         gates = 0
@@ -122,13 +128,13 @@ class SlotTables:
             rows = p.a_stop - p.a_start
             if p.gate.product:  # of its first expert; the kernel counts on from there
                 rows = p.gate.blocks[0]
-            ints_R[2, own] = p.a_start + np.arange(ranks) % max(rows, 1)
-            ints_R[3, own] = p.factor_at
+            ax_R[own] = p.a_start + np.arange(ranks) % max(rows, 1)
+            factor_R[own] = p.factor_at
             if p.gate.source == "none" or not ranks:  # a block's router, where it has no experts
                 continue
             gate_of_R = _gate_of(p.gate.blocks)
-            ints_R[0, own] = _first_logit(p) + gate_of_R
-            ints_R[1, own] = p.b_start + np.searchsorted(gate_of_R, gate_of_R)
+            logit_R[own] = _first_logit(p) + gate_of_R
+            first_R[own] = p.b_start + np.searchsorted(gate_of_R, gate_of_R)
             for row, of_G in enumerate(_per_gate(p)):
                 floats_R[row, own] = 0 if of_G is None else of_G.cpu().numpy()[gate_of_R]
             specs[gates], values[gates] = _spec(p), _values(p)
@@ -140,12 +146,12 @@ class SlotTables:
 
 def slice_ints(max_rank: int, gates: int) -> int:
     """Ints of a slice in a slot's row."""
-    return len(SLICE) + RANK_INTS * max_rank + gates * len(SPEC)
+    return len(SLICE) + len(RANK_INTS) * max_rank + gates * len(SPEC)
 
 
 def slice_floats(max_rank: int, gates: int) -> int:
     """Floats of a slice in a slot's row."""
-    return RANK_FLOATS * max_rank + gates * len(VALUES)
+    return len(RANK_FLOATS) * max_rank + gates * len(VALUES)
 
 
 def _first_logit(p: SlicePlan) -> int:

@@ -24,7 +24,7 @@ for the pattern in the compiled code.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -135,6 +135,17 @@ def _columns(tile: int, ranks: int, itemsize: int, stages: int, device: Device) 
     free = min(device.shared_bytes - 4096 - tile * ranks * itemsize, stages * 32 * 1024)
     fit = max(free, 0) // (stages * ranks * itemsize)
     return 1 << (fit.bit_length() - 1) if fit else 0
+
+
+@cache
+def activating(num_tokens: int, ranks: int, itemsize: int, device: Device) -> Expand:
+    """Of an expand that activates: the gates of two slices, and columns of both, are held at once.
+    Arguments as for `blocks`."""
+    _, e = blocks(num_tokens, ranks, itemsize, device)
+    if e.tile > 16 and 2 * e.tile * ranks > LARGEST_GATES:
+        _, e = blocks(1, ranks, itemsize, device)
+        e = replace(e, walk=max(e.walk, 256))
+    return replace(e, columns=max(16, e.columns // 2))
 
 
 @cache

@@ -14,8 +14,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from vllm_lora_ext.kernels.gated_lora.backends.triton.expand import expand_
+from vllm_lora_ext.kernels.gated_lora.backends.triton.extended import expand_extended
+from vllm_lora_ext.kernels.gated_lora.backends.triton.glu import glu
 from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import num_parts, shrink
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import blocks, device_of
+from vllm_lora_ext.kernels.gated_lora.extension import MOST_ROWS
 from vllm_lora_ext.kernels.gated_lora.step import TILE_ROWS
 
 if TYPE_CHECKING:
@@ -33,10 +36,29 @@ def warm(sites: Iterable[Site], max_tokens: int, dtype: torch.dtype) -> None:
     """
     for site, t in variants(sites, max_tokens, dtype):
         x_TK, y_TN = (site.a_SRK.new_empty(t, n, dtype=dtype) for n in widths(site))
+        if extends(site, t):
+            assert site.extension is not None
+            e_TE = y_TN.new_empty(t, site.extension.rows, dtype=torch.float32)
+            _second(y_TN, e_TE, None, site)
+            if site.activation is not None:  # a step of the base model has no product of that kind
+                _second(y_TN, y_TN, None, site)
+            continue
         u_PTR = shrink(x_TK, site)
-        expand_(y_TN, u_PTR, site)
+        _second(y_TN, y_TN, u_PTR, site)
         if len(u_PTR) > 1:  # what is reduced over ranks comes in one part
-            expand_(y_TN, u_PTR[:1], site)
+            _second(y_TN, y_TN, u_PTR[:1], site)
+
+
+def _second(
+    y_TN: torch.Tensor, own_TN: torch.Tensor, u_PTR: torch.Tensor | None, site: Site
+) -> None:
+    """The launch behind the product and the shrink, or behind an extended product."""
+    if site.activation is not None:
+        glu(y_TN.new_empty(len(y_TN), site.slice_sizes[0]), own_TN, u_PTR, site)
+    elif u_PTR is None:
+        expand_extended(y_TN, own_TN, None, site)
+    else:
+        expand_(y_TN, u_PTR, site)
 
 
 def variants(sites: Iterable[Site], max_tokens: int, dtype: torch.dtype) -> list[tuple[Site, int]]:
@@ -55,7 +77,8 @@ def steps(max_tokens: int) -> range:
 
 def shape(site: Site) -> object:
     """What of a site the kernels are compiled for."""
-    return widths(site), site.slice_sizes, site.num_rows, site.padded_rank, site.a_SRK.dtype
+    kind = site.a_SRK.dtype, site.extension is None, site.activation is None
+    return widths(site), site.slice_sizes, site.num_rows, site.padded_rank, *kind
 
 
 def choice(site: Site, num_tokens: int, dtype: torch.dtype) -> object:
@@ -63,7 +86,12 @@ def choice(site: Site, num_tokens: int, dtype: torch.dtype) -> object:
     device, a_SRK = device_of(site.a_SRK.device.index), site.a_SRK
     as_stored = dtype == a_SRK.dtype != torch.float32
     sizes = blocks(num_tokens, site.padded_rank, a_SRK.itemsize, device, as_stored)
-    return sizes, num_parts(num_tokens, dtype, site)
+    return sizes, None if extends(site, num_tokens) else num_parts(num_tokens, dtype, site)
+
+
+def extends(site: Site, num_tokens: int) -> bool:
+    """Whether a step takes the site's extended weight."""
+    return site.extension is not None and num_tokens <= MOST_ROWS
 
 
 def widths(site: Site) -> tuple[int, int]:

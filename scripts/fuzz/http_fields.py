@@ -1,0 +1,228 @@
+"""Fuzzes the fields of a server's requests by its own OpenAPI: the load routes, and `lora_ext`.
+
+    python -m scripts.fuzz.http_fields --seconds 300
+
+Values that the schema allows, values that it nearly allows, and names that are loaded in between.
+Whatever is sent, the answer comes soon, is no 5xx, and says what is wrong as errors of OpenAI do;
+the adapters that others use answer as before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+import schemathesis
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from schemathesis import GenerationMode
+from schemathesis.core import NotSet
+
+from integration_tests.engines import FIXTURES, recorded
+from integration_tests.server import Server, base_with_tokenizer, command, free_port, serving
+from vllm_lora_ext.conditions.said import FIELD, Said
+
+SOON_S = 20.0
+LOAD, UNLOAD, ROLLBACK = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/lora_ext/rollback"
+ADAPTERS, COMPLETIONS, CHAT = "/v1/lora_ext/adapters", "/v1/completions", "/v1/chat/completions"
+PLAIN = recorded("plain-a")
+NAMED = ("kept", "red", "green")
+# What no schema's strings are, and JSON's may be.
+HALF = "\ud800"
+ODD = ("\0", "a\nb", "NaN", "../..", "/", "é" * 3000, "cat:kept+red", 'describe:"x"')
+
+
+@dataclass
+class Seen:
+    """Answers by route and status, and what was wrong with them."""
+
+    answers: Counter[tuple[str, int]] = field(default_factory=Counter)
+    codes: Counter[str] = field(default_factory=Counter)
+    wrong: list[str] = field(default_factory=list)
+
+
+class Door:
+    """A server, its OpenAPI with what may well be said put into it, and what it answers."""
+
+    def __init__(self, server: Server, adapters: Path) -> None:
+        self._http = httpx.Client(base_url=server.url, timeout=SOON_S, trust_env=False)
+        self._adapters, self.seen = adapters, Seen()
+        for name, folder in (("kept", "plain"), ("red", "red"), ("green", "green")):
+            said = {"lora_name": name, "lora_path": str(adapters / folder)}
+            assert self._http.post(LOAD, json=said).status_code == 200, name
+        self.listed, self.kept = self.names(), self.answer()
+        spec = self._http.get("/openapi.json").json()
+        self.schema = schemathesis.openapi.from_dict(self._fuller(spec))
+
+    def names(self) -> set[str]:
+        return {row["name"] for row in self._http.get(ADAPTERS).json()["data"]}
+
+    def answer(self) -> list[int]:
+        """Of an adapter that nothing here may touch."""
+        body = {"model": "kept", "prompt": PLAIN.prompts[0], "max_tokens": 12, "temperature": 0,
+                "return_token_ids": True, "ignore_eos": True}  # fmt: skip
+        tokens: list[int] = self._http.post(COMPLETIONS, json=body).json()["choices"][0][
+            "token_ids"
+        ]
+        return tokens
+
+    def _fuller(self, spec: dict[str, Any]) -> dict[str, Any]:
+        """The served document; names and paths may be some that are there, and of the routes that
+        compute only this field is fuzzed."""
+        schemas = spec["components"]["schemas"]
+        loaded = {"anyOf": [{"enum": [*NAMED, "fuzzed"]}, {"type": "string"}, {"enum": [*ODD]}]}
+        paths = [str(self._adapters / name) for name in ("plain", "red", "broken", "none")]
+        path = {"anyOf": [{"enum": [*paths, "plain"]}, {"type": "string"}, {"enum": [*ODD]}]}
+        version = {"anyOf": [{"enum": ["0" * 64, None]}, {"type": "string"}]}
+        for model, fields in {
+            "LoadRequest": {"lora_name": loaded, "lora_path": path, "expected_version": version},
+            "UnloadLoRAAdapterRequest": {"lora_name": loaded},
+            "RollbackRequest": {"lora_name": loaded, "version": version},
+        }.items():
+            schemas[model]["properties"] |= fields
+        said = Said.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= said.pop("$defs")
+        schemas["Entry"]["properties"]["name"] = loaded
+        said = {"anyOf": [said, {}, {"type": "string"}]}
+        prompts = {
+            "CompletionRequest": {"prompt": {"const": [5, 6, 7]}},
+            "ChatCompletionRequest": {"messages": {"const": [{"role": "user", "content": "t1"}]}},
+        }
+        for model, prompt in prompts.items():
+            properties = {
+                "model": {"enum": ["base", "base", "kept"]}, "max_tokens": {"const": 1}, **prompt,
+                FIELD: said, "stream": {"type": "boolean"},
+            }  # fmt: skip
+            schemas[model] = {
+                "type": "object", "properties": properties, "required": [*properties],
+                "additionalProperties": False,
+            }  # fmt: skip
+        return spec
+
+    def send(self, route: str, body: Any) -> None:
+        """One request; what is wrong with its answer is noted."""
+        content = json.dumps(body).encode()
+        try:
+            answer = self._http.post(
+                route, content=content, headers={"Content-Type": "application/json"}
+            )
+        except httpx.HTTPError as error:
+            self.seen.wrong.append(f"{route} {content[:400]!r}: {error!r}")
+            return
+        self.seen.answers[route, answer.status_code] += 1
+        if answer.status_code == 200:
+            if '"error":' in answer.text:
+                self.seen.wrong.append(f"{route} {content[:400]!r}: {answer.text[:400]}")
+            return
+        try:
+            error = answer.json()["error"]
+            self.seen.codes[error["type"]] += 1
+            typed = isinstance(error["message"], str) and error["message"]
+        except (ValueError, KeyError, TypeError):
+            typed = False
+        if answer.status_code >= 500 or not typed:
+            self.seen.wrong.append(
+                f"{route} {content[:400]!r}: {answer.status_code} {answer.text[:400]}"
+            )
+
+    def tidy(self) -> None:
+        """What was loaded on the way goes, and what was unloaded comes back."""
+        for name in self.names() - self.listed:
+            self._http.post(UNLOAD, json={"lora_name": name})
+        for name, folder in (("kept", "plain"), ("red", "red"), ("green", "green")):
+            said = {"lora_name": name, "lora_path": str(self._adapters / folder)}
+            self._http.post(LOAD, json={**said, "load_inplace": True})
+
+    def check(self) -> None:
+        """Nobody else has noticed anything."""
+        self.tidy()
+        if self.answer() != self.kept:
+            self.seen.wrong.append("an adapter answers otherwise than before")
+        if self.names() != self.listed:
+            self.seen.wrong.append(f"{self.names()} are loaded, and were {self.listed}")
+
+
+def fuzz(door: Door, route: str, mode: GenerationMode, until: float) -> None:
+    """Requests of one route, of one kind, until a time."""
+    operation = door.schema[route]["POST"]
+    strategy = operation.as_strategy(generation_mode=mode)
+
+    @settings(
+        max_examples=10**9, deadline=None, database=None, phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(case=strategy, odd=st.integers(0, 9))
+    def one(case: Any, odd: int) -> None:
+        if time.monotonic() > until:
+            raise _Over
+        body = case.body
+        if odd == 0 and isinstance(body, dict) and body:  # what a schema's strings are not
+            key = sorted(body)[-1]
+            body = body | {key: (HALF, *ODD)[len(body) % (len(ODD) + 1)]}
+        if not isinstance(body, NotSet):
+            door.send(route, body)
+
+    try:
+        one()
+    except _Over:
+        return
+
+
+class _Over(BaseException):
+    """The time is up."""
+
+
+@contextmanager
+def opened() -> Iterator[Door]:
+    """A server with adapters to load, and one that it refuses."""
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        home = Path(folder).resolve()
+        adapters = home / "adapters"
+        adapters.mkdir()
+        mixed = FIXTURES / "conditioned" / "scales-a" / "adapters"
+        for name, source in (("plain", PLAIN.folder), ("red", mixed / "red"),
+                             ("green", mixed / "green")):  # fmt: skip
+            (adapters / name).symlink_to(source)
+        (adapters / "broken").mkdir()
+        (adapters / "broken" / "adapter_config.json").write_text("{")
+        settings = {"merge": {"store": str(home / "store")}}
+        argv = command(base_with_tokenizer(home / "base_llama"), free_port(), settings)
+        with serving(argv, home / "server.log", VLLM_ALLOW_RUNTIME_LORA_UPDATING="1") as server:
+            yield Door(server, adapters)
+
+
+def main(argv: list[str]) -> int:
+    """1 when anything was wrong."""
+    parser = argparse.ArgumentParser(prog="http_fields", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=300)
+    given = parser.parse_args(argv)
+    turns = [
+        (route, mode)
+        for route in (LOAD, UNLOAD, ROLLBACK, COMPLETIONS, CHAT)
+        for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
+    ]
+    with opened() as door:
+        for route, mode in turns:
+            fuzz(door, route, mode, time.monotonic() + given.seconds / len(turns))
+            door.check()
+    seen = door.seen
+    for (route, status), count in sorted(seen.answers.items()):
+        print(f"{route:28} {status}  {count}")
+    print("codes:", dict(seen.codes.most_common()))
+    for wrong in seen.wrong[:20]:
+        print("WRONG:", wrong)
+    return 1 if seen.wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

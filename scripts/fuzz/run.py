@@ -1,0 +1,80 @@
+"""Fuzzes the two doors for some seconds each: adapter folders, and the fields of HTTP requests.
+
+    python scripts/fuzz/run.py --seconds 300
+    python scripts/fuzz/run.py --only folders
+
+What fuzzes (atheris, schemathesis) is installed once below build/fuzz. Where atheris has no wheel,
+hypothesis takes its place, with a long profile of the tests. A finding's input is kept in
+build/fuzz/found; `folders.py --show` repeats it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[2]
+HERE = REPO / "scripts" / "fuzz"
+BUILD = REPO / "build" / "fuzz"
+REQUIREMENTS = REPO / "requirements" / "fuzz.txt"
+EXAMPLES_A_SECOND = 1  # of the hypothesis tests, all formats together
+# Of libFuzzer: a hang is an input that takes this long, and so is one that takes this much memory.
+BOUNDS = ("-timeout=15", "-rss_limit_mb=4096", "-max_len=20000", "-len_control=0")
+
+
+def main(argv: list[str]) -> int:
+    """The largest exit status."""
+    parser = argparse.ArgumentParser(prog="fuzz", description=__doc__.split("\n")[0])
+    parser.add_argument("--seconds", type=int, default=300, help="for each door")
+    parser.add_argument("--only", choices=("folders", "http"))
+    given = parser.parse_args(argv)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (_packages(), REPO)))}
+    doors = {"folders": folders, "http": http}
+    status = 0
+    for name, fuzz in doors.items():
+        if given.only in (None, name):
+            status = max(status, abs(fuzz(given.seconds, environment)))
+            print(f"{name}: {'nothing found' if not status else f'status {status}'}", flush=True)
+    return status
+
+
+def folders(seconds: int, environment: dict[str, str]) -> int:
+    """Adapter folders, in this process's own machine: nothing is served."""
+    tests = str(REPO / "tests")
+    environment = environment | {"PYTHONPATH": f"{tests}{os.pathsep}{environment['PYTHONPATH']}"}
+    if importlib.util.find_spec("atheris") is None and not (BUILD / "packages/atheris").exists():
+        examples = str(max(seconds * EXAMPLES_A_SECOND, 45))
+        command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "--timeout", "0",
+                   *sorted(map(str, (REPO / "tests/adapters").glob("test_fuzz_*.py")))]  # fmt: skip
+        return subprocess.run(
+            command, cwd=REPO, env=environment | {"LORA_EXT_FUZZ": examples}
+        ).returncode
+    found = BUILD / "found"
+    found.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, str(HERE / "folders.py"), str(BUILD / "corpus"), *BOUNDS]
+    command += [f"-max_total_time={seconds}", f"-artifact_prefix={found}/", "-print_final_stats=1"]
+    return subprocess.run(command, cwd=BUILD, env=environment).returncode
+
+
+def http(seconds: int, environment: dict[str, str]) -> int:
+    """A server of its own, and requests that its OpenAPI allows or nearly allows."""
+    command = [sys.executable, "-m", "scripts.fuzz.http_fields", "--seconds", str(seconds)]
+    return subprocess.run(command, cwd=REPO, env=environment).returncode
+
+
+def _packages() -> Path:
+    """What fuzzes, in a folder of its own."""
+    folder = BUILD / "packages"
+    if not folder.exists():
+        pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+        command = [*pip, "--no-deps", "--target", str(folder), "-r", str(REQUIREMENTS)]
+        subprocess.run(command, check=True)
+    return folder
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
