@@ -11,7 +11,7 @@ from integration_tests.engines import close, make_engine
 # Which files' tests run in one process, because they share engines.
 _TOGETHER = (
     "authors_numbers bad_adapters_offline conditioned formats labels ladder logits matrix"
-    " properties residency rl stock templates trace",
+    " properties residency rl stock templates",
     "dora rewards two_pass verify_cli",
 )
 _GROUP = {f"test_{name}.py": group for group in _TOGETHER for name in group.split()}
