@@ -481,6 +481,7 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.entrypoints.pooling.base.serving", "PoolingBaseServing._check_model"),
             Target("vllm.entrypoints.pooling.base.serving", "PoolingBaseServing._init_ctx"),
             Target("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.model_name"),
+            Target("vllm.v1.engine.async_llm", "AsyncLLM.generate"),
         ),
     ),
     Patch(

@@ -8,7 +8,7 @@ requests meet in one. The front ends drive these steps, each in its own way (`ad
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Container, Generator, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 
@@ -431,7 +431,24 @@ def check_prompt(request: Any) -> None:
     plan = extras_of(request.params).get(FIELD) or {}
     ids, embeds = request.prompt_token_ids, request.prompt_embeds
     length = len(embeds) if ids is None else len(ids)
-    given = {feature.modality for feature in request.mm_features or ()}
+    _check_spans(plan, length, {feature.modality for feature in request.mm_features or ()})
+
+
+def check_input(prompt: object, target: Target) -> None:
+    """As `check_prompt`, of what a server hands to its engine.
+
+    Args:
+        prompt: vLLM's `EngineInput`; one of another kind is left to `check_prompt`.
+    """
+    if not isinstance(prompt, Mapping):
+        return
+    tokens = prompt.get("prompt_token_ids")
+    tokens = prompt.get("prompt_embeds") if tokens is None else tokens
+    if tokens is not None:
+        _check_spans(target.plan or {}, len(tokens), prompt.get("mm_placeholders") or ())
+
+
+def _check_spans(plan: Mapping[str, Any], length: int, given: Container[str]) -> None:
     for name, spans in plan.get("modality_spans", {}).items():
         last = max((stop for _, stop in spans), default=0)
         if last > length:

@@ -2,7 +2,8 @@
 
 Targets: `_check_model` of both serving classes, where what is wrong becomes an answer before
 anything is computed or streamed, and `_maybe_get_adapters`, whose result every route hands to its
-engine (`Spoken` carries what was said there).
+engine (`Spoken` carries what was said there). And `AsyncLLM.generate`, which knows the prompt's
+tokens: what is wrong with them is found before a stream begins, for then it is too late for a 400.
 """
 
 from __future__ import annotations
@@ -16,13 +17,21 @@ from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.request import LoRARequest
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from vllm_lora_ext.conditions.said import FIELD
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.driving import run_async
 from vllm_lora_ext.model_patches.exchange import note_version
 from vllm_lora_ext.model_patches.refused import RefusedRequest, to_response
-from vllm_lora_ext.model_patches.request_says import Spoken, Target, resolve, said_by
+from vllm_lora_ext.model_patches.request_says import (
+    Spoken,
+    Target,
+    check_input,
+    resolve,
+    said_by,
+)
+from vllm_lora_ext.trace.fetch import check_on
 
 
 @dataclass(frozen=True)
@@ -68,6 +77,15 @@ def speaking(models: Any, request: Any, own: LoRARequest | None) -> LoRARequest 
     return Spoken(name, number, f"{FIELD} of a request", target=heard.target)
 
 
+def _check_spoken(engine: Any, prompt: Any, spoken: Spoken) -> None:
+    try:
+        if spoken.target.trace:
+            check_on(engine.vllm_config.additional_config)
+        check_input(prompt, spoken.target)
+    except AdapterError as error:
+        raise RefusedRequest(error) from None
+
+
 def _value(request: Any, extra: Mapping[str, Any]) -> object:
     value = extra.get(FIELD)
     params = getattr(request, "sampling_params", None)  # of requests that are tokens
@@ -107,9 +125,9 @@ def _text(content: object) -> str | None:
 
 
 def apply() -> None:
-    """Wraps all three."""
+    """Wraps all four."""
     check, check_pooling = BaseServing._check_model, PoolingBaseServing._check_model
-    get_adapters = BaseServing._maybe_get_adapters
+    get_adapters, generate = BaseServing._maybe_get_adapters, AsyncLLM.generate
 
     @functools.wraps(check)
     async def new_check(self: Any, request: Any) -> ErrorResponse | None:
@@ -134,6 +152,14 @@ def apply() -> None:
     def new_get_adapters(self: Any, request: Any, *args: Any, **kwargs: Any) -> LoRARequest | None:
         return speaking(self.models, request, get_adapters(self, request, *args, **kwargs))
 
+    @functools.wraps(generate)
+    def new_generate(self: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
+        spoken = kwargs.get("lora_request")
+        if isinstance(spoken, Spoken):
+            _check_spoken(self, prompt, spoken)
+        return generate(self, prompt, *args, **kwargs)
+
     BaseServing._check_model = new_check
     PoolingBaseServing._check_model = new_check_pooling
     BaseServing._maybe_get_adapters = new_get_adapters
+    AsyncLLM.generate = new_generate

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
@@ -23,6 +24,7 @@ from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateReque
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
+from vllm.v1.engine.async_llm import AsyncLLM
 
 from tests.model_patches.test_request_says import ADAPTERS, AsyncEngine, lora, parts
 from vllm_lora_ext import plugin
@@ -31,6 +33,7 @@ from vllm_lora_ext.model_patches.admission import _patch_async
 from vllm_lora_ext.model_patches.refused import RefusedRequest
 
 plugin.register()
+IMAGE = {"image": [[1, 4]]}
 BOTH = {"adapters": [{"name": "b", "scale": 0.5}, {"name": "a"}]}
 GENERATING = {
     "completion": lambda **more: CompletionRequest(prompt="hi", **more),
@@ -204,3 +207,32 @@ def test_an_unloaded_model_is_no_name(models):
     server = BaseServing(models, models.engine.model_config)
     answer = asyncio.run(server._check_model(GENERATING["chat"](model="base", lora_ext=BOTH)))
     assert "lora_ext.adapters[1].name is no loaded adapter; seen: a" in answer.error.message
+
+
+@pytest.mark.parametrize(
+    ("prompt", "said", "seen"),
+    [
+        ({"prompt_token_ids": [5, 6, 7]}, {"modality_spans": IMAGE}, "bad_value"),
+        ({"prompt_embeds": torch.zeros(3, 8)}, {"modality_spans": IMAGE}, "bad_value"),
+        (
+            {"prompt_token_ids": [5] * 9, "mm_placeholders": {"image": []}},
+            {"modality_spans": IMAGE},
+            "bad_value",
+        ),
+        ({"prompt_token_ids": [5, 6, 7]}, {"trace": True}, "not_traced"),
+        ({"prompt_token_ids": [5, 6, 7, 8]}, {"modality_spans": IMAGE}, None),
+        ({"encoder_prompt": {}}, {"modality_spans": IMAGE}, None),
+    ],
+)
+def test_what_the_prompt_shows_to_be_wrong_is_found_before_a_stream(models, prompt, said, seen):
+    """`AsyncLLM.generate` is not asked for a first answer here."""
+    request = CompletionRequest(prompt="hi", model="mm", lora_ext=said)
+    server = BaseServing(models, models.engine.model_config)
+    assert asyncio.run(server._check_model(request)) is None
+    given = server._maybe_get_adapters(request)
+    code = None
+    try:
+        AsyncLLM.generate(models.engine, prompt, SamplingParams(), "r", lora_request=given)
+    except RefusedRequest as error:
+        code = error.code
+    assert code == seen
