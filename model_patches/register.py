@@ -688,7 +688,6 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.model_executor.layers.attention.attention", "Attention.get_kv_cache_spec"),
             Target("vllm.model_executor.layers.attention.attention", "get_attention_context"),
             Target("vllm.v1.worker.utils", "bind_kv_cache"),
-            Target("vllm.v1.core.kv_cache_utils", "get_kv_cache_groups"),
             Target("vllm.v1.kv_cache_interface", "UniformTypeKVCacheSpecs"),
             Target("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.get_kv_cache_spec"),
             Target("vllm.v1.worker.gpu.attn_utils", "get_kv_cache_spec"),
