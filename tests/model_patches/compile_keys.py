@@ -12,15 +12,17 @@ from __future__ import annotations
 import json
 import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 from vllm.compilation.counter import compilation_counter
 from vllm.compilation.decorators import support_torch_compile
-from vllm.config import CompilationMode, CUDAGraphMode, set_current_vllm_config
+from vllm.config import CompilationConfig, CompilationMode, CUDAGraphMode, set_current_vllm_config
 from vllm.engine.arg_utils import EngineArgs
 
+LAYERS = 5
 BASE = Path(__file__).parents[1] / "fixtures" / "bases" / "base_llama"
 
 
@@ -82,13 +84,47 @@ def warm(lora: bool) -> dict[str, Any]:
     }
 
 
+def pieces() -> dict[str, int]:
+    """A Llama of many layers with LoRA around all of them, through vLLM's piecewise backend."""
+    from vllm.compilation.passes.utility.fix_functionalization import FixFunctionalizationPass
+    from vllm.forward_context import set_forward_context
+
+    FixFunctionalizationPass.__call__ = lambda *_: None  # asks for operators that a CPU has not
+    sys.path.append(str(Path(__file__).parents[2]))  # not before: it has a folder `kernels`
+    from tests.model_patches.conftest import make_harness
+
+    os.environ["VLLM_USE_AOT_COMPILE"] = "0"
+    torch._dynamo.reset()
+    before = compilation_counter.clone()
+    compiled = {"mode": CompilationMode.VLLM_COMPILE, "backend": "inductor",
+                "cudagraph_mode": CUDAGraphMode.NONE, "compile_sizes": [],
+                "splitting_ops": list(CompilationConfig._attention_ops)}  # fmt: skip
+    options = {"hf_overrides": {"num_hidden_layers": LAYERS}, "enforce_eager": False,
+               "max_num_batched_tokens": 64}  # fmt: skip
+    with tempfile.TemporaryDirectory() as folder:
+        h = make_harness(Path(folder), {}, options, compilation=compiled)
+        ids_T = torch.arange(32)
+        with (
+            set_current_vllm_config(h.config), set_forward_context(None, h.config, num_tokens=32),
+            torch.inference_mode(),
+        ):  # fmt: skip
+            h.model(input_ids=ids_T, positions=ids_T)
+    os.environ["VLLM_USE_AOT_COMPILE"] = "1"
+    names = {"layers": "num_piecewise_capturable_graphs_seen", "asked": "num_backend_compilations",
+             "compiled": "num_cache_entries_updated"}  # fmt: skip
+    return {
+        name: getattr(compilation_counter, own) - getattr(before, own)
+        for name, own in names.items()
+    }
+
+
 def main() -> None:
     found: dict[str, Any] = {"lora": keys(True), "base": keys(False)}
     found["plugin"] = "vllm_lora_ext.model_patches.register" in sys.modules
     if found["plugin"]:
         from vllm_lora_ext.model_patches import identity
 
-        found |= {"warm lora": warm(True), "warm base": warm(False)}
+        found |= {"warm lora": warm(True), "warm base": warm(False), "pieces": pieces()}
         known = identity.plugin_identity()
         identity.plugin_identity = lambda: f"{known} and a changed source"
         found |= {"changed lora": keys(True), "changed base": keys(False)}

@@ -111,9 +111,19 @@ def _context(config: Any) -> Iterator[None]:
 
 
 def make_harness(
-    folder: Path, settings: dict[str, Any], options: dict[str, Any], weights: bool = False
+    folder: Path,
+    settings: dict[str, Any],
+    options: dict[str, Any],
+    weights: bool = False,
+    compilation: dict[str, Any] | None = None,
 ) -> Harness:
-    """A harness whose adapters lie in `folder`; with or without the model's `weights`."""
+    """A harness whose adapters lie in `folder`.
+
+    Args:
+        weights: whether the model's are loaded.
+        compilation: fields of that configuration as they are to be, whatever the platform makes of
+            them, for a model that can run.
+    """
     _start()
     from vllm.engine.arg_utils import EngineArgs
     from vllm.model_executor.model_loader import get_model_loader
@@ -126,6 +136,8 @@ def make_harness(
 
     additional = {"additional_config": {"lora_ext": settings}} if settings else {}
     config = EngineArgs(**(OPTIONS | options | additional)).create_engine_config()
+    for name, value in (compilation or {}).items():
+        setattr(config.compilation_config, name, value)
     with _context(config), set_default_torch_dtype(config.model_config.dtype):
         model = initialize_model(config)
         if not weights:  # else they are whatever the memory holds
@@ -133,6 +145,7 @@ def make_harness(
                 parameter.data.fill_(0.02)
         else:
             get_model_loader(config.load_config).load_weights(model, config.model_config)
+        if weights or compilation:
             process_weights_after_loading(model, config.model_config, torch.device("cpu"))
         worker = lora_model_runner_mixin.LRUCacheWorkerLoRAManager(
             config, torch.device("cpu"), model.embedding_modules

@@ -62,6 +62,12 @@ def test_without_lora_vllm_compiles_as_it_always_did(found: dict[str, Any]) -> N
     assert found["plugin"]["warm base"] == {"loaded": 0, "compiled": 2, "right": True}
 
 
+def test_equal_layers_share_one_compiled_piece(found: dict[str, Any]) -> None:
+    """Between two attentions every layer has the same piece; the first and the last one differ."""
+    pieces = found["plugin"]["pieces"]
+    assert pieces == {"layers": 5 + 1, "asked": 5 + 1, "compiled": 3}
+
+
 @pytest.mark.parametrize(
     ("room", "file"),
     [
