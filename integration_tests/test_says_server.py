@@ -19,6 +19,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from openai import OpenAI
 
 from integration_tests.conditioned import (
     IMAGES,
@@ -32,6 +33,7 @@ from integration_tests.conditioned import (
     users,
 )
 from integration_tests.matrix import BOUND, WHERE, http_error
+from integration_tests.recorded_requests import examples
 from integration_tests.reference_model import model, where, worn
 from integration_tests.server import Server, base_with_tokenizer, command, free_port, serving, words
 from vllm_lora_ext.adapters.registry import load_adapter
@@ -220,6 +222,12 @@ def spoken(answer: httpx.Response) -> list[str]:
     return [texts[i] for i in sorted(texts)]
 
 
+def test_tokenizing_needs_no_user(server: Server) -> None:
+    body = {"model": "reclora-a", "prompt": "t5 t6"}
+    found = httpx.post(f"{server.url}/tokenize", json=body, timeout=60, trust_env=False)
+    assert (found.status_code, found.json()["tokens"]) == (200, [5, 6]), found.text
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_every_route_gives_the_authors_text(server: Server, stream: bool) -> None:
     case = users()[5]
@@ -235,6 +243,32 @@ def test_every_route_gives_the_authors_text(server: Server, stream: bool) -> Non
         texts = spoken(found)
         said = [text.split() for text in texts]
         assert said == [words(case.answer).split()] * more.get("n", 1), (route, more)
+
+
+def test_the_page_of_requests_is_true(server: Server) -> None:
+    """Its examples of users, instructions and images, with the fixtures' requests."""
+    _, numbers = fixture(WAVLLM)
+    with OpenAI(
+        base_url=f"{server.url}/v1", api_key="none", timeout=60, max_retries=0,
+        http_client=httpx.Client(trust_env=False),
+    ) as client:  # fmt: skip
+        for tag, case, model_of, said in (
+            ("user", users()[5], "reclora", {"user_vector": users()[5].says["user"]}),
+            (
+                "instruction", instructions()[0], "wavllm",
+                {"instruction": words(numbers["gate_ids_0"].tolist()[1:-1])},
+            ),
+            (
+                "image", images()[1], "mmlora",
+                {"image_spans": images()[1].says["modality_spans"]["image"]},
+            ),
+        ):  # fmt: skip
+            (block,) = examples("requests.md", tag)
+            block = block.replace(f'"{model_of}"', f'"{case.adapter.lora_name}"')
+            scope: dict[str, Any] = {"client": client, "prompt": case.prompt, **said}
+            exec(compile(block, "docs/requests.md", "exec"), scope)
+            got = scope["answer"].choices[0].text.split()
+            assert got == words(case.answer[:8]).split(), tag
 
 
 def fingerprint(server: Server) -> dict[str, Any]:
@@ -279,6 +313,17 @@ WRONG: list[tuple[str, Any, str]] = [
     (IMAGES, {"user": USER}, "lora_ext.user has no use here"),
     ("base", {"adapters": [{"name": IMAGES, "modality": 5}]}, "lora_ext.adapters[0].modality"),
     ("base", {"modality_spans": {"image": [[0, 2]]}}, "lora_ext.modality_spans has no use here"),
+    (IMAGES, {"instruction": IDS}, "lora_ext.instruction has no use here"),
+    (IMAGES, {"gates": {"red": 1}}, "lora_ext.gates has no use here"),
+    (IMAGES, {"trace": "perhaps"}, "lora_ext.trace"),
+    ("base", {"adapters": {"name": IMAGES}}, "lora_ext.adapters is wrong"),
+    ("base", {"adapters": [{"scale": 1}]}, "lora_ext.adapters[0].name"),
+    ("base", {"adapters": [{"name": IMAGES, "weight": 1}]}, "lora_ext.adapters[0].weight"),
+    ("base", {"adapters": [{"name": IMAGES, "scale": float("inf")}]}, "lora_ext.adapters[0].scale"),
+    ("base", {"adapters": [{"name": IMAGES, "spans": [[-1, 3]]}]}, "lora_ext.adapters[0].spans[0]"),
+    ("base", {"adapters": [{"name": IMAGES, "spans": [[1]]}]}, "lora_ext.adapters[0].spans[0]"),
+    ("base", [], "lora_ext of the request is no object"),
+    ("base", "not JSON", "lora_ext of the request is no JSON"),
 ]
 
 

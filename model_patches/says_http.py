@@ -17,8 +17,11 @@ from typing import Any
 from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
+from vllm.entrypoints.scale_out.derender.serving import ServingDerender
+from vllm.entrypoints.scale_out.render.serving import ServingRender
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -35,6 +38,9 @@ from vllm_lora_ext.model_patches.request_says import (
     said_by,
 )
 from vllm_lora_ext.trace.fetch import check_on
+
+# Routes that name a model and compute nothing with it: there is nothing to say to them.
+_WORDS_ONLY = (ServingTokenization, ServingRender, ServingDerender)
 
 
 @dataclass(frozen=True)
@@ -153,7 +159,7 @@ def apply() -> None:
     @functools.wraps(check)
     async def new_check(self: Any, request: Any) -> ErrorResponse | None:
         answer = await check(self, request)
-        if answer is None:
+        if answer is None and not isinstance(self, _WORDS_ONLY):
             try:
                 await hear(self.models, request)
             except AdapterError as error:

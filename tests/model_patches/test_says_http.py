@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from io import BytesIO
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from fastapi import UploadFile
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
 from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
@@ -24,6 +27,10 @@ from vllm.entrypoints.pooling.embed.protocol import CohereEmbedRequest, Embeddin
 from vllm.entrypoints.pooling.scoring.protocol import ScoreTextRequest
 from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
 from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.entrypoints.serve.tokenize.protocol import TokenizeCompletionRequest
+from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
+from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
+from vllm.entrypoints.speech_to_text.translation.protocol import TranslationRequest
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -192,6 +199,23 @@ def test_tokens_say_it_in_their_sampling_parameters_too(models):
     name, adapter, _ = send(models, request)
     assert (name, parts(adapter)) == ("base", [("a", 1.0), ("b", 0.5)])
     assert not request.sampling_params.extra_args
+
+
+@pytest.mark.parametrize("kind", [TranscriptionRequest, TranslationRequest])
+def test_a_form_says_it_as_text(models, kind):
+    request = kind(model="base", file=UploadFile(BytesIO()), lora_ext=json.dumps(BOTH))
+    name, adapter, _ = send(models, request)
+    assert (name, parts(adapter)) == ("base", [("a", 1.0), ("b", 0.5)])
+
+
+def test_tokenizing_asks_for_no_user(models):
+    """Nothing is computed with the adapter."""
+    server = ServingTokenization.__new__(ServingTokenization)
+    BaseServing.__init__(server, models, models.engine.model_config)
+    request = TokenizeCompletionRequest(model="reclora", prompt="hi", lora_ext={"nothing": 1})
+    assert asyncio.run(server._check_model(request)) is None
+    assert server._maybe_get_adapters(request) == lora("reclora")
+    assert models.engine.core.added == []
 
 
 @pytest.mark.parametrize("kind", ["chat", "messages", "tokens"])
