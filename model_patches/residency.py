@@ -62,7 +62,6 @@ class SlotPart:
         by_row: a column of its own multiplies it: the first of its columns in the slot.
         columns: the adapter's own, which follow.
         linear: its own columns multiply it: where all are 0, it adds nothing.
-        blocks: it has experts that are whole MLP blocks, which nothing can multiply.
         frozen: what it adds behind a prompt depends on where the prompt ends.
     """
 
@@ -71,7 +70,6 @@ class SlotPart:
     by_row: bool = False
     columns: tuple[Column, ...] = ()
     linear: bool = True
-    blocks: bool = False
     frozen: bool = False
 
     @property

@@ -11,12 +11,15 @@ the compiler sees who writes and who reads them, and a captured graph finds them
 Activations that the kernel does not know, and experts that scale the second linear's bias, take the
 PyTorch path below, as all do on a CPU: a loop over slots and experts that waits for the device, and
 keeps the shrunk rows here between the three ops. No graph can hold it (`BlockSite.on_kernel`).
+
+What the experts change of the block's output may be multiplied (`BlockSite.scaled`):
+y = base + s (mixed - base). As down is linear, s multiplies a's change, z and the bias's change.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import NamedTuple
 
@@ -69,6 +72,7 @@ class BlockPlan:
         last: the same of the second linear's one part, or None when it has no experts.
         act: the activation over [gate | up], as the model's own.
         sums_to_one: the weights always do, so that a bias of the second linear is not scaled.
+        scale, factor_at: as in `PackedBlock`.
     """
 
     gate: GateSpec
@@ -76,6 +80,8 @@ class BlockPlan:
     last: SlotPlan | None
     act: Activation
     sums_to_one: bool
+    scale: float
+    factor_at: int
 
     @property
     def spans(self) -> list[tuple[int, int]]:
@@ -92,6 +98,8 @@ class PackedBlock:
         first, last: of the two linears.
         tables: the slot's rows of `BlockTables`; empty without them.
         on_kernels: whether the Triton kernels serve it.
+        scale: multiplies what the experts change; factor_at: so does this column of
+            `StepMap.rows_TC` (-1: none).
     """
 
     gate: GateSpec
@@ -101,6 +109,8 @@ class PackedBlock:
     sums_to_one: bool
     tables: tuple[torch.Tensor, ...]
     on_kernels: bool
+    scale: float = 1.0
+    factor_at: int = -1
 
 
 class BlockSite:
@@ -128,6 +138,7 @@ class BlockSite:
         self.plans: dict[int, BlockPlan] = {}
         self.on_kernels: set[int] = set()
         self.tables = tables_for(first)
+        self._by_row: set[int] = set()
         self._u: dict[int, torch.Tensor] = {}
         self._add: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         # Read by C++ at this address: `busy`.
@@ -137,6 +148,11 @@ class BlockSite:
     def busy(self) -> bool:
         """Whether any slot has experts here that the PyTorch path serves."""
         return bool(self.busy_1[0])
+
+    @property
+    def rows_TC(self) -> torch.Tensor | None:
+        """As `Site.rows_TC`."""
+        return self.first.step.rows_TC if self.first.static or self._by_row else None
 
     def on_kernel(self, gate: GateSpec, act_name: str | None = None) -> bool:
         """Whether the kernel would serve experts with this gate, and this activation in place of
@@ -156,6 +172,7 @@ class BlockSite:
     def clear(self, slot: int) -> None:
         """The slot adds nothing any more."""
         self.plans.pop(slot, None)
+        self._by_row.discard(slot)
         if slot in self.on_kernels:
             self.on_kernels.discard(slot)
             self.tables.clear(slot)
@@ -224,6 +241,18 @@ class BlockSite:
             self._describe(packed, name)
         return packed
 
+    def scaled(
+        self, packed: PackedBlock, scale: float, factor_at: int, out: Sequence[torch.Tensor]
+    ) -> PackedBlock:
+        """The same experts, whose change of the block's output is multiplied.
+
+        Args:
+            scale, factor_at: as in `PackedBlock`.
+            out: the tensors to fill, as `tables.scaled_shapes` says; the others are `packed`'s.
+        """
+        tables = self.tables.scaled(packed.tables, scale, factor_at, out)
+        return replace(packed, scale=scale, factor_at=factor_at, tables=tables)
+
     def _describe(self, packed: PackedBlock, act_name: str) -> None:
         """The first linear's kernels shrink for the slot and add nothing; the second's only
         expand."""
@@ -246,7 +275,12 @@ class BlockSite:
             self.tables.load(slot, packed.tables)
             self.on_kernels.add(slot)
         else:
-            self.plans[slot] = BlockPlan(packed.gate, first, last, packed.act, packed.sums_to_one)
+            self.plans[slot] = BlockPlan(
+                packed.gate, first, last, packed.act, packed.sums_to_one, packed.scale,
+                packed.factor_at,
+            )  # fmt: skip
+        if packed.factor_at >= 0:
+            self._by_row.add(slot)
         self._look()
 
     def hold(self, _y_TN: torch.Tensor, x_TK: torch.Tensor, _u: torch.Tensor | None) -> None:
@@ -267,11 +301,24 @@ class BlockSite:
                 continue
             u_TR = self._u.pop(group.slot)
             mixed_TI, z_TR, total_T = _mix(plan, _rows(gate_up_TN, group).float(), u_TR)
-            self._add[group.slot] = z_TR, total_T
+            more_T, factor_T1 = total_T - 1, self._factor(plan, group)
+            if factor_T1 is not None:
+                own_TI = _rows(a_TI, group).float()
+                mixed_TI = own_TI + factor_T1 * (mixed_TI - own_TI)
+                z_TR, more_T = factor_T1 * z_TR, factor_T1[:, 0] * more_T
+            self._add[group.slot] = z_TR, more_T
             if group.index_T is None:
                 a_TI[group.start : group.stop] = mixed_TI.to(a_TI.dtype)
             else:
                 a_TI[group.index_T] = mixed_TI.to(a_TI.dtype)
+
+    def _factor(self, plan: BlockPlan, group: Group) -> torch.Tensor | None:
+        """[rows, 1]: what multiplies the experts' change of each row; None: nothing does."""
+        if plan.factor_at < 0 and plan.scale == 1.0:
+            return None
+        if plan.factor_at < 0:
+            return torch.full((1, 1), plan.scale, device=self.first.step.device)
+        return plan.scale * _rows(self.first.step.rows_TC, group)[:, plan.factor_at, None]
 
     def add_down(self, y_TN: torch.Tensor, _x: torch.Tensor, _u: torch.Tensor | None) -> None:
         """After the second linear: adds the experts' down parts, already weighted. A rank that has
@@ -280,13 +327,13 @@ class BlockSite:
             plan = self.plans.get(group.slot)
             if plan is None:
                 continue
-            z_TR, total_T = self._add.pop(group.slot)
+            z_TR, more_T = self._add.pop(group.slot)
             if plan.last is not None:
                 p = plan.last.slices[0]
                 delta_TN = torch.mm(self.last.whole(z_TR), p.bt_RN.float())
                 _add_rows_(self.last.own_y(y_TN)[:, p.y_start : p.y_stop], group, delta_TN)
             if self.last_bias_N is not None and not plan.sums_to_one:
-                _add_rows_(y_TN, group, (total_T - 1)[:, None] * self.last_bias_N.float())
+                _add_rows_(y_TN, group, more_T[:, None] * self.last_bias_N.float())
 
 
 def _sums_to_one(gate: GateSpec) -> bool:

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
 
+import numpy as np
 import torch
 
 from vllm_lora_ext.kernels.gated_lora.backends.triton.store import TableStore
@@ -21,7 +22,8 @@ from vllm_lora_ext.kernels.gated_lora.codes import ACTIVATIONS
 from vllm_lora_ext.kernels.gated_lora.plan import Shape, SlicePlan
 from vllm_lora_ext.kernels.gated_lora.site import Site
 
-HEADER = ("first_at", "up_at", "down", "activation")
+HEADER = ("first_at", "up_at", "down", "activation", "factor_at", "scale")
+SCALED = HEADER.index("factor_at")
 
 
 class NoTables:
@@ -48,6 +50,24 @@ class NoTables:
             down: whether the second linear has experts.
             act: one that is served.
         """
+
+    def scaled_shapes(self) -> list[Shape]:
+        """Of those of a slot's rows that `scaled` fills."""
+        return []
+
+    def scaled(
+        self,
+        rows: Sequence[torch.Tensor],
+        scale: float,
+        factor_at: int,
+        out: Sequence[torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
+        """One slot's rows, as `describe` fills them, for experts whose change is multiplied.
+
+        Args:
+            scale, factor_at: as in `PackedBlock`; out: the tensors to fill.
+        """
+        return tuple(rows)
 
     def load(self, slot: int, rows: Sequence[torch.Tensor]) -> None:
         """Copies what `describe` filled into a slot."""
@@ -82,7 +102,7 @@ class BlockTables(NoTables):
         gate = first[0].gate
         at = [p.a_start if p.a_stop > p.a_start else -1 for p in first]
         # One part over both gate and up: they share its A.
-        header = [at[0], at[-1], int(down), ACTIVATIONS.index(act)]
+        header = [at[0], at[-1], int(down), ACTIVATIONS.index(act), *_factor(1.0, -1)]
         next_R = [0] * (self.ints_SI.shape[1] - len(HEADER))
         for start, stop in pairwise(accumulate(gate.blocks, initial=0)):
             next_R[start] = stop
@@ -90,10 +110,30 @@ class BlockTables(NoTables):
         ranks = torch.empty(sum(gate.blocks), 0, dtype=torch.float32, device="cpu")
         self.gate.describe(0, 0, [(0, replace(first[0], bt_RN=ranks))], *gate_rows)
 
+    def scaled_shapes(self) -> list[Shape]:
+        return self.shapes()[:1]
+
+    def scaled(
+        self,
+        rows: Sequence[torch.Tensor],
+        scale: float,
+        factor_at: int,
+        out: Sequence[torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
+        (ints,) = out
+        ints.copy_(rows[0])
+        ints[SCALED : len(HEADER)] = torch.tensor(_factor(scale, factor_at), dtype=torch.int32)
+        return ints, *rows[1:]
+
     def load(self, slot: int, rows: Sequence[torch.Tensor]) -> None:
         ints, *gate_rows = rows
         self.ints_SI[slot].copy_(ints, non_blocking=True)
         self.gate.load(slot, *gate_rows)
+
+
+def _factor(scale: float, factor_at: int) -> list[int]:
+    """The header's last two: a column, and the bits of a float32."""
+    return [factor_at, int(np.float32(scale).view(np.int32))]
 
 
 def tables_for(first: Site) -> NoTables:

@@ -10,11 +10,13 @@ import pytest
 import torch
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.pooling.base.protocol import PoolingBasicRequestMixin
 from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
 from vllm.entrypoints.pooling.classify.protocol import ClassificationCompletionRequest
@@ -63,6 +65,20 @@ POOLING = {
     "score": lambda **more: ScoreTextRequest(text_1="hi", text_2="ho", **more),
 }
 ALL = GENERATING | TOKENS | POOLING
+# What makes answers of a prompt's tokens.
+ANSWERING = {
+    "generate": lambda engine, prompt, given: AsyncLLM.generate(
+        engine, prompt, SamplingParams(), "r", lora_request=given
+    ),
+    "beam search": lambda engine, prompt, given: BeamSearchOnlineMixin.beam_search(
+        SimpleNamespace(engine_client=engine), prompt=prompt, request_id="r", params=None,
+        lora_request=given,
+    ),
+    "responses": lambda engine, prompt, given: OpenAIServingResponses._generate_with_builtin_tools(
+        SimpleNamespace(engine_client=engine), request_id="r", engine_input=prompt,
+        sampling_params=SamplingParams(), context=None, lora_request=given,
+    ),
+}  # fmt: skip
 
 
 class Engine(AsyncEngine):
@@ -224,15 +240,16 @@ def test_an_unloaded_model_is_no_name(models):
         ({"encoder_prompt": {}}, {"modality_spans": IMAGE}, None),
     ],
 )
-def test_what_the_prompt_shows_to_be_wrong_is_found_before_a_stream(models, prompt, said, seen):
-    """`AsyncLLM.generate` is not asked for a first answer here."""
+@pytest.mark.parametrize("by", ANSWERING)
+def test_what_the_prompt_shows_to_be_wrong_is_found_before_a_stream(models, by, prompt, said, seen):
+    """None of the generators is asked for a first answer here."""
     request = CompletionRequest(prompt="hi", model="mm", lora_ext=said)
     server = BaseServing(models, models.engine.model_config)
     assert asyncio.run(server._check_model(request)) is None
     given = server._maybe_get_adapters(request)
     code = None
     try:
-        AsyncLLM.generate(models.engine, prompt, SamplingParams(), "r", lora_request=given)
+        ANSWERING[by](models.engine, prompt, given)
     except RefusedRequest as error:
         code = error.code
     assert code == seen
