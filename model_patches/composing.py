@@ -135,7 +135,9 @@ class Composer:
         nbytes, views = flat_views(groups, self._pinned)
         left = iter(views)
         sites = {n: self._modules[n].site.compose(of, next(left)) for n, of in site_parts.items()}
-        stock = {n: m.into(*next(left)) for n, m in matrices.items()}
+        stock: dict[str, tuple[torch.Tensor, ...]] = {
+            n: m.into(*next(left)) for n, m in matrices.items()
+        }
         factors = {n: next(left)[0].copy_(torch.tensor(m.factors)) for n, m in by_row.items()}
         scaled = {n: self._scaled(n, p, next(left)) for n, p in blocks.items()}
         return HostAdapter(
