@@ -18,7 +18,7 @@ from vllm_lora_ext.adapters.limits import RANKS, slot_rank
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora.plan import PackedSite, Shape
 from vllm_lora_ext.kernels.gated_lora.step import MAX_COLUMNS
-from vllm_lora_ext.kernels.mix_mlp.block import PackedBlock
+from vllm_lora_ext.kernels.mix_mlp.plan import PackedBlock
 from vllm_lora_ext.model_patches.layers import RoutedEmbedding, RoutedLinear
 from vllm_lora_ext.model_patches.logits import RoutedLogits
 from vllm_lora_ext.model_patches.mlp import Block

@@ -20,7 +20,7 @@ from vllm_lora_ext.adapters.template import Template
 from vllm_lora_ext.conditions.column import Column
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora.plan import PackedSite, Shape
-from vllm_lora_ext.kernels.mix_mlp.block import PackedBlock
+from vllm_lora_ext.kernels.mix_mlp.plan import PackedBlock
 
 
 @dataclass(frozen=True)

@@ -24,8 +24,9 @@ from tests.kernels.test_triton import DEVICE, NAN, on_gpu, runs_kernels
 from vllm_lora_ext.kernels.gated_lora.backends import choice
 from vllm_lora_ext.kernels.gated_lora.reference import TOLERANCE
 from vllm_lora_ext.kernels.gated_lora.step import StepMap
-from vllm_lora_ext.kernels.mix_mlp import block as blocks
-from vllm_lora_ext.kernels.mix_mlp import scratch_for, triton_mix
+from vllm_lora_ext.kernels.mix_mlp import scratch_for
+from vllm_lora_ext.kernels.mix_mlp.backends import eager
+from vllm_lora_ext.kernels.mix_mlp.backends.triton import mix as triton_mix
 from vllm_lora_ext.kernels.mix_mlp.selfcheck import selfcheck
 from vllm_lora_ext.routing.mix import expert_weights, mix_reference
 
@@ -39,7 +40,7 @@ def kernels_only(monkeypatch):
     def never(*_):
         raise AssertionError("the PyTorch path ran")
 
-    monkeypatch.setattr(blocks, "_mix", never)
+    monkeypatch.setattr(eager, "mix", never)
 
 
 def mlp_of(hidden, inner, gated, g, **options):

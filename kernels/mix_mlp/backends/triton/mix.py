@@ -27,6 +27,8 @@ asynchronous (`gated_lora.tuning`). `COLUMNS` inner columns are in registers at 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -50,9 +52,10 @@ from vllm_lora_ext.kernels.gated_lora.backends.triton.store import store_of
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tiles import activate
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import warps_of
 from vllm_lora_ext.kernels.gated_lora.step import max_tiles
-from vllm_lora_ext.kernels.mix_mlp import tables
-from vllm_lora_ext.kernels.mix_mlp.block import BlockSite
-from vllm_lora_ext.kernels.mix_mlp.tables import BlockTables
+from vllm_lora_ext.kernels.mix_mlp.backends.triton import tables
+
+if TYPE_CHECKING:
+    from vllm_lora_ext.kernels.mix_mlp.block import BlockSite
 
 TILE, COLUMNS = 16, 64
 FIRST_AT, UP_AT, DOWN, ACTIVATION, FACTOR_AT, SCALE = (
@@ -225,8 +228,7 @@ def mix_(
     num_tokens, inner = a_TI.shape
     if not num_tokens:
         return
-    first, own = block.first, block.tables
-    assert isinstance(own, BlockTables)
+    first, own = block.first, tables.tables_of(block)
     gate, tiles, b_SRN = own.gate, first.step.tiles(TILE), store_of(first).b_SRN
     rows_TC = block.rows_TC
     mix_kernel[(len(z_PTR), max_tiles(num_tokens, len(b_SRN), TILE))](

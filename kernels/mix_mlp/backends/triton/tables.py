@@ -12,68 +12,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from vllm_lora_ext.kernels.gated_lora.backends.triton.store import TableStore
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tables import SlotTables
 from vllm_lora_ext.kernels.gated_lora.codes import ACTIVATIONS
 from vllm_lora_ext.kernels.gated_lora.plan import Shape, SlicePlan
-from vllm_lora_ext.kernels.gated_lora.site import Site
+from vllm_lora_ext.kernels.mix_mlp.backends.base import Tables
+
+if TYPE_CHECKING:
+    from vllm_lora_ext.kernels.mix_mlp.block import BlockSite
 
 HEADER = ("first_at", "up_at", "down", "activation", "factor_at", "scale")
 SCALED = HEADER.index("factor_at")
 
 
-class NoTables:
-    """What is kept of a block whose experts PyTorch serves: nothing."""
-
-    def serves(self, act: str | None) -> bool:
-        """Whether the kernel knows an activation."""
-        return False
-
-    def shapes(self) -> list[Shape]:
-        """Of one slot's rows, as `describe` fills them."""
-        return []
-
-    def clear(self, slot: int) -> None:
-        """The slot has no experts here any more."""
-
-    def describe(
-        self, first: Sequence[SlicePlan], down: bool, act: str, rows: Sequence[torch.Tensor]
-    ) -> None:
-        """Fills one slot's rows, in host memory, for one adapter.
-
-        Args:
-            first: the parts of the first linear; the first one has the block's gate.
-            down: whether the second linear has experts.
-            act: one that is served.
-        """
-
-    def scaled_shapes(self) -> list[Shape]:
-        """Of those of a slot's rows that `scaled` fills."""
-        return []
-
-    def scaled(
-        self,
-        rows: Sequence[torch.Tensor],
-        scale: float,
-        factor_at: int,
-        out: Sequence[torch.Tensor],
-    ) -> tuple[torch.Tensor, ...]:
-        """One slot's rows, as `describe` fills them, for experts whose change is multiplied.
-
-        Args:
-            scale, factor_at: as in `PackedBlock`; out: the tensors to fill.
-        """
-        return tuple(rows)
-
-    def load(self, slot: int, rows: Sequence[torch.Tensor]) -> None:
-        """Copies what `describe` filled into a slot."""
-
-
-class BlockTables(NoTables):
+class BlockTables(Tables):
     """Device tables of one block, at addresses that never change.
 
     Attributes:
@@ -136,8 +92,7 @@ def _factor(scale: float, factor_at: int) -> list[int]:
     return [factor_at, int(np.float32(scale).view(np.int32))]
 
 
-def tables_for(first: Site) -> NoTables:
-    """Tables of a block by its first linear's backend."""
-    if not isinstance(first.store, TableStore):
-        return NoTables()
-    return BlockTables(len(first.plans), first.max_rank, first.a_SRK.device)
+def tables_of(block: BlockSite) -> BlockTables:
+    """A block's, on this backend."""
+    assert isinstance(block.tables, BlockTables)
+    return block.tables
