@@ -24,7 +24,7 @@ worker = os.environ.get("PYTEST_XDIST_WORKER")
 if worker is not None and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
     # Engines that run side by side would wait for each other's spinning threads.
     core = int(worker.removeprefix("gw")) % (os.cpu_count() or 1)
-    ENVIRONMENT["VLLM_CPU_OMP_THREADS_BIND"] = str(core)
+    ENVIRONMENT |= {"VLLM_CPU_OMP_THREADS_BIND": str(core), "OMP_NUM_THREADS": "1"}
 
 
 def base_path(name: str) -> Path:

@@ -1,4 +1,7 @@
-"""A real `vllm serve` in a process group of its own, which always ends with the test."""
+"""A real `vllm serve` in a process group of its own, which always ends with the test.
+
+`command` is what users type. With `fork` it runs in a fork of a process that has imported vLLM.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from typing import Any
 
 import httpx
 
+from integration_tests import forked
 from integration_tests.engines import ENVIRONMENT, base_path
 
 READY_S, STOP_S = 300, 20
@@ -32,7 +36,7 @@ CHAT = (
 class Server:
     url: str
     log: Path
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | forked.Command
 
 
 def words(ids: list[int]) -> str:
@@ -90,13 +94,20 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def started(argv: list[str], log: Path, **environ: str) -> Iterator[subprocess.Popen[bytes]]:
+def started(
+    argv: list[str], log: Path, fork: bool = False, **environ: str
+) -> Iterator[subprocess.Popen[bytes] | forked.Command]:
     """The running command; its whole process group is gone afterwards."""
+    environ = {**os.environ, **ENVIRONMENT, "VLLM_LOGGING_LEVEL": "WARNING", **environ}
+    process: subprocess.Popen[bytes] | forked.Command
     with log.open("wb") as out:
-        process = subprocess.Popen(
-            argv, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-            env={**os.environ, **ENVIRONMENT, "VLLM_LOGGING_LEVEL": "WARNING", **environ},
-        )  # fmt: skip
+        if fork:
+            os.environ.update(ENVIRONMENT)  # of the process that is forked
+            process = forked.Command(argv, log, environ)
+        else:
+            process = subprocess.Popen(
+                argv, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, env=environ
+            )
     try:
         yield process
     finally:
@@ -110,10 +121,10 @@ def started(argv: list[str], log: Path, **environ: str) -> Iterator[subprocess.P
 
 
 @contextlib.contextmanager
-def serving(argv: list[str], log: Path, **environ: str) -> Iterator[Server]:
+def serving(argv: list[str], log: Path, fork: bool = False, **environ: str) -> Iterator[Server]:
     """A healthy server."""
     url = f"http://127.0.0.1:{argv[argv.index('--port') + 1]}"
-    with started(argv, log, **environ) as process:
+    with started(argv, log, fork, **environ) as process:
         deadline = time.monotonic() + READY_S
         while not _healthy(url):
             tail = "\n".join(log.read_text(errors="replace").splitlines()[-40:])
@@ -124,11 +135,11 @@ def serving(argv: list[str], log: Path, **environ: str) -> Iterator[Server]:
 
 
 def ended(
-    argv: list[str], log: Path, timeout: float = 400, **environ: str
+    argv: list[str], log: Path, timeout: float = 400, fork: bool = False, **environ: str
 ) -> tuple[int, str, float]:
     """Exit status, log and seconds of a server that should not come up."""
     begin = time.monotonic()
-    with started(argv, log, **environ) as process:
+    with started(argv, log, fork, **environ) as process:
         code = process.wait(timeout)
         return code, log.read_text(errors="replace"), time.monotonic() - begin
 

@@ -85,7 +85,9 @@ def server(home) -> Iterator[Server]:
         "--lora-modules", *(f"{name}={home}/adapters/{name}" for name in NAMES[:2]),
         f"static={home}/weekly.yaml",
     )  # fmt: skip
-    with serving(argv, home / "server.log", VLLM_ALLOW_RUNTIME_LORA_UPDATING="1") as running:
+    with serving(
+        argv, home / "server.log", fork=True, VLLM_ALLOW_RUNTIME_LORA_UPDATING="1"
+    ) as running:
         yield running
 
 

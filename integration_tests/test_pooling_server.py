@@ -42,7 +42,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         base_with_tokenizer(root / BASE), free_port(), None, "--runner", "pooling", "--convert",
         "embed", "--enforce-eager", "--lora-modules", *(f"{n}={p}" for n, p in ADAPTERS.items()),
     )  # fmt: skip
-    with serving(argv, root / "server.log") as running:
+    with serving(argv, root / "server.log", fork=True) as running:
         yield running
 
 

@@ -122,7 +122,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         BASE, free_port(), {"reward": {"models": {"rm": str(FOLDER)}}}, "--enforce-eager",
         "--skip-tokenizer-init", "--runner", "pooling", "--convert", "embed",
     )  # fmt: skip
-    with serving(argv, root / "log") as running:
+    with serving(argv, root / "log", fork=True) as running:
         yield running
 
 

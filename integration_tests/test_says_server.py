@@ -53,7 +53,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         "--enable-prompt-embeds", "--max-num-batched-tokens", "64", "--num-gpu-blocks-override",
         "14", "--max-cpu-loras", "8", "--lora-modules", *(f"{n}={p}" for n, p in FOLDERS.items()),
     )  # fmt: skip
-    with serving(argv, root / "server.log") as running:
+    with serving(argv, root / "server.log", fork=True) as running:
         yield running
 
 

@@ -863,7 +863,7 @@ def test_a_bad_adapter_at_start_stops_the_server(places, tmp_path):
     argv = command(
         places.base, free_port(), None, "--enforce-eager", "--lora-modules", f"bad={tmp_path}/bad"
     )
-    status, log, seconds = ended(argv, tmp_path / "log", **LOADING)
+    status, log, seconds = ended(argv, tmp_path / "log", fork=True, **LOADING)
     print(f"ended with {status} after {seconds:.0f} s")
     assert status not in (0, None)
     assert "[lora_ext:not_finite]" in log
@@ -873,7 +873,7 @@ def test_a_bad_adapter_at_start_stops_the_server(places, tmp_path):
 @pytest.mark.slow
 def test_bad_settings_stop_the_server(places, tmp_path):
     argv = command(places.base, free_port(), {"max_router_row": 8}, "--enforce-eager")
-    status, log, seconds = ended(argv, tmp_path / "log")
+    status, log, seconds = ended(argv, tmp_path / "log", fork=True)
     print(f"ended with {status} after {seconds:.0f} s")
     assert status not in (0, None)
     assert "[lora_ext:bad_settings]" in log

@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,13 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig
 
+from integration_tests import forked
 from integration_tests.engines import base_path, lora, prompt_logprobs, recorded, worst
 from integration_tests.reference_model import logits, model
 from integration_tests.stock_numbers import numbers
 from tests.make_adapters import linear_shapes, normal
 from vllm_lora_ext.adapters.registry import load_adapter
-
-REPO = Path(__file__).parent.parent
 
 
 def peft_folder(folder: Path, shapes: dict, rank: int, seed: int, **config) -> Path:
@@ -68,10 +66,10 @@ def prompts():
 def test_plain_adapters_equal_stock(llama, adapters, prompts, tmp_path):
     job, out = tmp_path / "job.json", tmp_path / "out.pt"
     job.write_text(json.dumps({"base": "base_llama", "adapters": adapters, "prompts": prompts}))
-    subprocess.run(
-        [sys.executable, "-m", "integration_tests.stock_numbers", str(job), str(out)],
-        check=True, cwd=REPO, env=os.environ | {"VLLM_LORA_EXT_DISABLE": "1"}, timeout=400,
-    )  # fmt: skip
+    forked.run(
+        [sys.executable, "-m", "integration_tests.stock_numbers", str(job), str(out)], tmp_path,
+        os.environ | {"VLLM_LORA_EXT_DISABLE": "1"}, timeout=400,
+    ).check_returncode()  # fmt: skip
     stock = torch.load(out, weights_only=True)
     ours = numbers(llama, adapters, prompts)
     for name, _ in adapters:

@@ -61,7 +61,7 @@ def server(base, by_name) -> Iterator[Server]:
     resolving = {
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_LORA_RESOLVER_CACHE_DIR": str(by_name),
     }  # fmt: skip
-    with serving(argv, base.parent / "server.log", **resolving) as running:
+    with serving(argv, base.parent / "server.log", fork=True, **resolving) as running:
         yield running
 
 

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
+from integration_tests import forked
 from integration_tests.engines import ENVIRONMENT
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -26,10 +25,9 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("two")
     environment = os.environ | ENVIRONMENT
     environment |= {"VLLM_CACHE_ROOT": str(folder), "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-m", "integration_tests.two_engines", str(folder / "result.json")],
-        env=environment, cwd=Path(__file__).parent.parent, capture_output=True, text=True,
-        timeout=550,
+        folder, environment, timeout=550,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads((folder / "result.json").read_text())

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
 
 import pytest
 
-from integration_tests import reference_model
+from integration_tests import forked, reference_model
 from integration_tests.engines import ENVIRONMENT, base_path, lora, recorded
 from vllm_lora_ext.adapters import load_adapter
 from vllm_lora_ext.errors import AdapterError
@@ -57,10 +56,8 @@ def test_the_command_starts_its_own_engine(tmp_path):
     settings = [w for key, value in given.items() for w in ("--set", f"{key}={json.dumps(value)}")]
     command = [sys.executable, "-m", "vllm_lora_ext.cli", "verify", str(folder), "--json"]
     command += ["--base", str(base_path("base_qwen2")), "--engine", *settings]
-    done = subprocess.run(
-        [*command, "--engine-args", '{"block_size": 32}'],
-        env=os.environ | ENVIRONMENT, capture_output=True, text=True,
-    )  # fmt: skip
+    arguments = [*command, "--engine-args", '{"block_size": 32}']
+    done = forked.run(arguments, tmp_path, os.environ | ENVIRONMENT, timeout=500)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     found = json.loads(done.stdout)
     engine = {c["what"]: c for c in found["comparisons"]}["vLLM"]
