@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import threading
 import time
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +29,7 @@ class Kept:
         requests: running, waiting, or counted as an adapter's.
         bytes: host memory of adapters; kv: share of the KV cache that is taken.
         slots: those that hold an adapter after as many were asked for.
-        files: open ones, of all its processes; parts: half-made folders on its disk.
+        files: kinds of open ones, of all its processes; parts: half-made folders on its disk.
     """
 
     adapters: frozenset[str]
@@ -36,7 +38,7 @@ class Kept:
     bytes: int
     kv: float
     slots: int
-    files: int
+    files: Counter[str]
     parts: int
 
 
@@ -65,7 +67,7 @@ def _look(api: Api, server: int, disk: Path) -> Kept:
         bytes=int(metrics["lora_ext:resident_bytes"]),
         kv=metrics["vllm:kv_cache_usage_perc"],
         slots=int(metrics["lora_ext:slots_used"]),
-        files=sum(map(_open_files, _tree(server))),
+        files=sum(map(_open_files, _tree(server)), Counter()),
         parts=sum(1 for path in disk.rglob(".*") if path.is_dir() and path.name != ".locks"),
     )
 
@@ -120,10 +122,14 @@ def _tree(server: int) -> list[psutil.Process]:
         return []
 
 
-def _open_files(process: psutil.Process) -> int:
-    with suppress(psutil.NoSuchProcess):
-        return int(process.num_fds())
-    return 0
+def _open_files(process: psutil.Process) -> Counter[str]:
+    """Sockets and pipes without their numbers; files by their paths."""
+    found: Counter[str] = Counter()
+    with suppress(OSError, psutil.Error):
+        for one in Path(f"/proc/{process.pid}/fd").iterdir():
+            with suppress(OSError):
+                found[f"{process.name()}: {os.readlink(one).split(':[')[0]}"] += 1
+    return found
 
 
 def _resident(server: int) -> int:

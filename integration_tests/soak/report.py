@@ -48,7 +48,7 @@ class Report:
             "leaked slots": self.unusable,
             "leaked bytes of adapters": max(after.bytes - before.bytes, 0),
             "leaked KV blocks": int(after.kv > before.kv),
-            "leaked open files": max(after.files - before.files, 0),
+            "leaked open files": (after.files - before.files).total(),
             "half-made folders": after.parts,
         }
 
@@ -75,6 +75,8 @@ class Report:
                  (f"MiB of growth, at most {GROWTH_MIB}", self.memory.growth >> 20)]  # fmt: skip
         width = max(len(name) for name, _ in rows)
         lines = [f"{name:{width}}  {value:>8}" for name, value in rows]
+        more = self.after.files - self.before.files
+        lines += [f"left open: {count} of {what}" for what, count in more.items()]
         return "\n".join([*lines, *self.tally.details])
 
 
