@@ -20,12 +20,13 @@ import torch
 
 from integration_tests import matrix
 from integration_tests.conftest import TWO_PASS
-from integration_tests.engines import close, engine_options, make_engine, tokens
+from integration_tests.engines import ENVIRONMENT, close, engine_options, make_engine, tokens
 from integration_tests.matrix import Record, Row
 from integration_tests.reference_model import logits
 from integration_tests.server import base_with_tokenizer, command, free_port, serving
 from vllm_lora_ext.adapters import load_adapter
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches import conditioned as conditioned_core
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
 NGRAM = {
@@ -237,22 +238,34 @@ COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "pp2": (
         "Pipeline parallel, 2 ranks",
-        {"pipeline_parallel_size": 2, "distributed_executor_backend": "mp"},
+        {
+            "pipeline_parallel_size": 2,
+            "distributed_executor_backend": "mp",
+            "gpu_memory_utilization": 0.1,
+        },
     ),
 }
+# The ranks share a NUMA node. With a KV cache of a given size and without a compiler, vLLM 0.32
+# warms nothing up on a CPU, and the second rank of a pipeline never gets its buffers.
+PIPELINED = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 
 @matrix.whole
 def test_kv_connector(
-    rows: dict[str, Row], two_pass_rows: dict[str, Row], record: Record, tmp_path: Path
-) -> None:
+    rows: dict[str, Row], two_pass_rows: dict[str, Row], record: Record, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     """KV connector (files named by block hashes)."""
+    # One that is not known to go by block hashes gets no request whose blocks differ by token.
+    known = conditioned_core._KEYED
+    monkeypatch.setattr(conditioned_core, "_KEYED", known | {"HashedConnector"})
     transfer = {
         "kv_connector": "HashedConnector", "kv_role": "kv_both",
         "kv_connector_module_path": "integration_tests.kv_connector",
         "kv_connector_extra_config": {"shared_storage_path": str(tmp_path)},
     }  # fmt: skip
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the scheduler is here, to be asked
+    # The scheduler is here, to be asked.
+    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     llm = make_engine(
         matrix.BASE, enforce_eager=True, kv_transfer_config=transfer, max_num_batched_tokens=2048
     )
@@ -265,7 +278,6 @@ def test_kv_connector(
             assert llm.reset_prefix_cache()
         assert taken > 200, "nothing came from files"
     finally:
-        del os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"]
         close(llm)
     refused_with_two_passes(record, two_pass_rows, kv_transfer_config=transfer)
     record.close()
@@ -315,7 +327,7 @@ def engines_used(metrics: str) -> list[int]:
 @pytest.mark.parametrize("column", COLUMNS)
 def test_an_engine_of_its_own(
     column: str, base: Path, rows: dict[str, Row], two_pass_rows: dict[str, Row],
-    request: pytest.FixtureRequest, tmp_path: Path,
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Options that an engine is started with."""
     title, options = COLUMNS[column]
@@ -328,6 +340,11 @@ def test_an_engine_of_its_own(
         rows = rows | two_pass_rows
     else:
         refused_with_two_passes(record, two_pass_rows, **options)
+    if column == "pp2":
+        for name, value in PIPELINED.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delitem(ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE")
+        monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
     llm = make_engine(base, enforce_eager=True, disable_log_stats=False, **options)
     try:
         matrix.load(llm)
