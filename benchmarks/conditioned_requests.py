@@ -168,7 +168,10 @@ def main() -> None:
     from base_model import ensure_base
 
     model = str(ensure_base())
-    result: dict[str, Any] = {"machine": platform.processor(), "cores": os.cpu_count()}
+    result: dict[str, Any] = {
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "pairs": args.pairs,
+        "prompt": PROMPT, "decode": DECODE, "user": {"numbers": USER, "experts": EXPERTS},
+    }  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         adapters = make_adapters(model, Path(folder))
         adapters["reclora"] = template = make_template(model, Path(folder) / "reclora")
@@ -176,7 +179,8 @@ def main() -> None:
         quiet, used = (Engine("plugin", model, adapters, cores) for _ in range(2))
         try:
             check(used, model, template)
-            result["user"] = found = measure_users(used, 3 * args.pairs)
+            found = measure_users(used, 3 * args.pairs)
+            result["user"] |= found
             print("user", found)
             for batch in map(int, args.batches.split(",")):
                 result[f"batch {batch}"] = found = measure(quiet, used, batch, args.pairs)

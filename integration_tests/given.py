@@ -1,4 +1,5 @@
-"""Requests that give an adapter's gates themselves: weights of a library, positions of an image."""
+"""Requests that give an adapter's gates themselves: weights of a library, positions of an image;
+and factors of experts that are whole blocks."""
 
 from __future__ import annotations
 
@@ -14,11 +15,12 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from integration_tests.conditioned import Case, adapter, mixes
-from integration_tests.engines import lora
-from integration_tests.reference_model import model, worn
+from integration_tests.engines import lora, recorded
+from integration_tests.reference_model import model, where, worn
+from vllm_lora_ext.adapters.model import RoutedAdapter
 from vllm_lora_ext.adapters.registry import load_adapter
 from vllm_lora_ext.cli import app
-from vllm_lora_ext.conditions.column import Prompt
+from vllm_lora_ext.conditions.column import Column, Prompt
 
 BASE, ANSWER = "base_llama", 12
 EXPERTS = ("red", "green", "blue")
@@ -50,21 +52,57 @@ def gates(folder: Path) -> list[Case]:
 def images(folder: Path) -> list[Case]:
     """A random MM-LoRA, with an image in the midst, with two, and without one."""
     _write_mmlora(folder)
-    own, net, rng = lora("made-mmlora", folder), model(BASE), np.random.default_rng(8)
+    own, rng = lora("made-mmlora", folder), np.random.default_rng(8)
     mmlora, cases = load_adapter(folder), []
     for i, spans in enumerate(([[4, 19]], [[0, 9], [33, 70]], [])):
-        prompt, rows = rng.integers(4, 380, 24 + 50 * (i == 1)).tolist(), []
-        ids = list(prompt)
-        for _ in range(ANSWER):
-            where = Prompt(len(ids), ids, {"image": tuple((a, b) for a, b in spans)})
-            with torch.inference_mode(), ExitStack() as hooks:
-                hooks.enter_context(worn(net, mmlora, where))
-                rows.append(net(torch.tensor([ids])).logits[0, -1])
-            ids.append(int(rows[-1].argmax()))
+        prompt = rng.integers(4, 380, 24 + 50 * (i == 1)).tolist()
+        shown = {"image": tuple((a, b) for a, b in spans)}
         says = {"modality_spans": {"image": spans}} if spans else {}
-        answer = ids[len(prompt) :]
-        cases.append(Case(f"images {i}", prompt, answer, torch.stack(rows), own, says))
+        cases.append(_followed(f"images {i}", prompt, [mmlora], shown, own, says))
     return cases
+
+
+def experts() -> list[Case]:
+    """MixLoRA's blocks: scaled, on spans of prompt and answer, and beside a plain adapter."""
+    green = "spans-a-green"
+    folders = {
+        "mixlora-a": recorded("mixlora-a").folder,
+        green: adapter("spans-a", "green").lora_path,
+    }
+    rng, cases = np.random.default_rng(12), []
+    for i, parts in enumerate((
+        [{"name": "mixlora-a", "scale": -0.5}],
+        [{"name": "mixlora-a", "spans": [[3, 9], [12, 50]]}],
+        [{"name": "mixlora-a", "scale": 1.5, "spans": [[20, None]]}, {"name": green, "scale": 2}],
+        [{"name": "mixlora-a", "scale": 0.5}, {"name": green}],
+    )):  # fmt: skip
+        worn_there = [
+            where(load_adapter(folders[p["name"]]), Column(p.get("scale", 1.0), _spans(p)))
+            for p in parts
+        ]
+        prompt = rng.integers(4, 380, 30 + 40 * (i == 1)).tolist()
+        says = {"adapters": parts}
+        cases.append(_followed(f"experts {i}", prompt, worn_there, {}, None, says))
+    return cases
+
+
+def _spans(part: dict[str, Any]) -> tuple[tuple[int, int | None], ...] | None:
+    return tuple((a, b) for a, b in part["spans"]) if "spans" in part else None
+
+
+def _followed(
+    key: str, prompt: list[int], adapters: list[RoutedAdapter], modality: Any, own: Any, says: Any
+) -> Case:
+    """A prompt and its greedy answer, by transformers."""
+    net, ids, rows = model(BASE), list(prompt), []
+    for _ in range(ANSWER):
+        at = Prompt(len(ids), ids, modality)
+        with torch.inference_mode(), ExitStack() as hooks:
+            for one in adapters:
+                hooks.enter_context(worn(net, one, at))
+            rows.append(net(torch.tensor([ids])).logits[0, -1])
+        ids.append(int(rows[-1].argmax()))
+    return Case(key, prompt, ids[len(prompt) :], torch.stack(rows), own, says)
 
 
 def _write_mmlora(folder: Path) -> None:

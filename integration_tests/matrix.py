@@ -16,6 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -26,6 +27,7 @@ from integration_tests.conditioned import Case
 from integration_tests.engines import base_path, lora, recorded, worst
 from integration_tests.followed import followed
 from integration_tests.reference_model import model
+from integration_tests.server import Server
 from tests import dora_folders
 from vllm_lora_ext.adapters import load_adapter
 from vllm_lora_ext.merging import Term, load_factors, merge, save_peft
@@ -131,6 +133,19 @@ def adapters(found: Mapping[str, Row]) -> dict[str, str]:
         for part in ("red", "green", "blue")
     ]
     return {a.lora_name: a.lora_path for a in named}
+
+
+def posted(server: Server, case: Case, **more: Any) -> dict[str, Any]:
+    """The one choice of a greedy completion, over HTTP."""
+    body = {
+        "model": case.adapter.lora_name if case.adapter else "base", "prompt": case.prompt,
+        "max_tokens": len(case.answer), "temperature": 0, "logprobs": 5, "ignore_eos": True,
+        "return_token_ids": True, **more, **({"lora_ext": case.says} if case.says else {}),
+    }  # fmt: skip
+    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=300, trust_env=False)
+    assert answer.status_code == 200, answer.text
+    choice: dict[str, Any] = answer.json()["choices"][0]
+    return choice
 
 
 def http_error(case: Case, choice: dict[str, Any]) -> float:

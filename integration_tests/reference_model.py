@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 
 from integration_tests.engines import base_path
-from vllm_lora_ext.adapters.hf import AppliedAdapter, apply_adapter
+from vllm_lora_ext.adapters.hf import apply_adapter
 from vllm_lora_ext.adapters.model import RoutedAdapter
 from vllm_lora_ext.conditions.column import Column, Prompt, values
 from vllm_lora_ext.routing import GateSpec
@@ -65,9 +66,29 @@ def where(adapter: RoutedAdapter, column: Column) -> RoutedAdapter:
     return replace(adapter, modules=modules, columns=(column,))
 
 
-def worn(net: Any, adapter: RoutedAdapter, prompt: Prompt) -> AppliedAdapter:
-    """An adapter's hooks on a transformers model, for one call with this prompt."""
+@contextmanager
+def worn(net: Any, adapter: RoutedAdapter, prompt: Prompt) -> Iterator[None]:
+    """An adapter's hooks on a transformers model, for one call with this prompt. What experts that
+    are MLP blocks change of them is multiplied by the adapter's first column."""
     if not adapter.columns:
-        return apply_adapter(net, adapter)
-    rows_TC = values(adapter.columns, prompt, 0, prompt.length)
-    return apply_adapter(net, adapter, torch.from_numpy(rows_TC))
+        with apply_adapter(net, adapter):
+            yield
+        return
+    rows_TC = torch.from_numpy(values(adapter.columns, prompt, 0, prompt.length))
+    base: dict[Any, torch.Tensor] = {}
+
+    def keep(mlp: Any, _: Any, y: torch.Tensor) -> None:
+        base[mlp] = y
+
+    def multiply(mlp: Any, _: Any, y: torch.Tensor) -> torch.Tensor:
+        return base[mlp] + rows_TC[:, :1] * (y - base[mlp])
+
+    blocks = [net.get_submodule(name) for name in adapter.blocks]
+    hooks = [mlp.register_forward_hook(keep) for mlp in blocks]
+    try:
+        with apply_adapter(net, adapter, rows_TC):
+            hooks += [mlp.register_forward_hook(multiply) for mlp in blocks]
+            yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -41,8 +41,10 @@ pytestmark = pytest.mark.engine
 def test_the_authors_numbers_in_one_batch(llama: Any, tmp_path: Path) -> None:
     """More adapters than slots; prompts longer than a step of 64 tokens between others."""
     load(llama)
+    llama.llm_engine.add_lora(lora("mixlora-a", recorded("mixlora-a").folder))
     cases = [*mixes("spans-a"), *mixes("scales-a"), *aloras(), *others()]
     cases += [*given.gates(tmp_path / "library"), *given.images(tmp_path / "mmlora")]
+    cases += given.experts()
     shuffled = [cases[i] for i in np.random.default_rng(0).permutation(len(cases))]
     check(shuffled, ask(llama, shuffled, skip_reading_prefix_cache=True))
     for case in cases:  # alone
@@ -127,8 +129,9 @@ def test_modalities_of_ids_and_of_embeddings(llama_mha: Any) -> None:
 
 
 def drawn(rng: np.random.Generator, prompt: list[int], library: Any) -> Case:
-    """Any request over a prompt: base, one adapter, gates, a mix, an Activated LoRA."""
-    kind = rng.choice(["base", "plain", "alora", "gates", "mix", "mix", "mix"])
+    """Any request over a prompt: base, one adapter, gates, a mix, experts that are blocks in one,
+    an Activated LoRA."""
+    kind = rng.choice(["base", "plain", "alora", "gates", "mix", "mix", "mix", "experts"])
     own, says = None, {}
     if kind in ("plain", "alora", "gates"):
         one = {"plain": adapter("spans-a", "red"), "alora": adapter("alora-a"), "gates": library}
@@ -136,6 +139,8 @@ def drawn(rng: np.random.Generator, prompt: list[int], library: Any) -> Case:
     elif kind == "mix":
         names = ["spans-a-red", "spans-a-green", "spans-a-blue", "alora-a", library.lora_name]
         says["adapters"] = parts(rng, names, len(prompt))
+    elif kind == "experts":
+        says["adapters"] = parts(rng, ["mixlora-a", "spans-a-green"], len(prompt))
     if kind == "gates" or any(a["name"] == library.lora_name for a in says.get("adapters", ())):
         says["gates"] = {name: float(rng.choice([1.0, 0.5, -1.0, 0.0])) for name in given.EXPERTS}
     return Case(f"{kind} {says}", prompt, [0] * 4, torch.empty(0, 512), own, says)
@@ -151,7 +156,8 @@ def library(llama: Any, tmp_path: Path) -> Iterator[Any]:
 
 def test_no_block_is_stale(llama: Any, library: Any) -> None:
     load(llama)
-    llama.llm_engine.add_lora(adapter("alora-a"))
+    for own in (adapter("alora-a"), lora("mixlora-a", recorded("mixlora-a").folder)):
+        llama.llm_engine.add_lora(own)
     rng = np.random.default_rng(5)
     text = [int(t) for t in rng.integers(40, 500, 160)]
     text[60:63] = text[130:133] = [11, 12, 13]  # the invocation

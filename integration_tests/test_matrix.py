@@ -288,7 +288,7 @@ def test_data_parallel(
     with serving(server, tmp_path / "server.log", **bind) as running:
         with ThreadPoolExecutor(8) as pool:
             for record, more in ((answers, {}), (beams, {"use_beam_search": True})):
-                got = list(pool.map(lambda c, m=more: posted(running, c, m), cases))
+                got = list(pool.map(lambda c, m=more: matrix.posted(running, c, **m), cases))
                 left = iter(got)
                 record.right({
                     name: max(matrix.http_error(c, next(left)) for c in row.cases)
@@ -299,19 +299,6 @@ def test_data_parallel(
     refused_with_two_passes(answers, two_pass_rows, data_parallel_size=2)
     for record in (answers, beams):
         record.close()
-
-
-def posted(server: Any, case: Any, more: dict[str, Any]) -> dict[str, Any]:
-    """The one choice of a greedy completion."""
-    body = {
-        "model": case.adapter.lora_name if case.adapter else "base", "prompt": case.prompt,
-        "max_tokens": len(case.answer), "temperature": 0, "logprobs": 5, "ignore_eos": True,
-        "return_token_ids": True, **more, **({"lora_ext": case.says} if case.says else {}),
-    }  # fmt: skip
-    answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=300, trust_env=False)
-    assert answer.status_code == 200, answer.text
-    choice: dict[str, Any] = answer.json()["choices"][0]
-    return choice
 
 
 def engines_used(metrics: str) -> list[int]:

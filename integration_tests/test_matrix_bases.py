@@ -22,18 +22,20 @@ from transformers import (
 )
 
 from integration_tests import matrix, other_bases, quantised, whisper
-from integration_tests.engines import base_path, close, make_engine
+from integration_tests.engines import base_path, close, make_engine, recorded
 from integration_tests.matrix import Record
 from integration_tests.other_bases import Kind
 from integration_tests.reference_model import model
 from integration_tests.server import (
     Server,
     add_tokenizer,
+    base_with_tokenizer,
     command,
     free_port,
     serving,
     words,
 )
+from tests.bad_adapters import poison, with_tensors
 from tests.make_adapters import TARGETS
 from vllm_lora_ext.errors import AdapterError
 
@@ -261,3 +263,32 @@ def classified(server: Server, kind: Kind, ids: list[int]) -> list[float]:
     assert answer.status_code == 200, answer.text
     found: list[float] = answer.json()["data"][0]["probs"]
     return found
+
+
+def test_overflow_in_half_precision(tmp_path: Path) -> None:
+    """A server in float16 refuses |B| = 3e6, and goes on answering."""
+    fx, large = recorded("plain-a"), tmp_path / "large"
+    with_tensors(poison("up_proj.lora_B", -3e6))(large, fx.folder)
+    server = command(
+        base_with_tokenizer(tmp_path / matrix.BASE), free_port(), None,
+        "--dtype", "float16", "--enforce-eager", "--lora-modules", f"plain-a={fx.folder}",
+    )  # fmt: skip
+    case = matrix.of_fixture("plain-a").cases[0]
+
+    def answered(running: Server) -> Any:
+        choice = matrix.posted(running, case)
+        assert matrix.http_error(case, choice) < 0.02  # float16's own
+        return choice["token_ids"], choice["logprobs"]["token_logprobs"]
+
+    loading = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    with serving(server, tmp_path / "server.log", **loading) as running:
+        before = answered(running)
+        body = {"lora_name": "large", "lora_path": str(large)}
+        answer = httpx.post(f"{running.url}/v1/load_lora_adapter", json=body, trust_env=False)
+        assert answer.status_code == 400, answer.text
+        error = answer.json()["error"]
+        assert error["type"] == "overflow"
+        assert "up_proj" in error["message"] and "float16" in error["message"]
+        models = httpx.get(f"{running.url}/v1/models", trust_env=False).json()["data"]
+        assert [model["id"] for model in models] == ["base", "plain-a"]
+        assert answered(running) == before

@@ -66,7 +66,8 @@ def test_cold_cached_preempted_and_beside_others(
     outputs = ask(llm, cases)
     check(cases, outputs)
     assert outputs[3].num_cached_tokens == 64
-    check_beginnings(cases, preempted(llm, cases))
+    some = cases[::3]
+    check_beginnings(some, preempted(llm, some))
     beside = [*cases, *xloras(XLORA[engine]), *(others() if base == "base_llama" else ())]
     shuffled = [beside[i] for i in rng.permutation(len(beside))]
     check(shuffled, ask(llm, shuffled, skip_reading_prefix_cache=True))

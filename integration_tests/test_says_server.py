@@ -19,6 +19,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from openai import OpenAI
 
 from integration_tests.conditioned import (
     IMAGES,
@@ -32,15 +33,13 @@ from integration_tests.conditioned import (
     users,
 )
 from integration_tests.matrix import BOUND, WHERE, http_error
+from integration_tests.recorded_requests import examples
 from integration_tests.reference_model import model, where, worn
 from integration_tests.server import Server, base_with_tokenizer, command, free_port, serving, words
 from vllm_lora_ext.adapters.registry import load_adapter
 from vllm_lora_ext.conditions.column import Column, Prompt
 
-pytestmark = [
-    pytest.mark.engine,
-    pytest.mark.skipif(WHERE not in os.environ, reason="minutes of its own: `make matrix`"),
-]
+pytestmark = pytest.mark.engine
 BASE, QUOTE = "base_llama_mha", 7
 FOLDERS = {name: adapter(name).lora_path for name in (*USERS, WAVLLM, IMAGES)}
 PASSES = "lora_ext:gate_passes_total"
@@ -75,11 +74,11 @@ def answer(server: Server, route: str, body: dict[str, Any], count: int) -> dict
     return choice
 
 
-def complete(server: Server, case: Case, as_text: bool = False) -> dict[str, Any]:
+def complete(server: Server, case: Case, as_text: bool = False, more: int = 0) -> dict[str, Any]:
     """A case's answer.
 
     Args:
-        as_text: says what it says in `vllm_xargs`.
+        as_text: says what it says in `vllm_xargs`; more: tokens to go on for, which are left out.
     """
     given: dict[str, Any] = {"prompt": case.prompt}
     if isinstance(case.prompt, torch.Tensor):
@@ -90,14 +89,16 @@ def complete(server: Server, case: Case, as_text: bool = False) -> dict[str, Any
         given["vllm_xargs"] = {"lora_ext": json.dumps(case.says)}
     elif case.says:
         given["lora_ext"] = case.says
-    named = "base" if case.adapter is None else case.adapter.lora_name
-    return answer(server, "completions", {"model": named, "logprobs": 0, **given}, len(case.answer))
+    named, count = "base" if case.adapter is None else case.adapter.lora_name, len(case.answer)
+    body = {"model": named, "logprobs": 0, **given}
+    found = answer(server, "completions", body, count + more)
+    return found | {"token_ids": found["token_ids"][:count]}
 
 
-def in_flight(server: Server, cases: Sequence[Case], as_text: bool = False) -> None:
+def in_flight(server: Server, cases: Sequence[Case], as_text: bool = False, more: int = 0) -> None:
     """Asks all at once; every number must be right."""
     with ThreadPoolExecutor(len(cases)) as pool:
-        choices = list(pool.map(lambda case: complete(server, case, as_text), cases))
+        choices = list(pool.map(lambda case: complete(server, case, as_text, more), cases))
     errors = [(http_error(c, found), c.key) for c, found in zip(cases, choices, strict=True)]
     print(f"{len(cases)} in flight: max |dlogp| {max(errors)[0]:.1e}")
     assert max(errors)[0] < BOUND, sorted(errors)
@@ -116,20 +117,21 @@ def base_case() -> Case:
 
 
 def test_the_authors_numbers(server: Server) -> None:
-    """All in flight, over two slots; again, said as text; then each alone."""
+    """All in flight, over two slots; again, said as text; then alone, where `make matrix` asks each
+    and else some."""
     cases = [*users(), *instructions(), *images(), base_case()]
     shuffled = [cases[i] for i in np.random.default_rng(0).permutation(len(cases))]
     in_flight(server, shuffled)
     in_flight(server, shuffled, as_text=True)
-    for case in cases:
+    for case in cases if WHERE in os.environ else cases[::6]:
         in_flight(server, [case])
 
 
 def test_after_a_preemption(server: Server) -> None:
-    """Eight requests at a time, each with a block and soon with two, of which there are 13."""
+    """Eight requests at a time, each with a block and soon with four, of which there are 13."""
     preempted = "vllm:num_preemptions_total"
     before = metrics(server)[preempted]
-    in_flight(server, [images()[1], images()[3], *instructions()[:2]] * 6)
+    in_flight(server, [images()[1], images()[3], *instructions()[:2]] * 3, more=80)
     assert metrics(server)[preempted] > before
 
 
@@ -202,6 +204,73 @@ def test_a_user_of_one_modality(server: Server, kind: str) -> None:
     in_flight(server, [case, base_case(), case])
 
 
+def spoken(answer: httpx.Response) -> list[str]:
+    """The text of each choice of an answer, or of its stream's pieces."""
+    lines = [line.removeprefix("data: ") for line in answer.text.splitlines() if "data: {" in line]
+    texts: dict[int, str] = {}
+    for piece in map(json.loads, lines) if lines else [answer.json()]:
+        for choice in piece.get("choices", ()):
+            found = choice.get("text") or (choice.get("message") or choice.get("delta"))["content"]
+            texts[choice["index"]] = texts.get(choice["index"], "") + (found or "")
+        if piece.get("type") in ("response.output_text.delta", "content_block_delta"):
+            found = piece["delta"]
+            texts[0] = texts.get(0, "") + (found if isinstance(found, str) else found["text"])
+        for item in piece.get("output", ()):
+            texts[0] = item["content"][0]["text"]
+        for item in piece.get("content", ()) if piece.get("type") == "message" else ():
+            texts[0] = item["text"]
+    return [texts[i] for i in sorted(texts)]
+
+
+def test_tokenizing_needs_no_user(server: Server) -> None:
+    body = {"model": "reclora-a", "prompt": "t5 t6"}
+    found = httpx.post(f"{server.url}/tokenize", json=body, timeout=60, trust_env=False)
+    assert (found.status_code, found.json()["tokens"]) == (200, [5, 6]), found.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_every_route_gives_the_authors_text(server: Server, stream: bool) -> None:
+    case = users()[5]
+    assert not {0, 2, QUOTE} & {*case.prompt, *case.answer}, "tokens that are no words"
+    for route, more in ROUTES:
+        if more is BEAMS:
+            continue
+        body = asking(route, words(case.prompt), len(case.answer))
+        body |= {"model": case.adapter.lora_name, "stream": stream, "lora_ext": case.says}
+        body |= {"temperature": 1, "top_k": 1} if "n" in more else {"temperature": 0}
+        found = post(server, route, body | more)
+        assert found.status_code == 200, found.text
+        texts = spoken(found)
+        said = [text.split() for text in texts]
+        assert said == [words(case.answer).split()] * more.get("n", 1), (route, more)
+
+
+def test_the_page_of_requests_is_true(server: Server) -> None:
+    """Its examples of users, instructions and images, with the fixtures' requests."""
+    _, numbers = fixture(WAVLLM)
+    with OpenAI(
+        base_url=f"{server.url}/v1", api_key="none", timeout=60, max_retries=0,
+        http_client=httpx.Client(trust_env=False),
+    ) as client:  # fmt: skip
+        for tag, case, model_of, said in (
+            ("user", users()[5], "reclora", {"user_vector": users()[5].says["user"]}),
+            (
+                "instruction", instructions()[0], "wavllm",
+                {"instruction": words(numbers["gate_ids_0"].tolist()[1:-1])},
+            ),
+            (
+                "image", images()[1], "mmlora",
+                {"image_spans": images()[1].says["modality_spans"]["image"]},
+            ),
+        ):  # fmt: skip
+            (block,) = examples("requests.md", tag)
+            block = block.replace(f'"{model_of}"', f'"{case.adapter.lora_name}"')
+            scope: dict[str, Any] = {"client": client, "prompt": case.prompt, **said}
+            exec(compile(block, "docs/requests.md", "exec"), scope)
+            got = scope["answer"].choices[0].text.split()
+            assert got == words(case.answer[:8]).split(), tag
+
+
 def fingerprint(server: Server) -> dict[str, Any]:
     """Exact answers of each kind, and what the server holds."""
     cases = [users()[0], instructions()[0], images()[1], base_case()]
@@ -213,7 +282,7 @@ def fingerprint(server: Server) -> dict[str, Any]:
 RESIDENT = "lora_ext:resident_bytes"
 USER = [0.5] * 20
 IDS = {"ids": [5, 6]}
-# Only the prompt's tokens show it, which are looked at when a stream has begun: no 400 there.
+# Only the prompt's tokens show it.
 PAST_THE_PROMPT = {"modality_spans": {"image": [[3, 99]]}}
 WRONG: list[tuple[str, Any, str]] = [
     ("reclora-a", {}, "lora_ext.user is missing: adapter reclora-a needs it"),
@@ -244,15 +313,59 @@ WRONG: list[tuple[str, Any, str]] = [
     (IMAGES, {"user": USER}, "lora_ext.user has no use here"),
     ("base", {"adapters": [{"name": IMAGES, "modality": 5}]}, "lora_ext.adapters[0].modality"),
     ("base", {"modality_spans": {"image": [[0, 2]]}}, "lora_ext.modality_spans has no use here"),
+    (IMAGES, {"instruction": IDS}, "lora_ext.instruction has no use here"),
+    (IMAGES, {"gates": {"red": 1}}, "lora_ext.gates has no use here"),
+    (IMAGES, {"trace": "perhaps"}, "lora_ext.trace"),
+    ("base", {"adapters": {"name": IMAGES}}, "lora_ext.adapters is wrong"),
+    ("base", {"adapters": [{"scale": 1}]}, "lora_ext.adapters[0].name"),
+    ("base", {"adapters": [{"name": IMAGES, "weight": 1}]}, "lora_ext.adapters[0].weight"),
+    ("base", {"adapters": [{"name": IMAGES, "scale": float("inf")}]}, "lora_ext.adapters[0].scale"),
+    ("base", {"adapters": [{"name": IMAGES, "spans": [[-1, 3]]}]}, "lora_ext.adapters[0].spans[0]"),
+    ("base", {"adapters": [{"name": IMAGES, "spans": [[1]]}]}, "lora_ext.adapters[0].spans[0]"),
+    ("base", [], "lora_ext of the request is no object"),
+    ("base", "not JSON", "lora_ext of the request is no JSON"),
 ]
+
+
+BEAMS = {"use_beam_search": True, "n": 2}
+ROUTES: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("completions", {}), ("completions", {"n": 2}), ("completions", BEAMS),
+    ("chat/completions", {}), ("chat/completions", {"n": 2}), ("chat/completions", BEAMS),
+    ("responses", {}), ("messages", {}),
+)  # fmt: skip
+
+
+def asking(route: str, text: str, count: int) -> dict[str, Any]:
+    """The body of a request."""
+    if route == "completions":
+        return {"prompt": text, "max_tokens": count}
+    if route == "responses":
+        return {"input": text, "max_output_tokens": count}
+    return {"messages": [{"role": "user", "content": text}], "max_tokens": count}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("route", "more"), ROUTES)
+def test_what_only_the_prompt_shows_to_be_wrong_is_400(
+    server: Server, route: str, more: dict[str, Any], stream: bool
+) -> None:
+    if stream and more is BEAMS and route == "completions":
+        return  # vLLM has none
+    for named, said, code, words_of_it in (
+        (IMAGES, PAST_THE_PROMPT, "bad_value", "modality_spans.image is outside of the prompt"),
+        ("reclora-a", {"user": USER, "trace": True}, "not_traced", "its setting trace is off"),
+    ):
+        body = {"model": named, "lora_ext": said, "stream": stream, **asking(route, "t5 t6", 2)}
+        found = post(server, route, body | more)
+        assert found.status_code == 400, (named, found.text)
+        error = found.json()["error"]
+        assert error["type"] == code and words_of_it in error["message"], error
 
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_field_that_is_wrong_is_400_and_leaves_nothing(server: Server, stream: bool) -> None:
     before = fingerprint(server)
     for named, said, words_of_it in WRONG:
-        if stream and said is PAST_THE_PROMPT:
-            continue
         body = {"model": named, "prompt": [5, 6, 7], "max_tokens": 1, "stream": stream}
         found = post(server, "completions", body | ({} if said is None else {"lora_ext": said}))
         seen = found.status_code, found.json()["error"]["type"], found.json()["error"]["param"]

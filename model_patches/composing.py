@@ -18,6 +18,7 @@ from vllm_lora_ext.adapters.limits import RANKS, slot_rank
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora.plan import PackedSite, Shape
 from vllm_lora_ext.kernels.gated_lora.step import MAX_COLUMNS
+from vllm_lora_ext.kernels.mix_mlp.plan import PackedBlock
 from vllm_lora_ext.model_patches.layers import RoutedEmbedding, RoutedLinear
 from vllm_lora_ext.model_patches.logits import RoutedLogits
 from vllm_lora_ext.model_patches.mlp import Block
@@ -101,8 +102,8 @@ class Composer:
             version: of the whole; name: what errors and listings call it.
         Raises:
             AdapterError: a slot has no room for so many ranks, router rows or columns; experts
-                that are whole MLP blocks are scaled or meet another adapter; columns are needed
-                where rows are no positions.
+                that are whole MLP blocks meet another adapter; columns are needed where rows are
+                no positions.
         """
         parts = tuple(i.part for i in ingredients)
         starts = list(accumulate((part.width for part in parts), initial=0))
@@ -129,20 +130,29 @@ class Composer:
         groups += [[(tuple(t.shape), t.dtype) for t in m[:2]] for m in matrices.values()]
         by_row = matrices if starts[-1] else {}
         groups += [[((len(m.factors),), torch.int64)] for m in by_row.values()]
+        blocks = {n: p for p in places for n in p.ingredient.host.blocks}
+        groups += [self._blocks[n].site.tables.scaled_shapes() for n in blocks]
         nbytes, views = flat_views(groups, self._pinned)
         left = iter(views)
         sites = {n: self._modules[n].site.compose(of, next(left)) for n, of in site_parts.items()}
-        blocks = {n: b for i in ingredients for n, b in i.host.blocks.items()}
+        stock: dict[str, tuple[torch.Tensor, ...]] = {
+            n: m.into(*next(left)) for n, m in matrices.items()
+        }
+        factors = {n: next(left)[0].copy_(torch.tensor(m.factors)) for n, m in by_row.items()}
+        scaled = {n: self._scaled(n, p, next(left)) for n, p in blocks.items()}
         return HostAdapter(
             system="+".join(dict.fromkeys(i.host.system for i in ingredients)), source=name,
             rank=max(i.host.rank for i in ingredients), version=version,
-            nbytes=nbytes + sum(map(_block_bytes, blocks.values())),
+            nbytes=nbytes + sum(map(_block_bytes, scaled.values())),
             sites={n: packed for n, packed in sites.items() if packed is not None},
-            stock={n: m.into(*next(left)) for n, m in matrices.items()},
-            blocks=blocks, heads={}, names=_names(linears, places), parts=parts,
-            on_base=any(i.host.on_base for i in ingredients),
-            factors={n: next(left)[0].copy_(torch.tensor(m.factors)) for n, m in by_row.items()},
+            stock=stock, blocks=scaled, heads={}, names=_names(linears, places), parts=parts,
+            on_base=any(i.host.on_base for i in ingredients), factors=factors,
         )  # fmt: skip
+
+    def _scaled(self, name: str, place: _Place, out: Sequence[torch.Tensor]) -> PackedBlock:
+        """An ingredient's experts at a block, as they act in the whole."""
+        packed = place.ingredient.host.blocks[name]
+        return self._blocks[name].site.scaled(packed, place.ingredient.scale, place.factor, out)
 
     def _shapes(self, layer: str, parts: list[Any]) -> list[Shape]:
         try:
@@ -223,12 +233,18 @@ class Composer:
             for name in ingredient.host.blocks:
                 block = self._blocks[name]
                 inside = {n for n, m in self._modules.items() if m in (block.first, block.last)}
-                if ingredient.scale != 1.0:
-                    raise _whole_block(name, f"{ingredient.name} with scale {ingredient.scale}")
+                if ingredient.by_row:
+                    self._positions.check(name, block.first)
                 for other in ingredients:
                     meets = name in other.host.blocks or inside & set(other.host.sites)
                     if other is not ingredient and meets:
-                        raise _whole_block(name, f"{ingredient.name} and {other.name}")
+                        raise AdapterError(
+                            "unsupported_feature", "experts that are whole MLP blocks (MixLoRA)"
+                            f" share their block with another adapter: {name}",
+                            seen=f"{ingredient.name} and {other.name}",
+                            limit="one adapter where such experts are",
+                            fix="leave one of them out",
+                        )  # fmt: skip
 
     def _check_dora(self, ingredients: Sequence[Ingredient]) -> None:
         """What rescales a layer's output is the only adapter there, as it was trained."""
@@ -248,15 +264,6 @@ class Composer:
                     limit="scale 1, no spans, layers of its own",
                     fix="name it alone, as the request's model",
                 )  # fmt: skip
-
-
-def _whole_block(block: str, seen: str) -> AdapterError:
-    return AdapterError(
-        "unsupported_feature", "experts that are whole MLP blocks (MixLoRA) cannot be scaled, nor"
-        f" share their block with another adapter: {block}", seen=seen,
-        limit="one adapter with such experts, scale 1, no spans",
-        fix="leave out the scale or the other adapter",
-    )  # fmt: skip
 
 
 def _check_columns(count: int) -> None:

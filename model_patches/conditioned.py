@@ -11,7 +11,6 @@ from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.block_keys import BlockKeys, is_plain, salted
 from vllm_lora_ext.model_patches.ledger import Held, incomplete
 from vllm_lora_ext.model_patches.plan import Plan, attach, plan_of
-from vllm_lora_ext.model_patches.residency import SlotPart
 
 Key = str | BlockKeys
 # Connectors that know a block by vLLM's own key, or hand over one request's blocks and keep none.
@@ -118,26 +117,17 @@ class Conditions:
 
 
 def _check_fits(columns: Sequence[Column], held: Held) -> None:
-    """Raises AdapterError `adapter_changed`, `unsupported_feature`."""
+    """Raises AdapterError `adapter_changed`."""
     if sum(part.width for part in held.parts) != len(columns):
         raise _changed(held)
     left = iter(columns)
     for part in held.parts:
         if part.by_row:
-            _check_factor(next(left), part, held)
+            next(left)
         for own in part.columns:
             said = next(left)
             if (replace(said, scale=own.scale) if own.expert else said) != own:
                 raise _changed(held)
-
-
-def _check_factor(factor: Column, part: SlotPart, held: Held) -> None:
-    if part.blocks and factor != Column():
-        raise AdapterError(
-            "unsupported_feature", "experts that are whole MLP blocks (MixLoRA) have a scale or"
-            " spans", seen=held.name, limit="scale 1, everywhere",
-            fix="leave out its scale and its spans",
-        )  # fmt: skip
 
 
 def _changed(held: Held) -> AdapterError:

@@ -31,7 +31,7 @@ from vllm_lora_ext.kernels.mix_mlp import (
     register_block,
     scratch_for,
 )
-from vllm_lora_ext.kernels.mix_mlp.block import PackedBlock
+from vllm_lora_ext.kernels.mix_mlp.plan import PackedBlock
 from vllm_lora_ext.model_patches.layers import RoutedLinear
 from vllm_lora_ext.routing import GatedSlice
 

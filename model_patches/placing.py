@@ -272,7 +272,7 @@ class Placer:
             on_base=bool(adapter.dora), norms=norms, attention=attention,
             parts=(SlotPart(
                 adapter.digest, columns=adapter.columns, linear=_is_linear(adapter),
-                blocks=bool(blocks), frozen=classifier is not None and classifier.frozen,
+                frozen=classifier is not None and classifier.frozen,
             ),),
             factors=packed[4], classifier=classifier,
         )  # fmt: skip

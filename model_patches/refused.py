@@ -1,16 +1,20 @@
 """An `AdapterError` as vLLM's front ends understand it, and as an HTTP answer.
 
 Targets: `OutputProcessor.process_outputs`, where a request that the engine core refused ends. Stock
-answers it with 500, whatever the reason, and a pooling request ends the front end. And the server's
-handler of a `ValueError`, which ours are: it names every one of a status alike.
+answers it with 500, whatever the reason, and a pooling request ends the front end. And what makes
+an answer of an error, which names all of a status alike: the server's handler of a `ValueError`,
+which ours are, `create_error_response` of streams that have begun, and of Anthropic's route.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
+import vllm.entrypoints.anthropic.api_router as anthropic
+import vllm.entrypoints.serve.engine.serving as serving
 import vllm.entrypoints.serve.exception_handling.register as handlers
 from fastapi.responses import JSONResponse
 from vllm.entrypoints.serve import create_error_response
@@ -62,10 +66,27 @@ class RefusedRequest(AdapterError, GracefulHTTPError):
 
 def to_response(error: AdapterError, param: str | None = "lora_path") -> ErrorResponse:
     """The error as an OpenAI-style body: `type` is the stable code."""
-    metrics.refused(error.code)
+    if not isinstance(error, RefusedRequest):  # which was counted when it was made
+        metrics.refused(error.code)
     return create_error_response(
         message=error.text, err_type=error.code, status_code=status_of(error.code), param=param
     )
+
+
+def _answer(error: RefusedRequest) -> ErrorResponse:
+    return to_response(error, FIELD if error.code == "bad_value" else None)
+
+
+def _typed(stock: Callable[..., ErrorResponse]) -> Callable[..., ErrorResponse]:
+    """`create_error_response` that knows our errors."""
+
+    @functools.wraps(stock)
+    def typed(message: Any, *args: Any, **kwargs: Any) -> ErrorResponse:
+        if isinstance(message, RefusedRequest):
+            return _answer(message)
+        return stock(message, *args, **kwargs)
+
+    return typed
 
 
 def _error_of(output: EngineCoreOutput) -> AdapterError | None:
@@ -116,8 +137,10 @@ def apply() -> None:
     async def new_handler(req: Any, exc: Exception) -> Any:
         if not isinstance(exc, RefusedRequest):
             return await stock_handler(req, exc)
-        answer = to_response(exc, FIELD if exc.code == "bad_value" else None)
+        answer = _answer(exc)
         return JSONResponse(answer.model_dump(), status_code=answer.error.code)
 
     OutputProcessor.process_outputs = new_process_outputs
     handlers.exception_handler = new_handler
+    for module in (anthropic, serving):
+        module.create_error_response = _typed(module.create_error_response)

@@ -289,8 +289,8 @@ PATCHES: tuple[Patch, ...] = (
             "pooling model ends the front end."
         ),
         how=(
-            "`process_outputs` hands the error's own text and status to the caller; the handler "
-            "of a ValueError answers ours with their stable code as the type."
+            "`process_outputs` hands the error's own text and status to the caller; what makes an "
+            "answer of an error gives ours their stable code as the type."
         ),
         upstream="none yet",
         remove_when="vLLM's core can say why it refused a request (0.33 begins to).",
@@ -307,6 +307,8 @@ PATCHES: tuple[Patch, ...] = (
             Target(
                 "vllm.entrypoints.serve.exception_handling.handlers.exception", "exception_handler"
             ),
+            Target("vllm.entrypoints.anthropic.api_router", "create_messages"),
+            Target("vllm.entrypoints.serve.engine.serving", "BaseServing.create_error_response"),
         ),
     ),
     Patch(
@@ -471,7 +473,8 @@ PATCHES: tuple[Patch, ...] = (
         why="Stock drops fields of a request's body that it does not know, and one adapter is all.",
         how=(
             "`_check_model` parses the field `lora_ext` and answers what is wrong with it; "
-            "`_maybe_get_adapters` returns a `LoRARequest` that carries it to `add_request`."
+            "`_maybe_get_adapters` returns a `LoRARequest` that carries it to `add_request`; what "
+            "makes answers of the prompt's tokens holds it against them before a stream begins."
         ),
         upstream="vllm-project/vllm#51940 (several adapters), #52733 (scales)",
         remove_when="vLLM hands a request's extra fields to plugins.",
@@ -482,6 +485,13 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.entrypoints.pooling.base.serving", "PoolingBaseServing._init_ctx"),
             Target("vllm.entrypoints.openai.models.serving", "OpenAIServingModels.model_name"),
             Target("vllm.v1.engine.async_llm", "AsyncLLM.generate"),
+            Target(
+                "vllm.entrypoints.generate.beam_search.online", "BeamSearchOnlineMixin.beam_search"
+            ),
+            Target(
+                "vllm.entrypoints.openai.responses.serving",
+                "OpenAIServingResponses._generate_with_builtin_tools",
+            ),
         ),
     ),
     Patch(

@@ -20,7 +20,7 @@ from vllm_lora_ext.adapters.template import Template
 from vllm_lora_ext.conditions.column import Column
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora.plan import PackedSite, Shape
-from vllm_lora_ext.kernels.mix_mlp.block import PackedBlock
+from vllm_lora_ext.kernels.mix_mlp.plan import PackedBlock
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,6 @@ class SlotPart:
         by_row: a column of its own multiplies it: the first of its columns in the slot.
         columns: the adapter's own, which follow.
         linear: its own columns multiply it: where all are 0, it adds nothing.
-        blocks: it has experts that are whole MLP blocks, which nothing can multiply.
         frozen: what it adds behind a prompt depends on where the prompt ends.
     """
 
@@ -71,7 +70,6 @@ class SlotPart:
     by_row: bool = False
     columns: tuple[Column, ...] = ()
     linear: bool = True
-    blocks: bool = False
     frozen: bool = False
 
     @property

@@ -2,20 +2,26 @@
 
 Targets: `_check_model` of both serving classes, where what is wrong becomes an answer before
 anything is computed or streamed, and `_maybe_get_adapters`, whose result every route hands to its
-engine (`Spoken` carries what was said there). And `AsyncLLM.generate`, which knows the prompt's
-tokens: what is wrong with them is found before a stream begins, for then it is too late for a 400.
+engine (`Spoken` carries what was said there). And what makes answers of a prompt's tokens
+(`AsyncLLM.generate`; beam search and the Responses API, whose generators call it later): what only
+they show to be wrong is found before a stream begins, for then it is too late for a 400.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
+from vllm.entrypoints.scale_out.derender.serving import ServingDerender
+from vllm.entrypoints.scale_out.render.serving import ServingRender
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -32,6 +38,9 @@ from vllm_lora_ext.model_patches.request_says import (
     said_by,
 )
 from vllm_lora_ext.trace.fetch import check_on
+
+# Routes that name a model and compute nothing with it: there is nothing to say to them.
+_WORDS_ONLY = (ServingTokenization, ServingRender, ServingDerender)
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,24 @@ def speaking(models: Any, request: Any, own: LoRARequest | None) -> LoRARequest 
     if heard.own is not None:
         name, number = heard.own.lora_name, heard.own.lora_int_id
     return Spoken(name, number, f"{FIELD} of a request", target=heard.target)
+
+
+def _checking(stock: Callable[..., Any], prompt: str) -> Callable[..., Any]:
+    """A generator function that looks at what it is given when it is called.
+
+    Args:
+        prompt: the name of its argument that holds the tokens, or its first.
+    """
+
+    @functools.wraps(stock)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        spoken = kwargs.get("lora_request")
+        if isinstance(spoken, Spoken):
+            engine = getattr(self, "engine_client", self)
+            _check_spoken(engine, kwargs[prompt] if prompt in kwargs else args[0], spoken)
+        return stock(self, *args, **kwargs)
+
+    return checked
 
 
 def _check_spoken(engine: Any, prompt: Any, spoken: Spoken) -> None:
@@ -125,14 +152,14 @@ def _text(content: object) -> str | None:
 
 
 def apply() -> None:
-    """Wraps all four."""
+    """Wraps them all."""
     check, check_pooling = BaseServing._check_model, PoolingBaseServing._check_model
-    get_adapters, generate = BaseServing._maybe_get_adapters, AsyncLLM.generate
+    get_adapters, answers = BaseServing._maybe_get_adapters, OpenAIServingResponses
 
     @functools.wraps(check)
     async def new_check(self: Any, request: Any) -> ErrorResponse | None:
         answer = await check(self, request)
-        if answer is None:
+        if answer is None and not isinstance(self, _WORDS_ONLY):
             try:
                 await hear(self.models, request)
             except AdapterError as error:
@@ -152,14 +179,11 @@ def apply() -> None:
     def new_get_adapters(self: Any, request: Any, *args: Any, **kwargs: Any) -> LoRARequest | None:
         return speaking(self.models, request, get_adapters(self, request, *args, **kwargs))
 
-    @functools.wraps(generate)
-    def new_generate(self: Any, prompt: Any, *args: Any, **kwargs: Any) -> Any:
-        spoken = kwargs.get("lora_request")
-        if isinstance(spoken, Spoken):
-            _check_spoken(self, prompt, spoken)
-        return generate(self, prompt, *args, **kwargs)
-
     BaseServing._check_model = new_check
     PoolingBaseServing._check_model = new_check_pooling
     BaseServing._maybe_get_adapters = new_get_adapters
-    AsyncLLM.generate = new_generate
+    AsyncLLM.generate = _checking(AsyncLLM.generate, "prompt")
+    BeamSearchOnlineMixin.beam_search = _checking(BeamSearchOnlineMixin.beam_search, "prompt")
+    answers._generate_with_builtin_tools = _checking(
+        answers._generate_with_builtin_tools, "engine_input"
+    )

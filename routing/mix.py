@@ -5,6 +5,8 @@
     a_e = act(gate(x) + B_g^e A_g^e x) * (up(x) + B_u^e A_u^e x)
 
 Li et al. 2024, "MixLoRA", arXiv 2404.15159. An MLP without a gate has a_e = act(up(x) + ...).
+A request's scale or span s(t) multiplies what the experts change: base + s (y - base), where base
+is down(act(gate(x)) * up(x)).
 """
 
 from __future__ import annotations

@@ -88,14 +88,14 @@ def variants(capability: str, engines: Iterable[tuple[int, str]] = ENGINES) -> l
         tuning,
         warmup,
     )
-    from vllm_lora_ext.kernels.mix_mlp import triton_mix
-    from vllm_lora_ext.kernels.mix_mlp import warmup as block_warmup
+    from vllm_lora_ext.kernels.mix_mlp.backends.triton import mix
+    from vllm_lora_ext.kernels.mix_mlp.backends.triton import warmup as block_warmup
 
     name, processors, shared = GPUS[capability]
     device = tuning.Device(name, processors, shared * 1024)
     target = GPUTarget("cuda", int(capability), 32)
     kept, before = [], []
-    for module in (shrink, expand, extended, glu, triton_mix, warmup, block_warmup):
+    for module in (shrink, expand, extended, glu, mix, warmup, block_warmup):
         for key, value in list(vars(module).items()):
             if isinstance(value, JITFunction) and key.endswith("_kernel"):
                 kept.append(Kept(value, target))
@@ -124,7 +124,7 @@ def _warm(shapes: Any, rank: int, dtype: str) -> None:
     from vllm_lora_ext.kernels.gated_lora.codes import MOST_ACTIVATED
     from vllm_lora_ext.kernels.gated_lora.extension import fits
     from vllm_lora_ext.kernels.mix_mlp import BlockSite
-    from vllm_lora_ext.kernels.mix_mlp import warmup as block_warmup
+    from vllm_lora_ext.kernels.mix_mlp.backends.triton import warmup as block_warmup
 
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     step = StepMap(MAX_TOKENS, "meta", tiled=True)

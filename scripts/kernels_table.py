@@ -147,7 +147,7 @@ def read_kept(path: Path | None) -> dict[str, Compiled]:
 @cache
 def sources() -> str:
     """Digest of all that is compiled."""
-    folders = ("kernels/gated_lora/backends/triton", "kernels/mix_mlp")
+    folders = ("kernels/gated_lora/backends/triton", "kernels/mix_mlp/backends/triton")
     files = sorted(path for folder in folders for path in (ROOT / folder).glob("*.py"))
     trees = [_without_docstrings(ast.parse(path.read_text())) for path in files]
     return hashlib.sha256("".join(map(ast.dump, trees)).encode()).hexdigest()

@@ -194,6 +194,10 @@ def _serve(reader: Reader) -> str:
     ]
     text = "```bash\n" + "\n".join(lines) + "\n```\n\n`inspect` prints the rank that this adapter"
     text += " needs; [adapters.md](../adapters.md)\ntells about `convert` and `verify`."
+    if reader.request:
+        text += (
+            " [requests.md](../requests.md) shows how a\nrequest says what its numbers depend on."
+        )
     return _section("Serve it", text)
 
 

@@ -12,14 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from vllm_lora_ext import report as issue
+from vllm_lora_ext.adapters import load_adapter
+from vllm_lora_ext.adapters.model import Head
 from vllm_lora_ext.cli import app
 from vllm_lora_ext.doctor import DISTRIBUTIONS, Machine, Report, diagnose
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.check import Finding, installed_root
 from vllm_lora_ext.model_patches.register import PATCHES
+from vllm_lora_ext.summary import request_fields
 from vllm_lora_ext.vllm_sources import sources_of
 
 FIXTURES = Path(__file__).parent / "fixtures" / "routed"
@@ -239,6 +243,20 @@ def test_inspect(name: str) -> None:
 )
 def test_inspect_says_what_a_request_may_say(name: str, fields: dict[str, str]) -> None:
     _says(CONDITIONED / name / "adapter", fields)
+
+
+def test_inspect_says_what_cannot_be_scaled() -> None:
+    plain = load_adapter(FIXTURES / "plain-a" / "adapter")
+    modules = {
+        n: dataclasses.replace(m, magnitude_N=torch.ones(len(m.b_NR)))
+        for n, m in plain.modules.items()
+    }
+    for adapter, said in (
+        (plain, "its name; scale, spans, modality"),
+        (dataclasses.replace(plain, modules=modules), "its name; no scale, spans or modality"),
+        (dataclasses.replace(plain, heads={"score": Head(torch.zeros(2, 4))}), "its name, alone"),
+    ):
+        assert request_fields(adapter) == {"adapters": said}
 
 
 def test_inspect_names_the_experts_of_a_library(tmp_path: Path) -> None:

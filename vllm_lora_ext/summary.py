@@ -107,7 +107,9 @@ def attention_setting(adapter: RoutedAdapter) -> dict[str, int]:
 def request_fields(adapter: RoutedAdapter) -> dict[str, str]:
     """Which keys of a request's `lora_ext` mean something to an adapter → what they must hold."""
     fields = {"adapters": "its name; scale, spans, modality"}
-    if adapter.classifier is not None:
+    if adapter.dora:
+        fields["adapters"] = "its name; no scale, spans or modality"
+    if adapter.classifier is not None or adapter.attends or adapter.heads or adapter.experts:
         fields["adapters"] = "its name, alone"
     template = adapter.template
     if template is not None and template.user is not None:

@@ -10,8 +10,9 @@ per expert. Around the base model's own three steps that makes three small ones:
 On a GPU `block_mix_` stands in the middle, and the linears' own launches do the rest (`op`).
 """
 
-from vllm_lora_ext.kernels.mix_mlp.block import BlockSite, Scratch, scratch_for
-from vllm_lora_ext.kernels.mix_mlp.op import block_mix_, mix_act_, register_block, warm_blocks
+from vllm_lora_ext.kernels.mix_mlp.backends.base import Scratch
+from vllm_lora_ext.kernels.mix_mlp.block import BlockSite, scratch_for, warm_blocks
+from vllm_lora_ext.kernels.mix_mlp.op import block_mix_, mix_act_, register_block
 
 __all__ = [
     "BlockSite",

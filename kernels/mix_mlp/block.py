@@ -3,104 +3,31 @@
 Weights live in the `Site`s of the block's two linears, so that a block costs no memory of its own.
 The first linear's site holds A and B of gate and up, and the router; the second's those of down.
 
-Where the sites run the Triton kernels, a block does too: one launch more than its two linears have
-anyway (`triton_mix`). What the launches hand on lies in two buffers that all blocks of an engine
-share (`Scratch`), since blocks run one after the other; they are arguments of the ops (`op`), so
-the compiler sees who writes and who reads them, and a captured graph finds them where they were.
+A backend may have a launch of its own between the linears (`backends`). Activations that it does
+not know, and experts that scale the second linear's bias, take the PyTorch path (`backends.eager`),
+as all do on a CPU, which keeps the shrunk rows here between the three ops. No graph can hold it
+(`BlockSite.on_kernel`).
 
-Activations that the kernel does not know, and experts that scale the second linear's bias, take the
-PyTorch path below, as all do on a CPU: a loop over slots and experts that waits for the device, and
-keeps the shrunk rows here between the three ops. No graph can hold it (`BlockSite.on_kernel`).
+What the experts change of the block's output may be multiplied (`BlockSite.scaled`):
+y = base + s (mixed - base). As down is linear, s multiplies a's change, z and the bias's change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 
-from vllm_lora_ext.kernels.gated_lora.plan import PackedSite, Shape, SlicePlan, SlotPlan
+from vllm_lora_ext.kernels.gated_lora.plan import Shape
 from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.kernels.gated_lora.step import Group
-from vllm_lora_ext.kernels.mix_mlp.tables import BlockTables, tables_for
+from vllm_lora_ext.kernels.mix_mlp.backends import choice, eager
+from vllm_lora_ext.kernels.mix_mlp.backends.base import Scratch
+from vllm_lora_ext.kernels.mix_mlp.plan import Activation, BlockPlan, PackedBlock, sums_to_one
 from vllm_lora_ext.routing import GateSpec
-from vllm_lora_ext.routing.mix import expert_weights
 from vllm_lora_ext.routing.reference import GatedSlice
-
-Activation = Callable[[torch.Tensor], torch.Tensor]
-
-
-class Scratch(NamedTuple):
-    """What the kernels of a block hand on, for all blocks of an engine: flat, fp32, on the device.
-
-    `u` is the shrink of a block's first linear, `z` that of the second.
-    """
-
-    u: torch.Tensor
-    z: torch.Tensor
-
-
-def scratch_for(blocks: Sequence[BlockSite], max_tokens: int, dtype: torch.dtype) -> Scratch | None:
-    """Scratch of blocks on the Triton kernels for steps of up to `max_tokens` rows in `dtype`, the
-    model's; None where there are none."""
-    if not blocks or not isinstance(blocks[0].tables, BlockTables):
-        return None
-    from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import parts_size
-
-    device = blocks[0].first.a_SRK.device
-    sizes = (
-        max(parts_size(max_tokens, dtype, site) for site in sites)
-        for sites in zip(*((b.first, b.last) for b in blocks), strict=True)
-    )
-    return Scratch(*(torch.zeros(n, dtype=torch.float32, device=device) for n in sizes))
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """One adapter at one block.
-
-    Args:
-        gate: how the experts are weighted; its blocks are their ranks.
-        first: where the first linear's parts stand; its slices are gate (with the router) and up.
-        last: the same of the second linear's one part, or None when it has no experts.
-        act: the activation over [gate | up], as the model's own.
-        sums_to_one: the weights always do, so that a bias of the second linear is not scaled.
-    """
-
-    gate: GateSpec
-    first: SlotPlan
-    last: SlotPlan | None
-    act: Activation
-    sums_to_one: bool
-
-    @property
-    def spans(self) -> list[tuple[int, int]]:
-        """First and last rank of every expert."""
-        return list(pairwise(accumulate(self.gate.blocks, initial=0)))
-
-
-@dataclass(frozen=True)
-class PackedBlock:
-    """One adapter's experts at one block in host memory, as its slot will hold them.
-
-    Args:
-        gate, act, sums_to_one: as in `BlockPlan`.
-        first, last: of the two linears.
-        tables: the slot's rows of `BlockTables`; empty without them.
-        on_kernels: whether the Triton kernels serve it.
-    """
-
-    gate: GateSpec
-    first: PackedSite
-    last: PackedSite | None
-    act: Activation
-    sums_to_one: bool
-    tables: tuple[torch.Tensor, ...]
-    on_kernels: bool
 
 
 class BlockSite:
@@ -127,7 +54,9 @@ class BlockSite:
         self.act_name = act_name
         self.plans: dict[int, BlockPlan] = {}
         self.on_kernels: set[int] = set()
-        self.tables = tables_for(first)
+        self.backend = choice.beside(first.backend)
+        self.tables = self.backend.make_tables(first)
+        self._by_row: set[int] = set()
         self._u: dict[int, torch.Tensor] = {}
         self._add: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         # Read by C++ at this address: `busy`.
@@ -138,10 +67,15 @@ class BlockSite:
         """Whether any slot has experts here that the PyTorch path serves."""
         return bool(self.busy_1[0])
 
+    @property
+    def rows_TC(self) -> torch.Tensor | None:
+        """As `Site.rows_TC`."""
+        return self.first.step.rows_TC if self.first.static or self._by_row else None
+
     def on_kernel(self, gate: GateSpec, act_name: str | None = None) -> bool:
         """Whether the kernel would serve experts with this gate, and this activation in place of
         the model's; else PyTorch does."""
-        sums = self.last_bias_N is None or _sums_to_one(gate)
+        sums = self.last_bias_N is None or sums_to_one(gate)
         return self.tables.serves(act_name or self.act_name) and sums
 
     def _look(self) -> None:
@@ -156,6 +90,7 @@ class BlockSite:
     def clear(self, slot: int) -> None:
         """The slot adds nothing any more."""
         self.plans.pop(slot, None)
+        self._by_row.discard(slot)
         if slot in self.on_kernels:
             self.on_kernels.discard(slot)
             self.tables.clear(slot)
@@ -215,7 +150,7 @@ class BlockSite:
         if last is not None:
             last_packed = self.last.pack([last], out[num_first : num_first + num_last])
         packed = PackedBlock(
-            gate, first_packed, last_packed, act or self.act, _sums_to_one(gate),
+            gate, first_packed, last_packed, act or self.act, sums_to_one(gate),
             tuple(out[num_first + num_last :]), self.on_kernel(gate, act_name),
         )  # fmt: skip
         name = act_name or self.act_name
@@ -223,6 +158,18 @@ class BlockSite:
             assert name is not None
             self._describe(packed, name)
         return packed
+
+    def scaled(
+        self, packed: PackedBlock, scale: float, factor_at: int, out: Sequence[torch.Tensor]
+    ) -> PackedBlock:
+        """The same experts, whose change of the block's output is multiplied.
+
+        Args:
+            scale, factor_at: as in `PackedBlock`.
+            out: the tensors to fill, as `tables.scaled_shapes` says; the others are `packed`'s.
+        """
+        tables = self.tables.scaled(packed.tables, scale, factor_at, out)
+        return replace(packed, scale=scale, factor_at=factor_at, tables=tables)
 
     def _describe(self, packed: PackedBlock, act_name: str) -> None:
         """The first linear's kernels shrink for the slot and add nothing; the second's only
@@ -246,7 +193,12 @@ class BlockSite:
             self.tables.load(slot, packed.tables)
             self.on_kernels.add(slot)
         else:
-            self.plans[slot] = BlockPlan(packed.gate, first, last, packed.act, packed.sums_to_one)
+            self.plans[slot] = BlockPlan(
+                packed.gate, first, last, packed.act, packed.sums_to_one, packed.scale,
+                packed.factor_at,
+            )  # fmt: skip
+        if packed.factor_at >= 0:
+            self._by_row.add(slot)
         self._look()
 
     def hold(self, _y_TN: torch.Tensor, x_TK: torch.Tensor, _u: torch.Tensor | None) -> None:
@@ -254,7 +206,7 @@ class BlockSite:
         for group in self.first.step.groups:
             plan = self.plans.get(group.slot)
             if plan is not None:
-                rows_TK = _rows(self.first.own_x(x_TK), group)
+                rows_TK = eager.rows_of(self.first.own_x(x_TK), group)
                 self._u[group.slot] = self.first.whole(plan.first.shrink(rows_TK))
 
     def mix_act_(self, a_TI: torch.Tensor, gate_up_TN: torch.Tensor) -> None:
@@ -266,12 +218,26 @@ class BlockSite:
             if plan is None:
                 continue
             u_TR = self._u.pop(group.slot)
-            mixed_TI, z_TR, total_T = _mix(plan, _rows(gate_up_TN, group).float(), u_TR)
-            self._add[group.slot] = z_TR, total_T
+            base_TN = eager.rows_of(gate_up_TN, group).float()
+            mixed_TI, z_TR, total_T = eager.mix(plan, base_TN, u_TR)
+            more_T, factor_T1 = total_T - 1, self._factor(plan, group)
+            if factor_T1 is not None:
+                own_TI = eager.rows_of(a_TI, group).float()
+                mixed_TI = own_TI + factor_T1 * (mixed_TI - own_TI)
+                z_TR, more_T = factor_T1 * z_TR, factor_T1[:, 0] * more_T
+            self._add[group.slot] = z_TR, more_T
             if group.index_T is None:
                 a_TI[group.start : group.stop] = mixed_TI.to(a_TI.dtype)
             else:
                 a_TI[group.index_T] = mixed_TI.to(a_TI.dtype)
+
+    def _factor(self, plan: BlockPlan, group: Group) -> torch.Tensor | None:
+        """[rows, 1]: what multiplies the experts' change of each row; None: nothing does."""
+        if plan.factor_at < 0 and plan.scale == 1.0:
+            return None
+        if plan.factor_at < 0:
+            return torch.full((1, 1), plan.scale, device=self.first.step.device)
+        return plan.scale * eager.rows_of(self.first.step.rows_TC, group)[:, plan.factor_at, None]
 
     def add_down(self, y_TN: torch.Tensor, _x: torch.Tensor, _u: torch.Tensor | None) -> None:
         """After the second linear: adds the experts' down parts, already weighted. A rank that has
@@ -280,70 +246,21 @@ class BlockSite:
             plan = self.plans.get(group.slot)
             if plan is None:
                 continue
-            z_TR, total_T = self._add.pop(group.slot)
+            z_TR, more_T = self._add.pop(group.slot)
             if plan.last is not None:
                 p = plan.last.slices[0]
                 delta_TN = torch.mm(self.last.whole(z_TR), p.bt_RN.float())
-                _add_rows_(self.last.own_y(y_TN)[:, p.y_start : p.y_stop], group, delta_TN)
+                eager.add_rows_(self.last.own_y(y_TN)[:, p.y_start : p.y_stop], group, delta_TN)
             if self.last_bias_N is not None and not plan.sums_to_one:
-                _add_rows_(y_TN, group, (total_T - 1)[:, None] * self.last_bias_N.float())
+                eager.add_rows_(y_TN, group, more_T[:, None] * self.last_bias_N.float())
 
 
-def _sums_to_one(gate: GateSpec) -> bool:
-    """Whether the experts' weights always do."""
-    return gate.weight in ("renormalise", "softmax") and gate.constant == 1.0
+def scratch_for(blocks: Sequence[BlockSite], max_tokens: int, dtype: torch.dtype) -> Scratch | None:
+    """What an engine's blocks share (`BlockBackend.scratch`); None where there are none."""
+    return blocks[0].backend.scratch(blocks, max_tokens, dtype) if blocks else None
 
 
-def _mix(
-    plan: BlockPlan, base_TN: torch.Tensor, u_TR: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The mixed activations [T, inner], the weighted A_d a_e of every rank, the sum of weights."""
-    slices = plan.first.slices
-    at = slices[0].router_start
-    v_TE = expert_weights(plan.gate, u_TR[:, at : at + plan.gate.num_gates])
-    chosen_TE = v_TE != 0
-    z_TR = u_TR.new_zeros(len(u_TR), sum(plan.gate.blocks))
-    mixed: torch.Tensor | None = None
-    for e, (start, stop) in enumerate(plan.spans):
-        rows_T = torch.nonzero(chosen_TE[:, e]).flatten()
-        if not len(rows_T):
-            continue
-        a_TI = plan.act(_expert_input(slices, base_TN[rows_T], u_TR[rows_T], start, stop))
-        if plan.last is not None:
-            a_d_RI = plan.last.a_RK[start:stop].float()
-            z_TR[rows_T, start:stop] = v_TE[rows_T, e, None] * torch.mm(a_TI, a_d_RI.t())
-        if mixed is None:
-            mixed = base_TN.new_zeros(len(u_TR), a_TI.shape[1])
-        mixed.index_add_(0, rows_T, v_TE[rows_T, e, None] * a_TI)
-    if mixed is None:  # no expert at all: the block's output is zero, as the formula has it
-        mixed = torch.zeros_like(plan.act(base_TN))
-    return mixed, z_TR, v_TE.sum(dim=1)
-
-
-def _expert_input(
-    slices: tuple[SlicePlan, ...], base_TN: torch.Tensor, u_TR: torch.Tensor, start: int, stop: int
-) -> torch.Tensor:
-    """gate(x) and up(x) of one expert, side by side."""
-    parts, at = [], 0
-    for p in slices:
-        width = p.y_stop - p.y_start
-        part = base_TN[:, at : at + width]
-        if p.a_stop > p.a_start:
-            h_TR = u_TR[:, p.a_start + start : p.a_start + stop]
-            part = torch.addmm(part, h_TR, p.bt_RN[start:stop].float())
-        parts.append(part)
-        at += width
-    return torch.cat(parts, dim=1)
-
-
-def _rows(x: torch.Tensor, group: Group) -> torch.Tensor:
-    if group.index_T is None:
-        return x[group.start : group.stop]
-    return x.index_select(0, group.index_T)
-
-
-def _add_rows_(y_TN: torch.Tensor, group: Group, add_TN: torch.Tensor) -> None:
-    if group.index_T is None:
-        y_TN[group.start : group.stop] += add_TN.to(y_TN.dtype)
-    else:
-        y_TN.index_add_(0, group.index_T, add_TN.to(y_TN.dtype))
+def warm_blocks(blocks: Sequence[BlockSite], max_tokens: int, dtype: torch.dtype) -> None:
+    """Compiles what an engine's blocks can need beside their linears."""
+    if blocks:
+        blocks[0].backend.warm(blocks, max_tokens, dtype)

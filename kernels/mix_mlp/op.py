@@ -1,18 +1,15 @@
 """The torch ops of an MLP block: opaque to the compiler, as those of `gated_lora`.
 
 On the PyTorch path `mix_act_` stands between the two linears, which have the ops they always have.
-On the Triton kernels `block_mix_` does, and what the launches hand on are arguments of the ops:
-the first linear's `gated_lora_into_` writes u of `Scratch`, `block_mix_` reads it and writes z, and
-the second's completes z. What they launch depends on the step having an adapter, and on nothing
-else that the host knows.
+Where the backend has a launch of its own, `block_mix_` does, and what the launches hand on are
+arguments of the ops: the first linear's `gated_lora_into_` writes u of `Scratch`, `block_mix_`
+reads it and writes z, and the second's completes z. What they launch depends on the step having an
+adapter, and on nothing else that the host knows.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
-from functools import cache
-from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -20,7 +17,6 @@ import torch
 from vllm_lora_ext.kernels.gated_lora.backends.native import inductor
 from vllm_lora_ext.kernels.gated_lora.backends.native import op as cpu_op
 from vllm_lora_ext.kernels.mix_mlp.block import BlockSite
-from vllm_lora_ext.kernels.mix_mlp.tables import BlockTables
 
 _blocks: WeakValueDictionary[int, BlockSite] = WeakValueDictionary()
 _numbers = itertools.count(1)
@@ -34,29 +30,10 @@ def register_block(block: BlockSite) -> torch.Tensor:
     return torch.tensor(number, dtype=torch.int64, device="cpu")
 
 
-def warm_blocks(blocks: Iterable[BlockSite], max_tokens: int, dtype: torch.dtype) -> None:
-    """Compiles what blocks can need beside their linears; arguments as of `Backend.warm`."""
-    found = [block for block in blocks if isinstance(block.tables, BlockTables)]
-    if found:
-        from vllm_lora_ext.kernels.mix_mlp.warmup import warm
-
-        warm(found, max_tokens, dtype)
-
-
 def _mix_act(a: torch.Tensor, gate_up: torch.Tensor, block: torch.Tensor) -> None:
     found = _blocks[int(block)]
     if found.busy:
         found.mix_act_(a, gate_up)
-
-
-@cache
-def _triton() -> tuple[Any, Any]:
-    """Where the shrink's result stands in a scratch, and the block's launcher; not imported where
-    no block uses them."""
-    from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import parts_in
-    from vllm_lora_ext.kernels.mix_mlp.triton_mix import mix_
-
-    return parts_in, mix_
 
 
 def _block_mix(
@@ -65,9 +42,7 @@ def _block_mix(
     found = _blocks[int(block)]
     if not found.first.step.active:
         return
-    parts_in, mix_ = _triton()
-    z_PTR, u_PTR = parts_in(z, a, found.last), parts_in(u, gate_up, found.first)
-    mix_(a, z_PTR, gate_up, u_PTR, found)
+    found.backend.mix_(a, z, gate_up, u, found)
     found.mix_act_(a, gate_up)
 
 

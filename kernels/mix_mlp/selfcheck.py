@@ -14,7 +14,8 @@ from vllm_lora_ext.kernels.gated_lora.reference import TOLERANCE
 from vllm_lora_ext.kernels.gated_lora.selfcheck import Weights, in_one_line
 from vllm_lora_ext.kernels.gated_lora.site import Site
 from vllm_lora_ext.kernels.gated_lora.step import StepMap
-from vllm_lora_ext.kernels.mix_mlp.block import BlockSite, Scratch, scratch_for
+from vllm_lora_ext.kernels.mix_mlp.backends.base import Scratch
+from vllm_lora_ext.kernels.mix_mlp.block import BlockSite, scratch_for
 from vllm_lora_ext.routing import GateSpec
 from vllm_lora_ext.routing.mix import mix_reference
 
@@ -132,8 +133,7 @@ def _forward(
 ) -> torch.Tensor:
     """The three steps as a server's layers run them."""
     from vllm_lora_ext.kernels.gated_lora.backends.triton.expand import expand_
-    from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import parts_in, shrink
-    from vllm_lora_ext.kernels.mix_mlp.triton_mix import mix_
+    from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import shrink
 
     x_TK, gate_up_NK, down_NK = (
         w.to(device, dtype) for w in (case.x_TK, case.gate_up_NK, case.down_NK)
@@ -143,8 +143,7 @@ def _forward(
     expand_(gate_up_TN, u_PTR, block.first)
     gate_TI, up_TI = gate_up_TN.chunk(2, dim=1)
     a_TI = silu(gate_TI) * up_TI
-    z_PTR = parts_in(scratch.z, a_TI, block.last)
-    mix_(a_TI, z_PTR, gate_up_TN, u_PTR, block)
+    block.backend.mix_(a_TI, scratch.z, gate_up_TN, scratch.u, block)
     y_TN = a_TI @ down_NK.t()
     expand_(y_TN, shrink(a_TI, block.last, memory=scratch.z), block.last)
     return y_TN

@@ -129,7 +129,11 @@ class Mlp:
             "down_proj": last,
         }
 
-    def write(self, slot: int, experts: Experts) -> None:
+    def write(
+        self, slot: int, experts: Experts, scale: float = 1.0, factor_at: int | None = None
+    ) -> None:
+        """Puts experts into a slot; with `factor_at`, what they change is multiplied."""
+
         def zero(n: int) -> Part:
             return Part(torch.zeros(0, self.hidden), torch.zeros(n, 0))
 
@@ -138,7 +142,14 @@ class Mlp:
         slices = [Slice(p.a_RK, p.b_NR) for p in parts]
         slices[0].gate, slices[0].router_GK = experts.gate, experts.router_GK
         down = experts.parts.get("down_proj" if self.gated else "fc2")
-        self.block.write(slot, experts.gate, slices, down and Slice(down.a_RK, down.b_NR))
+        block = self.block
+        packed = block.pack(experts.gate, slices, down and Slice(down.a_RK, down.b_NR))
+        if factor_at is not None:
+            shapes = block.tables.scaled_shapes()
+            out = [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
+            packed = block.scaled(packed, scale, factor_at, out)
+        block.clear(slot)
+        block.load(slot, packed)
 
     def map(self, step: StepMap, slots: list[int]) -> None:
         """The rows of the step at hand."""
@@ -210,6 +221,41 @@ def test_a_mixed_batch_equals_the_definition(gate, gated):
     torch.testing.assert_close(y, wanted, atol=2e-5, rtol=1e-5)
     untouched = [i for i, s in enumerate(slots) if s in (-1, 1)]
     assert torch.equal(y[untouched], base(mlp.act(first))[untouched])
+
+
+def multiplied(mlp: Mlp, e: Experts, x: torch.Tensor, factors_T: torch.Tensor) -> torch.Tensor:
+    """The definition: base + s (mixed - base)."""
+    act = silu if mlp.gated else gelu
+    base = mlp.linears()["down_proj" if mlp.gated else "fc2"](
+        mlp.act(x @ mlp.first_w.t() + mlp.first_b)
+    )
+    return base + factors_T[:, None] * (mix_reference(e, x, mlp.linears(), act) - base)
+
+
+FACTORS_TC = torch.tensor([[9.0, f] for f in (1, 0, -0.5, 2, 1, 0, 0.25, -1, 3)])
+
+
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("gate", [TOP2, {**TOP2, "k": 1}, GATES[-1]], ids=["2", "1", "threshold"])
+def test_what_experts_change_is_multiplied(gate, gated):
+    """By a number of the slot, by one of each row, by both; beside a slot without."""
+    g = torch.Generator().manual_seed(11)
+    mlp = Mlp(24, 40, gated, g)
+    mine = {slot: experts(mlp, [3, 3, 3], gate, g) for slot in range(4)}
+    for slot, (scale, at) in enumerate([(1.0, None), (-1.5, -1), (1.0, 1), (2.0, 1)]):
+        mlp.write(slot, mine[slot], scale, at)
+    step, x = StepMap(9, tiled=True), torch.randn(9, 24, generator=g)
+    step.set_rows(FACTORS_TC.numpy(), [slice(0, 9)])
+    each = {0: torch.ones(9), 1: torch.full((9,), -1.5), 2: FACTORS_TC[:, 1]}
+    each[3] = 2 * FACTORS_TC[:, 1]
+    for slots in ([2] * 9, [0, 1, 2, 3, -1, 2, 3, 1, 3]):
+        mlp.map(step, slots)
+        y = mlp.run(x)
+        for i, slot in enumerate(slots):
+            if slot >= 0:
+                row = slice(i, i + 1)
+                wanted = multiplied(mlp, mine[slot], x[row], each[slot][row])
+                torch.testing.assert_close(y[row], wanted, atol=3e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("names", [["gate_proj"], ["up_proj"], ["down_proj"],

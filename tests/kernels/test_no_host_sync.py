@@ -56,11 +56,11 @@ class Launches:
 @pytest.fixture
 def launches(monkeypatch):
     from vllm_lora_ext.kernels.gated_lora.backends.triton import expand, extended, glu, shrink
-    from vllm_lora_ext.kernels.mix_mlp import triton_mix
+    from vllm_lora_ext.kernels.mix_mlp.backends.triton import mix
 
     counted = Launches()
     for module, name in (
-        (shrink, "shrink_kernel"), (expand, "expand_kernel"), (triton_mix, "mix_kernel"),
+        (shrink, "shrink_kernel"), (expand, "expand_kernel"), (mix, "mix_kernel"),
         (extended, "extended_kernel"), (glu, "glu_kernel"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, counted)
@@ -199,7 +199,7 @@ def test_an_embedding(page_locked):  # noqa: F811
 
 def test_an_mlp_block(launches, page_locked):  # noqa: F811
     from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import num_parts
-    from vllm_lora_ext.kernels.mix_mlp.triton_mix import mix_
+    from vllm_lora_ext.kernels.mix_mlp.backends.triton.mix import mix_
 
     first, last = site((32, 32)), site((K,), 32)
     block = BlockSite(first, last, torch.relu, act_name="silu")

@@ -11,13 +11,22 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.functional import gelu, silu
 
-from tests.kernels.test_mix_mlp import GATES, TOP2, Mlp, Slice, experts
+from tests.kernels.test_mix_mlp import (
+    FACTORS_TC,
+    GATES,
+    TOP2,
+    Mlp,
+    Slice,
+    experts,
+    multiplied,
+)
 from tests.kernels.test_triton import DEVICE, NAN, on_gpu, runs_kernels
 from vllm_lora_ext.kernels.gated_lora.backends import choice
 from vllm_lora_ext.kernels.gated_lora.reference import TOLERANCE
 from vllm_lora_ext.kernels.gated_lora.step import StepMap
-from vllm_lora_ext.kernels.mix_mlp import block as blocks
-from vllm_lora_ext.kernels.mix_mlp import scratch_for, triton_mix
+from vllm_lora_ext.kernels.mix_mlp import scratch_for
+from vllm_lora_ext.kernels.mix_mlp.backends import eager
+from vllm_lora_ext.kernels.mix_mlp.backends.triton import mix as triton_mix
 from vllm_lora_ext.kernels.mix_mlp.selfcheck import selfcheck
 from vllm_lora_ext.routing.mix import expert_weights, mix_reference
 
@@ -31,7 +40,7 @@ def kernels_only(monkeypatch):
     def never(*_):
         raise AssertionError("the PyTorch path ran")
 
-    monkeypatch.setattr(blocks, "_mix", never)
+    monkeypatch.setattr(eager, "mix", never)
 
 
 def mlp_of(hidden, inner, gated, g, **options):
@@ -102,6 +111,35 @@ def test_experts_on_some_of_the_linears_only(names):
     x = torch.randn(21, 16, generator=g)
     y = mlp.forward(x.to(DEVICE), [1] * 21).cpu()
     assert error(to_cpu(mlp), {1: e}, x, [1] * 21, y) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("names", [None, ["up_proj"], ["down_proj"]])
+def test_what_experts_change_is_multiplied(names):
+    """By a number of the slot, by one of each row, by both; a graph follows them too."""
+    g = torch.Generator().manual_seed(11)
+    mlp = mlp_of(24, 40, True, g, biased=False)
+    mine = {slot: experts(mlp, [3, 3, 3], TOP2, g, names) for slot in range(4)}
+    step, x = StepMap(9, DEVICE, tiled=True), torch.randn(9, 24, generator=g)
+    step.set_rows(FACTORS_TC.numpy(), [slice(0, 9)])
+    slots = [0, 1, 2, 3, -1, 2, 3, 1, 3]
+    mlp.map(step, slots)
+    for slot, e in mine.items():
+        mlp.write(slot, e)
+    run = mlp.run if DEVICE == "cuda" else recorded(mlp, x)
+    kinds = [(1.0, None), (-1.5, -1), (1.0, 1), (2.0, 1)]
+    for turn in range(2):
+        for slot, (scale, at) in enumerate(kinds[turn:] + kinds[:turn]):
+            mlp.write(slot, mine[slot], scale, at)
+        y = run(x.to(DEVICE)).cpu()
+        own = to_cpu(mlp) if DEVICE == "cpu" else None
+        for i, slot in enumerate(slots if own else ()):
+            if slot < 0:
+                continue
+            scale, at = (kinds[turn:] + kinds[:turn])[slot]
+            factor = scale * (FACTORS_TC[i, 1:] if at == 1 else torch.ones(1))
+            wanted = multiplied(own, mine[slot], x[i : i + 1], factor)
+            error = (y[i : i + 1] - wanted).norm() / wanted.norm()
+            assert error < TOLERANCE[torch.float32], (turn, i)
 
 
 @pytest.mark.parametrize("ranks", [[1], [6, 6, 6], [12, 3, 1, 1], [48, 16], [2] * 16])

@@ -58,14 +58,14 @@ def kernels(monkeypatch):
         tuning,
         warmup,
     )
-    from vllm_lora_ext.kernels.mix_mlp import triton_mix
+    from vllm_lora_ext.kernels.mix_mlp.backends.triton import mix
 
     h100 = tuning.Device("H100", 132, 227 * 1024)
     for module in (expand, extended, glu, shrink, warmup):
         monkeypatch.setattr(module, "device_of", lambda _index: h100)
     counted = {}
     for module, name in (
-        (shrink, "shrink_kernel"), (expand, "expand_kernel"), (triton_mix, "mix_kernel"),
+        (shrink, "shrink_kernel"), (expand, "expand_kernel"), (mix, "mix_kernel"),
         (extended, "extended_kernel"), (glu, "glu_kernel"),
     ):  # fmt: skip
         counted[name] = Counted(getattr(module, name))
@@ -160,8 +160,8 @@ def test_no_step_compiles_an_activating_kernel_that_the_warm_up_has_not(shapes, 
 
 def test_no_step_compiles_a_block_that_the_warm_up_has_not(kernels):
     from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import num_parts
-    from vllm_lora_ext.kernels.mix_mlp.triton_mix import mix_
-    from vllm_lora_ext.kernels.mix_mlp.warmup import warm
+    from vllm_lora_ext.kernels.mix_mlp.backends.triton.mix import mix_
+    from vllm_lora_ext.kernels.mix_mlp.backends.triton.warmup import warm
 
     first, last = sites_of(((4096, (14336, 14336)), (14336, (4096,))), 64)
     block = BlockSite(first, last, torch.relu, act_name="silu")

@@ -412,7 +412,6 @@ def aloras(core: Core) -> None:
         rank.made_of["v2"] = (SlotPart("v2", columns=(late,)),)
         rank.made_of["t1"] = ()
         rank.made_of["mix"] = (SlotPart("v1", by_row=True, columns=(ALORA,)), SlotPart("w1", 0.5))
-        rank.made_of["moe"] = (SlotPart("m", by_row=True, blocks=True),)
     core._check_hit = lambda key, count: core.hits.append(count)
 
 
@@ -458,19 +457,13 @@ def test_a_plan_must_fit_what_is_loaded(core):
     assert last["fits"].finish_reason is FinishReason.LENGTH
 
 
-def test_a_template_and_experts_that_are_blocks(core):
+def test_a_template_waits_for_what_it_needs(core):
     aloras(core)
     core.write("/t", "t1")
-    core.write("lora_ext:moe", "moe")
     assert core.core.add_lora(lora("t", 3, "/t")), "it can be loaded, and waits for requests"
     core.add("template", lora("t", 3, "/t"))
-    moe = lora("moe", DERIVED_IDS + 1, "lora_ext:moe")
-    core.add("whole", moe, says={"lora_ext": {"columns": [{}]}})
-    core.add("half", moe, says={"lora_ext": {"columns": [{"scale": 0.5}]}})
     last = core.finish()
     assert error_of(last, "template") == "missing_setting"
-    assert error_of(last, "half") == "unsupported_feature"
-    assert last["whole"].finish_reason is FinishReason.LENGTH
     with pytest.raises(AdapterError, match="missing_setting"):
         core.core.pin_lora(3)
 

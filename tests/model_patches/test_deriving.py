@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -14,6 +15,7 @@ import torch
 from vllm.lora.request import LoRARequest
 
 from tests.make_adapters import normal, random_module, router_spec
+from tests.model_patches.conftest import make_harness
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.registry import load_adapter
 from vllm_lora_ext.conditions.column import Column
@@ -289,18 +291,37 @@ def test_embedding_and_output_matrix_stand_in_a_mix(harness: Callable[..., Any])
         assert not site.factors.slots or by_row
 
 
-def test_experts_that_are_whole_blocks_stay_alone_and_whole(harness: Callable[..., Any]) -> None:
+def test_experts_that_are_whole_blocks_are_scaled_and_stay_alone(tmp_path: Path) -> None:
     from integration_tests.engines import recorded
 
-    h = harness()
+    h = make_harness(tmp_path, {}, {"max_cpu_loras": 6}, weights=True)
     mix = h.save("mix", load_adapter(recorded("mixlora-a").folder))
     attention = h.random("attention", specs=GateSpec(), targets=["q_proj"])
     mlp = h.random("mlp", specs=GateSpec(), targets=["up_proj"])
     loaded(h, mix, attention, mlp)
-    h.worker.load(recipe(h, (mix, 1.0), (attention, 2.0)), None, ())
-    assert h.worker.versions()[recipe(h, (mix, 1.0), (attention, 2.0)).lora_int_id].parts[0].blocks
-    for bad in ([(mix, 0.5), (attention, 1.0)], [(mix, 1.0), (mlp, 1.0)], [(mix, 1.0)] * 2):
+    for bad in ([(mix, 1.0), (mlp, 1.0)], [(mix, 1.0)] * 2):
         assert code(h.worker.load, recipe(h, *bad), None, ()) == "unsupported_feature"
+    whole, half, by_row = (
+        recipe(h, (mix, scale), (attention, 2.0 if not more else 1.0), **more)
+        for scale, more in ((1.0, {}), (0.5, {}), (1.0, {"by_row": True}))
+    )
+    loaded(h, whole, half, by_row)
+    x_TK, name = inputs(), "model.layers.0.mlp"
+    mlp_of = h.model.get_submodule(name)
+    rows = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-2.0, 0.0]] * 2)
+
+    def answer(request: Any) -> torch.Tensor:
+        h.step(*[request] * len(x_TK))
+        (step,) = (w.step_map for w in h.manager.punica_wrapper_mapping.values())
+        step.set_rows(rows.numpy(), [slice(0, len(x_TK))])
+        with torch.inference_mode():
+            return mlp_of(x_TK.clone())
+
+    base, full = answer(None), answer(whole)
+    assert (full - base).abs().max() > 1e-2
+    close(answer(half), base + 0.5 * (full - base))
+    close(answer(by_row), base + rows[:, :1] * (full - base))
+    close(answer(whole), full)
 
 
 def test_a_template_is_held_and_only_what_it_derives_gets_a_slot(

@@ -6,10 +6,12 @@ import asyncio
 from typing import Any
 
 import pytest
+import vllm.entrypoints.anthropic.api_router as anthropic
 import vllm.entrypoints.serve.exception_handling.register as register
 from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from vllm import PoolingParams, SamplingParams
+from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
@@ -102,6 +104,15 @@ def test_all_choices_of_a_request_end():
         asyncio.run(queue.get())
     processor.process_outputs([refused(keys[1])])
     assert not processor.has_unfinished_requests() and not processor.parent_requests
+
+
+@pytest.mark.parametrize(
+    "create", [BaseServing.create_error_response, anthropic.create_error_response]
+)
+def test_streams_and_anthropics_route_name_the_code_too(create: Any) -> None:
+    error = create(RefusedRequest(AdapterError("adapter_changed", "it went"))).error
+    assert (error.type, error.code, error.message) == ("adapter_changed", 409, "it went.")
+    assert create(ValueError("no")).error.type == "BadRequestError"
 
 
 @pytest.mark.parametrize(

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import json
+from io import BytesIO
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from fastapi import UploadFile
 from vllm.entrypoints.anthropic.protocol import AnthropicMessagesRequest
 from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+from vllm.entrypoints.generate.beam_search.online import BeamSearchOnlineMixin
 from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
 from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
+from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 from vllm.entrypoints.pooling.base.protocol import PoolingBasicRequestMixin
 from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
 from vllm.entrypoints.pooling.classify.protocol import ClassificationCompletionRequest
@@ -22,6 +27,10 @@ from vllm.entrypoints.pooling.embed.protocol import CohereEmbedRequest, Embeddin
 from vllm.entrypoints.pooling.scoring.protocol import ScoreTextRequest
 from vllm.entrypoints.scale_out.token_in_token_out.protocol import GenerateRequest
 from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.entrypoints.serve.tokenize.protocol import TokenizeCompletionRequest
+from vllm.entrypoints.serve.tokenize.serving import ServingTokenization
+from vllm.entrypoints.speech_to_text.transcription.protocol import TranscriptionRequest
+from vllm.entrypoints.speech_to_text.translation.protocol import TranslationRequest
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import SamplingParams
 from vllm.v1.engine.async_llm import AsyncLLM
@@ -63,6 +72,20 @@ POOLING = {
     "score": lambda **more: ScoreTextRequest(text_1="hi", text_2="ho", **more),
 }
 ALL = GENERATING | TOKENS | POOLING
+# What makes answers of a prompt's tokens.
+ANSWERING = {
+    "generate": lambda engine, prompt, given: AsyncLLM.generate(
+        engine, prompt, SamplingParams(), "r", lora_request=given
+    ),
+    "beam search": lambda engine, prompt, given: BeamSearchOnlineMixin.beam_search(
+        SimpleNamespace(engine_client=engine), prompt=prompt, request_id="r", params=None,
+        lora_request=given,
+    ),
+    "responses": lambda engine, prompt, given: OpenAIServingResponses._generate_with_builtin_tools(
+        SimpleNamespace(engine_client=engine), request_id="r", engine_input=prompt,
+        sampling_params=SamplingParams(), context=None, lora_request=given,
+    ),
+}  # fmt: skip
 
 
 class Engine(AsyncEngine):
@@ -178,6 +201,23 @@ def test_tokens_say_it_in_their_sampling_parameters_too(models):
     assert not request.sampling_params.extra_args
 
 
+@pytest.mark.parametrize("kind", [TranscriptionRequest, TranslationRequest])
+def test_a_form_says_it_as_text(models, kind):
+    request = kind(model="base", file=UploadFile(BytesIO()), lora_ext=json.dumps(BOTH))
+    name, adapter, _ = send(models, request)
+    assert (name, parts(adapter)) == ("base", [("a", 1.0), ("b", 0.5)])
+
+
+def test_tokenizing_asks_for_no_user(models):
+    """Nothing is computed with the adapter."""
+    server = ServingTokenization.__new__(ServingTokenization)
+    BaseServing.__init__(server, models, models.engine.model_config)
+    request = TokenizeCompletionRequest(model="reclora", prompt="hi", lora_ext={"nothing": 1})
+    assert asyncio.run(server._check_model(request)) is None
+    assert server._maybe_get_adapters(request) == lora("reclora")
+    assert models.engine.core.added == []
+
+
 @pytest.mark.parametrize("kind", ["chat", "messages", "tokens"])
 def test_it_is_said_once(models, kind):
     if kind == "tokens":
@@ -224,15 +264,16 @@ def test_an_unloaded_model_is_no_name(models):
         ({"encoder_prompt": {}}, {"modality_spans": IMAGE}, None),
     ],
 )
-def test_what_the_prompt_shows_to_be_wrong_is_found_before_a_stream(models, prompt, said, seen):
-    """`AsyncLLM.generate` is not asked for a first answer here."""
+@pytest.mark.parametrize("by", ANSWERING)
+def test_what_the_prompt_shows_to_be_wrong_is_found_before_a_stream(models, by, prompt, said, seen):
+    """None of the generators is asked for a first answer here."""
     request = CompletionRequest(prompt="hi", model="mm", lora_ext=said)
     server = BaseServing(models, models.engine.model_config)
     assert asyncio.run(server._check_model(request)) is None
     given = server._maybe_get_adapters(request)
     code = None
     try:
-        AsyncLLM.generate(models.engine, prompt, SamplingParams(), "r", lora_request=given)
+        ANSWERING[by](models.engine, prompt, given)
     except RefusedRequest as error:
         code = error.code
     assert code == seen

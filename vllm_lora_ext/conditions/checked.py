@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from typing import Annotated, Any, TypeVar
 
 from pydantic import Field, Strict, TypeAdapter, ValidationError
@@ -39,8 +41,8 @@ def checked(kind: TypeAdapter[T], value: Any, where: str, fix: str) -> T:
         missing = first["type"] == "missing"
         raise AdapterError(
             "bad_value", f"{path} is missing" if missing else f"{path} is wrong",
-            seen=None if missing else _short(first["input"]),
-            limit=None if missing else _plain(first["msg"]), fix=fix,
+            seen=None if missing else _short(first["input"], first["type"]),
+            limit=None if missing else _plain(first["msg"]), fix="add it" if missing else fix,
         ) from None  # fmt: skip
 
 
@@ -61,11 +63,15 @@ def _step(step: int | str) -> str:
 def _plain(message: str) -> str:
     """Pydantic's words for whoever writes JSON."""
     message = message.removeprefix("Value error, ").removeprefix("Input should be ")
+    message = re.sub(r" or instance of \w+", "", message)
     return message.replace("tuple", "list").replace("Tuple", "List").replace("dictionary", "object")
 
 
-def _short(value: object) -> object:
-    """What a message shows of a value, which may be large."""
+def _short(value: object, wrong: str) -> object:
+    """What a message shows of a value, which may be large; a text in its quotation marks where it
+    stands in the place of something else."""
+    if isinstance(value, str) and wrong.endswith("_type"):
+        return json.dumps(value[:200])
     if isinstance(value, list | tuple | dict) and len(value) > 8:
         return f"{type(value).__name__} of {len(value)}"
     if value is None:

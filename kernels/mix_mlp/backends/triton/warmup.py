@@ -4,13 +4,16 @@ the linears' kernels."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 
 from vllm_lora_ext.kernels.gated_lora.backends.triton import warmup
 from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import num_parts
-from vllm_lora_ext.kernels.mix_mlp.block import BlockSite
-from vllm_lora_ext.kernels.mix_mlp.triton_mix import mix_
+from vllm_lora_ext.kernels.mix_mlp.backends.triton.mix import mix_
+
+if TYPE_CHECKING:
+    from vllm_lora_ext.kernels.mix_mlp.block import BlockSite
 
 
 def warm(blocks: Iterable[BlockSite], max_tokens: int, dtype: torch.dtype) -> None:

@@ -12,6 +12,9 @@ E times the multiplications and no more bytes. z is summed over the parts, in or
 linear's expand; the parts are as many as that shrink has of its K, so that rows of both share one
 layout.
 
+What the experts change may be multiplied, by a number of the slot and one that comes with the row:
+a = base + s (mixed - base), and z likewise. The rows' own activations are there already.
+
 The launch is there in every step that has an adapter, so that a captured graph has it whatever it
 was captured with; a program whose slot has no experts here leaves at once.
 
@@ -23,6 +26,8 @@ asynchronous (`gated_lora.tuning`). `COLUMNS` inner columns are in registers at 
 # Kernels take pointers and blocks that have no Python types.
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 import triton
@@ -47,19 +52,22 @@ from vllm_lora_ext.kernels.gated_lora.backends.triton.store import store_of
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tiles import activate
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import warps_of
 from vllm_lora_ext.kernels.gated_lora.step import max_tiles
-from vllm_lora_ext.kernels.mix_mlp import tables
-from vllm_lora_ext.kernels.mix_mlp.block import BlockSite
-from vllm_lora_ext.kernels.mix_mlp.tables import BlockTables
+from vllm_lora_ext.kernels.mix_mlp.backends.triton import tables
+
+if TYPE_CHECKING:
+    from vllm_lora_ext.kernels.mix_mlp.block import BlockSite
 
 TILE, COLUMNS = 16, 64
-FIRST_AT, UP_AT, DOWN, ACTIVATION = (tl.constexpr(i) for i in range(len(tables.HEADER)))
+FIRST_AT, UP_AT, DOWN, ACTIVATION, FACTOR_AT, SCALE = (
+    tl.constexpr(i) for i in range(len(tables.HEADER))
+)
 NUM_HEADER = tl.constexpr(len(tables.HEADER))
 
 
 @triton.jit(
     do_not_specialize=[
         "num_tokens", "max_rank", "stride_u_part", "stride_u", "stride_z_part", "stride_z",
-        "stride_ints", "stride_floats", "stride_block", "stride_tiles",
+        "stride_ints", "stride_floats", "stride_block", "stride_tiles", "stride_rows",
     ]
 )  # fmt: skip
 def mix_kernel(
@@ -74,6 +82,7 @@ def mix_kernel(
     block_ptr,
     order_ptr,
     tiles_ptr,
+    rows_ptr,
     num_tokens,
     inner,
     max_rank,
@@ -91,6 +100,7 @@ def mix_kernel(
     stride_floats,
     stride_block,
     stride_tiles,
+    stride_rows,
     PARTS: tl.constexpr,
     GATED: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -131,6 +141,10 @@ def mix_kernel(
     block_ptr += slot * stride_block
     first_at, up_at = tl.load(block_ptr + FIRST_AT), tl.load(block_ptr + UP_AT)
     down, kind = tl.load(block_ptr + DOWN), tl.load(block_ptr + ACTIVATION)
+    factor_at = tl.load(block_ptr + FACTOR_AT)
+    scale = tl.load(block_ptr + SCALE).to(tl.float32, bitcast=True)
+    by_row_T = ok_T & (at_T < tl.where(factor_at >= 0, tile_stop, tile_start))
+    factor_T = scale * tl.load(rows_ptr + token_T * stride_rows + factor_at, by_row_T, other=1.0)
     h_T = u_T[:, None] + rank_R[None, :]
     has_first_TR = ok_TR & (rank_R < tl.where(first_at >= 0, ranks, 0))[None, :]
     first_TR = sum_parts(h_T + first_at, has_first_TR, stride_u_part, PARTS)
@@ -184,9 +198,13 @@ def mix_kernel(
                     d_NR = tl.trans(d_RN.to(OPERAND))
                     z_TR = tl.dot(rounded_TN, d_NR, z_TR, input_precision="tf32x3")
             rank = stop
-        mixed_TN = mixed_TN.to(a_ptr.dtype.element_ty)
-        tl.store(a_ptr + (token_T * stride_a)[:, None] + n_N[None, :], mixed_TN, mask=ok_TN)
+        own_TN = a_ptr + (token_T * stride_a)[:, None] + n_N[None, :]
+        if (factor_at >= 0) | (scale != 1.0):
+            base_TN = tl.load(own_TN, mask=ok_TN, other=0.0).to(tl.float32)
+            mixed_TN = base_TN + factor_T[:, None] * (mixed_TN - base_TN)
+        tl.store(own_TN, mixed_TN.to(a_ptr.dtype.element_ty), mask=ok_TN)
     if down != 0:
+        z_TR *= factor_T[:, None]
         z_T = z_ptr + part.to(tl.int64) * stride_z_part + token_T * stride_z
         tl.store(z_T[:, None] + rank_R[None, :], z_TR, mask=ok_TR)
 
@@ -210,9 +228,9 @@ def mix_(
     num_tokens, inner = a_TI.shape
     if not num_tokens:
         return
-    first, own = block.first, block.tables
-    assert isinstance(own, BlockTables)
+    first, own = block.first, tables.tables_of(block)
     gate, tiles, b_SRN = own.gate, first.step.tiles(TILE), store_of(first).b_SRN
+    rows_TC = block.rows_TC
     mix_kernel[(len(z_PTR), max_tiles(num_tokens, len(b_SRN), TILE))](
         a_TI,
         base_TN,
@@ -225,6 +243,7 @@ def mix_(
         own.ints_SI,
         first.step.order_T,
         tiles,
+        gate.floats_SF if rows_TC is None else rows_TC,
         num_tokens,
         inner,
         first.max_rank,
@@ -242,6 +261,7 @@ def mix_(
         gate.floats_SF.stride(0),
         own.ints_SI.stride(0),
         tiles.stride(0),
+        0 if rows_TC is None else rows_TC.stride(0),
         PARTS=len(u_PTR),
         GATED=base_TN.shape[1] == 2 * inner,
         BLOCK_T=TILE,

@@ -12,48 +12,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import accumulate, pairwise
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 
-from vllm_lora_ext.kernels.gated_lora.backends.triton.store import TableStore
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tables import SlotTables
 from vllm_lora_ext.kernels.gated_lora.codes import ACTIVATIONS
 from vllm_lora_ext.kernels.gated_lora.plan import Shape, SlicePlan
-from vllm_lora_ext.kernels.gated_lora.site import Site
+from vllm_lora_ext.kernels.mix_mlp.backends.base import Tables
 
-HEADER = ("first_at", "up_at", "down", "activation")
+if TYPE_CHECKING:
+    from vllm_lora_ext.kernels.mix_mlp.block import BlockSite
 
-
-class NoTables:
-    """What is kept of a block whose experts PyTorch serves: nothing."""
-
-    def serves(self, act: str | None) -> bool:
-        """Whether the kernel knows an activation."""
-        return False
-
-    def shapes(self) -> list[Shape]:
-        """Of one slot's rows, as `describe` fills them."""
-        return []
-
-    def clear(self, slot: int) -> None:
-        """The slot has no experts here any more."""
-
-    def describe(
-        self, first: Sequence[SlicePlan], down: bool, act: str, rows: Sequence[torch.Tensor]
-    ) -> None:
-        """Fills one slot's rows, in host memory, for one adapter.
-
-        Args:
-            first: the parts of the first linear; the first one has the block's gate.
-            down: whether the second linear has experts.
-            act: one that is served.
-        """
-
-    def load(self, slot: int, rows: Sequence[torch.Tensor]) -> None:
-        """Copies what `describe` filled into a slot."""
+HEADER = ("first_at", "up_at", "down", "activation", "factor_at", "scale")
+SCALED = HEADER.index("factor_at")
 
 
-class BlockTables(NoTables):
+class BlockTables(Tables):
     """Device tables of one block, at addresses that never change.
 
     Attributes:
@@ -82,7 +58,7 @@ class BlockTables(NoTables):
         gate = first[0].gate
         at = [p.a_start if p.a_stop > p.a_start else -1 for p in first]
         # One part over both gate and up: they share its A.
-        header = [at[0], at[-1], int(down), ACTIVATIONS.index(act)]
+        header = [at[0], at[-1], int(down), ACTIVATIONS.index(act), *_factor(1.0, -1)]
         next_R = [0] * (self.ints_SI.shape[1] - len(HEADER))
         for start, stop in pairwise(accumulate(gate.blocks, initial=0)):
             next_R[start] = stop
@@ -90,14 +66,33 @@ class BlockTables(NoTables):
         ranks = torch.empty(sum(gate.blocks), 0, dtype=torch.float32, device="cpu")
         self.gate.describe(0, 0, [(0, replace(first[0], bt_RN=ranks))], *gate_rows)
 
+    def scaled_shapes(self) -> list[Shape]:
+        return self.shapes()[:1]
+
+    def scaled(
+        self,
+        rows: Sequence[torch.Tensor],
+        scale: float,
+        factor_at: int,
+        out: Sequence[torch.Tensor],
+    ) -> tuple[torch.Tensor, ...]:
+        (ints,) = out
+        ints.copy_(rows[0])
+        ints[SCALED : len(HEADER)] = torch.tensor(_factor(scale, factor_at), dtype=torch.int32)
+        return ints, *rows[1:]
+
     def load(self, slot: int, rows: Sequence[torch.Tensor]) -> None:
         ints, *gate_rows = rows
         self.ints_SI[slot].copy_(ints, non_blocking=True)
         self.gate.load(slot, *gate_rows)
 
 
-def tables_for(first: Site) -> NoTables:
-    """Tables of a block by its first linear's backend."""
-    if not isinstance(first.store, TableStore):
-        return NoTables()
-    return BlockTables(len(first.plans), first.max_rank, first.a_SRK.device)
+def _factor(scale: float, factor_at: int) -> list[int]:
+    """The header's last two: a column, and the bits of a float32."""
+    return [factor_at, int(np.float32(scale).view(np.int32))]
+
+
+def tables_of(block: BlockSite) -> BlockTables:
+    """A block's, on this backend."""
+    assert isinstance(block.tables, BlockTables)
+    return block.tables
