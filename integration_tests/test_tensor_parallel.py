@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import time
 import uuid
@@ -19,7 +18,8 @@ import pytest
 import torch
 from transformers import AutoConfig
 
-from integration_tests.engines import base_path, recorded, worst
+from integration_tests import forked
+from integration_tests.engines import ENVIRONMENT, base_path, recorded, worst
 from integration_tests.followed import MADE, write_made
 from integration_tests.reference_model import logits, model, steady_prompt
 from integration_tests.tp_worker import MARK, TP_ENVIRONMENT, ours
@@ -110,12 +110,11 @@ def start(
     command = [sys.executable, "-m", "integration_tests.tp_worker"]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     log = folder / "log.txt"
-    with log.open("w") as out:
-        engine = subprocess.Popen(
-            [*command, str(folder / "job.json"), str(folder / "result.pt")],
-            env=os.environ | TP_ENVIRONMENT | {"PYTHONPATH": path, MARK: mark},
-            cwd=ROOT, stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+    os.environ.update(ENVIRONMENT)  # of the process that is forked
+    engine = forked.Command(
+        [*command, str(folder / "job.json"), str(folder / "result.pt")], log,
+        os.environ | TP_ENVIRONMENT | {"PYTHONPATH": path, MARK: mark},
+    )  # fmt: skip
     try:
         code = engine.wait(TIMEOUT)
     except BaseException:
