@@ -20,7 +20,7 @@ import torch
 
 from integration_tests import matrix
 from integration_tests.conftest import TWO_PASS
-from integration_tests.engines import ENVIRONMENT, close, engine_options, make_engine, tokens
+from integration_tests.engines import close, engine_options, make_engine, tokens
 from integration_tests.matrix import Record, Row
 from integration_tests.reference_model import logits
 from integration_tests.server import base_with_tokenizer, command, free_port, serving
@@ -238,16 +238,14 @@ COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "pp2": (
         "Pipeline parallel, 2 ranks",
+        # Without a compiler vLLM 0.32 warms nothing up on a CPU: its second rank has no buffers.
         {
-            "pipeline_parallel_size": 2,
-            "distributed_executor_backend": "mp",
-            "gpu_memory_utilization": 0.1,
+            "pipeline_parallel_size": 2, "distributed_executor_backend": "mp",
+            "enforce_eager": False,
         },
     ),
-}
-# The ranks share a NUMA node. With a KV cache of a given size and without a compiler, vLLM 0.32
-# warms nothing up on a CPU, and the second rank of a pipeline never gets its buffers.
-PIPELINED = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+}  # fmt: skip
+SHARED_NODE = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 
 @matrix.whole
@@ -295,9 +293,8 @@ def test_data_parallel(
         "--data-parallel-size", "2", "--enforce-eager", "--max-loras", "4", "--max-cpu-loras", "16",
         "--lora-modules", *(f"{name}={path}" for name, path in matrix.adapters(rows).items()),
     )  # fmt: skip
-    bind = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     cases = matrix.every(rows)
-    with serving(server, tmp_path / "server.log", **bind) as running:
+    with serving(server, tmp_path / "server.log", **SHARED_NODE) as running:
         with ThreadPoolExecutor(8) as pool:
             for record, more in ((answers, {}), (beams, {"use_beam_search": True})):
                 got = list(pool.map(lambda c, m=more: matrix.posted(running, c, **m), cases))
@@ -341,11 +338,9 @@ def test_an_engine_of_its_own(
     else:
         refused_with_two_passes(record, two_pass_rows, **options)
     if column == "pp2":
-        for name, value in PIPELINED.items():
+        for name, value in SHARED_NODE.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.delitem(ENVIRONMENT, "VLLM_CPU_KVCACHE_SPACE")
-        monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
-    llm = make_engine(base, enforce_eager=True, disable_log_stats=False, **options)
+    llm = make_engine(base, **{"enforce_eager": True, "disable_log_stats": False} | options)
     try:
         matrix.load(llm)
         for again in (False, True):

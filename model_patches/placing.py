@@ -473,4 +473,5 @@ def _own_shapes(adapter: RoutedAdapter, names: set[str]) -> dict[str, tuple[int,
         width = experts.router_GK.shape[1]
         first = (f"{block}.{n}" for n in ("gate_proj", "up_proj", "gate_up_proj", "fc1"))
         shapes |= {n: (width, 0) for n in first if n in names and n not in shapes}
-    return shapes
+    sizes = adapter.template.sizes if adapter.template is not None else {}
+    return shapes | {n: size for n, size in sizes.items() if n in names}

@@ -18,6 +18,10 @@ from integration_tests.soak.report import soak
 from integration_tests.soak.world import BASE
 
 CLIENTS, SLOTS, KV_BLOCKS = 12, 4, 24
+_ENVIRONMENT = {
+    "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two ranks share a NUMA node
+}
 
 
 def main(argv: list[str]) -> int:
@@ -78,7 +82,7 @@ class Home:
             "--num-gpu-blocks-override", str(KV_BLOCKS), *flags,
         )  # fmt: skip
         log = self.logs / f"{name}.log"
-        with serving(argv, log, VLLM_ALLOW_RUNTIME_LORA_UPDATING="1") as server:
+        with serving(argv, log, **_ENVIRONMENT) as server:
             yield server
 
 
