@@ -81,23 +81,9 @@ def packed(weight_NK: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
     return {"weight_packed": _pack(q + 8), "weight_scale": scale, "weight_shape": shape}, rounded
 
 
-def int8(weight_NK: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-    """compressed-tensors' `int-quantized`: a scale for each output."""
-    scale = weight_NK.abs().amax(1, keepdim=True) / 127
-    q = (weight_NK / scale).round().clamp(-127, 127)
-    return {"weight": q.to(torch.int8), "weight_scale": scale}, q * scale
-
-
-def fp8(weight_NK: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
-    """One scale for each linear."""
-    scale = weight_NK.abs().max() / torch.finfo(torch.float8_e4m3fn).max
-    q = (weight_NK / scale).to(torch.float8_e4m3fn)
-    return {"weight": q, "weight_scale": scale}, q.float() * scale
-
-
-def _compressed(form: str, inputs: dict[str, Any] | None, **weights: Any) -> dict[str, Any]:
+def _compressed(form: str, **weights: Any) -> dict[str, Any]:
     group = {
-        "targets": ["Linear"], "input_activations": inputs,
+        "targets": ["Linear"], "input_activations": None,
         "weights": {"type": "int", "symmetric": True, "dynamic": False, **weights},
     }  # fmt: skip
     return {
@@ -117,10 +103,8 @@ FORMATS: dict[str, tuple[Writer, dict[str, Any]]] = {
         "checkpoint_format": "gptq",
     }),
     "w4a16": (packed, _compressed(
-        "pack-quantized", None, num_bits=4, strategy="group", group_size=GROUP
+        "pack-quantized", num_bits=4, strategy="group", group_size=GROUP
     )),
-    "w8a8": (int8, _compressed("int-quantized", _PER_TOKEN, num_bits=8, strategy="channel")),
-    "fp8": (fp8, {"quant_method": "fp8", "activation_scheme": "dynamic"}),
 }  # fmt: skip
 
 
@@ -136,29 +120,6 @@ def write(name: str, base: Path, folder: Path, net: nn.Module) -> None:
         made, rounded = writer(weight)
         tensors |= {stem + part: t.contiguous() for part, t in made.items()}
         own[key].data.copy_(rounded)
-        if name in _READS:
-            _reading(net.get_submodule(stem[:-1]), _READS[name])
     save_file(tensors, file, metadata={"format": "pt"})
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config}))
-
-
-def _to_int8(x_TK: torch.Tensor) -> torch.Tensor:
-    """A scale for each token."""
-    scale = x_TK.abs().amax(-1, keepdim=True) / 127
-    return (x_TK / scale).round() * scale
-
-
-def _to_fp8(x_TK: torch.Tensor) -> torch.Tensor:
-    """A scale for each token."""
-    scale = x_TK.abs().amax(-1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
-    return (x_TK / scale).to(torch.float8_e4m3fn).float() * scale
-
-
-_READS = {"w8a8": _to_int8, "fp8": _to_fp8}
-
-
-def _reading(layer: Any, round_: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """The layer multiplies rounded inputs; adapters, which are hooks, see them as they are."""
-    forward = layer.forward
-    layer.forward = lambda x_TK: forward(round_(x_TK))
