@@ -2,7 +2,8 @@
 
     python compile_keys.py
 
-Run by `test_identity` in an environment of its own; prints JSON. The configuration is the engine's
+Run by `test_identity` in an environment of its own; prints JSON: with the plugin, and as if it were
+not installed. The configuration is the engine's
 own, the model is one layer. Stock on a CPU compiles nothing under LoRA; the mode is put back, since
 a key that only stock and the plugin on a GPU share must differ as well.
 """
@@ -10,9 +11,11 @@ a key that only stock and the plugin on a GPU share must differ as well.
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -118,16 +121,27 @@ def pieces() -> dict[str, int]:
     }
 
 
-def main() -> None:
+def told(plugin: bool) -> dict[str, Any]:
+    if not plugin:
+        os.environ["VLLM_LORA_EXT_DISABLE"] = "1"
     found: dict[str, Any] = {"lora": keys(True), "base": keys(False)}
     found["plugin"] = "vllm_lora_ext.model_patches.register" in sys.modules
-    if found["plugin"]:
+    if plugin:
         from vllm_lora_ext.model_patches import identity
 
         found |= {"warm lora": warm(True), "warm base": warm(False), "pieces": pieces()}
         known = identity.plugin_identity()
         identity.plugin_identity = lambda: f"{known} and a changed source"
         found |= {"changed lora": keys(True), "changed base": keys(False)}
+    return found
+
+
+def main() -> None:
+    """Each in a fork of its own: the imports, which are most of the time, once."""
+    found = {}
+    for name, plugin in (("plugin", True), ("stock", False)):
+        with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as fork:
+            found[name] = fork.submit(told, plugin).result()
     print(json.dumps(found))
 
 
