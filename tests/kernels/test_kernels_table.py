@@ -48,7 +48,7 @@ def test_kernels_compile_for_gpus_that_are_not_there():
     assert all(registers.split(" / ")[0] != "0" for *_, registers in rows)
 
 
-@pytest.mark.parametrize("gpu", script.read_numbers())
+@pytest.mark.parametrize("gpu", script.GPUS)
 def test_the_table_has_the_variants_that_serving_reaches(gpu):
     names = {variant.name for variant in script.variants(gpu)}
     tables = script.read_numbers()[gpu]
