@@ -17,6 +17,7 @@ of the scheduler's step.
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -69,11 +70,15 @@ def capture_apart(engine: Engine, vllm_config: Any) -> None:
 
 
 def _tell_capture(stock: Any) -> Any:
+    signature = inspect.signature(stock)
+
     @contextmanager
     def maybe_select_dummy_loras(
-        self: Any, lora_config: Any, *args: Any, num_active_loras: int = 0, **kwargs: Any
+        self: Any, lora_config: Any, *args: Any, **kwargs: Any
     ) -> Iterator[None]:
-        with stock(self, lora_config, *args, num_active_loras=num_active_loras, **kwargs):
+        given = signature.bind(self, lora_config, *args, **kwargs).arguments
+        num_active_loras = given.get("num_active_loras", 0)
+        with stock(self, lora_config, *args, **kwargs):
             manager: Any = getattr(getattr(self, "lora_manager", None), "_adapter_manager", None)
             if manager in _capturing:
                 for wrapper in manager.punica_wrapper_mapping.values():

@@ -221,3 +221,18 @@ def test_what_a_manager_says_of_its_adapters(harness: Callable[..., Any]) -> Non
         model.sums = None
     assert [manager.sums([i]) for i in ids] == [False, True, True]  # the last one is not here
     assert manager.sums(ids[:2]) and not manager.sums([]) and not manager.sums(ids[:1])
+
+
+def test_a_dummy_run_of_stocks_own_says_what_is_captured(harness: Callable[..., Any]) -> None:
+    """It gives the number of adapters by its place."""
+    from vllm_lora_ext.model_patches.graphs import capture_apart, no_sums
+
+    h = harness()
+    capture_apart(h.manager, h.config)
+    lora, one = h.config.lora_config, np.ones(1, dtype=np.int32)
+    (step,) = {
+        id(p.step_map): p.step_map for p in h.manager.punica_wrapper_mapping.values()
+    }.values()
+    for active, frozen in ((1, True), (no_sums(lora), False)):
+        with h.runner.maybe_dummy_run_with_lora(lora, one, one, num_active_loras=active):
+            assert step.frozen is frozen
