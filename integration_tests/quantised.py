@@ -81,9 +81,16 @@ def packed(weight_NK: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
     return {"weight_packed": _pack(q + 8), "weight_scale": scale, "weight_shape": shape}, rounded
 
 
-def _compressed(form: str, **weights: Any) -> dict[str, Any]:
+def int8(weight_NK: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """compressed-tensors' `int-quantized`: a scale for each output."""
+    scale = weight_NK.abs().amax(1, keepdim=True) / 127
+    q = (weight_NK / scale).round().clamp(-127, 127)
+    return {"weight": q.to(torch.int8), "weight_scale": scale}, q * scale
+
+
+def _compressed(form: str, inputs: dict[str, Any] | None, **weights: Any) -> dict[str, Any]:
     group = {
-        "targets": ["Linear"], "input_activations": None,
+        "targets": ["Linear"], "input_activations": inputs,
         "weights": {"type": "int", "symmetric": True, "dynamic": False, **weights},
     }  # fmt: skip
     return {
@@ -103,8 +110,9 @@ FORMATS: dict[str, tuple[Writer, dict[str, Any]]] = {
         "checkpoint_format": "gptq",
     }),
     "w4a16": (packed, _compressed(
-        "pack-quantized", num_bits=4, strategy="group", group_size=GROUP
+        "pack-quantized", None, num_bits=4, strategy="group", group_size=GROUP
     )),
+    "w8a8": (int8, _compressed("int-quantized", _PER_TOKEN, num_bits=8, strategy="channel")),
 }  # fmt: skip
 
 
@@ -120,6 +128,23 @@ def write(name: str, base: Path, folder: Path, net: nn.Module) -> None:
         made, rounded = writer(weight)
         tensors |= {stem + part: t.contiguous() for part, t in made.items()}
         own[key].data.copy_(rounded)
+        if name in _READS:
+            _reading(net.get_submodule(stem[:-1]), _READS[name])
     save_file(tensors, file, metadata={"format": "pt"})
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": config}))
+
+
+def _to_int8(x_TK: torch.Tensor) -> torch.Tensor:
+    """A scale for each token."""
+    scale = x_TK.abs().amax(-1, keepdim=True) / 127
+    return (x_TK / scale).round() * scale
+
+
+_READS = {"w8a8": _to_int8}
+
+
+def _reading(layer: Any, round_: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """The layer multiplies rounded inputs; adapters, which are hooks, see them as they are."""
+    forward = layer.forward
+    layer.forward = lambda x_TK: forward(round_(x_TK))

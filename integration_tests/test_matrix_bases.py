@@ -41,10 +41,13 @@ from vllm_lora_ext.errors import AdapterError
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900), matrix.whole]
 
+# A value that lies between two of int8 goes either way, and everything after it with it.
+EITHER_WAY = "activations of 8 bits: a value between two of them goes either way"
 QUANTISED: dict[str, tuple[str, str, float]] = {  # what it is, and in which precision it is run
     "awq": ("AWQ base, 4 bits", "float16", 0.1),
     "gptq": ("GPTQ base, 4 bits", "float16", 0.1),
     "w4a16": ("compressed-tensors base, W4A16", "float16", 0.1),
+    "w8a8": ("compressed-tensors base, W8A8", "float32", 0.3),
 }
 
 
@@ -65,7 +68,8 @@ def test_a_quantised_base(name: str, request: pytest.FixtureRequest, tmp_path: P
     try:
         refused = other_bases.refusals(llm, found)
         assert refused == {"DoRA": "unsupported_feature"}
-        ask(llm, net, found, refused, record, folder, f"{dtype}, {bound} allowed")
+        more = f", {EITHER_WAY}" if name == "w8a8" else ""
+        ask(llm, net, found, refused, record, folder, f"{dtype}{more}, {bound} allowed")
     finally:
         close(llm)
     record.close()

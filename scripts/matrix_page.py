@@ -92,9 +92,7 @@ NOT_HERE = {
     " memory stays",
     "V2 model runner": "vLLM has it on GPUs only; `tests/model_patches/test_rows.py` drives both"
     " runners' calls",
-    "Bases with activations of 8 bits (W8A8, FP8)": "a value between two of 8 bits goes either way,"
-    " so numbers of another implementation differ by tenths; vLLM 0.32's `fp8` does not load on a"
-    " CPU; `tests/model_patches/test_packed_weights.py` holds that W8A8's layers take LoRA",
+    "FP8 bases": "vLLM 0.32's `fp8` does not load on a CPU",
     "bitsandbytes bases": "vLLM 0.32 has no such method of its own; adapters read a layer's output"
     " and never its weights, but for DoRA, which is refused on quantised weights"
     " (`unsupported_feature`)",
