@@ -119,6 +119,26 @@ def test_a_process_that_ends_in_the_middle(home):
     assert stored(home) == [built.path.name]
 
 
+def _die_renamed(home):
+    real = os.rename
+
+    def last(*args, **kwargs):
+        real(*args, **kwargs)
+        os._exit(9)
+
+    os.rename = os.replace = last
+    build(home)
+
+
+def test_a_process_that_ends_between_its_rename_and_its_broom(home):
+    child = multiprocessing.get_context("fork").Process(target=_die_renamed, args=(home,))
+    child.start()
+    child.join()
+    assert child.exitcode == 9 and len(stored(home)) == 2
+    built = build(home)
+    assert stored(home) == [built.path.name]
+
+
 def _build_many(home):
     for i in range(200):
         build(home, 1 + i / 8, limit=80_000)

@@ -65,10 +65,10 @@ class Store:
         of_files = dtype or getattr(torch, recipe.file_dtype)
         key = key_of(recipe, inputs, str(of_files).removeprefix("torch."), max_rank)
         with self._locked(key, Watch(None, cancel)):
+            self._sweep(key)
             built = self._find(key)
             if built is not None:
                 return built
-            self._sweep(key)
             built = write_recipe(
                 recipe, locate, self._root / key, dtype=of_files, max_rank=max_rank,
                 progress=progress, cancel=cancel, inputs=inputs,
