@@ -10,7 +10,7 @@ from typing import Any
 from vllm_lora_ext.adapters.outside import with_packages
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging import plans
-from vllm_lora_ext.merging.nonlinear import Rule
+from vllm_lora_ext.merging.entrywise import Rule
 from vllm_lora_ext.merging.parameters import (
     ALIASES,
     OF_ADAPTERS,
