@@ -106,12 +106,16 @@ def _dora(folder: Path, prompts: Sequence[list[int]]) -> Row:
 
 
 def _merged(folder: Path, prompts: Sequence[list[int]]) -> Row:
+    merged(folder)
+    adapter, request = load_adapter(folder), lora("merged", folder)
+    return Row([followed(f"merged {i}", p, adapter, request) for i, p in enumerate(prompts)])
+
+
+def merged(folder: Path) -> None:
     """Two adapters of the fixture, by TIES."""
     parts = conditioned.FIXTURES / "conditioned" / "scales-a" / "adapters"
     terms = [Term(load_factors(parts / name), 0.7, name) for name in ("red", "green")]
     save_peft(merge("ties", terms, {"rank": 8}).factors, folder)
-    adapter, request = load_adapter(folder), lora("merged", folder)
-    return Row([followed(f"merged {i}", p, adapter, request) for i, p in enumerate(prompts)])
 
 
 def load(llm: Any) -> None:
@@ -137,6 +141,11 @@ def adapters(found: Mapping[str, Row]) -> dict[str, str]:
 
 def posted(server: Server, case: Case, **more: Any) -> dict[str, Any]:
     """The one choice of a greedy completion, over HTTP."""
+    (choice,) = choices(server, case, **more)
+    return choice
+
+
+def choices(server: Server, case: Case, **more: Any) -> list[dict[str, Any]]:
     body = {
         "model": case.adapter.lora_name if case.adapter else "base", "prompt": case.prompt,
         "max_tokens": len(case.answer), "temperature": 0, "logprobs": 5, "ignore_eos": True,
@@ -144,8 +153,8 @@ def posted(server: Server, case: Case, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
     answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=300, trust_env=False)
     assert answer.status_code == 200, answer.text
-    choice: dict[str, Any] = answer.json()["choices"][0]
-    return choice
+    found: list[dict[str, Any]] = answer.json()["choices"]
+    return found
 
 
 def http_error(case: Case, choice: dict[str, Any]) -> float:

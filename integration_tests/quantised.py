@@ -88,10 +88,17 @@ def int8(weight_NK: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
     return {"weight": q.to(torch.int8), "weight_scale": scale}, q * scale
 
 
+def fp8(weight_NK: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """compressed-tensors' `float-quantized`: a scale for each output."""
+    scale = weight_NK.abs().amax(1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+    q = (weight_NK / scale).to(torch.float8_e4m3fn)
+    return {"weight": q, "weight_scale": scale}, q.float() * scale
+
+
 def _compressed(form: str, inputs: dict[str, Any] | None, **weights: Any) -> dict[str, Any]:
     group = {
         "targets": ["Linear"], "input_activations": inputs,
-        "weights": {"type": "int", "symmetric": True, "dynamic": False, **weights},
+        "weights": {"type": "int", "symmetric": True, "dynamic": False} | weights,
     }  # fmt: skip
     return {
         "quant_method": "compressed-tensors", "format": form, "ignore": ["lm_head"],
@@ -99,7 +106,8 @@ def _compressed(form: str, inputs: dict[str, Any] | None, **weights: Any) -> dic
     }  # fmt: skip
 
 
-_PER_TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+_PER_TOKEN = {"num_bits": 8, "symmetric": True, "strategy": "token", "dynamic": True}
+_INT, _FLOAT = _PER_TOKEN | {"type": "int"}, _PER_TOKEN | {"type": "float"}
 FORMATS: dict[str, tuple[Writer, dict[str, Any]]] = {
     "awq": (awq, {
         "quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True,
@@ -112,7 +120,10 @@ FORMATS: dict[str, tuple[Writer, dict[str, Any]]] = {
     "w4a16": (packed, _compressed(
         "pack-quantized", None, num_bits=4, strategy="group", group_size=GROUP
     )),
-    "w8a8": (int8, _compressed("int-quantized", _PER_TOKEN, num_bits=8, strategy="channel")),
+    "w8a8": (int8, _compressed("int-quantized", _INT, num_bits=8, strategy="channel")),
+    "fp8": (fp8, _compressed(
+        "float-quantized", _FLOAT, type="float", num_bits=8, strategy="channel"
+    )),
 }  # fmt: skip
 
 
@@ -141,7 +152,13 @@ def _to_int8(x_TK: torch.Tensor) -> torch.Tensor:
     return (x_TK / scale).round() * scale
 
 
-_READS = {"w8a8": _to_int8}
+def _to_fp8(x_TK: torch.Tensor) -> torch.Tensor:
+    """A scale for each token."""
+    scale = x_TK.abs().amax(-1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+    return (x_TK / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+_READS = {"w8a8": _to_int8, "fp8": _to_fp8}
 
 
 def _reading(layer: Any, round_: Callable[[torch.Tensor], torch.Tensor]) -> None:

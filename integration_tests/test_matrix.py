@@ -7,8 +7,11 @@ CI runs those that share one engine. Columns that other tests prove stand in
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,11 +22,12 @@ import pytest
 import torch
 
 from integration_tests import matrix
+from integration_tests.conditioned import Case
 from integration_tests.conftest import TWO_PASS
 from integration_tests.engines import close, engine_options, make_engine, tokens
 from integration_tests.matrix import Record, Row
 from integration_tests.reference_model import logits
-from integration_tests.server import base_with_tokenizer, command, free_port, serving
+from integration_tests.server import Server, base_with_tokenizer, command, free_port, serving
 from vllm_lora_ext.adapters import load_adapter
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches import conditioned as conditioned_core
@@ -203,15 +207,22 @@ def searched(llm: Any, rows: dict[str, Row], record: Record) -> None:
         for case in row.cases:
             got = [(s.tokens[len(case.prompt) :], s.cum_logprob) for s in next(left).sequences]
             adapter = case.adapter and load_adapter(case.adapter.lora_path)
-            want = beams(case.prompt, adapter)
-            same = [t for t, _ in got] == [t for t, _ in want]
-            apart = max(abs(a - b) for (_, a), (_, b) in zip(got, want, strict=True))
-            record.right({name: apart if same else float("inf")})
+            record.right({name: beams_apart(got, beams(case.prompt, adapter))})
 
 
-def beams(prompt: list[int], adapter: Any) -> list[tuple[list[int], float]]:
+Beams = list[tuple[list[int], float]]
+
+
+def beams_apart(got: Beams, want: Beams) -> float:
+    """Largest difference of a sum of log-probabilities; infinite where tokens differ."""
+    if [tokens for tokens, _ in got] != [tokens for tokens, _ in want]:
+        return float("inf")
+    return max(abs(a - b) for (_, a), (_, b) in zip(got, want, strict=True))
+
+
+def beams(prompt: list[int], adapter: Any) -> Beams:
     """Beam search by transformers: the likeliest `WIDTH` continuations of each step go on."""
-    kept: list[tuple[list[int], float]] = [([], 0.0)]
+    kept: Beams = [([], 0.0)]
     for _ in range(STEPS):
         grown = []
         for ids, total in kept:
@@ -281,33 +292,72 @@ def test_kv_connector(
     record.close()
 
 
-@matrix.whole
-def test_data_parallel(
-    rows: dict[str, Row], two_pass_rows: dict[str, Row], request: Any, tmp_path: Path
-) -> None:
-    """Two engines behind one server; each must have every adapter."""
-    node = request.node.nodeid
-    answers, beams = Record("Data parallel 2, over HTTP", node), Record("Beam search, HTTP", node)
-    server = command(
-        base_with_tokenizer(tmp_path / matrix.BASE), free_port(), None,
-        "--data-parallel-size", "2", "--enforce-eager", "--max-loras", "4", "--max-cpu-loras", "16",
+def asked_over_http(
+    running: Server, rows: dict[str, Row], record: Record, **more: Any
+) -> None:  # fmt: skip
+    """Greedy completions, eight at a time."""
+    with ThreadPoolExecutor(8) as pool:
+        cases = matrix.every(rows)
+        left = iter(list(pool.map(lambda case: matrix.posted(running, case, **more), cases)))
+    record.right({
+        name: max(matrix.http_error(case, next(left)) for case in row.cases)
+        for name, row in rows.items()
+    })  # fmt: skip
+
+
+def served(rows: dict[str, Row], folder: Path, settings: Any, *flags: str) -> list[str]:
+    """The command of a server with every adapter that requests name."""
+    return command(
+        base_with_tokenizer(folder / matrix.BASE), free_port(), settings, "--enforce-eager",
+        "--max-loras", "4", "--max-cpu-loras", "16", *flags,
         "--lora-modules", *(f"{name}={path}" for name, path in matrix.adapters(rows).items()),
     )  # fmt: skip
-    cases = matrix.every(rows)
+
+
+@matrix.whole
+def test_data_parallel(
+    rows: dict[str, Row], two_pass_rows: dict[str, Row], record: Record, tmp_path: Path
+) -> None:
+    """Data parallel 2, over HTTP.
+
+    Two engines behind one server; each must have every adapter.
+    """
+    server = served(rows, tmp_path, None, "--data-parallel-size", "2")
     with serving(server, tmp_path / "server.log", **SHARED_NODE) as running:
-        with ThreadPoolExecutor(8) as pool:
-            for record, more in ((answers, {}), (beams, {"use_beam_search": True})):
-                got = list(pool.map(lambda c, m=more: matrix.posted(running, c, **m), cases))
-                left = iter(got)
-                record.right({
-                    name: max(matrix.http_error(c, next(left)) for c in row.cases)
-                    for name, row in rows.items()
-                })  # fmt: skip
+        asked_over_http(running, rows, record)
         used = engines_used(httpx.get(f"{running.url}/metrics", trust_env=False).text)
     assert len(used) == 2 and min(used) > 5, f"one engine did all: {used}"
-    refused_with_two_passes(answers, two_pass_rows, data_parallel_size=2)
-    for record in (answers, beams):
-        record.close()
+    refused_with_two_passes(record, two_pass_rows, data_parallel_size=2)
+    record.close()
+
+
+@matrix.whole
+def test_beam_search_over_http(
+    rows: dict[str, Row], two_pass_rows: dict[str, Row], record: Record, tmp_path: Path
+) -> None:
+    """Beam search, HTTP.
+
+    Several beams against transformers; one, which is a greedy answer, where a request says more
+    than its adapter's name.
+    """
+    named = {name: row for name, row in rows.items() if row.plain} | two_pass_rows
+    said = {name: row for name, row in rows.items() if name not in named}
+    server = served(rows | two_pass_rows, tmp_path, TWO_PASS["lora_ext"])
+    with serving(server, tmp_path / "server.log") as running:
+        asked_over_http(running, said, record, use_beam_search=True)
+        for name, row in named.items():
+            for case in row.cases:
+                record.right({name: beam_error(running, case)}, f"{WIDTH} beams by adapter alone")
+    record.close()
+
+
+def beam_error(server: Server, case: Case) -> float:
+    """Largest difference of a beam's log-probability; infinite where tokens differ."""
+    more = {"use_beam_search": True, "n": WIDTH, "max_tokens": STEPS}
+    choices = matrix.choices(server, case, **more)
+    got = [(c["token_ids"], sum(c["logprobs"]["token_logprobs"])) for c in choices]
+    adapter = case.adapter and load_adapter(case.adapter.lora_path)
+    return beams_apart(got, beams(case.prompt, adapter))
 
 
 def engines_used(metrics: str) -> list[int]:
@@ -318,6 +368,18 @@ def engines_used(metrics: str) -> list[int]:
     ):
         found[engine] = found.get(engine, 0) + float(count)
     return sorted(int(count) for count in found.values())
+
+
+@matrix.whole
+def test_second_runner(record: Record, tmp_path: Path) -> None:
+    """Model runner V2, its kernels interpreted."""
+    command = [sys.executable, "-m", "integration_tests.second_runner", str(tmp_path / "errors")]
+    root = Path(__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
+    subprocess.run(command, check=True, cwd=root, env=environment, timeout=800)
+    for errors in json.loads((tmp_path / "errors").read_text()):
+        record.right(errors)
+    record.close()
 
 
 @matrix.whole
