@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from integration_tests.engines import greedy, lora, worst
-from integration_tests.followed import HEAD, INSTRUCTION, MADE, USERS, instructed, write_made
+from integration_tests.followed import HEAD, INSTRUCTION, USERS, instructed, write_made
 from integration_tests.reference_model import where, worn
 from tests import dora_folders
 from tests.make_adapters import normal, random_module
@@ -36,7 +36,6 @@ EXPERTS = GateSpec("router", blocks=(2, 3, 2), score="softmax")
 RANKS = GateSpec("router", blocks=(1,) * 6, score="sigmoid")
 INVOCATION = (5, 6)
 STRENGTH, NOISE = 0.15, 2e-6
-USER = USERS[1]
 
 
 @dataclass(frozen=True)
@@ -146,24 +145,27 @@ def xlora(net: nn.Module, targets: Iterable[str], folder: Path, tag: str) -> Kin
     return Kind([load_adapter(folder / "xlora")], lora(f"{tag}-xlora", folder / "xlora"))
 
 
-def completed(net: nn.Module, folder: Path, tag: str, every: bool = True) -> dict[str, Kind]:
+def completed(
+    net: nn.Module, folder: Path, tag: str, every: bool = True, name: str = USERS[0]
+) -> dict[str, Kind]:
     """A user's and an instruction's, on a model with attention of `followed.BASE`'s shape.
 
     Args:
         every: whether all layers have it, not only the first.
+        name: which of `USERS`: queries alone, or keys and outputs.
     """
     write_made(folder)
-    for made in () if every else (folder / USER, folder / INSTRUCTION):
-        _narrow(next(made.glob("*.safetensors")))
+    for adapter in () if every else (folder / name, folder / INSTRUCTION):
+        _narrow(next(adapter.glob("*.safetensors")))
     user, ids = [0.5, -1.0, 2.0, 0.25, 1.5, -0.5, 1.0, 0.75], list(range(20, 31))
-    request = {name: lora(f"{tag}-{name}", folder / name) for name in MADE}
-    template = load_adapter(folder / USER).template
+    request = {made: lora(f"{tag}-{made}", folder / made) for made in (name, INSTRUCTION)}
+    template = load_adapter(folder / name).template
     user = user[: template.user]
-    made = _named(template.derive(torch.tensor(user), None), net)
+    derived = _named(template.derive(torch.tensor(user), None), net)
     of_text = load_adapter(folder / INSTRUCTION, head_size=HEAD).template
     says = {"instruction": {"ids": ids}}
     return {
-        "user": Kind([made], request[USER], {"user": user}),
+        "user": Kind([derived], request[name], {"user": user}),
         "instruction": Kind(
             [_named(instructed(net, of_text, ids), net)], request[INSTRUCTION], says
         ),

@@ -177,7 +177,8 @@ def test_another_base(
     found = other_bases.kinds(net, base.targets, folder, name)
     found["DoRA"] = other_bases.dora(net, base.targets, folder, name)
     found["MixLoRA block"] = other_bases.mix_block(net, base.mlp, folder, name)
-    found |= other_bases.completed(net, tmp_path / "made", name, base.every)
+    user = USERS[0] if base.every else USERS[1]
+    found |= other_bases.completed(net, tmp_path / "made", name, base.every, user)
     options: dict[str, Any] = {"enforce_eager": True, "dtype": base.dtype}
     if base.two_pass:
         found["X-LoRA"] = other_bases.xlora(net, base.targets, folder, name)

@@ -12,7 +12,7 @@ import torch
 from integration_tests import matrix, other_bases
 from integration_tests.conditioned import Case
 from integration_tests.engines import close, lora, make_engine
-from integration_tests.followed import ANSWER
+from integration_tests.followed import ANSWER, USERS
 from integration_tests.matrix import Record, Row
 from integration_tests.other_bases import Kind
 from integration_tests.reference_model import model
@@ -49,7 +49,7 @@ def test_target_modules(rows: dict[str, Row], record: Record, tmp_path: Path) ->
     found["DoRA"] = other_bases.dora(net, dora_folders.LINEARS, folder, "all")
     found["MixLoRA block"] = other_bases.mix_block(net, "model.layers.1.mlp", folder, "all")
     found["X-LoRA"] = other_bases.xlora(net, dora_folders.LINEARS, folder, "all")
-    found |= other_bases.completed(net, tmp_path / "made", "all")
+    found |= other_bases.completed(net, tmp_path / "made", "all", name=USERS[1])
     llm = make_engine(
         matrix.BASE, enforce_eager=True, lora_target_modules=TARGETS, additional_config=TWO_PASS
     )
