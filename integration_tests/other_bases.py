@@ -42,7 +42,7 @@ STRENGTH, NOISE = 0.15, 2e-6
 class Kind:
     """One row of the matrix on some base: how it is asked for, and what the base then wears."""
 
-    wears: Sequence[RoutedAdapter] = ()
+    wears: Sequence[Any] = ()  # adapters, or what puts one on a model
     request: Any = None
     says: dict[str, Any] = field(default_factory=dict)
 
@@ -252,13 +252,15 @@ def _disturbed(net: Any, noise: float) -> Iterator[None]:
 
 
 def expected(
-    net: nn.Module, wears: Sequence[RoutedAdapter], ids: list[int],
+    net: nn.Module, wears: Sequence[Any], ids: list[int],
     read: Callable[[Any], torch.Tensor] = lambda output: output.logits[0],
 ) -> torch.Tensor:  # fmt: skip
     """What is read of transformers' output; by default [T, V] logits."""
     with torch.inference_mode(), ExitStack() as hooks:
         for adapter in wears:
-            hooks.enter_context(worn(net, adapter, Prompt(len(ids), ids, {})))
+            own = isinstance(adapter, RoutedAdapter)
+            prompt = Prompt(len(ids), ids, {})
+            hooks.enter_context(worn(net, adapter, prompt) if own else adapter(net))
         found = read(net(torch.tensor([ids])))
     return found.float()
 

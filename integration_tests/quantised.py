@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.make_adapters import TARGETS
+from vllm_lora_ext.adapters.model import MixBlock, RoutedAdapter
+from vllm_lora_ext.routing.mix import expert_weights
 
 GROUP = 32  # inputs that share a scale, in formats of four bits
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs stands at each place of an int32
@@ -165,3 +169,38 @@ def _reading(layer: Any, round_: Callable[[torch.Tensor], torch.Tensor]) -> None
     """The layer multiplies rounded inputs; adapters, which are hooks, see them as they are."""
     forward = layer.forward
     layer.forward = lambda x_TK: forward(round_(x_TK))
+
+
+def mixed_once(adapter: RoutedAdapter) -> Callable[[nn.Module], AbstractContextManager[Any]]:
+    """MixLoRA where inputs are rounded: the engine's last linear reads the experts' weighted sum,
+    once, and not each expert's states, of which the sum is the same only without rounding."""
+
+    @contextmanager
+    def put_on(net: nn.Module) -> Iterator[None]:
+        hooks = [
+            net.get_submodule(name).register_forward_hook(partial(_mixed, block))
+            for name, block in adapter.blocks.items()
+        ]
+        yield
+        for hook in hooks:
+            hook.remove()
+
+    return put_on
+
+
+def _mixed(block: MixBlock, mlp: Any, args: tuple[torch.Tensor], _: torch.Tensor) -> torch.Tensor:
+    x_TK, gate = args[0][0], block.gate
+    v_TE = expert_weights(gate, x_TK @ block.router_GK.T)
+    gate_TN, up_TN = mlp.gate_proj(x_TK), mlp.up_proj(x_TK)
+    sum_TN, own_TK, start = torch.zeros_like(up_TN), torch.zeros_like(x_TK), 0
+    for e, rank in enumerate(gate.blocks):
+        ranks, start = slice(start, start + rank), start + rank
+
+        def low(name: str, x: torch.Tensor, ranks: slice = ranks) -> torch.Tensor:
+            part = block.parts[name]
+            return x @ part.a_RK[ranks].T @ part.b_NR[:, ranks].T
+
+        a_TN = mlp.act_fn(gate_TN + low("gate_proj", x_TK)) * (up_TN + low("up_proj", x_TK))
+        sum_TN = sum_TN + v_TE[:, e : e + 1] * a_TN
+        own_TK = own_TK + v_TE[:, e : e + 1] * low("down_proj", a_TN)
+    return (mlp.down_proj(sum_TN) + own_TK)[None]

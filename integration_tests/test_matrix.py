@@ -9,27 +9,19 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-import torch
 
-from integration_tests import matrix
-from integration_tests.conditioned import Case
+from integration_tests import beams, matrix
 from integration_tests.conftest import TWO_PASS
-from integration_tests.engines import close, engine_options, make_engine, tokens
+from integration_tests.engines import close, make_engine, tokens
 from integration_tests.matrix import Record, Row
-from integration_tests.reference_model import logits
-from integration_tests.server import Server, base_with_tokenizer, command, free_port, serving
 from vllm_lora_ext.adapters import load_adapter
-from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches import conditioned as conditioned_core
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -78,16 +70,6 @@ def two_pass(base: Path) -> Iterator[Any]:
     close(llm)
 
 
-def refused_with_two_passes(record: Record, rows: dict[str, Row], **options: Any) -> None:
-    """An engine with these options does not start when it is to serve X-LoRA."""
-    from vllm import EngineArgs
-
-    arguments = engine_options(matrix.BASE, additional_config=TWO_PASS, **options)
-    with pytest.raises(AdapterError) as caught:
-        EngineArgs(**arguments).create_engine_config()
-    record.other("refused", caught.value.code, *rows)
-
-
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Record:
     """The column is the test's first line of documentation."""
@@ -106,7 +88,7 @@ def test_ngram(
     count, taken = (a - b for a, b in zip(drafted(drafting), before, strict=True))
     assert count > 50 and taken > 0, "nothing was drafted, or nothing taken"
     record.right(matrix.errors(rows, outputs), f"{taken} of {count} drafts taken")
-    refused_with_two_passes(record, two_pass_rows, speculative_config=NGRAM)
+    matrix.refuse_two_passes(record, speculative_config=NGRAM)
     record.close()
 
 
@@ -175,9 +157,6 @@ def shaped(llm: Any, rows: dict[str, Row], record: Record) -> None:
         record.right({name: 0.0 if same else float("inf")})
 
 
-WIDTH, STEPS = 3, 4
-
-
 def test_beam_search(
     drafting: Any, two_pass: Any, rows: dict[str, Row], two_pass_rows: dict[str, Row],
     record: Record,
@@ -199,7 +178,7 @@ def searched(llm: Any, rows: dict[str, Row], record: Record) -> None:
     cases = matrix.every(rows)
     outputs = llm.beam_search(
         [{"prompt_token_ids": c.prompt} for c in cases],
-        BeamSearchParams(beam_width=WIDTH, max_tokens=STEPS, ignore_eos=True),
+        BeamSearchParams(beam_width=beams.WIDTH, max_tokens=beams.STEPS, ignore_eos=True),
         lora_request=[c.adapter for c in cases],
     )  # fmt: skip
     left = iter(outputs)
@@ -207,31 +186,7 @@ def searched(llm: Any, rows: dict[str, Row], record: Record) -> None:
         for case in row.cases:
             got = [(s.tokens[len(case.prompt) :], s.cum_logprob) for s in next(left).sequences]
             adapter = case.adapter and load_adapter(case.adapter.lora_path)
-            record.right({name: beams_apart(got, beams(case.prompt, adapter))})
-
-
-Beams = list[tuple[list[int], float]]
-
-
-def beams_apart(got: Beams, want: Beams) -> float:
-    """Largest difference of a sum of log-probabilities; infinite where tokens differ."""
-    if [tokens for tokens, _ in got] != [tokens for tokens, _ in want]:
-        return float("inf")
-    return max(abs(a - b) for (_, a), (_, b) in zip(got, want, strict=True))
-
-
-def beams(prompt: list[int], adapter: Any) -> Beams:
-    """Beam search by transformers: the likeliest `WIDTH` continuations of each step go on."""
-    kept: Beams = [([], 0.0)]
-    for _ in range(STEPS):
-        grown = []
-        for ids, total in kept:
-            row_V = torch.log_softmax(logits(matrix.BASE, adapter, prompt + ids)[-1], -1)
-            top = row_V.topk(2 * WIDTH)
-            pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-            grown += [([*ids, token], total + value) for token, value in pairs]
-        kept = sorted(grown, key=lambda found: -found[1])[:WIDTH]
-    return kept
+            record.right({name: beams.apart(got, beams.by_transformers(case.prompt, adapter))})
 
 
 COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -256,7 +211,6 @@ COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
-SHARED_NODE = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 
 @matrix.whole
@@ -288,86 +242,8 @@ def test_kv_connector(
         assert taken > 200, "nothing came from files"
     finally:
         close(llm)
-    refused_with_two_passes(record, two_pass_rows, kv_transfer_config=transfer)
+    matrix.refuse_two_passes(record, kv_transfer_config=transfer)
     record.close()
-
-
-def asked_over_http(
-    running: Server, rows: dict[str, Row], record: Record, **more: Any
-) -> None:  # fmt: skip
-    """Greedy completions, eight at a time."""
-    with ThreadPoolExecutor(8) as pool:
-        cases = matrix.every(rows)
-        left = iter(list(pool.map(lambda case: matrix.posted(running, case, **more), cases)))
-    record.right({
-        name: max(matrix.http_error(case, next(left)) for case in row.cases)
-        for name, row in rows.items()
-    })  # fmt: skip
-
-
-def served(rows: dict[str, Row], folder: Path, settings: Any, *flags: str) -> list[str]:
-    """The command of a server with every adapter that requests name."""
-    return command(
-        base_with_tokenizer(folder / matrix.BASE), free_port(), settings, "--enforce-eager",
-        "--max-loras", "4", "--max-cpu-loras", "16", *flags,
-        "--lora-modules", *(f"{name}={path}" for name, path in matrix.adapters(rows).items()),
-    )  # fmt: skip
-
-
-@matrix.whole
-def test_data_parallel(
-    rows: dict[str, Row], two_pass_rows: dict[str, Row], record: Record, tmp_path: Path
-) -> None:
-    """Data parallel 2, over HTTP.
-
-    Two engines behind one server; each must have every adapter.
-    """
-    server = served(rows, tmp_path, None, "--data-parallel-size", "2")
-    with serving(server, tmp_path / "server.log", **SHARED_NODE) as running:
-        asked_over_http(running, rows, record)
-        used = engines_used(httpx.get(f"{running.url}/metrics", trust_env=False).text)
-    assert len(used) == 2 and min(used) > 5, f"one engine did all: {used}"
-    refused_with_two_passes(record, two_pass_rows, data_parallel_size=2)
-    record.close()
-
-
-@matrix.whole
-def test_beam_search_over_http(
-    rows: dict[str, Row], two_pass_rows: dict[str, Row], record: Record, tmp_path: Path
-) -> None:
-    """Beam search, HTTP.
-
-    Several beams against transformers; one, which is a greedy answer, where a request says more
-    than its adapter's name.
-    """
-    named = {name: row for name, row in rows.items() if row.plain} | two_pass_rows
-    said = {name: row for name, row in rows.items() if name not in named}
-    server = served(rows | two_pass_rows, tmp_path, TWO_PASS["lora_ext"])
-    with serving(server, tmp_path / "server.log") as running:
-        asked_over_http(running, said, record, use_beam_search=True)
-        for name, row in named.items():
-            for case in row.cases:
-                record.right({name: beam_error(running, case)}, f"{WIDTH} beams by adapter alone")
-    record.close()
-
-
-def beam_error(server: Server, case: Case) -> float:
-    """Largest difference of a beam's log-probability; infinite where tokens differ."""
-    more = {"use_beam_search": True, "n": WIDTH, "max_tokens": STEPS}
-    choices = matrix.choices(server, case, **more)
-    got = [(c["token_ids"], sum(c["logprobs"]["token_logprobs"])) for c in choices]
-    adapter = case.adapter and load_adapter(case.adapter.lora_path)
-    return beams_apart(got, beams(case.prompt, adapter))
-
-
-def engines_used(metrics: str) -> list[int]:
-    """Requests that each engine has answered."""
-    found: dict[str, float] = {}
-    for engine, count in re.findall(
-        r'^vllm:request_success_total\{engine="(\d+)"[^}]*\} ([\d.]+)', metrics, re.MULTILINE
-    ):
-        found[engine] = found.get(engine, 0) + float(count)
-    return sorted(int(count) for count in found.values())
 
 
 @matrix.whole
@@ -398,9 +274,9 @@ def test_an_engine_of_its_own(
     if "additional_config" in options:
         rows = rows | two_pass_rows
     else:
-        refused_with_two_passes(record, two_pass_rows, **options)
+        matrix.refuse_two_passes(record, **options)
     if column == "pp2":
-        for name, value in SHARED_NODE.items():
+        for name, value in matrix.SHARED_NODE.items():
             monkeypatch.setenv(name, value)
     llm = make_engine(base, **{"enforce_eager": True, "disable_log_stats": False} | options)
     try:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +54,15 @@ def test_a_quantised_base(name: str, request: pytest.FixtureRequest, tmp_path: P
     title, dtype, bound = QUANTISED[name]
     record, folder = Record(title, request.node.nodeid, bound), tmp_path / "adapters"
     net = AutoModelForCausalLM.from_pretrained(base_path(matrix.BASE), dtype=torch.float32).eval()
-    if dtype == "float16":
+    steady = dtype == "float32"
+    if not steady:
         net = net.half().float()
     quantised.write(name, base_path(matrix.BASE), tmp_path / "base", net)
     found = other_bases.kinds(net, TARGETS, folder, name)
-    found["MixLoRA block"] = other_bases.mix_block(net, "model.layers.1.mlp", folder, name)
+    mix = other_bases.mix_block(net, "model.layers.1.mlp", folder, name)
+    if steady:
+        mix = replace(mix, wears=[quantised.mixed_once(*mix.wears)])
+    found["MixLoRA block"] = mix
     found |= other_bases.completed(net, tmp_path / "made", name)
     found["DoRA"] = other_bases.dora(model(matrix.BASE), TARGETS, folder, name)
     found["X-LoRA"] = other_bases.xlora(net, TARGETS, folder, name)
@@ -68,7 +72,6 @@ def test_a_quantised_base(name: str, request: pytest.FixtureRequest, tmp_path: P
     try:
         refused = other_bases.refusals(llm, found)
         assert refused == {"DoRA": "unsupported_feature"}
-        steady = dtype == "float32"
         note = STEADY if steady else f"{dtype}, {bound} allowed"
         ask(llm, net, found, refused, record, folder, note, steady)
     finally:

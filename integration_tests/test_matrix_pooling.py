@@ -23,13 +23,11 @@ from transformers import (
 )
 
 from integration_tests import matrix, other_bases
-from integration_tests.engines import engine_options
 from integration_tests.matrix import Record
 from integration_tests.other_bases import Kind
 from integration_tests.server import Server, add_tokenizer, command, free_port, serving, words
 from integration_tests.test_pooling import RewardOfTokens
 from tests.make_adapters import TARGETS
-from vllm_lora_ext.errors import AdapterError
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900), matrix.whole]
 CONFIG: dict[str, Any] = {  # the attention of base_llama
@@ -146,12 +144,7 @@ def test_a_pooling_server(name: str, request: pytest.FixtureRequest, tmp_path: P
     assert refused == REFUSED
     for row, code in refused.items():
         record.other("refused", code, row)
-    from vllm import EngineArgs
-
-    two_pass = {"additional_config": {"lora_ext": {"two_pass": True}}, "runner": "pooling"}
-    with pytest.raises(AdapterError) as caught:
-        EngineArgs(**engine_options(tmp_path / "base", **two_pass)).create_engine_config()
-    record.other("refused", caught.value.code, "X-LoRA")
+    matrix.refuse_two_passes(record, tmp_path / "base", runner="pooling")
     record.close()
 
 
