@@ -152,12 +152,13 @@ BASES = {
             layer_types=["full_attention", "linear_attention"] * 2,
             linear_num_value_heads=2, linear_num_key_heads=1, linear_key_head_dim=128,
             linear_value_head_dim=128, linear_conv_kernel_dim=4, moe_intermediate_size=48,
-            shared_expert_intermediate_size=48, num_experts=4, num_experts_per_tok=2,
+            shared_expert_intermediate_size=48, num_experts=4, num_experts_per_tok=4,
             mlp_only_layers=[2],
         ),
         (*ATTENTION, "out_proj"), "model.layers.2.mlp", every=False,
-        # vLLM has this attention for a CPU in this precision only.
-        refuses={"MixLoRA block": REFUSED}, dtype="bfloat16", bound=0.3,
+        # vLLM has this attention for a CPU in this precision only; all experts, since a router
+        # would choose others where two nearly tie.
+        refuses={"MixLoRA block": REFUSED}, dtype="bfloat16", bound=0.1,
     ),
 }  # fmt: skip
 

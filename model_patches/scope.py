@@ -84,13 +84,27 @@ class Scope:
             if name_of[name].rpartition(".")[0] not in self._outside
         }
         if not (modules or adapter.blocks or experts or adapter.heads):
-            raise AdapterError(
-                "empty_adapter", "no layer of the adapter is among those that may be adapted here",
-                seen=", ".join(sorted({n.rpartition(".")[2] for n in adapter.modules})),
-                limit="--lora-target-modules " + " ".join(self._targets),
-                fix="start with these layers in --lora-target-modules, or without the flag",
-            )  # fmt: skip
+            raise self._nothing_left(adapter.modules)
         return dataclasses.replace(adapter, modules=modules, experts=experts)
+
+    def left_out(self, layers: Collection[str], name_of: Mapping[str, str]) -> set[str]:
+        """Layers of a template that an adapter derived from it will not have.
+
+        Raises:
+            AdapterError: `empty_adapter`, these are all.
+        """
+        outside = {name for name in layers if name_of[name] in self._outside}
+        if layers and len(outside) == len(layers):
+            raise self._nothing_left(layers)
+        return outside
+
+    def _nothing_left(self, layers: Collection[str]) -> AdapterError:
+        return AdapterError(
+            "empty_adapter", "no layer of the adapter is among those that may be adapted here",
+            seen=", ".join(sorted({n.rpartition(".")[2] for n in layers})),
+            limit="--lora-target-modules " + " ".join(self._targets or ()),
+            fix="start with these layers in --lora-target-modules, or without the flag",
+        )  # fmt: skip
 
 
 def on_encoder_rows(model: Any) -> tuple[str, ...]:
