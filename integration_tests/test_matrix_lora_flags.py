@@ -55,7 +55,7 @@ def test_target_modules(rows: dict[str, Row], record: Record, tmp_path: Path) ->
     )
     try:
         refused = other_bases.refusals(llm, found)
-        assert refused == {"MixLoRA block": "unknown_module"}
+        assert refused == {"MixLoRA block": "unsupported_feature"}
         other_bases.load(llm, folder, "all")
         asked(llm, recorded, record)
         narrowed = {row: only_targets(kind) for row, kind in found.items() if row not in refused}
