@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -133,8 +132,8 @@ def main() -> None:
         ), 2) for name in ("one call", "per text")
     }  # fmt: skip
     result = {
-        "machine": platform.processor(), "cores": os.cpu_count(), "texts": args.texts,
-        "tokens": args.tokens, "experts": len(POINTS["chat"]),
+        "cores": os.cpu_count(), "texts": args.texts, "tokens": args.tokens,
+        "experts": len(POINTS["chat"]),
         "throughput over a call per expert": ratios,
     }  # fmt: skip
     print(json.dumps(result, indent=1))

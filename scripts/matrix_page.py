@@ -91,8 +91,8 @@ REFUSED = {
 NOT_HERE = {
     "Sleep and wake-up": "vLLM sleeps on GPUs only; `tests/model_patches/test_sleep.py` holds which"
     " memory stays",
-    "V2 model runner": "vLLM has it on GPUs only; `tests/model_patches/test_rows.py` drives both"
-    " runners' calls",
+    "V2 model runner, compiled": "its kernels are Triton's, for GPUs; above they are interpreted,"
+    " on vLLM's V2 runner for CPUs",
     "FP8 bases of vLLM's own `fp8`": "it does not load on a CPU; FP8 of compressed-tensors does,"
     " above",
     "Hybrid bases, Mamba 1 (Jamba)": "vLLM's wheel for CPUs has no `selective_scan_fwd`: the base"
