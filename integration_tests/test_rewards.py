@@ -34,6 +34,25 @@ def texts() -> list[dict[str, Any]]:
     ]
 
 
+def as_chat(text: dict[str, Any]) -> dict[str, Any]:
+    """Its words; what was answered before the last turn is not read."""
+    said = [" ".join(f"t{i}" for i in turn) for turn in split(text["router_ids"], 5)]
+    reply = " ".join(f"t{i}" for i in split(text["inner_ids"], 6)[-1][:-1])
+    answers = ["t9"] * (len(said) - 1) + [reply]
+    messages = [
+        {"role": role, "content": content}
+        for turn in zip(said, answers, strict=True)
+        for role, content in zip(("user", "assistant"), turn, strict=True)
+    ]
+    return {"messages": messages}
+
+
+def split(ids: list[int], mark: int) -> list[list[int]]:
+    """What follows each mark."""
+    starts = [i for i, token in enumerate(ids) if token == mark]
+    return [ids[a + 1 : b] for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)]
+
+
 def check(found: list[dict[str, Any]]) -> float:
     worst = 0.0
     for i, said in enumerate(found):
@@ -120,12 +139,9 @@ def test_the_command(llm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [set(line) for line in lines] == [{"category", "category_probs", "reward"}] * 6
     assert check(lines) < BOUND
     assert "one engine has one base" in " ".join(done.stderr.split())
-    turns = ("user", "t10 t11"), ("assistant", "t12"), ("user", "t13"), ("assistant", "t14 t15")
-    chat = {"messages": [{"role": role, "content": text} for role, text in turns]}
-    ids = {"router_ids": [5, 10, 11, 5, 13], "inner_ids": [5, 13, 6, 14, 15, 7]}
-    file.write_text(f"{json.dumps(chat)}\n{json.dumps(ids)}")
-    one, two = map(json.loads, CliRunner().invoke(app, asked).stdout.splitlines())
-    assert one["category"] == two["category"] and abs(one["reward"] - two["reward"]) < BOUND
+    file.write_text("\n".join(json.dumps(as_chat(text)) for text in texts()))
+    done = CliRunner().invoke(app, asked)
+    assert check([json.loads(line) for line in done.stdout.splitlines()]) < BOUND
     file.write_text('{"router_ids": [5], "inner_ids": [999]}')
     done = CliRunner().invoke(app, asked)
     assert done.exit_code == 1 and "bad_value" in done.stderr and not done.stdout
