@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from vllm.lora.layers import BaseLayerWithLoRA
 
+from vllm_lora_ext.adapters.finite import is_finite
 from vllm_lora_ext.adapters.limits import RANKS, slot_rank
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.kernels.gated_lora.plan import PackedSite, Shape
@@ -140,6 +141,11 @@ class Composer:
         }
         factors = {n: next(left)[0].copy_(torch.tensor(m.factors)) for n, m in by_row.items()}
         scaled = {n: self._scaled(n, p, next(left)) for n, p in blocks.items()}
+        for layer, packed in sites.items():
+            for _, plan in packed.slices if packed is not None else ():
+                _check_finite(layer, plan.bt_RN, ingredients)
+        for layer, (_, b) in stock.items():
+            _check_finite(layer, b, ingredients)
         return HostAdapter(
             system="+".join(dict.fromkeys(i.host.system for i in ingredients)), source=name,
             rank=max(i.host.rank for i in ingredients), version=version,
@@ -264,6 +270,16 @@ class Composer:
                     limit="scale 1, no spans, layers of its own",
                     fix="name it alone, as the request's model",
                 )  # fmt: skip
+
+
+def _check_finite(layer: str, b: torch.Tensor, ingredients: Sequence[Ingredient]) -> None:
+    """Parts were finite when they were loaded; a scale may have made them too large."""
+    if not is_finite(b):
+        raise AdapterError(
+            "overflow", f"a scale makes values of B at {layer} too large for {b.dtype}",
+            seen=", ".join(f"{i.name} * {i.scale:g}" for i in ingredients),
+            limit=torch.finfo(b.dtype).max, fix="lower the scales",
+        )  # fmt: skip
 
 
 def _check_columns(count: int) -> None:

@@ -74,7 +74,6 @@ class GatePasses:
                 return answer
         self._count += 1
         request_id = f"{GATE}-{self._count}"
-        self._asked[request_id] = _Asked(key, [answer])
         params = SamplingParams(
             max_tokens=1, temperature=0.0, detokenize=False, ignore_eos=True,
             skip_reading_prefix_cache=True, extra_args={MARK: lora_id},
@@ -85,6 +84,7 @@ class GatePasses:
             lora_request=None, cache_salt=None, data_parallel_rank=None,
         ))  # fmt: skip
         self._core.add_request(*made)
+        self._asked[request_id] = _Asked(key, [answer])
         return answer
 
     def take(self, outputs: dict[int, Any] | None) -> None:

@@ -311,8 +311,9 @@ def _weights(
         )  # fmt: skip
     found: dict[str, float] = {}
     for key, weight in gates.items():
-        by_number = key.isdecimal() and key not in experts and int(key[:8]) < len(experts)
-        name = experts[int(key)] if by_number else key
+        number = int(key) if key.isdecimal() and len(key) < 9 else len(experts)
+        by_number = key not in experts and number < len(experts)
+        name = experts[number] if by_number else key
         if name not in experts or name in found:
             twice = name in found
             raise AdapterError(

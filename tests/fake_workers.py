@@ -96,6 +96,7 @@ class Rank:
     def stats(self) -> dict[str, Any]:
         return {
             "active": tuple(self.held)[:2], "slots": 2, "resident_bytes": 8 * len(self.held),
+            "experts": {"a": [1.5, 0.5]},
             "limit_bytes": 800, "traffic": asdict(self.traffic),
         }  # fmt: skip
 

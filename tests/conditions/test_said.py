@@ -83,6 +83,7 @@ def test_an_instruction_may_be_a_text_and_experts_numbers():
         ({"adapters": [{"name": "a", "scale": None}]}, "adapters[0].scale is wrong; seen: null"),
         ('{"adapters": [{"name": "a", "scale": NaN}]}', "adapters[0].scale is wrong; seen: NaN"),
         ('{"adapters": [{"name": "a", "scale": 1e39}]}', "adapters[0].scale is wrong"),
+        ({"adapters": [{"name": "a", "scale": -10001}]}, "scale is wrong; seen: -10001"),
         ({"adapters": [{"name": "a", "spans": [[-1, 2]]}]}, "adapters[0].spans[0][0] is wrong"),
         ({"adapters": [{"name": "a", "spans": [[0, 1], [3, 2]]}]}, "adapters[0].spans[1] is wrong"),
         ({"adapters": [{"name": "a", "spans": [[1.5, 2]]}]}, "adapters[0].spans[0][0] is wrong"),

@@ -397,7 +397,8 @@ def test_what_is_held_and_what_was_counted(core):
     assert counts == {"steps": 5, "activations": 3, "bytes": 200, "seconds": 0.5}
     core.workers.ranks[0].traffic.activations = 4
     assert state(True)["counts"] == {"steps": 0, "activations": 1, "bytes": 0, "seconds": 0}
-    assert "counts" not in state(False)
+    assert state(True)["experts"] == {"a": [1.5, 0.5]}
+    assert not {"counts", "experts"} & state(False).keys()
     core.finish()
 
 

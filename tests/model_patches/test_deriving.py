@@ -253,6 +253,20 @@ def test_slots_have_room_for_so_much(harness: Callable[..., Any]) -> None:
     assert len(h.worker.versions()) == 4
 
 
+def test_a_scale_that_makes_b_infinite_is_refused(harness: Callable[..., Any]) -> None:
+    h, rng = harness(), np.random.default_rng(0)
+    large = [random_module(rng, 128, n, GateSpec()) for n in (128, 512)]
+    large = [replace(m, b_NR=m.b_NR * 1e35) for m in large]
+    for name, module in zip((O_PROJ, "lm_head"), large, strict=True):
+        request = h.save(name, RoutedAdapter({name: module}, "plain"))
+        loaded(h, request)
+        loaded(h, recipe(h, (request, 1.5)))
+        with pytest.raises(AdapterError, match=name) as caught:
+            h.worker.load(recipe(h, (request, 1e4)), None, ())
+        assert caught.value.code == "overflow"
+    assert len(h.worker.versions()) == 4
+
+
 def test_embedding_and_output_matrix_stand_in_a_mix(harness: Callable[..., Any]) -> None:
     h, rng = harness(), np.random.default_rng(0)
     requests, every = [], []

@@ -27,6 +27,9 @@ from vllm_lora_ext.errors import AdapterError
 
 FIELD = "lora_ext"
 
+LARGEST_FACTOR = 1e4
+"""Of a scale or a gate. More makes what a model computes overflow, and NaN would stay in the blocks
+of the KV cache for whoever gets them next."""
 _VALUES = 1 << 16  # numbers, keys and texts of one field
 _CHARACTERS = 1 << 20  # of all its texts
 _FIX = "correct it, or leave it out"
@@ -56,6 +59,7 @@ Span = Annotated[tuple[Count, Count | None], AfterValidator(_forward)]
 ClosedSpan = Annotated[tuple[Count, Count], AfterValidator(_forward)]
 
 
+Factor = Annotated[Number, Field(ge=-LARGEST_FACTOR, le=LARGEST_FACTOR)]
 _FIRST = Field(fail_fast=True)  # of many wrong numbers, only the first
 Spans = Annotated[tuple[Span, ...], _FIRST]
 ClosedSpans = Annotated[tuple[ClosedSpan, ...], _FIRST]
@@ -76,7 +80,7 @@ class Entry(_Checked):
     """
 
     name: Text
-    scale: Number = 1.0
+    scale: Factor = 1.0
     spans: Spans | None = None
     modality: Text | None = None
 
@@ -97,7 +101,7 @@ class Said(_Checked):
 
     adapters: Annotated[tuple[Entry, ...], _FIRST] | None = None
     user: Annotated[tuple[Number, ...], _FIRST] | None = None
-    gates: Annotated[dict[Text, Number], BeforeValidator(_names)] | None = None
+    gates: Annotated[dict[Text, Factor], BeforeValidator(_names)] | None = None
     modality_spans: dict[Kind, ClosedSpans] | None = None
     instruction: Annotated[str, Strict(), Field(min_length=1)] | Ids | None = None
     trace: bool | None = None
