@@ -1,7 +1,7 @@
 """LoRAMoE and HydraLoRA: a softmax router per linear, and every expert answers every token.
 
-    LoRAMoE      y = W x + alpha/r · sum_e softmax(R x)_e B_e A_e x
-    HydraLoRA    the same with one A for all experts
+LoRAMoE      y = W x + alpha/r · sum_e softmax(R x)_e B_e A_e x
+HydraLoRA    the same with one A for all experts
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ class HydraLinear(LoRAMoELinear):
 
     def tensors(self, name: str) -> Tensors:
         stem = f"{PREFIX}{name}."
-        tensors = {f"{stem}lora_A.weight": self.a_RK, f"{stem}lora_route.weight": self.router.weight}
+        tensors = {
+            f"{stem}lora_A.weight": self.a_RK,
+            f"{stem}lora_route.weight": self.router.weight,
+        }
         for e, b_NR in enumerate(self.b_NR.chunk(EXPERTS, dim=1)):
             tensors[f"{stem}lora_B{e}.weight"] = b_NR
         return tensors

@@ -1,7 +1,7 @@
 """MoLA and AdaMoLE: a softmax router per linear, and a token has some of the experts.
 
-    MoLA       w = the two largest of p = softmax(R x), divided by their sum
-    AdaMoLE    w = relu(p - t), divided by its sum, with a learned t = sigmoid(h x + c) / experts
+MoLA       w = the two largest of p = softmax(R x), divided by their sum
+AdaMoLE    w = relu(p - t), divided by its sum, with a learned t = sigmoid(h x + c) / experts
 """
 
 from __future__ import annotations
