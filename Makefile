@@ -51,6 +51,7 @@ nightly: test-upstream matrix ## what is right but too long for CI
 matrix: $(READY) ## kinds of adapters × features of the engine: ask all, write docs/matrix.md
 	VLLM_LORA_EXT_MATRIX=$(CURDIR)/docs/matrix.json $(PYTEST) integration_tests/test_matrix.py \
 		integration_tests/test_matrix_bases.py integration_tests/test_matrix_lora_flags.py \
+		integration_tests/test_matrix_http.py integration_tests/test_matrix_pooling.py \
 		integration_tests/test_says_server.py \
 		integration_tests/test_mixes.py integration_tests/test_smollm2.py \
 		integration_tests/test_templates.py::test_a_rotation_of_users_over_few_slots

@@ -7,7 +7,8 @@ float32 on the CPU. The same texts three times, in turn:
 
     one call    all texts in one call: the experts of all texts share batches
     per text    a call for each text: its five experts share a batch
-    per expert  a call for each expert of each text, one after the other
+    per expert  a call for each expert of each text, one after the other; the router and the
+                network run in all three
 
 Ratios of throughput (texts per second) to the last, medians over pairs. Nothing is timed before the
 rewards are those of the definition in transformers.
@@ -18,12 +19,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,6 @@ os.environ |= {
 
 from tests.make_reward import bare, defined, make_reward_model  # noqa: E402
 from vllm_lora_ext import RewardModel  # noqa: E402
-from vllm_lora_ext.adapters.dmoerm import read_reward_model  # noqa: E402
 
 POINTS = {"chat": list("abcde"), "text": list("vwxyz")}
 
@@ -65,23 +64,23 @@ def check(folder: Path, base: Path, model: RewardModel, texts: list[dict[str, li
             raise SystemExit(f"check failed: {said.reward}, and {wanted} by the definition")
 
 
-def each_expert(llm: Any, folder: Path, categories: dict[int, str], texts: Any) -> None:
-    """A call for each pass."""
+def each_expert(model: RewardModel, llm: Any, texts: Sequence[Mapping[str, list[int]]]) -> None:
+    """As `model.score`, but a call for each pass."""
     from vllm_lora_ext.model_patches.rewards import TASK, params
 
-    adapter = read_reward_model(folder)
-    loras = {
-        (name, expert.point): llm.llm_engine.add_adapter(
-            f"{name}-{expert.point}", expert.tensors, expert.config
-        )
-        for name, category in adapter.categories.items() for expert in category.experts
-    }  # fmt: skip
-    for i, text in enumerate(texts):
-        for point in POINTS[categories[i]]:
+    judge = model._judge
+    for text in texts:
+        readings = [judge.read(dict(text), "text")]
+        probs_TC = judge.route(readings)
+        passes = judge.passes(readings, probs_TC)
+        hidden = [
             llm.encode(
-                [{"prompt_token_ids": text["inner_ids"]}], params(), pooling_task=TASK,
-                lora_request=[loras[categories[i], point]], use_tqdm=False,
-            )  # fmt: skip
+                [{"prompt_token_ids": one.ids}], params(), pooling_task=TASK, use_tqdm=False,
+                lora_request=[model._experts[one.category, one.number]],
+            )[0].outputs.data
+            for one in passes
+        ]  # fmt: skip
+        judge.rewards(probs_TC, passes, hidden)
 
 
 def timed(run: Callable[[], object]) -> float:
@@ -115,11 +114,10 @@ def main() -> None:
         ids = torch.randint(8000, (args.texts, args.tokens), generator=generator).tolist()
         texts = [{"router_ids": row[:8], "inner_ids": row} for row in ids]
         check(folder, base, model, texts[:4])
-        categories = {i: said.category for i, said in enumerate(model.score(texts))}
         runs: dict[str, Callable[[], object]] = {
             "one call": lambda: model.score(texts),
             "per text": lambda: [model.score([text]) for text in texts],
-            "per expert": lambda: each_expert(llm, folder, categories, texts),
+            "per expert": lambda: each_expert(model, llm, texts),
         }
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for turn in range(args.pairs + 1):
@@ -134,8 +132,8 @@ def main() -> None:
         ), 2) for name in ("one call", "per text")
     }  # fmt: skip
     result = {
-        "machine": platform.processor(), "cores": os.cpu_count(), "texts": args.texts,
-        "tokens": args.tokens, "experts": len(POINTS["chat"]),
+        "cores": os.cpu_count(), "texts": args.texts, "tokens": args.tokens,
+        "experts": len(POINTS["chat"]),
         "throughput over a call per expert": ratios,
     }  # fmt: skip
     print(json.dumps(result, indent=1))

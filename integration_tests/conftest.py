@@ -15,6 +15,11 @@ _TOGETHER = (
     "dora rank_attention rewards two_pass verify_cli",
 )
 _GROUP = {f"test_{name}.py": group for group in _TOGETHER for name in group.split()}
+# What takes longest begins first, so that no process waits at the end.
+_FIRST = (
+    _TOGETHER[0], "test_server.py", "test_tensor_parallel.py", _TOGETHER[1], "test_smollm2.py",
+    "test_trace.py", "test_pooling.py", "test_mixes.py", "test_two_engines.py",
+)  # fmt: skip
 TWO_PASS = {
     "lora_ext": {"two_pass": True, "rank_attention": {"heads": 4, "head_size": 32}}
 }  # fmt: skip
@@ -62,9 +67,18 @@ class ByEngine(LoadScopeScheduling):
     """A file's tests run in one process, and so do the files that share most engines."""
 
     def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0].rpartition("/")[2]
-        return _GROUP.get(file, file)
+        return _scope(nodeid)
+
+
+def _scope(nodeid: str) -> str:
+    file = nodeid.partition("::")[0].rpartition("/")[2]
+    return _GROUP.get(file, file)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByEngine:
+    config.option.loadscopereorder = False  # not by the number of tests
     return ByEngine(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: (*_FIRST, _scope(item.nodeid)).index(_scope(item.nodeid)))

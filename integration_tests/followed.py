@@ -74,7 +74,8 @@ def instructions(folder: Path) -> list[Case]:
 def instructed(net: Any, template: Any, ids: list[int]) -> RoutedAdapter:
     """WavLLM's adapter for an instruction: from the base's states before its last norm."""
     hidden: list[torch.Tensor] = []
-    norm = getattr(net.model, "norm", None) or net.model.final_layernorm
+    inner = getattr(net, "model", net)
+    norm = getattr(inner, "norm", None) or inner.final_layernorm
     hook = norm.register_forward_pre_hook(lambda _, args: hidden.append(args[0][0]))
     with torch.inference_mode():
         net(torch.tensor([ids]))

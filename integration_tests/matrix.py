@@ -24,17 +24,19 @@ from safetensors.torch import load_file, save_file
 from integration_tests import conditioned
 from integration_tests import followed as made_for
 from integration_tests.conditioned import Case
-from integration_tests.engines import base_path, lora, recorded, worst
+from integration_tests.engines import base_path, engine_options, lora, recorded, worst
 from integration_tests.followed import followed
 from integration_tests.reference_model import model
 from integration_tests.server import Server
 from tests import dora_folders
 from vllm_lora_ext.adapters import load_adapter
+from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging import Term, load_factors, merge, save_peft
 
 BASE, VOCABULARY, BOUND = "base_llama", 512, 2e-3
 WHERE = "VLLM_LORA_EXT_MATRIX"  # the file that results are written to
 whole = pytest.mark.skipif(WHERE not in os.environ, reason="an engine of its own: `make matrix`")
+SHARED_NODE = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 XLORA = ("xlora_topk-a", "xlora_lw_topk-a")
 
 
@@ -106,12 +108,16 @@ def _dora(folder: Path, prompts: Sequence[list[int]]) -> Row:
 
 
 def _merged(folder: Path, prompts: Sequence[list[int]]) -> Row:
+    merged(folder)
+    adapter, request = load_adapter(folder), lora("merged", folder)
+    return Row([followed(f"merged {i}", p, adapter, request) for i, p in enumerate(prompts)])
+
+
+def merged(folder: Path) -> None:
     """Two adapters of the fixture, by TIES."""
     parts = conditioned.FIXTURES / "conditioned" / "scales-a" / "adapters"
     terms = [Term(load_factors(parts / name), 0.7, name) for name in ("red", "green")]
     save_peft(merge("ties", terms, {"rank": 8}).factors, folder)
-    adapter, request = load_adapter(folder), lora("merged", folder)
-    return Row([followed(f"merged {i}", p, adapter, request) for i, p in enumerate(prompts)])
 
 
 def load(llm: Any) -> None:
@@ -137,6 +143,11 @@ def adapters(found: Mapping[str, Row]) -> dict[str, str]:
 
 def posted(server: Server, case: Case, **more: Any) -> dict[str, Any]:
     """The one choice of a greedy completion, over HTTP."""
+    (choice,) = choices(server, case, **more)
+    return choice
+
+
+def choices(server: Server, case: Case, **more: Any) -> list[dict[str, Any]]:
     body = {
         "model": case.adapter.lora_name if case.adapter else "base", "prompt": case.prompt,
         "max_tokens": len(case.answer), "temperature": 0, "logprobs": 5, "ignore_eos": True,
@@ -144,8 +155,8 @@ def posted(server: Server, case: Case, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
     answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=300, trust_env=False)
     assert answer.status_code == 200, answer.text
-    choice: dict[str, Any] = answer.json()["choices"][0]
-    return choice
+    found: list[dict[str, Any]] = answer.json()["choices"]
+    return found
 
 
 def http_error(case: Case, choice: dict[str, Any]) -> float:
@@ -219,6 +230,16 @@ class Record:
             _write(Path(path), self)
         wrong = {row: c for row, c in self.cells.items() if c["state"] == "wrong"}
         assert not wrong, wrong
+
+
+def refuse_two_passes(record: Record, base: str | Path = BASE, **options: Any) -> None:
+    """An engine with these options does not start when it is to serve X-LoRA."""
+    from vllm import EngineArgs
+
+    two_pass = {"additional_config": {"lora_ext": {"two_pass": True}}}
+    with pytest.raises(AdapterError) as caught:
+        EngineArgs(**engine_options(base, **two_pass, **options)).create_engine_config()
+    record.other("refused", caught.value.code, "X-LoRA")
 
 
 def _write(path: Path, record: Record) -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.make_adapters import TARGETS
+from vllm_lora_ext.adapters.model import MixBlock, RoutedAdapter
+from vllm_lora_ext.routing.mix import expert_weights
 
 GROUP = 32  # inputs that share a scale, in formats of four bits
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which of eight outputs stands at each place of an int32
@@ -88,10 +92,17 @@ def int8(weight_NK: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
     return {"weight": q.to(torch.int8), "weight_scale": scale}, q * scale
 
 
+def fp8(weight_NK: torch.Tensor) -> tuple[Tensors, torch.Tensor]:
+    """compressed-tensors' `float-quantized`: a scale for each output."""
+    scale = weight_NK.abs().amax(1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+    q = (weight_NK / scale).to(torch.float8_e4m3fn)
+    return {"weight": q, "weight_scale": scale}, q.float() * scale
+
+
 def _compressed(form: str, inputs: dict[str, Any] | None, **weights: Any) -> dict[str, Any]:
     group = {
         "targets": ["Linear"], "input_activations": inputs,
-        "weights": {"type": "int", "symmetric": True, "dynamic": False, **weights},
+        "weights": {"type": "int", "symmetric": True, "dynamic": False} | weights,
     }  # fmt: skip
     return {
         "quant_method": "compressed-tensors", "format": form, "ignore": ["lm_head"],
@@ -99,7 +110,8 @@ def _compressed(form: str, inputs: dict[str, Any] | None, **weights: Any) -> dic
     }  # fmt: skip
 
 
-_PER_TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
+_PER_TOKEN = {"num_bits": 8, "symmetric": True, "strategy": "token", "dynamic": True}
+_INT, _FLOAT = _PER_TOKEN | {"type": "int"}, _PER_TOKEN | {"type": "float"}
 FORMATS: dict[str, tuple[Writer, dict[str, Any]]] = {
     "awq": (awq, {
         "quant_method": "awq", "bits": 4, "group_size": GROUP, "zero_point": True,
@@ -112,7 +124,10 @@ FORMATS: dict[str, tuple[Writer, dict[str, Any]]] = {
     "w4a16": (packed, _compressed(
         "pack-quantized", None, num_bits=4, strategy="group", group_size=GROUP
     )),
-    "w8a8": (int8, _compressed("int-quantized", _PER_TOKEN, num_bits=8, strategy="channel")),
+    "w8a8": (int8, _compressed("int-quantized", _INT, num_bits=8, strategy="channel")),
+    "fp8": (fp8, _compressed(
+        "float-quantized", _FLOAT, type="float", num_bits=8, strategy="channel"
+    )),
 }  # fmt: skip
 
 
@@ -141,10 +156,51 @@ def _to_int8(x_TK: torch.Tensor) -> torch.Tensor:
     return (x_TK / scale).round() * scale
 
 
-_READS = {"w8a8": _to_int8}
+def _to_fp8(x_TK: torch.Tensor) -> torch.Tensor:
+    """A scale for each token."""
+    scale = x_TK.abs().amax(-1, keepdim=True) / torch.finfo(torch.float8_e4m3fn).max
+    return (x_TK / scale).to(torch.float8_e4m3fn).float() * scale
+
+
+_READS = {"w8a8": _to_int8, "fp8": _to_fp8}
 
 
 def _reading(layer: Any, round_: Callable[[torch.Tensor], torch.Tensor]) -> None:
     """The layer multiplies rounded inputs; adapters, which are hooks, see them as they are."""
     forward = layer.forward
     layer.forward = lambda x_TK: forward(round_(x_TK))
+
+
+def mixed_once(adapter: RoutedAdapter) -> Callable[[nn.Module], AbstractContextManager[Any]]:
+    """MixLoRA where inputs are rounded: the engine's last linear reads the experts' weighted sum,
+    once, and not each expert's states, of which the sum is the same only without rounding."""
+
+    @contextmanager
+    def put_on(net: nn.Module) -> Iterator[None]:
+        hooks = [
+            net.get_submodule(name).register_forward_hook(partial(_mixed, block))
+            for name, block in adapter.blocks.items()
+        ]
+        yield
+        for hook in hooks:
+            hook.remove()
+
+    return put_on
+
+
+def _mixed(block: MixBlock, mlp: Any, args: tuple[torch.Tensor], _: torch.Tensor) -> torch.Tensor:
+    x_TK, gate = args[0][0], block.gate
+    v_TE = expert_weights(gate, x_TK @ block.router_GK.T)
+    gate_TN, up_TN = mlp.gate_proj(x_TK), mlp.up_proj(x_TK)
+    sum_TN, own_TK, start = torch.zeros_like(up_TN), torch.zeros_like(x_TK), 0
+    for e, rank in enumerate(gate.blocks):
+        ranks, start = slice(start, start + rank), start + rank
+
+        def low(name: str, x: torch.Tensor, ranks: slice = ranks) -> torch.Tensor:
+            part = block.parts[name]
+            return x @ part.a_RK[ranks].T @ part.b_NR[:, ranks].T
+
+        a_TN = mlp.act_fn(gate_TN + low("gate_proj", x_TK)) * (up_TN + low("up_proj", x_TK))
+        sum_TN = sum_TN + v_TE[:, e : e + 1] * a_TN
+        own_TK = own_TK + v_TE[:, e : e + 1] * low("down_proj", a_TN)
+    return (mlp.down_proj(sum_TN) + own_TK)[None]

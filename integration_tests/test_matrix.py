@@ -7,25 +7,21 @@ CI runs those that share one engine. Columns that other tests prove stand in
 
 from __future__ import annotations
 
+import json
 import os
-import re
+import subprocess
+import sys
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
-import torch
 
-from integration_tests import matrix
+from integration_tests import beams, matrix
 from integration_tests.conftest import TWO_PASS
-from integration_tests.engines import close, engine_options, make_engine, tokens
+from integration_tests.engines import close, make_engine, tokens
 from integration_tests.matrix import Record, Row
-from integration_tests.reference_model import logits
-from integration_tests.server import base_with_tokenizer, command, free_port, serving
 from vllm_lora_ext.adapters import load_adapter
-from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches import conditioned as conditioned_core
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
@@ -74,16 +70,6 @@ def two_pass(base: Path) -> Iterator[Any]:
     close(llm)
 
 
-def refused_with_two_passes(record: Record, rows: dict[str, Row], **options: Any) -> None:
-    """An engine with these options does not start when it is to serve X-LoRA."""
-    from vllm import EngineArgs
-
-    arguments = engine_options(matrix.BASE, additional_config=TWO_PASS, **options)
-    with pytest.raises(AdapterError) as caught:
-        EngineArgs(**arguments).create_engine_config()
-    record.other("refused", caught.value.code, *rows)
-
-
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Record:
     """The column is the test's first line of documentation."""
@@ -102,7 +88,7 @@ def test_ngram(
     count, taken = (a - b for a, b in zip(drafted(drafting), before, strict=True))
     assert count > 50 and taken > 0, "nothing was drafted, or nothing taken"
     record.right(matrix.errors(rows, outputs), f"{taken} of {count} drafts taken")
-    refused_with_two_passes(record, two_pass_rows, speculative_config=NGRAM)
+    matrix.refuse_two_passes(record, speculative_config=NGRAM)
     record.close()
 
 
@@ -171,9 +157,6 @@ def shaped(llm: Any, rows: dict[str, Row], record: Record) -> None:
         record.right({name: 0.0 if same else float("inf")})
 
 
-WIDTH, STEPS = 3, 4
-
-
 def test_beam_search(
     drafting: Any, two_pass: Any, rows: dict[str, Row], two_pass_rows: dict[str, Row],
     record: Record,
@@ -195,7 +178,7 @@ def searched(llm: Any, rows: dict[str, Row], record: Record) -> None:
     cases = matrix.every(rows)
     outputs = llm.beam_search(
         [{"prompt_token_ids": c.prompt} for c in cases],
-        BeamSearchParams(beam_width=WIDTH, max_tokens=STEPS, ignore_eos=True),
+        BeamSearchParams(beam_width=beams.WIDTH, max_tokens=beams.STEPS, ignore_eos=True),
         lora_request=[c.adapter for c in cases],
     )  # fmt: skip
     left = iter(outputs)
@@ -203,24 +186,7 @@ def searched(llm: Any, rows: dict[str, Row], record: Record) -> None:
         for case in row.cases:
             got = [(s.tokens[len(case.prompt) :], s.cum_logprob) for s in next(left).sequences]
             adapter = case.adapter and load_adapter(case.adapter.lora_path)
-            want = beams(case.prompt, adapter)
-            same = [t for t, _ in got] == [t for t, _ in want]
-            apart = max(abs(a - b) for (_, a), (_, b) in zip(got, want, strict=True))
-            record.right({name: apart if same else float("inf")})
-
-
-def beams(prompt: list[int], adapter: Any) -> list[tuple[list[int], float]]:
-    """Beam search by transformers: the likeliest `WIDTH` continuations of each step go on."""
-    kept: list[tuple[list[int], float]] = [([], 0.0)]
-    for _ in range(STEPS):
-        grown = []
-        for ids, total in kept:
-            row_V = torch.log_softmax(logits(matrix.BASE, adapter, prompt + ids)[-1], -1)
-            top = row_V.topk(2 * WIDTH)
-            pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-            grown += [([*ids, token], total + value) for token, value in pairs]
-        kept = sorted(grown, key=lambda found: -found[1])[:WIDTH]
-    return kept
+            record.right({name: beams.apart(got, beams.by_transformers(case.prompt, adapter))})
 
 
 COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -245,7 +211,6 @@ COLUMNS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }  # fmt: skip
-SHARED_NODE = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 
 
 @matrix.whole
@@ -277,47 +242,20 @@ def test_kv_connector(
         assert taken > 200, "nothing came from files"
     finally:
         close(llm)
-    refused_with_two_passes(record, two_pass_rows, kv_transfer_config=transfer)
+    matrix.refuse_two_passes(record, kv_transfer_config=transfer)
     record.close()
 
 
 @matrix.whole
-def test_data_parallel(
-    rows: dict[str, Row], two_pass_rows: dict[str, Row], request: Any, tmp_path: Path
-) -> None:
-    """Two engines behind one server; each must have every adapter."""
-    node = request.node.nodeid
-    answers, beams = Record("Data parallel 2, over HTTP", node), Record("Beam search, HTTP", node)
-    server = command(
-        base_with_tokenizer(tmp_path / matrix.BASE), free_port(), None,
-        "--data-parallel-size", "2", "--enforce-eager", "--max-loras", "4", "--max-cpu-loras", "16",
-        "--lora-modules", *(f"{name}={path}" for name, path in matrix.adapters(rows).items()),
-    )  # fmt: skip
-    cases = matrix.every(rows)
-    with serving(server, tmp_path / "server.log", **SHARED_NODE) as running:
-        with ThreadPoolExecutor(8) as pool:
-            for record, more in ((answers, {}), (beams, {"use_beam_search": True})):
-                got = list(pool.map(lambda c, m=more: matrix.posted(running, c, **m), cases))
-                left = iter(got)
-                record.right({
-                    name: max(matrix.http_error(c, next(left)) for c in row.cases)
-                    for name, row in rows.items()
-                })  # fmt: skip
-        used = engines_used(httpx.get(f"{running.url}/metrics", trust_env=False).text)
-    assert len(used) == 2 and min(used) > 5, f"one engine did all: {used}"
-    refused_with_two_passes(answers, two_pass_rows, data_parallel_size=2)
-    for record in (answers, beams):
-        record.close()
-
-
-def engines_used(metrics: str) -> list[int]:
-    """Requests that each engine has answered."""
-    found: dict[str, float] = {}
-    for engine, count in re.findall(
-        r'^vllm:request_success_total\{engine="(\d+)"[^}]*\} ([\d.]+)', metrics, re.MULTILINE
-    ):
-        found[engine] = found.get(engine, 0) + float(count)
-    return sorted(int(count) for count in found.values())
+def test_second_runner(record: Record, tmp_path: Path) -> None:
+    """Model runner V2, its kernels interpreted."""
+    command = [sys.executable, "-m", "integration_tests.second_runner", str(tmp_path / "errors")]
+    root = Path(__file__).parent.parent
+    environment = os.environ | {"PYTHONPATH": f"{root}{os.pathsep}{root / 'tests'}"}
+    subprocess.run(command, check=True, cwd=root, env=environment, timeout=800)
+    for errors in json.loads((tmp_path / "errors").read_text()):
+        record.right(errors)
+    record.close()
 
 
 @matrix.whole
@@ -336,9 +274,9 @@ def test_an_engine_of_its_own(
     if "additional_config" in options:
         rows = rows | two_pass_rows
     else:
-        refused_with_two_passes(record, two_pass_rows, **options)
+        matrix.refuse_two_passes(record, **options)
     if column == "pp2":
-        for name, value in SHARED_NODE.items():
+        for name, value in matrix.SHARED_NODE.items():
             monkeypatch.setenv(name, value)
     llm = make_engine(base, **{"enforce_eager": True, "disable_log_stats": False} | options)
     try:

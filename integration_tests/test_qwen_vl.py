@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from integration_tests import other_bases
 from integration_tests.conditioned import Case, ask, check
 from integration_tests.engines import close, lora, make_engine
 from integration_tests.vision import HERE, Asked, Look, Seer, in_language_model, qwen2_5_vl, trained
@@ -73,6 +74,7 @@ def wardrobe(
     text_config = seer.net.config.text_config
     write_native(random_adapter(text_config, 3, router_spec()), root / "routed")
     write_native(routed_tower(4), root / "routed tower")
+    other_bases.mix_block(seer.net, "model.language_model.layers.1.mlp", root, "qwen")
     return {
         path.name: (
             lora(f"qwen-{path.name}", path), in_language_model(load_adapter(path)),
@@ -107,7 +109,7 @@ def llm(seer: Seer, wardrobe: dict[str, Any]) -> Iterator[Any]:
 
 def test_the_cases_tell_adapters_apart(cases: list[Case]) -> None:
     last = {case.key: torch.log_softmax(case.logits[0], -1) for case in cases}
-    for name in ("text", "routed", *SEEING):
+    for name in ("text", "routed", "mix", *SEEING):
         for look in ("one", "several", "in chunks"):
             assert (last[f"{name}, {look}"] - last[f"base, {look}"]).abs().max() > 0.02, name
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from integration_tests.conditioned import fixture
 from integration_tests.engines import FIXTURES, base_path, close, make_engine
 from integration_tests.recorded_requests import examples
 from integration_tests.server import Server, command, free_port, serving
-from tests.make_reward import defined, make_reward_model
+from tests.make_reward import add_tokenizer, defined, make_reward_model
 from vllm_lora_ext import RewardModel
 from vllm_lora_ext import reward as offline
 from vllm_lora_ext.cli import app
@@ -33,6 +34,25 @@ def texts() -> list[dict[str, Any]]:
     ]
 
 
+def as_chat(text: dict[str, Any]) -> dict[str, Any]:
+    """Its words; what was answered before the last turn is not read."""
+    said = [" ".join(f"t{i}" for i in turn) for turn in split(text["router_ids"], 5)]
+    reply = " ".join(f"t{i}" for i in split(text["inner_ids"], 6)[-1][:-1])
+    answers = ["t9"] * (len(said) - 1) + [reply]
+    messages = [
+        {"role": role, "content": content}
+        for turn in zip(said, answers, strict=True)
+        for role, content in zip(("user", "assistant"), turn, strict=True)
+    ]
+    return {"messages": messages}
+
+
+def split(ids: list[int], mark: int) -> list[list[int]]:
+    """What follows each mark."""
+    starts = [i for i, token in enumerate(ids) if token == mark]
+    return [ids[a + 1 : b] for a, b in zip(starts, [*starts[1:], len(ids)], strict=True)]
+
+
 def check(found: list[dict[str, Any]]) -> float:
     worst = 0.0
     for i, said in enumerate(found):
@@ -44,19 +64,21 @@ def check(found: list[dict[str, Any]]) -> float:
 
 
 @pytest.fixture(scope="module")
-def llm() -> Iterator[Any]:
+def llm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     """With two slots for five experts: they take turns, and are right."""
     from vllm.config import PoolerConfig
 
+    base = shutil.copytree(BASE, tmp_path_factory.mktemp("base") / "base")
+    add_tokenizer(base)  # which the engine does without: for chats
     llm = make_engine(
-        BASE, runner="pooling", convert="embed", max_loras=2, enforce_eager=True,
+        base, runner="pooling", convert="embed", max_loras=2, enforce_eager=True,
         pooler_config=PoolerConfig(seq_pooling_type="LAST"),
     )  # fmt: skip
     yield llm
     close(llm)
 
 
-def test_the_authors_numbers(llm: Any) -> None:
+def test_the_authors_numbers(llm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = RewardModel(FOLDER, llm)
     for asked in (texts(), texts()):  # the second time out of the prefix cache
         worst = check([vars(reward) for reward in model.score(asked)])
@@ -65,6 +87,13 @@ def test_the_authors_numbers(llm: Any) -> None:
     for i, text in enumerate(texts()):  # alone
         assert abs(model.score([text])[0].reward - float(NUMBERS[f"shared_reward_{i}"])) < BOUND
     assert model.score([]) == []
+    calls, encode = [], llm.encode
+    with monkeypatch.context() as patch:
+        patch.setattr(llm, "encode", lambda p, *a, **k: calls.append(p) or encode(p, *a, **k))
+        model.score(texts())
+    assert [len(prompts) for prompts in calls] == [
+        sum(len(said["points"]) for said in META["requests"])
+    ]
     assert "chat, subj_qa" in model.note
 
 
@@ -110,6 +139,9 @@ def test_the_command(llm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert [set(line) for line in lines] == [{"category", "category_probs", "reward"}] * 6
     assert check(lines) < BOUND
     assert "one engine has one base" in " ".join(done.stderr.split())
+    file.write_text("\n".join(json.dumps(as_chat(text)) for text in texts()))
+    done = CliRunner().invoke(app, asked)
+    assert check([json.loads(line) for line in done.stdout.splitlines()]) < BOUND
     file.write_text('{"router_ids": [5], "inner_ids": [999]}')
     done = CliRunner().invoke(app, asked)
     assert done.exit_code == 1 and "bad_value" in done.stderr and not done.stdout

@@ -21,6 +21,7 @@ from transformers import AutoConfig
 from integration_tests import forked
 from integration_tests.engines import ENVIRONMENT, base_path, recorded, worst
 from integration_tests.followed import MADE, write_made
+from integration_tests.matrix import merged
 from integration_tests.reference_model import logits, model, steady_prompt
 from integration_tests.tp_worker import MARK, TP_ENVIRONMENT, ours
 from tests import dora_folders
@@ -52,7 +53,8 @@ class Request:
 
 @pytest.fixture(scope="module")
 def requests(tmp_path_factory) -> list[Request]:
-    """Base rows, plain, and routed: published ones, any gate, a learned threshold, self-gated."""
+    """Base rows, plain, merged, and routed: published ones, any gate, a learned threshold,
+    self-gated."""
     rows = []
     for name in ("loramoe-a", "plain-a", "mixlora-a"):
         fx = recorded(name)
@@ -66,9 +68,15 @@ def requests(tmp_path_factory) -> list[Request]:
         "threshold-head": random_adapter(config, 8, HEAD, targets=("o_proj", "down_proj")),
         "self-gated": random_adapter(config, 9, lambda r: random_spec(r, 16, sources=("self",))),
     }
-    for seed, (name, adapter) in enumerate(adapters.items()):
+    folders = {
+        name: write_native(adapter, tmp_path_factory.mktemp(name))
+        for name, adapter in adapters.items()
+    }  # fmt: skip
+    folders["merged"] = tmp_path_factory.mktemp("merged")
+    merged(folders["merged"])
+    for seed, (name, folder) in enumerate(folders.items()):
+        adapter = load_adapter(folder)
         prompt = steady_prompt(BASE, adapter, 24, seed)
-        folder = write_native(adapter, tmp_path_factory.mktemp(name))
         ids = list(prompt)
         for _ in range(12):
             ids.append(int(logits(BASE, adapter, ids)[-1].argmax()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ CONFIG = WhisperConfig(
 ENCODER_ROWS = ("model.encoder.layers.0", "model.decoder.layers.1.encoder_attn")
 DECODER = "model.decoder."
 TARGETS = ("q_proj", "out_proj", "fc1", "fc2")  # read the decoder's own states
+LAYERS = rf"{re.escape(DECODER)}.*\.({'|'.join(TARGETS)})"
+REFUSED = dict.fromkeys(("MixLoRA block", "user", "instruction"), "unknown_module")
 
 
 def write(folder: Path) -> Any:

@@ -20,9 +20,12 @@ def own_attentions(model: nn.Module, setting: str, windows: bool) -> list[Attent
     Raises:
         AdapterError: `bad_settings`, one keeps something else than keys and values of its own.
     """
-    kept: list[Any] = [layer for layer in model.modules() if isinstance(layer, AttentionLayerBase)]
+    kept: dict[str, Any] = {
+        name: layer for name, layer in model.named_modules()
+        if isinstance(layer, AttentionLayerBase)
+    }  # fmt: skip
     other = [
-        f"{layer.layer_name}: {type(layer).__name__}" for layer in kept
+        f"{name}: {type(layer).__name__}" for name, layer in kept.items()
         if type(layer) is not Attention
         or layer.attn_type != AttentionType.DECODER
         or layer.kv_sharing_target_layer_name is not None
@@ -34,7 +37,7 @@ def own_attentions(model: nn.Module, setting: str, windows: bool) -> list[Attent
             other[:1], "decoders whose layers all have a KV cache of their own"
             + ("" if windows else ", of all tokens"),
         )  # fmt: skip
-    return kept
+    return list(kept.values())
 
 
 def not_served(setting: str, why: str, seen: object, limit: str) -> AdapterError:

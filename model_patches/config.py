@@ -14,8 +14,9 @@ from typing import Any
 from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 
-from vllm_lora_ext.adapters.registry import needs_two_passes
+from vllm_lora_ext.adapters.registry import formats, needs_two_passes
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.merging.methods import all_methods
 from vllm_lora_ext.model_patches.backend import asks_for_triton, check_graphs, check_kernels
 from vllm_lora_ext.model_patches.rows import unknown_rows
 from vllm_lora_ext.settings import KEY, LoraExtSettings
@@ -29,9 +30,13 @@ def check_config(vllm_config: Any, lora_config: Any) -> LoraExtSettings:
     """The settings of an engine with LoRA.
 
     Raises:
-        AdapterError: `bad_settings`, a setting is wrong, or does not go with the engine's options.
+        AdapterError: `bad_settings`, a setting is wrong, or does not go with the engine's options;
+            `bad_reader`, `bad_method`, an installed package brings one that cannot be used.
     """
     settings = LoraExtSettings.from_additional_config(vllm_config.additional_config)
+    formats()  # what installed packages bring is right, or named before weights are read
+    if settings.merge is not None:
+        all_methods()
     # Whether the kernels pass their check here is found out where they run; if not, it says so.
     device_type = vllm_config.device_config.device_type
     triton = asks_for_triton(settings.triton, device_type)

@@ -131,15 +131,18 @@ class Placer:
         away = {n for n, v in name_of.items() if v.startswith(self._missing)}
         known = self._shapes.keys() | self.lane.experts.keys()
         has = away.union(n for n, v in name_of.items() if v in known)
+        elsewhere = away
         if template is None:
             adapter = self._scope.narrowed(adapter, name_of, has)
+        else:
+            elsewhere = away | self._scope.left_out(template.sizes, name_of)
         self.lane.check(adapter, name_of, away)
         # The model's own names beside those of the adapter: for what an error says.
         shapes = {v: shape for v, shape in self._shapes.items() if v not in name_of}
         shapes |= {n: self._shapes[v] for n, v in name_of.items() if v in self._shapes}
         check_fits(
             adapter,
-            shapes | _own_shapes(adapter, away),
+            shapes | _own_shapes(adapter, elsewhere),
             self._dtype,
             self._max_rank,
             self._router_rows,

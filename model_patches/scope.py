@@ -55,7 +55,8 @@ class Scope:
                 another rank.
         Raises:
             AdapterError: `unsupported_feature`, layers of a tower or connector whose flag is off,
-                or that run on an encoder's rows; `empty_adapter`, nothing is left.
+                or that run on an encoder's rows, or a part of a block of experts; `empty_adapter`,
+                nothing is left.
         """
         adapter = without_drafter(adapter, has, self._skip)
         for name in adapter.modules:
@@ -75,6 +76,15 @@ class Scope:
                 )  # fmt: skip
         if self._targets is None:
             return adapter
+        inside = tuple(f"{block}." for block in adapter.blocks)
+        cut = sorted(n for n, v in name_of.items() if v in self._outside and n.startswith(inside))
+        if cut:
+            raise AdapterError(
+                "unsupported_feature", "the adapter's experts are whole MLP blocks, of which the"
+                " server leaves layers out", seen=cut[0],
+                limit="--lora-target-modules " + " ".join(self._targets),
+                fix="start with the MLP's layers in --lora-target-modules, or without the flag",
+            )  # fmt: skip
         modules = {
             name: m for name, m in adapter.modules.items() if name_of[name] not in self._outside
         }
@@ -84,13 +94,27 @@ class Scope:
             if name_of[name].rpartition(".")[0] not in self._outside
         }
         if not (modules or adapter.blocks or experts or adapter.heads):
-            raise AdapterError(
-                "empty_adapter", "no layer of the adapter is among those that may be adapted here",
-                seen=", ".join(sorted({n.rpartition(".")[2] for n in adapter.modules})),
-                limit="--lora-target-modules " + " ".join(self._targets),
-                fix="start with these layers in --lora-target-modules, or without the flag",
-            )  # fmt: skip
+            raise self._nothing_left(adapter.modules)
         return dataclasses.replace(adapter, modules=modules, experts=experts)
+
+    def left_out(self, layers: Collection[str], name_of: Mapping[str, str]) -> set[str]:
+        """Layers of a template that an adapter derived from it will not have.
+
+        Raises:
+            AdapterError: `empty_adapter`, these are all.
+        """
+        outside = {name for name in layers if name_of[name] in self._outside}
+        if layers and len(outside) == len(layers):
+            raise self._nothing_left(layers)
+        return outside
+
+    def _nothing_left(self, layers: Collection[str]) -> AdapterError:
+        return AdapterError(
+            "empty_adapter", "no layer of the adapter is among those that may be adapted here",
+            seen=", ".join(sorted({n.rpartition(".")[2] for n in layers})),
+            limit="--lora-target-modules " + " ".join(self._targets or ()),
+            fix="start with these layers in --lora-target-modules, or without the flag",
+        )  # fmt: skip
 
 
 def on_encoder_rows(model: Any) -> tuple[str, ...]:

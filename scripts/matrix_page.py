@@ -52,6 +52,8 @@ PROVED: dict[str, dict[str, Iterable[str]]] = {
             ("instruction",),
         "integration_tests/test_two_pass.py"
         "::test_a_long_prompt_in_chunks_and_from_the_prefix_cache": ("X-LoRA",),
+        "integration_tests/test_matrix.py::test_an_engine_of_its_own":
+            ("plain", "merged", "rank-wise", "MixLoRA block"),
     },
     "Prefix cache": {
         "integration_tests/test_ladder.py::test_alone_equals_mixed_and_cached_equals_first":
@@ -63,22 +65,21 @@ PROVED: dict[str, dict[str, Iterable[str]]] = {
             ("instruction",),
         "integration_tests/test_two_pass.py"
         "::test_a_long_prompt_in_chunks_and_from_the_prefix_cache": ("X-LoRA",),
+        "integration_tests/test_matrix.py::test_an_engine_of_its_own":
+            ("merged", "rank-wise", "MixLoRA block"),
     },
     "Tensor parallel 2, `mp`": {
         "integration_tests/test_tensor_parallel.py"
-        "::test_log_probabilities_and_greedy_tokens_are_those_of_one_rank": (*_LINEAR, "DoRA"),
+        "::test_log_probabilities_and_greedy_tokens_are_those_of_one_rank":
+            (*_LINEAR, "DoRA", "merged"),
         "integration_tests/test_tensor_parallel.py::test_what_requests_say_reaches_every_rank":
             (*_SAID, *_MADE, "X-LoRA"),
     },
     "Tensor parallel 2, Ray, fully sharded": {
         "integration_tests/test_tensor_parallel.py"
-        "::test_log_probabilities_and_greedy_tokens_are_those_of_one_rank": _LINEAR,
+        "::test_log_probabilities_and_greedy_tokens_are_those_of_one_rank": (*_LINEAR, "merged"),
         "integration_tests/test_tensor_parallel.py::test_what_requests_say_reaches_every_rank":
             (*_SAID, *_MADE, "X-LoRA"),
-    },
-    "Mixture-of-experts base": {
-        "integration_tests/test_moe_base.py::test_base_plain_and_routed_rows":
-            ("base", "plain", "routed linear"),
     },
 }  # fmt: skip
 REFUSED = {
@@ -90,9 +91,12 @@ REFUSED = {
 NOT_HERE = {
     "Sleep and wake-up": "vLLM sleeps on GPUs only; `tests/model_patches/test_sleep.py` holds which"
     " memory stays",
-    "V2 model runner": "vLLM has it on GPUs only; `tests/model_patches/test_rows.py` drives both"
-    " runners' calls",
-    "FP8 bases": "vLLM 0.32's `fp8` does not load on a CPU",
+    "V2 model runner, compiled": "its kernels are Triton's, for GPUs; above they are interpreted,"
+    " on vLLM's V2 runner for CPUs",
+    "FP8 bases of vLLM's own `fp8`": "it does not load on a CPU; FP8 of compressed-tensors does,"
+    " above",
+    "Hybrid bases, Mamba 1 (Jamba)": "vLLM's wheel for CPUs has no `selective_scan_fwd`: the base"
+    " model's first step ends the engine, with or without an adapter",
     "bitsandbytes bases": "vLLM 0.32 has no such method of its own; adapters read a layer's output"
     " and never its weights, but for DoRA, which is refused on quantised weights"
     " (`unsupported_feature`)",
@@ -163,8 +167,7 @@ Every column is a kind of adapter, every row a feature of vLLM. All kinds of a r
 batch, of one engine on a CPU, in float32. A number is the largest difference of any log-probability
 from the authors' own code, PEFT or transformers, whose greedy tokens were met exactly; *equal*:
 tokens equal to those of requests that are proved elsewhere; *yes*: a test outside of this table
-proves it, below; a code: it is refused with that code, as meant. Where a field is empty, nobody has
-tried.
+proves it, below; a code: it is refused with that code, as meant.
 """
 
 

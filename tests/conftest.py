@@ -1,6 +1,10 @@
-"""The order of unit tests under several processes."""
+"""The order of unit tests under several processes; packages that bring rows of a table."""
 
 from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -18,3 +22,29 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (*_FIRST, item.path.name).index(item.path.name))
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
+    """Pretends that a package with one module and one entry point, `group: NAME`, is installed."""
+    from vllm_lora_ext.adapters import registry
+    from vllm_lora_ext.merging import methods
+    from vllm_lora_ext.serving import operations
+
+    tables = (registry.formats, methods.all_methods, operations.operations)
+
+    def install(module: str, source: str, group: str = registry.ENTRY_POINTS) -> None:
+        for table in tables:
+            table.cache_clear()
+        info = tmp_path / f"{module}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
+        name = "READER" if group == registry.ENTRY_POINTS else "METHOD"
+        (info / "entry_points.txt").write_text(f"[{group}]\n{module} = {module}:{name}\n")
+        (tmp_path / f"{module}.py").write_text(source)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.delitem(sys.modules, module, raising=False)
+
+    yield install
+    for table in tables:
+        table.cache_clear()

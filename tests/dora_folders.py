@@ -18,10 +18,13 @@ def make(folder: Path, base: torch.nn.Module, seed: int = 0, **lora: Any) -> tor
 
     Magnitudes are those of the base times a factor between a half and one and a half.
     """
-    options: dict[str, Any] = {"r": 4, "lora_alpha": 6, "target_modules": LINEARS, "use_dora": True}
+    options: dict[str, Any] = {
+        "r": 4, "lora_alpha": 6, "target_modules": LINEARS, "use_dora": True,
+        "task_type": "CAUSAL_LM",
+    }  # fmt: skip
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        config = LoraConfig(task_type="CAUSAL_LM", **options | lora)
+        config = LoraConfig(**options | lora)
         model = get_peft_model(copy.deepcopy(base), config).eval()
         generator = torch.Generator().manual_seed(seed)
         for name, weight in model.named_parameters():

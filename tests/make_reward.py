@@ -74,6 +74,22 @@ def make_reward_model(
     return folder
 
 
+def add_tokenizer(base: Path) -> None:
+    """One word per token, `t10` for 10, and the three marks of a reward model's texts: 5, 6, 7."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    marks = [f"<extra_{i}>" for i in range(3)]
+    words = {f"t{i}": i for i in range(8, 80)} | {mark: 5 + i for i, mark in enumerate(marks)}
+    tokenizer = Tokenizer(WordLevel(words | {"?": 0}, unk_token="?"))
+    tokenizer.pre_tokenizer = WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="?", additional_special_tokens=marks
+    ).save_pretrained(base)
+
+
 def save(file: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     save_file({n: t.contiguous() for n, t in tensors.items()}, file)

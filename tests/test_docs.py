@@ -17,7 +17,8 @@ from vllm_lora_ext.cli import app
 from vllm_lora_ext.settings import LoraExtSettings
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"))
+ENGINE_TESTS = ROOT / "integration_tests" / "README.md"
+PAGES = (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ENGINE_TESTS)
 _FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)")
 
@@ -139,6 +140,11 @@ def test_links_lead_somewhere(page: Path) -> None:
         if anchor:
             titles = re.findall(r"^#+ (.+)$", where.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in {_anchor(title) for title in titles}, f"{page.name}: {target}"
+
+
+def test_every_engine_test_stands_below_its_question() -> None:
+    named = re.findall(r"\]\((test_\w+\.py)\)", ENGINE_TESTS.read_text(encoding="utf-8"))
+    assert sorted(named) == sorted(file.name for file in ENGINE_TESTS.parent.glob("test_*.py"))
 
 
 def _anchor(title: str) -> str:

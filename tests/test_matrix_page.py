@@ -39,6 +39,13 @@ def test_every_cell_was_right_or_refused_as_meant(script: Any, recorded: Any) ->
         }  # fmt: skip
 
 
+def test_no_field_is_empty(script: Any, recorded: Any) -> None:
+    rows = [line for line in script.page(recorded).splitlines() if line.startswith("| ")]
+    assert len(rows) > 25
+    for row in rows[2:]:
+        assert "|  |" not in row, row
+
+
 def test_tests_that_prove_something_are_there(script: Any, recorded: Any) -> None:
     named = [test for tests in script.PROVED.values() for test in tests]
     named += [column["test"] for column in recorded.values()]

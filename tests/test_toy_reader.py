@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,25 +126,6 @@ def test_the_guide_shows_the_example_as_it_is() -> None:
     assert toml and all(b in (EXAMPLE / "pyproject.toml").read_text() for b in toml)
 
 
-@pytest.fixture
-def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Pretends that a package with one module and one reader entry point is installed."""
-    registry.formats.cache_clear()
-
-    def install(module: str, source: str, name: str = "reader") -> None:
-        info = tmp_path / f"{module}-1.0.dist-info"
-        info.mkdir()
-        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {module}\nVersion: 1.0\n")
-        entry = f"[{registry.ENTRY_POINTS}]\n{name} = {module}:READER\n"
-        (info / "entry_points.txt").write_text(entry)
-        (tmp_path / f"{module}.py").write_text(source)
-        monkeypatch.syspath_prepend(tmp_path)
-        monkeypatch.delitem(sys.modules, module, raising=False)
-
-    yield install
-    registry.formats.cache_clear()
-
-
 GOOD = """
 import dataclasses
 from vllm_lora_ext.adapters.readers import plain
@@ -176,7 +156,6 @@ def test_a_format_on_top_of_ordinary_lora_is_its_owners(installed: Any, tmp_path
     (folder / "adapter_config.json").write_text(json.dumps({**config, "my_key": 3}))
     with pytest.raises(AdapterError, match="my_key"):
         load_adapter(folder)
-    registry.formats.cache_clear()
     installed("claiming_reader_package", CLAIMS)
     assert load_adapter(folder).system == "mine"
     assert load_adapter(good).system == "plain"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from make_adapters import FIXTURES
-from make_reward import bare, defined, expert_hidden, hidden_of, make_reward_model
+from make_reward import add_tokenizer, bare, defined, expert_hidden, hidden_of, make_reward_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel
 
@@ -309,20 +309,8 @@ def test_texts_that_are_refused(text: Any, words: str) -> None:
 
 def test_a_chat_is_read_as_the_authors_do(tmp_path: Path) -> None:
     """Every turn of the user to the router; the last turn and its reply to the experts."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import WhitespaceSplit
-    from transformers import PreTrainedTokenizerFast
-
     base = shutil.copytree(BASE, tmp_path / "base")
-    words = {f"t{i}": i for i in range(8, 80)} | {f"<extra_{i}>": 5 + i for i in range(3)}
-    tokenizer = Tokenizer(WordLevel(words | {"?": 0}, unk_token="?"))
-    tokenizer.pre_tokenizer = WhitespaceSplit()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="?",
-        additional_special_tokens=[f"<extra_{i}>" for i in range(3)],
-    )  # fmt: skip
-    fast.save_pretrained(base)
+    add_tokenizer(base)
     judge = Judge(read_reward_model(FOLDER), str(base), "cpu", ENGINE)
     chat = [("user", "t10 t11"), ("assistant", "t12"), ("user", "t13"), ("assistant", "t14 t15")]
     reading = judge.read({"messages": [{"role": r, "content": c} for r, c in chat]}, "text")

@@ -22,8 +22,8 @@ from vllm_lora_ext.adapters.hf import apply_adapter
 from vllm_lora_ext.cli import app
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging import Factors, Term, load_factors, load_soups, merge
-from vllm_lora_ext.merging.learn_soups import Example, _loss, _mixed, _mixes, learn_soups
-from vllm_lora_ext.merging.soup_files import read_examples, save_soups, soup_folders, tokenise
+from vllm_lora_ext.merging.soups.files import read_examples, save_soups, soup_folders, tokenise
+from vllm_lora_ext.merging.soups.learn import Example, _loss, _mixed, _mixes, learn_soups
 
 TARGETS = ("q_proj", "v_proj", "up_proj", "down_proj")
 

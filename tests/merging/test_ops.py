@@ -19,9 +19,9 @@ from vllm_lora_ext.merging.ops.normalise import balance, normalise
 from vllm_lora_ext.merging.ops.scale import count_layers, fits, layer_of, resolve, scale
 from vllm_lora_ext.merging.ops.seeds import generator
 from vllm_lora_ext.merging.ops.select import in_layers, select_ranks
-from vllm_lora_ext.merging.ops.soups import softmax_weights
 from vllm_lora_ext.merging.ops.sparsify import SMALL, Sparsity, kth_magnitudes, sparsify
 from vllm_lora_ext.merging.ops.truncate import factorise, truncate
+from vllm_lora_ext.merging.soups.softmax import softmax_weights
 
 SIZES = st.tuples(st.integers(1, 19), st.integers(1, 23))
 SEEDS = st.integers(0, 1000)

@@ -188,7 +188,7 @@ WRONG = [
     (recipe("cat", model("math", float("nan"))), "bad_value", "weight"),
     (recipe("cat", model("math", True)), "bad_value", "weight"),
     (recipe("tie"), "bad_value", "merge_method"),
-    (recipe(parameters={"densty": 0.5}), "unknown_key", "parameters.densty"),
+    (recipe(parameters={"densty": 0.5}), "unknown_key", "'parameters' has no parameter 'densty'"),
     (recipe("ties", parameters={"density": 2}), "bad_value", "density"),
     (recipe("cat", model("math", density=0.5)), "unknown_key", "density"),
     (recipe(output={"rank": 0}), "bad_value", "output.rank"),

@@ -13,7 +13,9 @@ from vllm.config import KVTransferConfig, LoRAConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from vllm_lora_ext import plugin
+from vllm_lora_ext.adapters import registry
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.merging import methods as merge_methods
 from vllm_lora_ext.model_patches import check, config
 
 BASE = Path(__file__).parents[1] / "fixtures" / "bases" / "base_llama"
@@ -97,6 +99,20 @@ def test_folders_of_the_front_end_need_not_exist_on_workers(checked: Start, tmp_
         checked(section)
     (tmp_path / "here").mkdir()
     checked(section)
+
+
+@pytest.mark.parametrize("what", ["reader", "method"])
+def test_a_package_that_brings_something_broken(
+    checked: Start, installed: Callable[..., None], what: str, tmp_path: Path
+) -> None:
+    group = {"reader": registry.ENTRY_POINTS, "method": merge_methods.ENTRY_POINTS}[what]
+    section = {"merge": {"adapters": {"a": str(tmp_path)}}}
+    checked(section)
+    installed("broken_package", "raise RuntimeError('no such device')", group)
+    with pytest.raises(AdapterError, match="no such device") as caught:
+        checked(section)
+    assert caught.value.code == f"bad_{what}"
+    checked(section, enable_lora=False)
 
 
 def test_an_unknown_vllm_starts_without_lora_only(

@@ -15,6 +15,7 @@ import torch
 from vllm.lora.request import LoRARequest
 
 from tests.make_adapters import normal, random_module, router_spec
+from tests.make_conditioned import write_random
 from tests.model_patches.conftest import make_harness
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
 from vllm_lora_ext.adapters.registry import load_adapter
@@ -347,3 +348,20 @@ def test_a_template_is_held_and_only_what_it_derives_gets_a_slot(
         close(delta(h, QKV, one, x_TK)[:, :64], delta_reference(modules[Q], x_TK))
     assert code(h.worker.load, recipe(h, (family, 1.0), user=(1.0,)), None, ()) == "bad_value"
     assert code(h.worker.load, recipe(h, (family, 1.0)), None, ()) == "bad_value"
+
+
+def test_target_modules_narrow_what_a_template_derives(
+    harness: Callable[..., Any], tmp_path: Path
+) -> None:
+    h = harness(lora_target_modules=["o_proj"])
+    folder = write_random("reclora_token", tmp_path / "user", 1, "base_llama", ("k", "o"))
+    template = load_adapter(folder).template
+    assert {name.rpartition(".")[2] for name in template.sizes} == {"k_proj", "o_proj"}
+    family, user = LoRARequest("user", 1, str(folder)), torch.arange(template.user) / 2
+    h.worker.load(family, None, ())
+    one = recipe(h, (family, 1.0), user=tuple(user.tolist()))
+    h.worker.load(one, None, ())
+    want = delta_reference(template.derive(user, None).modules[O_PROJ], inputs())
+    close(delta(h, O_PROJ, one, inputs()), want)
+    other = write_random("reclora_ctr", tmp_path / "none", 0, "base_llama", ("q",))
+    assert code(h.worker.load, LoRARequest("none", 2, str(other)), None, ()) == "empty_adapter"

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.attention import CrossAttention
 
-from tests.make_adapters import linear_shapes, normal, random_adapter, random_module
+from tests.make_adapters import FIXTURES, linear_shapes, normal, random_adapter, random_module
 from vllm_lora_ext.adapters.model import RoutedAdapter, RoutedModule
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.scope import Scope, on_encoder_rows
@@ -48,6 +49,14 @@ def test_target_modules_narrow_an_adapter(harness: Callable[..., Any]) -> None:
     with pytest.raises(AdapterError) as caught:
         h.worker.load(h.save("stray", stray), None, ())
     assert caught.value.code == "unknown_module"
+
+
+def test_target_modules_leave_no_block_of_experts_half(harness: Callable[..., Any]) -> None:
+    h = harness(lora_target_modules=["down_proj"])
+    folder = FIXTURES / "routed" / "mixlora-a" / "adapter"
+    with pytest.raises(AdapterError, match="--lora-target-modules down_proj") as caught:
+        h.worker.load(LoRARequest("mix", 1, str(folder)), None, ())
+    assert caught.value.code == "unsupported_feature"
 
 
 def test_a_fused_layer_of_which_one_part_is_a_target(harness: Callable[..., Any]) -> None:

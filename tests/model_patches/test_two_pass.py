@@ -14,12 +14,14 @@ import torch
 from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
 from vllm.forward_context import get_forward_context, set_forward_context
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 
 from tests.make_adapters import BASE_LLAMA, FIXTURES
 from vllm_lora_ext.adapters import load_adapter
 from vllm_lora_ext.conditions.recipe import Part, Recipe
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches import config
+from vllm_lora_ext.model_patches.attention_layers import own_attentions
 from vllm_lora_ext.model_patches.rows import Span
 from vllm_lora_ext.model_patches.two_pass import TWIN
 
@@ -254,4 +256,19 @@ class TestAServersOwnAdapters:
 def test_engines_that_cannot(options: dict[str, Any], words: str, harness: Any) -> None:
     with pytest.raises(AdapterError, match=words) as caught:
         harness(ON, **options)
+    assert caught.value.code == "bad_settings"
+
+
+class Scan(torch.nn.Module, AttentionLayerBase):
+    """A layer with a state, as Mamba's are: it has no `layer_name`."""
+
+    def get_attn_backend(self) -> Any: ...
+
+    def get_kv_cache_spec(self, vllm_config: Any) -> None: ...
+
+
+def test_models_with_other_states_cannot() -> None:
+    model = torch.nn.ModuleDict({"mixer": Scan()})
+    with pytest.raises(AdapterError, match=r"mixer: Scan") as caught:
+        own_attentions(model, "two_pass", windows=True)
     assert caught.value.code == "bad_settings"

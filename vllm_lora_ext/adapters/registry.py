@@ -6,7 +6,6 @@ import dataclasses
 import os
 from collections.abc import Collection, Mapping
 from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,6 +13,7 @@ from vllm_lora_ext.adapters.checks import check_adapter
 from vllm_lora_ext.adapters.dmoerm import is_reward_model
 from vllm_lora_ext.adapters.folder import CONFIG, AdapterFolder, Limits, Roots
 from vllm_lora_ext.adapters.model import RoutedAdapter
+from vllm_lora_ext.adapters.outside import with_packages
 from vllm_lora_ext.adapters.parts import refuse_parts
 from vllm_lora_ext.adapters.readers import (
     adalora,
@@ -114,28 +114,7 @@ def formats() -> tuple[Reader, ...]:
     Raises:
         AdapterError: `bad_reader`, an entry point cannot be loaded or is no Reader.
     """
-    found = []
-    for entry in sorted(entry_points(group=ENTRY_POINTS), key=lambda entry: entry.name):
-        try:
-            reader = entry.load()
-        except Exception as error:  # whatever a foreign package raises while it is imported
-            raise _bad_reader(entry.value, f"it cannot be loaded ({error})") from error
-        if not isinstance(reader, Reader):
-            raise _bad_reader(entry.value, f"it is a {type(reader).__name__}, not a Reader")
-        found.append(reader)
-    names = [reader.name for reader in (*FORMATS, *found)]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise _bad_reader(twice[0], "two readers have this name")
-    return (*FORMATS, *found)
-
-
-def _bad_reader(what: str, why: str) -> AdapterError:
-    return AdapterError(
-        "bad_reader", f"an installed package brings a reader that cannot be used: {why}",
-        seen=what, limit=f"a Reader under the entry point group {ENTRY_POINTS}",
-        fix="mend or uninstall that package",
-    )  # fmt: skip
+    return with_packages(FORMATS, Reader, ENTRY_POINTS, "bad_reader")
 
 
 def load_adapter(

@@ -183,14 +183,14 @@ def _report(built: Any) -> None:
 
 
 def _list(as_json: bool) -> None:
-    from vllm_lora_ext.merging import METHODS
+    from vllm_lora_ext.merging import all_methods
 
     rows: list[dict[str, Any]] = [
         {
             "name": m.name, "what": m.title, "exact": m.exact, "paper": m.url,
             "parameters": {key: value for key, value in m.parameters.items() if value is not None},
         }
-        for m in METHODS.values()
+        for m in all_methods().values()
     ]  # fmt: skip
     if as_json:
         print_json(rows)

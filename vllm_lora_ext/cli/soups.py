@@ -57,7 +57,7 @@ def soups(
     if len(named) < 2:
         raise typer.BadParameter("two or more", param_hint="--adapter")
     from vllm_lora_ext.adapters.output import check_place
-    from vllm_lora_ext.merging.soup_files import save_soups
+    from vllm_lora_ext.merging.soups.files import save_soups
 
     settings = {"steps": count, "rate": rate, "batch": batch, "seed": seed}
     try:
@@ -80,8 +80,8 @@ def _learn(
     settings: dict[str, Any], step: Callable[[str], None],
 ) -> Any:  # fmt: skip
     from vllm_lora_ext.merging import load_factors
-    from vllm_lora_ext.merging.learn_soups import learn_soups
-    from vllm_lora_ext.merging.soup_files import read_examples, tokenise
+    from vllm_lora_ext.merging.soups.files import read_examples, tokenise
+    from vllm_lora_ext.merging.soups.learn import learn_soups
 
     texts = read_examples(examples)
     step("reading the adapters")

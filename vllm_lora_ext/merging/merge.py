@@ -15,7 +15,6 @@ from vllm_lora_ext.merging.factors import Factors, Pair
 from vllm_lora_ext.merging.methods import Method, find_method
 from vllm_lora_ext.merging.ops.scale import Weight, count_layers, resolve
 from vllm_lora_ext.merging.ops.truncate import Kept, clamped, factorise, truncate
-from vllm_lora_ext.merging.parameters import OF_ADAPTERS, check_parameter, check_parameters
 from vllm_lora_ext.merging.plans import Plan, Terms
 from vllm_lora_ext.merging.work import Part, Work
 
@@ -122,9 +121,7 @@ def merge(
     row = find_method(method)
     if not terms:
         raise AdapterError("empty_adapter", "there is no adapter to merge", fix="name one or more")
-    given = parameters or {}
-    defaults = row.defaults(given.get("compat"))
-    settings = check_parameters(given, defaults, f"method {method}", row.only)
+    settings = row.settings(parameters or {}, f"method {method}")
     named = _named(terms)
     shapes = _shapes(named)
     ranks = [term.factors.rank for term in named]
@@ -166,7 +163,10 @@ class _Works:
     ) -> None:  # fmt: skip
         self.terms, self.modules, self.settings, self.masks = terms, modules, settings, masks
         self.layers = settings.get("layers") or count_layers(modules)
-        self.own = [_own(term, settings, row) for term in terms]
+        self.own = [
+            {**settings, **row.own(term.parameters, f"{term.name} under method {row.name}")}
+            for term in terms
+        ]
         # Every weight is looked at before the first module is merged.
         self.weights = [
             {
@@ -257,21 +257,6 @@ def _shapes(terms: Sequence[Term]) -> dict[str, tuple[int, int]]:
                 )  # fmt: skip
     if not found:
         raise AdapterError("empty_adapter", "the adapters have no modules", fix="check the inputs")
-    return found
-
-
-def _own(term: Term, settings: Mapping[str, Any], row: Method) -> Mapping[str, Any]:
-    where = f"{term.name} under method {row.name}"
-    allowed = [key for key in OF_ADAPTERS if key in row.parameters]
-    found = dict(settings)
-    for key, value in term.parameters.items():
-        if key not in allowed:
-            raise AdapterError(
-                "unknown_key", f"{where} cannot have its own '{key}'", seen=value,
-                limit=["weight", *allowed], fix=f"remove '{key}'",
-            )  # fmt: skip
-        if value is not None:
-            found[key] = check_parameter(key, value, where)
     return found
 
 

@@ -4,13 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
+from vllm_lora_ext.adapters.outside import with_packages
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging import plans
-from vllm_lora_ext.merging.nonlinear import Rule
+from vllm_lora_ext.merging.entrywise import Rule
+from vllm_lora_ext.merging.parameters import (
+    ALIASES,
+    OF_ADAPTERS,
+    Parameter,
+    check_parameter,
+    check_parameters,
+)
 from vllm_lora_ext.merging.plans import Planner
+
+# Packages may bring methods of their own: an entry point of this group names a `Method`.
+ENTRY_POINTS = "vllm_lora_ext.merge_methods"
 
 
 @dataclass(frozen=True)
@@ -28,6 +39,10 @@ class Method:
         only: parameters with fewer choices here than elsewhere; `compat` names the flavours.
         tools: flavour → the defaults that its tool has in place of these.
         commutes: the order of the adapters does not matter, whatever the parameters.
+        whole: flavours that merge whole weight matrices, which takes minutes.
+        brings: parameters of its own, beside those that every method may have.
+        version: of a package's method, raised when it gives other numbers than before: what was
+            merged by another one is not found again.
     """
 
     name: str
@@ -40,10 +55,46 @@ class Method:
     only: Mapping[str, Sequence[str]] = field(default_factory=dict)
     commutes: bool = True
     tools: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    whole: frozenset[str] = frozenset()
+    brings: Mapping[str, Parameter] = field(default_factory=dict)
+    version: int = 0
 
-    def defaults(self, compat: object) -> Mapping[str, Any]:
+    def defaults(self, compat: object = None) -> Mapping[str, Any]:
         """Of all parameters, under a flavour."""
         return {**self.parameters, **self.tools.get(str(compat), {})}
+
+    def settings(self, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """All parameters of a merge, checked, under their own names, defaults filled in.
+
+        Args:
+            given: what the user said; a null value counts as not said.
+            where: whose parameters they are, for messages.
+        Raises:
+            AdapterError: `unknown_key`, `bad_value`.
+        """
+        defaults = self.defaults(given.get("compat"))
+        return check_parameters(given, defaults, where, self.only, self.brings)
+
+    def said(self, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """Only what was said, in one spelling and order. Raises as `settings`."""
+        checked = self.settings(given, where)
+        said = {ALIASES.get(key, key) for key, value in given.items() if value is not None}
+        return {key: checked[key] for key in sorted(said)}
+
+    def own(self, given: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """What one adapter says for itself of the parameters it may have of its own.
+
+        Raises:
+            AdapterError: `unknown_key`, `bad_value`.
+        """
+        allowed = [key for key in OF_ADAPTERS if key in self.parameters]
+        for key, value in given.items():
+            if key not in allowed:
+                raise AdapterError(
+                    "unknown_key", f"{where} cannot have its own '{key}'", seen=value,
+                    limit=["weight", *allowed], fix=f"remove '{key}'",
+                )  # fmt: skip
+        return {k: check_parameter(k, v, where) for k, v in given.items() if v is not None}
 
 
 _FIT = {"rank": None, "energy": None, "lambda": 1.0, "layers": None}
@@ -73,6 +124,7 @@ def _entrywise(
         name, title, url, False, _ENTRIES, plans.entrywise(rules), parameters,
         {"compat": flavours}, commutes=not any(rule.sides == "raw" for rule in rules.values()),
         tools={"mergekit": {"density": 1.0, "epsilon": 0.15}},
+        whole=frozenset(name for name, rule in rules.items() if name and rule.space == "full"),
     )  # fmt: skip
 
 
@@ -202,11 +254,22 @@ _ROWS = (
 METHODS: dict[str, Method] = {method.name: method for method in _ROWS}
 
 
+@cache
+def all_methods() -> Mapping[str, Method]:
+    """Every method by name: the table's, then those of installed packages.
+
+    Raises:
+        AdapterError: `bad_method`, an entry point cannot be loaded or is no Method.
+    """
+    rows = with_packages(_ROWS, Method, ENTRY_POINTS, "bad_method")
+    return {method.name: method for method in rows}
+
+
 def find_method(name: str) -> Method:
-    """The method of a name. Raises AdapterError `bad_value`."""
-    if name not in METHODS:
+    """The method of a name. Raises AdapterError `bad_value`, `bad_method`."""
+    if name not in all_methods():
         raise AdapterError(
-            "bad_value", "there is no merge method of this name", seen=name, limit=list(METHODS),
-            fix="choose one of them",
+            "bad_value", "there is no merge method of this name", seen=name,
+            limit=list(all_methods()), fix="choose one of them",
         )  # fmt: skip
-    return METHODS[name]
+    return all_methods()[name]

@@ -117,6 +117,7 @@ def check_parameters(
     defaults: Mapping[str, Any],
     where: str,
     only: Mapping[str, Sequence[str]] | None = None,
+    brings: Mapping[str, Parameter] | None = None,
 ) -> dict[str, Any]:
     """All parameters of a merge, defaults filled in.
 
@@ -124,6 +125,7 @@ def check_parameters(
         given: what the user said; a null value counts as not said.
         defaults: the allowed names with their defaults.
         only: parameters with fewer choices here than in the table.
+        brings: parameters that the table does not have.
         where: whose parameters they are, for messages.
     Raises:
         AdapterError: `unknown_key`, `bad_value`.
@@ -142,7 +144,7 @@ def check_parameters(
             )  # fmt: skip
         said.add(key)
         if value is not None:
-            found[key] = check_parameter(key, value, where)
+            found[key] = check_parameter(key, value, where, brings)
             if only and key in only and value not in only[key]:
                 raise AdapterError(
                     "bad_value", f"{where} does not have this '{name}'", seen=value,
@@ -151,12 +153,15 @@ def check_parameters(
     return found
 
 
-def check_parameter(name: str, value: Any, where: str) -> Any:
+def check_parameter(
+    name: str, value: Any, where: str, brings: Mapping[str, Parameter] | None = None
+) -> Any:
     """One value. Raises AdapterError `bad_value`."""
-    checked = PARAMETERS[name].check(value)
+    parameter = (brings or {}).get(name) or PARAMETERS[name]
+    checked = parameter.check(value)
     if checked is None:
         raise AdapterError(
             "bad_value", f"'{name}' of {where} is out of range", seen=value,
-            limit=PARAMETERS[name].allowed, fix="mend the value",
+            limit=parameter.allowed, fix="mend the value",
         )  # fmt: skip
     return number(checked, name) if isinstance(checked, float) else checked

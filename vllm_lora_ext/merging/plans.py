@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.merging.entrywise import Rule, merge_entrywise, survey
 from vllm_lora_ext.merging.factors import Pair
-from vllm_lora_ext.merging.nonlinear import Rule, merge_nonlinear, survey
 from vllm_lora_ext.merging.ops.bases import cart, tsv
 from vllm_lora_ext.merging.ops.concat import concat
 from vllm_lora_ext.merging.ops.elect import ALL
@@ -120,7 +120,7 @@ def entrywise(rules: Mapping[str | None, Rule]) -> Planner:
         normalise = rule.sign == "none" and rule.divide == "weights"
         rule = replace(rule, divide="none") if normalise else rule
         return Plan(
-            lambda work: merge_nonlinear(work, rule, len(terms.ranks)),
+            lambda work: merge_entrywise(work, rule, len(terms.ranks)),
             lambda works, count: survey(works, rule, count),
             max(terms.config_ranks) if dense and settings["energy"] is None else None,
             normalise,

@@ -16,10 +16,10 @@ from typing import Any
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.serving.operations import (
     DESCRIBE,
-    OPERATIONS,
     RECIPE,
     find_operation,
     normal_options,
+    operations,
     print_options,
 )
 
@@ -62,7 +62,7 @@ def is_mix_name(text: str) -> bool:
     """True for what must be a mix or an error, and no other model's name."""
     head, colon, rest = text.partition(":")
     op = head.partition("[")[0]
-    known = op in (*OPERATIONS, RECIPE, DESCRIBE)
+    known = op in (*operations(), RECIPE, DESCRIBE)
     return bool(colon) and (known or bool(set(head + rest) & set("[*+")))
 
 

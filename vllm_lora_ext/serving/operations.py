@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from dataclasses import replace
+from functools import cache
 from typing import Any
 
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.merging import ALIASES, METHODS, Method
-from vllm_lora_ext.merging.parameters import check_parameters
+from vllm_lora_ext.merging import ALIASES, Method, all_methods
+from vllm_lora_ext.merging.ops.spaces import SPACES
 
 RECIPE, DESCRIBE = "recipe", "describe"
 SHORT = {
@@ -22,14 +23,22 @@ _NEEDS_MORE = {
     "select_ranks": "it takes lists",
     "normalise": "it changes no answer",
 }
-_WHOLE_DELTAS = ("mergekit", "ties_original", "mergelm")  # flavours that merge dense matrices
 _UNSAID = ("layers", "svd_clamp")  # the server knows; it takes the SVD of whole matrices
-_SPACES = ("core", "knots", "knots_v", "factor")
+_WHOLE = "full"  # the space of whole weight matrices
 _OFFLINE = "merge it offline: vllm-lora-ext merge, then load the result"
 
-OPERATIONS: Mapping[str, Method] = MappingProxyType(
-    {name: method for name, method in METHODS.items() if name not in _NEEDS_MORE}
-)
+
+@cache
+def operations() -> Mapping[str, Method]:
+    """By name, each with the parameters that a request may say. Raises as `all_methods`."""
+    return {
+        name: replace(method, parameters=_sayable(method.parameters))
+        for name, method in all_methods().items() if name not in _NEEDS_MORE
+    }  # fmt: skip
+
+
+def _sayable(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in parameters.items() if key not in _UNSAID}
 
 
 def find_operation(name: str) -> Method:
@@ -39,35 +48,35 @@ def find_operation(name: str) -> Method:
             "offline_only", f"'{name}' cannot stand in a request: {_NEEDS_MORE[name]}",
             fix=_OFFLINE,
         )  # fmt: skip
-    if name not in OPERATIONS:
+    if name not in operations():
         raise AdapterError(
             "bad_mix", "there is no operation of this name", seen=name,
-            limit=[*OPERATIONS, RECIPE, DESCRIBE], fix="choose one of them",
+            limit=[*operations(), RECIPE, DESCRIBE], fix="choose one of them",
         )  # fmt: skip
-    return OPERATIONS[name]
+    return operations()[name]
 
 
 def normal_options(method: Method, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Options under their full names, checked, sorted, without those that say the default.
+    """Options of an operation under their full names, checked, sorted, without those that say the
+    default.
 
     Raises:
         AdapterError: `unknown_key`, `bad_value`, `offline_only` (full space).
     """
-    defaults = {k: v for k, v in method.parameters.items() if k not in _UNSAID}
     full: dict[str, Any] = {}
     for name, value in given.items():
         key = SHORT.get(name, ALIASES.get(name, name))
         if key in full:
             raise AdapterError("bad_value", f"'{key}' is given twice", seen=name, fix="keep one")
         full[key] = round(value, 4) if isinstance(value, float) else value
-    found = check_parameters(full, defaults, method.name, method.only)
-    if found.get("compat") in _WHOLE_DELTAS or found.get("space") not in (None, *_SPACES):
+    said = method.said(full, method.name)
+    if said.get("compat") in method.whole or said.get("space") == _WHOLE:
         raise AdapterError(
             "offline_only", f"this {method.name} merges whole weight matrices, which takes minutes",
             seen={key: full[key] for key in ("compat", "space") if key in full},
             limit=_allowed(method), fix=_OFFLINE,
         )  # fmt: skip
-    return {key: found[key] for key in sorted(found) if found[key] != defaults[key]}
+    return {key: value for key, value in said.items() if value != method.parameters[key]}
 
 
 def print_options(options: Mapping[str, Any]) -> str:
@@ -87,6 +96,6 @@ def _print(value: Any) -> str:
 def _allowed(method: Method) -> dict[str, Sequence[str]]:
     flavours = method.only.get("compat", ())
     return {
-        "space": _SPACES,
-        "compat": [flavour for flavour in flavours if flavour not in _WHOLE_DELTAS],
+        "space": [name for name in SPACES if name != _WHOLE],
+        "compat": [flavour for flavour in flavours if flavour not in method.whole],
     }

@@ -226,6 +226,18 @@ def test_rebased(kind, rslora, make_base, base_dir, tmp_path):
         assert worst(recomputed.factors, want) < 2e-5
 
 
+def test_loftq_says_what_it_leaves_out(make_base, tmp_path):
+    """PEFT trains it over a rounded base, which no file of the adapter has."""
+    for name in ("init", "trained"):
+        config = peft.LoraConfig(r=3, target_modules=["q_proj"], init_lora_weights=False)
+        peft.get_peft_model(make_base(), config).save_pretrained(tmp_path / name)
+        file = tmp_path / name / "adapter_config.json"
+        said = json.loads(file.read_text()) | {"init_lora_weights": "loftq"}
+        file.write_text(json.dumps(said))
+    got = read_variant(tmp_path / "trained", init=tmp_path / "init")
+    assert got.factors.rank == 6 and "quantised base" in got.notes[0]
+
+
 def test_a_smaller_rank_cuts_an_exact_one(make_base, tmp_path):
     tuned = trained(make_base(), peft.LoHaConfig(r=4, alpha=3, target_modules=["q_proj"]))
     tuned.save_pretrained(tmp_path)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.merging.methods import find_method
 from vllm_lora_ext.merging.recipes.schema import Recipe
 
 LOCK = "recipe.lock.json"
@@ -60,6 +61,9 @@ def key_of(recipe: Recipe, inputs: Inputs, dtype: str, max_rank: int | None) -> 
         "recipe": recipe.model_dump(mode="json"), "inputs": inputs.hashes, "dtype": dtype,
         "max_rank": max_rank, "op_version": OP_VERSION,
     }  # fmt: skip
+    found = {name: find_method(name).version for name in recipe.methods()}
+    if versions := {name: version for name, version in found.items() if version}:
+        made_of["methods"] = versions
     text = json.dumps(made_of, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 

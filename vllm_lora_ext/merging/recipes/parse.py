@@ -12,13 +12,8 @@ import yaml  # type: ignore[import-untyped]
 from pydantic import ValidationError
 
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.merging.methods import METHODS
-from vllm_lora_ext.merging.parameters import (
-    ALIASES,
-    OF_ADAPTERS,
-    check_parameter,
-    check_parameters,
-)
+from vllm_lora_ext.merging.methods import all_methods, find_method
+from vllm_lora_ext.merging.parameters import OF_ADAPTERS
 from vllm_lora_ext.merging.recipes.schema import (
     PIPELINE,
     RESULT,
@@ -152,7 +147,7 @@ def _check_merge(recipe: Recipe) -> Recipe:
     _known(recipe.merge_method, "merge_method")
     if not recipe.models:
         raise AdapterError("missing_key", "'models' names no adapter", fix="add one or more")
-    parameters = _parameters(recipe.merge_method, recipe.parameters, "parameters")
+    parameters = find_method(recipe.merge_method).said(recipe.parameters, "'parameters'")
     for i, model in enumerate(recipe.models):
         _check_own(recipe.merge_method, model.parameters, f"models[{i}].parameters")
     names = [model.name for model in recipe.models if model.name]
@@ -214,7 +209,7 @@ def _check_step(step: Any, where: str) -> Any:
         for name, own in step.inputs.items():
             if isinstance(own, Own):
                 _check_own(step.method, own, f"{where}.inputs.{name}")
-        parameters = _parameters(step.method, step.parameters, f"{where}.parameters")
+        parameters = find_method(step.method).said(step.parameters, f"'{where}.parameters'")
         return step.model_copy(update={"parameters": parameters})
     if isinstance(step, Truncate) and step.rank is None and step.energy is None:
         raise AdapterError("missing_key", f"'{where}' has neither rank nor energy", fix="add one")
@@ -242,35 +237,14 @@ def _is_json(value: Any) -> bool:
 
 
 def _known(method: str, where: str) -> None:
-    if method not in METHODS:
+    if method not in all_methods():
         raise AdapterError(
             "bad_value", f"'{where}' names no merge method", seen=method,
-            limit=[*METHODS, PIPELINE], fix="choose one of them",
+            limit=[*all_methods(), PIPELINE], fix="choose one of them",
         )  # fmt: skip
 
 
-def _parameters(method: str, given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """What was said, checked, in one spelling and order."""
-    row = METHODS[method]
-    for key in given:
-        if ALIASES.get(key, key) not in row.parameters:
-            raise AdapterError(
-                "unknown_key", f"'{where}.{key}' is no parameter of {method}",
-                limit=sorted(row.parameters), fix="mend its spelling or remove it",
-            )  # fmt: skip
-    checked = check_parameters(given, row.parameters, where, row.only)
-    said = {ALIASES.get(key, key) for key, value in given.items() if value is not None}
-    return {key: checked[key] for key in sorted(said)}
-
-
 def _check_own(method: str, own: Own | OwnOfModel, where: str) -> None:
-    for key in OF_ADAPTERS:
-        value = getattr(own, key)
-        if value is None:
-            continue
-        if key not in METHODS[method].parameters:
-            raise AdapterError(
-                "unknown_key", f"'{where}.{key}' is no parameter of {method}", seen=value,
-                fix="remove it",
-            )  # fmt: skip
-        check_parameter(key, value, where)
+    given = {key: getattr(own, key) for key in OF_ADAPTERS}
+    said = {key: value for key, value in given.items() if value is not None}
+    find_method(method).own(said, f"'{where}' under method {method}")

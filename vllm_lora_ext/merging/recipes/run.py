@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from vllm_lora_ext.adapters.folder import CONFIG
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging.factors import load_factors
-from vllm_lora_ext.merging.learned import load_soups
 from vllm_lora_ext.merging.merge import Merged, Progress, Term, merge
 from vllm_lora_ext.merging.ops.truncate import truncate
 from vllm_lora_ext.merging.recipes.schema import (
@@ -26,7 +25,8 @@ from vllm_lora_ext.merging.recipes.schema import (
 from vllm_lora_ext.merging.recipes.steps import run_steps
 from vllm_lora_ext.merging.recipes.watch import Cancel, Watch
 from vllm_lora_ext.merging.recipes.weights import own_of, plain
-from vllm_lora_ext.merging.soup_files import soup_folders
+from vllm_lora_ext.merging.soups.files import soup_folders
+from vllm_lora_ext.merging.soups.load import load_soups
 
 Locate = Callable[[str], Path]
 

@@ -249,6 +249,11 @@ class Recipe(Strict):
         """Of the files that come out."""
         return self.output.dtype or self.dtype or "float32"
 
+    def methods(self) -> set[str]:
+        """Every method of the table that it uses."""
+        found = {step.method for step in self.steps if isinstance(step, Merge)}
+        return found if self.merge_method == PIPELINE else {self.merge_method}
+
     def inputs(self) -> list[str]:
         """Every adapter, folder and file that it reads, each once, in the recipe's order."""
         found = [name for model in self.models for name in _of_model(model)]

@@ -40,6 +40,11 @@ def rebase(source: Source) -> Factors:
             limit="its folder; or the base model, for 'pissa' and 'olora'",
             fix="give the adapter that was saved before training",
         )  # fmt: skip
+    if kind.startswith("loftq"):
+        source.notes.append(
+            "LoftQ trained over a quantised base; what rounding took from the plain one is in no"
+            " file of the adapter, and left out"
+        )
     return subtract(trained, begun)
 
 

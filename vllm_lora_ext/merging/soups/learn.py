@@ -25,8 +25,8 @@ from vllm_lora_ext.adapters.hf import model_shapes
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging.factors import Factors
 from vllm_lora_ext.merging.ops.scale import number
-from vllm_lora_ext.merging.ops.soups import softmax_weights
 from vllm_lora_ext.merging.routed import one_base
+from vllm_lora_ext.merging.soups.softmax import softmax_weights
 
 Progress = Callable[[int, int, float], None]
 _IGNORED = -100  # label of a token that counts for no loss

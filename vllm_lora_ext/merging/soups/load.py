@@ -13,7 +13,7 @@ from vllm_lora_ext.adapters.readers.names import module_of
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging.factors import Factors, fold
 from vllm_lora_ext.merging.merge import Term
-from vllm_lora_ext.merging.ops.soups import softmax_weights
+from vllm_lora_ext.merging.soups.softmax import softmax_weights
 
 _SCALAR = re.compile(r"(?P<module>.+)\.lora_learnable_weights(\.\w+)?")
 

@@ -88,7 +88,7 @@ class Survey(NamedTuple):
     norms: list[float] | None = None
 
 
-def merge_nonlinear(work: Work, rule: Rule, terms: int) -> Result:
+def merge_entrywise(work: Work, rule: Rule, terms: int) -> Result:
     """One module by a rule; random kinds draw by (seed, module, adapter, part).
 
     Args:

@@ -20,7 +20,7 @@ from vllm_lora_ext.adapters.registry import find_reader
 from vllm_lora_ext.adapters.strict_json import parse_object
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging.factors import load_factors, peft_files
-from vllm_lora_ext.merging.learn_soups import Example
+from vllm_lora_ext.merging.soups.learn import Example
 
 RECORD = "soups.json"
 
