@@ -1,31 +1,36 @@
 """Throughput and time to the first token with 0 to thousands of adapters, plugin and stock.
 
     python benchmarks/many_adapters.py [--counts 0,1,10,100,1000] [--slots 8,32] [--engines plugin]
-        [--kinds plain,routed] [--shapes power,uniform] [--requests 96] [--out FILE.json] [--plot]
+        [--kinds plain,routed] [--shapes power,uniform] [--running 32] [--requests 96]
+        [--out FILE.json] [--plot]
 
-A `vllm serve` of SmolLM2-135M (CPU, bf16, 32 requests at a time) for each engine and number of
-slots, on loopback, one after the other. Requests of 16 + 16 tokens arrive open-loop (Poisson, fixed
-seed), each for an adapter drawn from the first n, uniformly or by a power law (1/rank); ranks are
-4, 8 and 16, on q and v; `routed` are the same with a router over two experts of half the rank. All
-adapters are loaded before the clock starts, and a first wave is not timed.
+A `vllm serve` of SmolLM2-135M (CPU, bf16, `--running` requests at a time) for each engine and
+number of slots, on loopback, one after the other. Requests of 16 + 16 tokens arrive open-loop
+(Poisson, fixed seed), each for an adapter drawn from the first n, uniformly or by a power law
+(1/rank); ranks are 4, 8 and 16, on q and v; `routed` are the same with a router over two experts of
+half the rank. All adapters are loaded before the clock starts, and a first wave is not timed.
 
     saturated   they arrive at 200 a second, far above what the machine does: tokens a second
     half load   they arrive at half of what n = 0 has done: time to the first token
-    loading     as half load at n = 10, while another client loads and unloads adapters
+    loading     as half load, of adapters that are all in slots (half of the slots), in turn without
+                and with another client that loads and unloads adapters, one after the other
 
 `swaps` are adapters that went into a slot, `moved` their bytes; the plugin's `/metrics` says both.
 Ratios are to n = 1 of the same server. The aim: at most 10 % less at n = 1000 where the slots hold
-what a step needs, 25 % where not.
+what a step needs, 25 % where not. A step computes as many adapters as there are slots, so fewer
+requests than `--running` share a step where the slots are few: `--running` of the same number with
+`--counts 1` says what that alone costs. Servers join those that the file has, in the place of equal
+ones; what is compared belongs into one call.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import os
 import platform
-import statistics
 import sys
 import tempfile
 import time
@@ -40,7 +45,8 @@ sys.path[:0] = [str(REPO), str(REPO / "examples")]
 
 PROMPT, ANSWER, RANKS, DISTINCT = 16, 16, (4, 8, 16), 24
 SATURATED = 200.0  # requests a second
-RUNNING = 32
+LOADS_A_SECOND = 2.0
+TURNS = 3  # of half load without and with loads
 
 
 def make_folders(base: str, kind: str, root: Path) -> list[Path]:
@@ -101,12 +107,12 @@ def write_plain(base: str, root: Path) -> list[Path]:
     return folders
 
 
-def server_command(base: str, port: int, slots: int, count: int) -> list[str]:
+def server_command(base: str, port: int, slots: int, count: int, running: int) -> list[str]:
     settings = {"lora_ext": {"host_cache_mb": 12288}}
     return [
         str(Path(sys.executable).parent / "vllm"), "serve", base, "--served-model-name", "base",
         "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16", "--max-model-len", "256",
-        "--max-num-seqs", str(RUNNING), "--enable-lora", "--max-loras", str(slots),
+        "--max-num-seqs", str(running), "--enable-lora", "--max-loras", str(slots),
         "--max-lora-rank", "16", "--max-cpu-loras", str(max(count, slots)),
         "--no-enable-prefix-caching", "--seed", "0", "--additional-config", json.dumps(settings),
     ]  # fmt: skip
@@ -177,7 +183,7 @@ class Bench:
     async def measure(self, count: int, shape: str, base_rate: float | None) -> dict[str, Any]:
         """One point: saturated, then at half of `base_rate` (None: of what it does itself)."""
         load_s = await self.load(count)
-        warm = Wave(count, shape, RUNNING, SATURATED, 1)
+        warm = Wave(count, shape, self._requests // 3, SATURATED, 1)
         await warm.run(self._client)
         before = await self.counted()
         wave, begin = Wave(count, shape, self._requests, SATURATED, 2), time.perf_counter()
@@ -189,8 +195,7 @@ class Bench:
         await calm.run(self._client)
         return {
             "n": count, "shape": shape, "tokens_per_s": speed, "load_s": load_s,
-            "ttft_p50_ms": 1e3 * float(np.quantile(calm.first, 0.5)),
-            "ttft_p99_ms": 1e3 * float(np.quantile(calm.first, 0.99)),
+            **_quantiles(calm.first),
             "swaps": after.get("activations_total", 0) - before.get("activations_total", 0),
             "moved_mb": (
                 after.get("activation_bytes_total", 0) - before.get("activation_bytes_total", 0)
@@ -200,24 +205,25 @@ class Bench:
             "rate": rate,
         }  # fmt: skip
 
-    async def beside_loads(self, rate: float) -> dict[str, Any]:
-        """Time to the first token of adapters that are there, without and with loads of others."""
-        await self.load(10)
-        found = {}
-        for what in ("quiet", "loading"):
-            wave = Wave(10, "power", self._requests, rate, 4)
-            run = asyncio.create_task(wave.run(self._client))
-            loads = 0
-            while what == "loading" and not run.done():
-                await self.post("load", "other", str(self._folders[loads % len(self._folders)]))
-                await self.post("unload", "other", "-")
-                loads += 1
-            await run
-            found[what] = {
-                "ttft_p50_ms": 1e3 * statistics.median(wave.first),
-                "ttft_p99_ms": 1e3 * float(np.quantile(wave.first, 0.99)), "loads": loads,
-            }  # fmt: skip
-        return found
+    async def beside_loads(self, count: int, rate: float) -> dict[str, Any]:
+        """Time to the first token of adapters in slots, without and with loads of others."""
+        await self.load(count)
+        await Wave(count, "uniform", 4 * count, rate, 5).run(self._client)
+        first: dict[str, list[float]] = {"quiet": [], "loading": []}
+        loads = 0
+        for turn in range(TURNS):
+            for what, seen in first.items():
+                wave = Wave(count, "uniform", self._requests, rate, 10 + turn)
+                run = asyncio.create_task(wave.run(self._client))
+                while what == "loading" and not run.done():
+                    await self.post("load", "other", str(self._folders[loads % DISTINCT]))
+                    await self.post("unload", "other", "-")
+                    loads += 1
+                    await asyncio.wait([run], timeout=1 / LOADS_A_SECOND)
+                await run
+                seen += wave.first
+        said = {what: _quantiles(seen) for what, seen in first.items()}
+        return {"n": count, "loads": loads, "rate": rate, **said}
 
     async def counted(self) -> dict[str, float]:
         text = (await self._client.get("/metrics")).text
@@ -228,10 +234,10 @@ class Bench:
         await self._client.aclose()
 
 
-async def run_server(url: str, folders: list[Path], args: Any) -> list[dict[str, Any]]:
+async def run_server(url: str, folders: list[Path], slots: int, args: Any) -> dict[str, Any]:
     bench = Bench(url, folders, args.requests)
     rows: list[dict[str, Any]] = []
-    rate: float | None = None
+    beside, rate = None, None
     try:
         for shape in args.shapes:
             for count in args.counts:
@@ -241,19 +247,24 @@ async def run_server(url: str, folders: list[Path], args: Any) -> list[dict[str,
                 rate = rate or row["tokens_per_s"] / ANSWER
                 rows.append(row)
                 print("  " + "  ".join(f"{k} {_short(v)}" for k, v in row.items()), flush=True)
-        if rate is not None:
-            rows.append({"beside_loads": await bench.beside_loads(rate / 2)})
-            print("  ", rows[-1], flush=True)
+        beside = await bench.beside_loads(max(slots // 2, 1), rate / 2) if rate else None
+        print("  beside loads", beside, flush=True)
     finally:
         await bench.close()
-    return rows
+    return {"rows": rows, "beside_loads": beside}
+
+
+def _quantiles(first: list[float]) -> dict[str, float]:
+    """Of times to the first token."""
+    found = 1e3 * np.quantile(first, (0.5, 0.99))
+    return {"ttft_p50_ms": float(found[0]), "ttft_p99_ms": float(found[1])}
 
 
 def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def plot(results: list[dict[str, Any]], out: Path) -> None:
+def plot(servers: list[dict[str, Any]], out: Path) -> None:
     """Tokens a second over the number of adapters, a line for each server and distribution."""
     import matplotlib
 
@@ -261,12 +272,13 @@ def plot(results: list[dict[str, Any]], out: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for result in results:
+    for server in servers:
         for shape in ("power", "uniform"):
-            rows = [r for r in result["rows"] if r.get("shape") == shape and r["n"]]
-            if rows:
-                label = f"{result['engine']}, {result['kind']}, {result['slots']} slots, {shape}"
-                axes.plot([r["n"] for r in rows], [r["tokens_per_s"] for r in rows], "o-",
+            rows = [row for row in server["rows"] if row["shape"] == shape and row["n"]]
+            if len(rows) > 1:
+                label = f"{server['engine']}, {server['kind']}, {server['slots']} slots, {shape}"
+                style = "o-" if server["engine"] == "plugin" else "s--"
+                axes.plot([row["n"] for row in rows], [row["tokens_per_s"] for row in rows], style,
                           label=label)  # fmt: skip
     axes.set(xscale="log", ylim=(0, None), xlabel="adapters", ylabel="tokens a second")
     axes.legend(fontsize=7)
@@ -283,6 +295,7 @@ def main() -> None:
     parser.add_argument("--engines", default="plugin,stock")
     parser.add_argument("--kinds", default="plain,routed")
     parser.add_argument("--shapes", default="power,uniform")
+    parser.add_argument("--running", default="32")
     parser.add_argument("--requests", type=int, default=96)
     parser.add_argument("--plot", action="store_true")
     parser.add_argument("--out", type=Path, default=REPO / "benchmarks/results/many_adapters.json")
@@ -293,7 +306,7 @@ def main() -> None:
 
     from integration_tests.server import free_port, serving
 
-    base, results = str(ensure_base()), []
+    base = str(ensure_base())
     environ = {
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": f"0-{os.cpu_count() - 1}",  # type: ignore[operator]
@@ -305,27 +318,31 @@ def main() -> None:
             "plain": write_plain(base, root / "peft"),
             "routed": make_folders(base, "routed", root / "native"),
         }  # fmt: skip
-        for slots in map(int, args.slots.split(",")):
-            for kind in args.kinds.split(","):
-                for engine in args.engines.split(","):
-                    if engine == "stock" and kind == "routed":
-                        continue  # it has none
-                    off = {"VLLM_LORA_EXT_DISABLE": "0" if engine == "plugin" else "1"}
-                    argv = server_command(base, free_port(), slots, max(args.counts))
-                    print(f"{engine}, {kind}, {slots} slots", flush=True)
-                    with serving(argv, root / "log", **environ, **off) as server:
-                        rows = asyncio.run(run_server(server.url, made[kind], args))
-                    results.append({"engine": engine, "kind": kind, "slots": slots, "rows": rows})
-                    save(args.out, results, args.requests)
+        for slots, running, kind, engine in itertools.product(
+            map(int, args.slots.split(",")), map(int, args.running.split(",")),
+            args.kinds.split(","), args.engines.split(","),
+        ):  # fmt: skip
+            if engine == "stock" and kind == "routed":
+                continue  # it has none
+            name = {"engine": engine, "kind": kind, "slots": slots, "running": running}
+            off = {"VLLM_LORA_EXT_DISABLE": "0" if engine == "plugin" else "1"}
+            argv = server_command(base, free_port(), slots, max(args.counts), running)
+            print(name, flush=True)
+            with serving(argv, root / "log", **environ, **off) as server:
+                found = asyncio.run(run_server(server.url, made[kind], slots, args))
+            save(args.out, name, {"requests": args.requests, **found})
     if args.plot:
-        plot(results, args.out.with_suffix(".png"))
+        plot(json.loads(args.out.read_text())["servers"], args.out.with_suffix(".png"))
 
 
-def save(out: Path, results: list[dict[str, Any]], requests: int) -> None:
+def save(out: Path, name: dict[str, Any], found: dict[str, Any]) -> None:
+    """Puts one server's numbers into the file, in the place of an equal one's."""
     out.parent.mkdir(parents=True, exist_ok=True)
+    before = json.loads(out.read_text())["servers"] if out.exists() else []
+    others = [server for server in before if not name.items() <= server.items()]
     result = {
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "requests": requests,
-        "tokens": [PROMPT, ANSWER], "ranks": RANKS, "results": results,
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores", "tokens": [PROMPT, ANSWER],
+        "ranks": RANKS, "servers": [*others, {**name, **found}],
     }  # fmt: skip
     out.write_text(json.dumps(result, indent=1) + "\n")
 

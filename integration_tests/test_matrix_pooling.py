@@ -88,17 +88,23 @@ TASKS = {
         "Labels of tokens, over HTTP",
         lambda: Qwen2ForTokenClassification(Qwen2Config(**CONFIG, num_labels=3)),
         lambda out: out.logits[0].softmax(-1),
-        "pooling", lambda text: {"input": text, "task": "token_classify"},
+        "pooling", lambda text: {"input": _ids(text), "task": "token_classify"},
         lambda a: _data(a)["data"], TOKENS,
     ),
     "reward": Task(
         "Rewards of tokens, over HTTP",
         lambda: RewardOfTokens(Qwen2Config(**CONFIG)),
         lambda out: out[0],
-        "pooling", lambda text: {"input": text, "task": "token_classify", "use_activation": False},
+        "pooling",
+        lambda text: {"input": _ids(text), "task": "token_classify", "use_activation": False},
         lambda a: _data(a)["data"], TOKENS,
     ),
 }  # fmt: skip
+
+
+def _ids(text: str) -> list[int]:
+    """Of models of Qwen's kind, which transformers gives a tokenizer of its own."""
+    return [int(word.removeprefix("t")) for word in text.split()]
 
 
 def _halves(text: str) -> tuple[str, str]:
@@ -147,7 +153,7 @@ def test_a_pooling_server(name: str, request: pytest.FixtureRequest, tmp_path: P
                 moved[row] = max(moved.get(row, 0.0), (want - base).abs().max().item())
                 record.right({row: (torch.tensor(answer) - want).abs().max().item()})
     assert min(move for row, move in moved.items() if row != "base") > 5 * matrix.BOUND, moved
-    assert refused == REFUSED, (tmp_path / "server.log").read_text()[-2000:]
+    assert refused == REFUSED
     for row, code in refused.items():
         record.other("refused", code, row)
     matrix.refuse_two_passes(record, tmp_path / "base", runner="pooling")
@@ -177,11 +183,11 @@ def load(server: Server, kinds: dict[str, Kind], parts: list[Path]) -> dict[str,
 
 
 def answered(server: Server, task: Task, kind: Kind, ids: list[int]) -> Any:
-    """What is asked for, or the code with which the request is refused."""
+    """What is asked for, or the code with which what the request says is refused."""
     body = {"model": kind.request.lora_name if kind.request else "base"} | task.body(words(ids))
     body |= {"lora_ext": kind.says} if kind.says else {}
     answer = httpx.post(f"{server.url}/{task.route}", json=body, timeout=120, trust_env=False)
-    if answer.status_code == 400:
+    if answer.status_code == 400 and kind.says:
         return answer.json()["error"]["type"]
     assert answer.status_code == 200, answer.text
     return task.found(answer.json())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -164,6 +165,9 @@ def test_traced_and_untraced_requests_in_one_batch(server):
             assert found.status_code == 200 and found.headers["content-type"] == "application/json"
             ids = prompt + answer["choices"][0]["token_ids"][:-1]
             worst.append(check(found.text, model, ids, len(prompt)))
+    text = httpx.get(f"{server.url}/metrics", timeout=60, trust_env=False).text
+    said = re.findall(r'lora_ext:traced_expert_weight{adapter="loramoe",expert="(\d)"} (.*)', text)
+    assert [float(weight) > 0 for _, weight in said] == [True] * len(said) and len(said) > 1
     print(f"max |gate difference| over {len(worst)} traces: {max(worst):.1e}")
 
 

@@ -132,6 +132,7 @@ class Adapters:
         if count:
             now = total(rank["traffic"] for rank in ranks)
             state["counts"], self._counted = now.since(self._counted), now
+            state["experts"] = ranks[0]["experts"]
         return state
 
     def admit(self, request: Any) -> bool:

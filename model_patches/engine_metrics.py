@@ -42,6 +42,15 @@ def _resident() -> Gauge:
     )  # fmt: skip
 
 
+@cache
+def _experts() -> Gauge:
+    return Gauge(
+        "lora_ext:traced_expert_weight", "Sum of |weight| that each expert of an adapter was given,"
+        " over the tokens of traced requests and all routed layers.",
+        ["adapter", "expert"], multiprocess_mode="mostrecent",
+    )  # fmt: skip
+
+
 def show(state: Mapping[str, Any]) -> None:
     """Has `/metrics` say what a core says of itself (`Adapters.state`), with its counts."""
     for name in _GAUGES:
@@ -52,3 +61,7 @@ def show(state: Mapping[str, Any]) -> None:
     held = Tally((row["residency"], row["system"]) for row in state["adapters"])
     for labels, count in held.items():
         _resident().labels(*labels).set(count)
+    _experts().clear()
+    for adapter, sums in state["experts"].items():
+        for expert, weight in enumerate(sums):
+            _experts().labels(adapter, str(expert)).set(weight)

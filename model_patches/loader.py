@@ -64,7 +64,12 @@ class Loader:
         ahead = isinstance(source, Prepared)
         same = job is not None and job.request.lora_path == request.lora_path
         if job is not None and same and (ahead or job.source == source):
-            return job.result.result()
+            result = job.result
+            try:
+                del job
+                return result.result()
+            finally:
+                del result  # an error's traceback holds this frame, and the result the error
         assert not ahead, "nothing was prepared"
         return self._plan(request, source).read()
 

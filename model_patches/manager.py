@@ -159,6 +159,7 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         sites = [m.site for m in self.modules.values() if isinstance(m, RoutedLinear)]
         if self.graphs and any(map(may_sum, sites)):
             capture_apart(self, vllm_config)
+        self.recorder: Recorder | None = None
         if settings.trace:
             check_trace(vllm_config, self.graphs)
             self.recorder = Recorder(self)

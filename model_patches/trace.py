@@ -25,6 +25,7 @@ from vllm_lora_ext.model_patches.rows import Span
 from vllm_lora_ext.routing.mix import expert_weights
 from vllm_lora_ext.trace.fetch import OWNER, RPC, wanted
 from vllm_lora_ext.trace.gates import expert_gates
+from vllm_lora_ext.trace.load import ExpertLoad
 from vllm_lora_ext.trace.store import TraceStore
 
 
@@ -51,7 +52,7 @@ class Recorder:
     """
 
     def __init__(self, manager: Any) -> None:
-        self.store = TraceStore()
+        self.store, self.load = TraceStore(), ExpertLoad()
         self._manager = manager
         self._traced: list[Traced] = []
         for name, layer in manager.modules.items():
@@ -122,7 +123,9 @@ class Recorder:
             self._put(traced, name, expert_weights(found.gate, x_TK.float() @ router_GK.t()))
 
     def _put(self, traced: Traced, module: str, gates_TE: torch.Tensor) -> None:
-        self.store.put_gates(traced.key, traced.span.at, module, gates_TE.cpu())
+        gates_TE = gates_TE.cpu()
+        self.store.put_gates(traced.key, traced.span.at, module, gates_TE)
+        self.load.add(traced.span.request.lora_request.lora_name, gates_TE)
 
     def _keep_ids(self, model: Any, args: Any, kwargs: dict[str, Any]) -> None:
         ids_T: Any = kwargs.get("input_ids", args[0] if args else None)

@@ -37,6 +37,7 @@ class Stats:
     Args:
         active: ids that are in slots; slots: how many there are.
         resident_bytes, limit_bytes: of host memory for adapters.
+        experts: of traced requests (`ExpertLoad.sums`); the same on every worker.
     """
 
     active: tuple[int, ...]
@@ -44,6 +45,7 @@ class Stats:
     resident_bytes: int
     limit_bytes: int
     traffic: Traffic
+    experts: Mapping[str, list[float]]
 
 
 def total(ranks: Iterable[Mapping[str, float]]) -> Traffic:

@@ -219,7 +219,8 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         """What is in slots and in host memory, and what went into slots so far."""
         manager, host = self._adapter_manager, self._residency
         active = tuple(sorted(manager.active_ids()))
-        return Stats(active, manager.lora_slots, host.nbytes, host.limit, self._traffic)
+        experts = manager.recorder.load.sums() if manager.recorder else {}
+        return Stats(active, manager.lora_slots, host.nbytes, host.limit, self._traffic, experts)
 
     def versions(self) -> dict[int, LoadReport]:
         """Everything that is held, by id."""

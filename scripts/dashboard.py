@@ -53,6 +53,9 @@ PANELS: tuple[tuple[str, str, str, dict[str, str]], ...] = (
       "found": _rate("lora_ext:derived_adapters_hit_total"),
       "evicted": _rate("lora_ext:derived_adapters_evicted_total"),
       "gates computed": _rate("lora_ext:gate_passes_total")}),
+    ("Expert load", "percentunit", "Share of each expert in traced requests (setting trace).",
+     {"{{adapter}} {{expert}}": "sum by (adapter, expert) (lora_ext:traced_expert_weight)"
+      " / on (adapter) group_left sum by (adapter) (lora_ext:traced_expert_weight)"}),
     ("Time to first token", "s", "vLLM's own.",
      {"p50": _quantile(0.5, "vllm:time_to_first_token_seconds"),
       "p99": _quantile(0.99, "vllm:time_to_first_token_seconds")}),

@@ -44,6 +44,13 @@ def shapes(bases):
     return model_shapes(bases["base_llama"])
 
 
+def open_below(place):
+    """Files of a folder that this process has open."""
+    with os.scandir("/proc/self/fd") as handles:
+        links = [os.path.realpath(handle.path) for handle in handles]
+    return [link for link in links if link.startswith(str(place))]
+
+
 def check(path, stage, shapes):
     adapter = load_adapter(path)
     assert stage == "fit", "a broken folder was loaded"
@@ -55,7 +62,8 @@ def test_is_refused(name, tmp_path, shapes):
     entry = build_bad(name, tmp_path / name)
     with pytest.raises(AdapterError) as caught:
         check(tmp_path / name, entry.stage, shapes)
-    error = caught.value
+    error = caught.value  # held still, with all that its traceback holds
+    assert not open_below(tmp_path), "whoever keeps an error keeps no file open"
     assert error.code == entry.code, error.text
     assert FIELDS.get(name, "") in error.text
     assert "fix: " in error.text

@@ -18,6 +18,7 @@ STATE: dict[str, Any] = {
         {"residency": "slot", "system": "plain"}, {"residency": "slot", "system": "plain"},
         {"residency": "host", "system": "loramoe"},
     ],
+    "experts": {"a": [0.5, 3.0]},
 }  # fmt: skip
 
 
@@ -34,9 +35,11 @@ def test_the_engines_numbers():
     assert value("activations_total") - before == 2
     assert (value("slots"), value("slots_used"), value("resident_bytes")) == (4, 3, 100)
     assert value("adapters", residency="slot", system="plain") == 2
-    engine_metrics.show({**STATE, "adapters": []})
+    assert value("traced_expert_weight", adapter="a", expert="1") == 3
+    engine_metrics.show({**STATE, "adapters": [], "experts": {}})
     samples = prometheus_client.REGISTRY.get_sample_value
     assert samples("lora_ext:adapters", {"residency": "slot", "system": "plain"}) is None
+    assert samples("lora_ext:traced_expert_weight", {"adapter": "a", "expert": "1"}) is None
 
 
 def test_what_front_ends_count():

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import sys
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -242,6 +244,28 @@ def test_reading_in_a_thread_then_taking_it(harness: Callable[..., Any]) -> None
     with pytest.raises(AdapterError) as error:
         h.worker.load(bad, None, ())
     assert code_of(error) == "not_found"
+
+
+def test_a_refused_adapter_leaves_nothing_to_the_collector(harness: Callable[..., Any]) -> None:
+    """Its tensors would be held until the next collection, which may be minutes."""
+    h = harness()
+    for ahead in (True, False):
+        bad = h.random(f"bad-{ahead}")
+        shutil.rmtree(bad.lora_path)
+        gc.collect()
+        gc.disable()
+        try:
+            if ahead:
+                h.worker.prepare(bad, None)
+                while not h.worker.prepared(bad.lora_int_id):
+                    pass
+            with pytest.raises(AdapterError) as error:
+                h.worker.load(bad, None, ())
+            refused = weakref.ref(error.value)
+            del error
+            assert refused() is None
+        finally:
+            gc.enable()
 
 
 def test_a_wrong_layer_is_told_what_the_model_has(harness: Callable[..., Any]) -> None:

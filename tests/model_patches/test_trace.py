@@ -134,6 +134,8 @@ def test_rows_of_traced_requests_only(seed: int) -> None:
     want_TG = slice_gates(m, x_TK[[2, 3, 4, 6]])
     assert (found.system, found.adapter, found.base) == ("mola", "mine", "base")
     assert torch.allclose(found.weights[UP], want_TG, atol=1e-5)
+    load = torch.tensor(recorder.load.sums()["mine"], dtype=torch.float64)
+    assert torch.allclose(load, want_TG.abs().sum(0).double(), atol=1e-4)
     assert recorder.store.get("base").weights == {}
     with pytest.raises(AdapterError) as caught:
         recorder.store.get("untraced")

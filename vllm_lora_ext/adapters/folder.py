@@ -129,6 +129,12 @@ class AdapterFolder:
             text = json.dumps(dict(settings), sort_keys=True, default=str)
             self._parts["settings"] = hashlib.sha256(text.encode()).digest()
 
+    def close(self) -> None:
+        """Closes its files; nothing is read any more."""
+        self._weights.close()
+        for inner in self._subfolders.values():
+            inner.close()
+
     def _real(self, name: str) -> Path | None:
         below = os.path.join(self._below, name) if name else name
         found = real_file(self._root, below, self._roots)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Collection, Mapping
+from contextlib import closing
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -149,7 +150,8 @@ def load_adapter(
         roots=roots, allow_pickle=pickle is not None, accepted=accept_config_keys,
         head_size=head_size,
     )  # fmt: skip
-    return read_adapter(folder, parts=parts)
+    with closing(folder):  # whoever keeps an error keeps no file open
+        return read_adapter(folder, parts=parts)
 
 
 def read_adapter(folder: AdapterFolder, *, parts: bool = False) -> RoutedAdapter:
@@ -170,7 +172,8 @@ def needs_two_passes(path: str | os.PathLike[str]) -> bool:
     """Whether a folder holds an adapter whose steps run the model twice; False where it cannot be
     told, which loading it then tells."""
     try:
-        return find_reader(AdapterFolder(path)).two_pass
+        with closing(AdapterFolder(path)) as folder:
+            return find_reader(folder).two_pass
     except AdapterError:
         return False
 

@@ -31,7 +31,7 @@ _LENGTH = 8  # bytes, of the header's length
 
 
 class TensorFile:
-    """A safetensors file, opened and checked.
+    """A safetensors file, opened and checked; `close` closes it, once.
 
     Args:
         path: where it really lies; name: what errors call it.
@@ -47,16 +47,23 @@ class TensorFile:
             self._file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as error:
             raise unreadable(name, error) from error
-        weakref.finalize(self, os.close, self._file)
+        self.close = weakref.finalize(self, os.close, self._file)
+        try:
+            self._open(limits)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, limits: Limits) -> None:
         try:
             size = os.fstat(self._file).st_size
             header = self._header(size, limits)
             self.shapes, self.dtypes = _as_the_library_reads(header, size)
             said: dict[str, Any] = json.loads(header[_LENGTH:])
         except OSError as error:
-            raise unreadable(name, error) from error
+            raise unreadable(self.name, error) from error
         except (SafetensorError, RuntimeError) as error:
-            raise bad_safetensors(name, str(error)) from error
+            raise bad_safetensors(self.name, str(error)) from error
         self._places = {key: said[key]["data_offsets"] for key in self.shapes}
         self._begin = len(header)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -47,12 +48,17 @@ class Weights:
         self.missing = missing
         self._files: dict[str, TensorFile] = {}
         self._loaded: dict[str, torch.Tensor] = {}
+        self._open = ExitStack()
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor as it is stored, in memory of its own. Raises AdapterError `bad_safetensors`."""
         if name in self._loaded:
             return self._loaded[name]
         return self._files[name].read(name)
+
+    def close(self) -> None:
+        """Nothing is read any more."""
+        self._open.close()
 
     def add_safetensors(self, path: Path, file: str, limits: Limits) -> None:
         """Open one more file.
@@ -62,6 +68,7 @@ class Weights:
                 file has a tensor of that name.
         """
         opened = TensorFile(path, file, limits)
+        self._open.callback(opened.close)
         for name in opened.shapes.keys() & self.shapes.keys():
             raise AdapterError(
                 "duplicate_tensor", f"two files hold tensor '{name}'",
@@ -108,10 +115,14 @@ def open_weights(
     if not wholes or (has_config and wholes == [GATES_ELSEWHERE]):
         return _without_safetensors(entries, found, real, limits, allow_pickle)
     weights = Weights()
-    if wholes[0] in entries:
-        weights.add_safetensors(_there(real, wholes[0]), wholes[0], limits)
-    else:
-        _add_shards(weights, wholes[0], found, real, limits)
+    try:
+        if wholes[0] in entries:
+            weights.add_safetensors(_there(real, wholes[0]), wholes[0], limits)
+        else:
+            _add_shards(weights, wholes[0], found, real, limits)
+    except AdapterError:
+        weights.close()
+        raise
     return weights
 
 
