@@ -1,4 +1,4 @@
-"""Trains one adapter of a system on two tasks at once, on the CPU, in a minute or two each.
+"""Trains one adapter of a system on two tasks at once, on the CPU, in minutes each.
 
     python examples/train_system.py --system loramoe      # into build/trained/loramoe/
     python examples/train_system.py                       # every system
