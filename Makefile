@@ -22,7 +22,7 @@ UNIT    := OMP_NUM_THREADS=1 $(PYTEST) tests --numprocesses auto --maxprocesses 
 ENGINE  := $(PYTEST) integration_tests --numprocesses auto --maxprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-fast test-engines test-upstream nightly matrix lint types format docs site surface check-vllm support release-check bench bench-base bench-kernels bench-merging gpu gpu-report gpu-bundle kernels-table dist clean soak fuzz rl rl-frameworks fleet fleet-sim
+.PHONY: help venv demo test test-fast test-engines test-upstream nightly matrix lint types format docs site surface check-vllm support release-check bench bench-base bench-kernels bench-merging gain-ratio gpu gpu-report gpu-bundle kernels-table dist clean soak fuzz rl rl-frameworks fleet fleet-sim
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -121,6 +121,9 @@ bench-base: $(READY) ## what the plugin costs requests without an adapter
 
 bench-merging: $(READY) ## what is left of three skills after every merge
 	$(BIN)/python benchmarks/merging_quality.py
+
+gain-ratio: $(READY) ## train every system, ask it in transformers and in vLLM: what is left of the gain
+	$(BIN)/python benchmarks/gain_ratio.py
 
 gpu: ## check and measure this machine's GPU (docs/gpu.md): STAGES="probe bench=300", GPU_PYTHON=
 	$(GPU_PYTHON) -P scripts/gpu/run.py $(STAGES) $(GPU_ARGS)
