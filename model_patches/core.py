@@ -83,7 +83,8 @@ class Adapters:
 
     def _named(self) -> set[int]:
         requests = self._scheduler.requests.values()
-        return {_id_of(r) for r in requests if not r.is_finished()} - {0}
+        named = {_id_of(r) for r in requests if not r.is_finished()} | self.gates.adapters
+        return named - {0}
 
     def _running(self) -> set[int]:
         return {_id_of(r) for r in self._scheduler.running} - {0}

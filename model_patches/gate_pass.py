@@ -33,6 +33,7 @@ Answer = dict[str, Any]
 
 @dataclass
 class _Asked:
+    lora_id: int
     key: _Key
     waiting: list[Future[Answer]] = field(default_factory=list)
 
@@ -54,6 +55,11 @@ class GatePasses:
     def pending(self) -> bool:
         """Whether an instruction is on its way."""
         return bool(self._asked)
+
+    @property
+    def adapters(self) -> set[int]:
+        """Ids of those whose gates are on their way: the workers must still hold them."""
+        return {asked.lora_id for asked in self._asked.values()}
 
     def ask(self, lora_id: int, version: str, ids: list[int]) -> Future[Answer]:
         """The gate of an instruction for an adapter that the workers hold.
@@ -84,7 +90,7 @@ class GatePasses:
             lora_request=None, cache_salt=None, data_parallel_rank=None,
         ))  # fmt: skip
         self._core.add_request(*made)
-        self._asked[request_id] = _Asked(key, [answer])
+        self._asked[request_id] = _Asked(lora_id, key, [answer])
         return answer
 
     def take(self, outputs: dict[int, Any] | None) -> None:

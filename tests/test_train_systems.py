@@ -47,6 +47,7 @@ def test_the_folder_serves_what_was_trained(name: str, tmp_path: Path) -> None:
         assert torch.equal(model(ids).logits, plain)
 
 
+@torch.enable_grad()  # tests that serve in the same process turn it off
 def _two_steps(adapted: Adapted, model: LlamaForCausalLM, ids: torch.Tensor) -> list[float]:
     weights = [p for p in adapted.parameters() if p.requires_grad]
     optimizer, losses = torch.optim.AdamW(weights, lr=1e-2, weight_decay=0.0), []

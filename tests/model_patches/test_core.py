@@ -216,9 +216,11 @@ def test_what_steps_taken_aside_put_out_comes_in_its_order(core):
     core.core.step_fn, core.core.post_step = core.core.step, lambda executed: None
     adapters, outputs = core.core._lora_ext, core.step()
     answer = adapters.gates.ask(7, "v", PROMPT)
+    assert adapters._named() == {7}, "no load of another may put it out"
     while not answer.done():
         adapters.step_aside()
     assert answer.result() == {"gate": "g", "computed": True}
+    assert not adapters._named()
     while core.core.scheduler.has_requests():
         outputs += core.step()
     for key, count in (("first", 6), ("second", 2)):

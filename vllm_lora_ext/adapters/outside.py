@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import entry_points
 from typing import Protocol, TypeVar
 
@@ -19,16 +19,18 @@ class Named(Protocol):
 Row = TypeVar("Row", bound=Named)
 
 
-def with_packages(rows: Sequence[Row], kind: type[Row], group: str, code: str) -> tuple[Row, ...]:
+def with_packages(
+    rows: Sequence[Row], kind: type[Row], group: str, bad: Callable[[str, str], AdapterError]
+) -> tuple[Row, ...]:
     """The table's rows, then those of installed packages, in the order of their entry points'
     names.
 
     Args:
         kind: of a row.
         group: of the entry points, each of which names one row.
-        code: of the error.
+        bad: the error for an entry point, or a name, and why it cannot be used.
     Raises:
-        AdapterError: `code`, an entry point cannot be loaded, is no `kind`, or bears a name that
+        AdapterError: `bad`'s; an entry point cannot be loaded, is no `kind`, or bears a name that
             is taken.
     """
     found = list(rows)
@@ -36,22 +38,10 @@ def with_packages(rows: Sequence[Row], kind: type[Row], group: str, code: str) -
         try:
             row = entry.load()
         except Exception as error:  # whatever a foreign package raises while it is imported
-            why = f"it cannot be loaded ({error})"
-            raise _bad(kind, group, code, entry.value, why) from error
+            raise bad(entry.value, f"it cannot be loaded ({error})") from error
         if not isinstance(row, kind):
-            why = f"it is a {type(row).__name__}, not a {kind.__name__}"
-            raise _bad(kind, group, code, entry.value, why)
+            raise bad(entry.value, f"it is a {type(row).__name__}, not a {kind.__name__}")
         if row.name in {other.name for other in found}:
-            why = f"two {kind.__name__.lower()}s have this name"
-            raise _bad(kind, group, code, row.name, why)
+            raise bad(row.name, f"two {kind.__name__.lower()}s have this name")
         found.append(row)
     return tuple(found)
-
-
-def _bad(kind: type, group: str, code: str, what: str, why: str) -> AdapterError:
-    name = kind.__name__
-    return AdapterError(
-        code, f"an installed package brings a {name.lower()} that cannot be used: {why}",
-        seen=what, limit=f"a {name} under the entry point group {group}",
-        fix="mend or uninstall that package",
-    )  # fmt: skip

@@ -115,7 +115,15 @@ def formats() -> tuple[Reader, ...]:
     Raises:
         AdapterError: `bad_reader`, an entry point cannot be loaded or is no Reader.
     """
-    return with_packages(FORMATS, Reader, ENTRY_POINTS, "bad_reader")
+    return with_packages(FORMATS, Reader, ENTRY_POINTS, _bad_reader)
+
+
+def _bad_reader(what: str, why: str) -> AdapterError:
+    return AdapterError(
+        "bad_reader", f"an installed package brings a reader that cannot be used: {why}",
+        seen=what, limit=f"a Reader under the entry point group {ENTRY_POINTS}",
+        fix="mend or uninstall that package",
+    )  # fmt: skip
 
 
 def load_adapter(

@@ -261,8 +261,16 @@ def all_methods() -> Mapping[str, Method]:
     Raises:
         AdapterError: `bad_method`, an entry point cannot be loaded or is no Method.
     """
-    rows = with_packages(_ROWS, Method, ENTRY_POINTS, "bad_method")
+    rows = with_packages(_ROWS, Method, ENTRY_POINTS, _bad_method)
     return {method.name: method for method in rows}
+
+
+def _bad_method(what: str, why: str) -> AdapterError:
+    return AdapterError(
+        "bad_method", f"an installed package brings a merge method that cannot be used: {why}",
+        seen=what, limit=f"a Method under the entry point group {ENTRY_POINTS}",
+        fix="mend or uninstall that package",
+    )  # fmt: skip
 
 
 def find_method(name: str) -> Method:
