@@ -34,7 +34,7 @@ from vllm_lora_ext.model_patches import metrics
 from vllm_lora_ext.model_patches.admitted import Admitted
 from vllm_lora_ext.model_patches.core import OURS
 from vllm_lora_ext.model_patches.driving import run, run_async
-from vllm_lora_ext.model_patches.ledger import MEMORY_IDS
+from vllm_lora_ext.model_patches.ledger import MEMORY_IDS, memory_path
 from vllm_lora_ext.model_patches.refused import RefusedRequest
 from vllm_lora_ext.model_patches.request_says import (
     TRIES,
@@ -154,7 +154,7 @@ def _requests(name: str) -> list[LoRARequest]:
     """The same name is the same id, on every front end; a few more for names that meet in one."""
     start = int.from_bytes(sha256(name.encode()).digest()[:4], "little")
     ids = [MEMORY_IDS + (start + i) % (DERIVED_IDS - MEMORY_IDS) for i in range(TRIES)]
-    return [LoRARequest(name, number, f"memory:{name}", load_inplace=True) for number in ids]
+    return [LoRARequest(name, number, memory_path(name), load_inplace=True) for number in ids]
 
 
 def _typed(error: Exception) -> Exception:

@@ -11,7 +11,7 @@ import msgspec
 from vllm.lora.request import LoRARequest
 
 from vllm_lora_ext.conditions.column import Column
-from vllm_lora_ext.conditions.recipe import DERIVED_IDS
+from vllm_lora_ext.conditions.recipe import is_recipe
 
 _GATES = 1024
 
@@ -91,13 +91,14 @@ class Admitted:
         evicted: list[int] = reply["evicted"]
         for lora_id in evicted:
             self._held.discard(lora_id)
-            if lora_id >= DERIVED_IDS:
-                self._known.pop(lora_id, None)
+            known = self._known.get(lora_id)
+            if known is not None and is_recipe(known.request.lora_path):
+                del self._known[lora_id]
         request = msgspec.structs.replace(request, load_inplace=False)
         understands = Understands.of(reply["understands"])
         self._held.add(request.lora_int_id)
         self._known[request.lora_int_id] = _Known(request, reply["version"], understands)
-        if request.lora_int_id < DERIVED_IDS:
+        if not is_recipe(request.lora_path):
             self._named[request.lora_name] = request
         return evicted
 

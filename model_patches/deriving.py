@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from vllm.lora.request import LoRARequest
 
-from vllm_lora_ext.conditions.recipe import DERIVED_IDS, Part, Recipe
+from vllm_lora_ext.conditions.recipe import Part, Recipe, is_recipe
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.composing import Composer, Ingredient
 from vllm_lora_ext.model_patches.ledger import from_memory
@@ -67,7 +67,6 @@ class Deriver:
             )
         else:
             host = self._composer.compose(ingredients, recipe.version, request.lora_name)
-            self._placer.reserve(host)
         return self._resident(request.lora_int_id, host)
 
     def _ingredient(self, recipe: Recipe, part: Part, resident: Resident | None) -> Ingredient:
@@ -80,7 +79,7 @@ class Deriver:
         host, version = resident.host, part.version
         if (
             host is None or host.classifier is not None or host.attention
-            or part.lora_id >= DERIVED_IDS
+            or is_recipe(part.path)
         ):  # fmt: skip
             raise AdapterError(
                 "unsupported_feature", f"adapter {part.name} cannot be one of several, or scaled",
@@ -97,7 +96,7 @@ class Deriver:
 
     def _reload(self, part: Part) -> Resident:
         """Of one that was evicted since the request was taken; it stays evicted."""
-        if from_memory(part.lora_id):
+        if from_memory(part.path):
             raise AdapterError(
                 "adapter_changed", "an adapter of the request was handed over as tensors, and this"
                 " version of it is no longer held", seen=part.name, fix="send the request again",

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from vllm_lora_ext.conditions.recipe import DERIVED_IDS
+from vllm_lora_ext.conditions.recipe import is_recipe
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.residency import Prepared
 from vllm_lora_ext.model_patches.versions import Versions
@@ -26,13 +26,20 @@ LOAD, VERSIONS = "lora_ext_load", "lora_ext_versions"
 """Methods of the worker (`worker_rpc`)."""
 
 MEMORY_IDS = 1 << 30
-"""Ids from here to `DERIVED_IDS` belong to adapters that were handed over as tensors; vLLM counts
-from 1."""
+"""From here to `DERIVED_IDS` the plugin looks for ids of adapters that are handed over as tensors.
+vLLM counts from 1; what an adapter is, its path says, since users take ids of any size."""
+
+_MEMORY = "memory:"
 
 
-def from_memory(lora_id: int) -> bool:
+def memory_path(name: str) -> str:
+    """The path of an adapter that is handed over as tensors."""
+    return _MEMORY + name
+
+
+def from_memory(path: str) -> bool:
     """Whether nobody else has the adapter's tensors."""
-    return MEMORY_IDS <= lora_id < DERIVED_IDS
+    return path.startswith(_MEMORY)
 
 
 class Adapter(Protocol):
@@ -155,7 +162,7 @@ class Ledger:
         Args:
             active: `at` of what is in slots; in_flight: requests by `at`.
         """
-        lora_ids = {h.lora_id for h in self._held.values() if h.lora_id < DERIVED_IDS}
+        lora_ids = {h.lora_id for h in self._held.values() if not is_recipe(h.path)}
         rows = []
         for lora_id in sorted(lora_ids):
             at, held = self._versions.current(lora_id), self.current(lora_id)
@@ -182,7 +189,8 @@ class Ledger:
         """
         lora_id = adapter.lora_int_id
         at = self.find(lora_id, version) if version and not adapter.load_inplace else None
-        if at is None and version and lora_id < DERIVED_IDS and lora_id not in self._last:
+        derived = is_recipe(adapter.lora_path)
+        if at is None and version and not derived and lora_id not in self._last:
             raise AdapterError(
                 "not_found", "the adapter was unloaded while the request was on its way",
                 seen=adapter.lora_name, fix="load it again",
@@ -232,7 +240,7 @@ class Ledger:
             if held.name != adapter.lora_name and not replaceable:
                 raise _id_in_use(adapter, held)
         self._check_slot(lora_id if current is None else current)
-        if source is None and from_memory(lora_id):
+        if source is None and from_memory(adapter.lora_path):
             raise AdapterError(
                 "not_found", "this adapter was handed over as tensors and is no longer loaded",
                 seen=adapter.lora_name, fix="hand it over again with add_adapter",
@@ -243,7 +251,8 @@ class Ledger:
 
     def reads(self, adapter: Adapter, source: Any) -> bool:
         """Whether `add` would have the workers read an adapter."""
-        held = self._versions.current(adapter.lora_int_id) is not None
+        current = self._versions.current(adapter.lora_int_id)
+        held = current is not None and current not in self._leaving  # it was removed
         return source is not None or adapter.load_inplace or not held
 
     def place(self, lora_id: int) -> int:
@@ -381,8 +390,10 @@ class Ledger:
     def _make_way(self, adapter: Adapter) -> None:
         """A derived adapter's id follows from what it is made of: another's may be the same."""
         lora_id, held = adapter.lora_int_id, self._held.get(adapter.lora_int_id)
-        other = held is not None and held.path != adapter.lora_path
-        if lora_id >= DERIVED_IDS and other and lora_id not in self._named() | self._pinned:
+        if held is None or held.path == adapter.lora_path:
+            return
+        derived = is_recipe(adapter.lora_path) and is_recipe(held.path)
+        if derived and lora_id not in self._named() | self._pinned:
             self._drop(lora_id)
 
     def _load(self, adapter: Adapter, source: Any, at: int) -> list[int]:
@@ -400,6 +411,7 @@ class Ledger:
         if errors:
             error = AdapterError.parse(errors[0])
             assert error is not None, errors[0]
+            self.doubt()  # what was evicted for it is not among the answers
             if reports:  # some workers hold it, some do not, or not the same
                 self._drop(at)
             raise error
@@ -443,7 +455,7 @@ class Ledger:
         old = self._versions.current(lora_id)
         self._leaving.update(self._versions.switch(lora_id, at))
         self._leaving.discard(at)
-        if lora_id < DERIVED_IDS:
+        if not is_recipe(held.path):
             self._last[lora_id] = held.version
         pins = before is not None and (before.pinned or old in self._pinning)
         if old is not None and old != at and pins:  # an old version has no slot to itself

@@ -155,9 +155,7 @@ class Placer:
                 heads={}, names={}, template=template,
             )  # fmt: skip
         self._check_columns(adapter, name_of, away)
-        host = self._pack(adapter, name_of, away)
-        self.reserve(host)
-        return host
+        return self._pack(adapter, name_of, away)
 
     def _check_columns(
         self, adapter: RoutedAdapter, name_of: Mapping[str, str], away: set[str]

@@ -149,6 +149,8 @@ class RoutedWorkerLoRAManager(LRUCacheWorkerLoRAManager):
         template = new.host.template if new.host is not None else None
         if template is not None and template.instruction:
             manager.expect_instructions(self._template)  # or the adapter is refused
+        elif new.host is not None:  # here, and not where files are read: no step runs meanwhile
+            manager.placer.reserve(new.host)
         stay = manager.pinned.union(in_use, self._loader.uses())
         evicted = self._residency.put(adapter_id, new, stay)
         for leaving in (*evicted, adapter_id):

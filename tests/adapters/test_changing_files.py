@@ -111,6 +111,26 @@ def test_a_second_write_in_one_tick_of_the_clock(place, other):
     assert caught.value.code == "files_changed"
 
 
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_link_that_leads_elsewhere_meanwhile(place, other, tmp_path, deep):
+    """A folder by the name of its link, or files by a link to their folder: as versions are put in
+    place by one rename."""
+    versions, link = (place, other), tmp_path / ("data" if deep else "current")
+    link.symlink_to(versions[0])
+    folder = link
+    if deep:
+        folder = tmp_path / "linked"
+        folder.mkdir()
+        for name in (CONFIG, "adapter_model.safetensors"):
+            (folder / name).symlink_to(link / name)
+
+    def change() -> None:
+        (tmp_path / "next").symlink_to(versions[1])
+        os.replace(tmp_path / "next", link)
+
+    assert code_of(folder, change) == "files_changed"
+
+
 def test_links_are_judged_by_what_they_lead_to(place, tmp_path):
     weights, store = weights_file(place), tmp_path / "store"
     weights.rename(store)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from fake_workers import Engine, Request
 
+from vllm_lora_ext.conditions.recipe import DERIVED_IDS
 from vllm_lora_ext.model_patches.ledger import MEMORY_IDS
 
 
@@ -113,6 +114,22 @@ def test_removed_and_added_again_stays(engine):
     assert engine.same() == {1}
 
 
+def test_removed_and_added_again_is_read_again(engine):
+    """What a folder holds by then, as without a request under way."""
+    engine.ledger.add(Request("a", 1))
+    engine.named = {1}
+    assert engine.ledger.remove(1)
+    for rank in engine.ranks:
+        rank.files["/a"] = "v2"
+    engine.ledger.add(Request("a", 1), expected=None)
+    assert engine.version(1) == "v2"
+    engine.ledger.check_expected(Request("a", 1), "v2")
+    assert "v1" in engine.ranks[0].held.values(), "the request goes on with it"
+    engine.named = set()
+    engine.ledger.tidy()
+    assert list(engine.ranks[0].held.values()) == ["v2"]
+
+
 def test_all_slots_pinned_refuses_one_more(engine):
     for number, name in ((1, "/a"), (2, "/b")):
         engine.ledger.add(Request(name, number, name))
@@ -203,6 +220,29 @@ def test_from_memory(engine):
     assert engine.version(MEMORY_IDS + 5) == "m2"
     other = Request("u", MEMORY_IDS + 5, "memory:u", load_inplace=True)
     assert engine.code(engine.ledger.add, other, "m3") == "id_in_use"
+
+
+@pytest.mark.parametrize("lora_id", [MEMORY_IDS + 5, DERIVED_IDS + 5, 0x7FFFFFFE])
+def test_users_take_ids_of_any_size(engine, lora_id):
+    """Trainers take clocks modulo 2**31; what an adapter is, its path says."""
+    engine.ledger.add(Request("a", lora_id))
+    assert [row["id"] for row in engine.ledger.listing((), {})] == [lora_id]
+    for rank in engine.ranks:
+        rank.files["/a"] = "v2"
+    engine.ledger.add(Request("a", lora_id, load_inplace=True), expected="v1")
+    assert engine.version(lora_id) == "v2"
+    derived = Request("mix", lora_id, "lora_ext:{}")
+    assert engine.code(engine.ledger.add, derived) == "id_in_use"
+    assert engine.version(lora_id) == "v2"
+
+
+def test_a_failed_load_makes_sure_what_is_left(engine):
+    """Something may have been evicted for it that no answer names."""
+    engine.ledger.add(Request("a", 1))
+    assert engine.code(engine.ledger.add, Request("x", 3, "/gone")) == "not_found"
+    for rank in engine.ranks:
+        rank.held.clear()
+    assert engine.ledger.ids() == set()
 
 
 def test_nobody_else_has_those_tensors(engine):

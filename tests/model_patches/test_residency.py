@@ -19,6 +19,7 @@ from tests.steps import Steps, onto_device
 from vllm_lora_ext.adapters.model import RoutedAdapter
 from vllm_lora_ext.adapters.registry import load_adapter
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.kernels.gated_lora import Site
 from vllm_lora_ext.kernels.gated_lora.backends import choice
 from vllm_lora_ext.model_patches import residency
 from vllm_lora_ext.model_patches.composing import Ingredient
@@ -244,6 +245,20 @@ def test_reading_in_a_thread_then_taking_it(harness: Callable[..., Any]) -> None
     with pytest.raises(AdapterError) as error:
         h.worker.load(bad, None, ())
     assert code_of(error) == "not_found"
+
+
+def test_slots_grow_where_no_step_runs(harness: Callable[..., Any]) -> None:
+    """Reading may go on beside a step, which fills the tables that would be moved."""
+    h = harness()
+    request = h.random("routed", specs=router_spec())
+    found = [getattr(m, "site", None) for m in h.manager.modules.values()]
+    sites = [site for site in found if isinstance(site, Site)]
+    before = [site.router_SGK.shape for site in sites]
+    resident = h.worker._read(request, None)
+    assert [site.router_SGK.shape for site in sites] == before
+    assert resident.host.sites and not any(shape[1] for shape in before)
+    h.worker.load(request, None, ())
+    assert any(site.router_SGK.shape[1] for site in sites)
 
 
 def test_a_refused_adapter_leaves_nothing_to_the_collector(harness: Callable[..., Any]) -> None:

@@ -139,7 +139,7 @@ class AdapterFolder:
         below = os.path.join(self._below, name) if name else name
         found = real_file(self._root, below, self._roots)
         if found is not None:
-            self._stamps.note(found, below)
+            self._stamps.note(found, below, self._root / below)
         return found
 
     def subfolder(self, name: str) -> AdapterFolder:

@@ -22,10 +22,16 @@ class Stamps:
 
     def __init__(self) -> None:
         self._seen: dict[Path, tuple[str, _Stamp]] = {}
+        self._asked: dict[Path, Path] = {}
 
-    def note(self, path: Path, name: str) -> None:
+    def note(self, path: Path, name: str, asked: Path) -> None:
         """To be called before a file is opened. A second write in one tick would not show, so one
-        that was written in this moment is waited for."""
+        that was written in this moment is waited for.
+
+        Args:
+            path: where it is; asked: the same through links, which may lead to another file later.
+        """
+        self._asked.setdefault(asked, path)
         if path not in self._seen:
             stamp = _stamp(path)
             if stamp is not None and 0 <= time.time_ns() - stamp[-1] < _TICK_NS:
@@ -35,13 +41,18 @@ class Stamps:
 
     def check(self) -> None:
         """Raises AdapterError `files_changed`."""
+        moved = {path for asked, path in self._asked.items() if _real(asked) != path}
         for path, (name, stamp) in self._seen.items():
-            if _stamp(path) != stamp:
+            if path in moved or _stamp(path) != stamp:
                 raise AdapterError(
                     "files_changed", f"'{name}' was written to or removed while it was read",
                     fix="load it again once its files are complete; a new version belongs into a"
                     " folder of its own",
                 )  # fmt: skip
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))
 
 
 def _stamp(path: Path) -> _Stamp:
