@@ -9,7 +9,7 @@ from typing import Any
 from vllm_lora_ext.conditions.column import Column
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.block_keys import BlockKeys, is_plain, salted
-from vllm_lora_ext.model_patches.ledger import Held, incomplete
+from vllm_lora_ext.model_patches.held import Held, incomplete
 from vllm_lora_ext.model_patches.plan import Plan, attach, plan_of
 
 Key = str | BlockKeys

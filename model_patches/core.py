@@ -31,7 +31,8 @@ from vllm_lora_ext.model_patches.block_keys import BlockKeys
 from vllm_lora_ext.model_patches.conditioned import Conditions, Key
 from vllm_lora_ext.model_patches.encoder_keys import key_by_version
 from vllm_lora_ext.model_patches.gate_pass import GATE, GatePasses
-from vllm_lora_ext.model_patches.ledger import Held, Ledger
+from vllm_lora_ext.model_patches.held import Held
+from vllm_lora_ext.model_patches.ledger import Ledger
 from vllm_lora_ext.model_patches.loading import Loading
 from vllm_lora_ext.model_patches.plan import promised
 from vllm_lora_ext.model_patches.traffic import STATS, Traffic, total

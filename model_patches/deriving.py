@@ -15,7 +15,7 @@ from vllm.lora.request import LoRARequest
 from vllm_lora_ext.conditions.recipe import Part, Recipe, is_recipe
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.composing import Composer, Ingredient
-from vllm_lora_ext.model_patches.ledger import from_memory
+from vllm_lora_ext.model_patches.held import from_memory
 from vllm_lora_ext.model_patches.loader import Reading
 from vllm_lora_ext.model_patches.placing import Placer
 from vllm_lora_ext.model_patches.residency import HostAdapter, Residency, Resident

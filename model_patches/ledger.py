@@ -14,76 +14,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from vllm_lora_ext.conditions.recipe import is_recipe
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches.held import Adapter, Held, from_memory, id_in_use, incomplete
 from vllm_lora_ext.model_patches.residency import Prepared
 from vllm_lora_ext.model_patches.versions import Versions
 
 LOAD, VERSIONS = "lora_ext_load", "lora_ext_versions"
 """Methods of the worker (`worker_rpc`)."""
-
-MEMORY_IDS = 1 << 30
-"""From here to `DERIVED_IDS` the plugin looks for ids of adapters that are handed over as tensors.
-vLLM counts from 1; what an adapter is, its path says, since users take ids of any size."""
-
-_MEMORY = "memory:"
-
-
-def memory_path(name: str) -> str:
-    """The path of an adapter that is handed over as tensors."""
-    return _MEMORY + name
-
-
-def from_memory(path: str) -> bool:
-    """Whether nobody else has the adapter's tensors."""
-    return path.startswith(_MEMORY)
-
-
-class Adapter(Protocol):
-    """What a ledger reads of vLLM's `LoRARequest`."""
-
-    lora_name: str
-    lora_int_id: int
-    lora_path: str
-    load_inplace: bool
-
-
-@dataclass
-class Held:
-    """A version of an adapter that every worker holds.
-
-    Args:
-        lora_id: the adapter's; given: as tensors, which nobody else has.
-        parts: `SlotPart`, of what stands in a slot; none for a template.
-    """
-
-    lora_id: int
-    name: str
-    path: str
-    given: bool
-    version: str
-    bytes: int
-    system: str
-    rank: int
-    parts: tuple[Any, ...]
-    understands: dict[str, Any]
-    pinned: bool = False
-
-    @classmethod
-    def of(cls, adapter: Adapter | Held, reports: list[Any], given: bool) -> Held:
-        """What an adapter's `LoRARequest`, or a version before, and the workers say."""
-        one, first = adapter, reports[0]
-        named = (
-            (one.lora_id, one.name, one.path) if isinstance(one, Held)
-            else (one.lora_int_id, one.lora_name, one.lora_path)
-        )  # fmt: skip
-        return cls(
-            *named, given, first.version, max(r.bytes for r in reports), first.system, first.rank,
-            first.parts, first.understands,
-        )  # fmt: skip
 
 
 class Ledger:
@@ -238,7 +178,7 @@ class Ledger:
                 return []
             replaceable = source is None and current not in self._leaving
             if held.name != adapter.lora_name and not replaceable:
-                raise _id_in_use(adapter, held)
+                raise id_in_use(adapter, held)
         self._check_slot(lora_id if current is None else current)
         if source is None and from_memory(adapter.lora_path):
             raise AdapterError(
@@ -412,7 +352,7 @@ class Ledger:
             error = AdapterError.parse(errors[0])
             assert error is not None, errors[0]
             self.doubt()  # what was evicted for it is not among the answers
-            if reports:  # some workers hold it, some do not, or not the same
+            if reports or at not in self._theirs:  # a load may fail when a worker holds it already
                 self._drop(at)
             raise error
         theirs = at in self._theirs  # nobody else has its tensors
@@ -490,7 +430,7 @@ class Ledger:
 
     def _check_same(self, adapter: Adapter, held: Held) -> None:
         if (held.name, held.path) != (adapter.lora_name, adapter.lora_path):
-            raise _id_in_use(adapter, held)
+            raise id_in_use(adapter, held)
 
     def _check_slot(self, at: int) -> None:
         if len(self._pinned) >= self._slots and at not in self._pinned | self._pinning:
@@ -501,20 +441,3 @@ class Ledger:
             "slots_pinned", message, seen=f"{len(self._pinned)} pinned", limit=self._slots,
             fix="start with a larger --max-loras, or remove a pinned adapter",
         )  # fmt: skip
-
-
-def incomplete(name: str, understands: dict[str, Any]) -> AdapterError:
-    """The error for a template where an adapter must stand."""
-    needs = [what for what in ("user", "instruction") if understands.get(what)]
-    return AdapterError(
-        "missing_setting", f"adapter {name} needs what only a request can say", seen="none",
-        limit=f"lora_ext with {' and '.join(needs)}", fix="send it with the request",
-    )  # fmt: skip
-
-
-def _id_in_use(adapter: Adapter, held: Held) -> AdapterError:
-    return AdapterError(
-        "id_in_use", f"lora_int_id {adapter.lora_int_id} already belongs to another adapter",
-        seen=f"{adapter.lora_name} at {adapter.lora_path}", limit=f"{held.name} at {held.path}",
-        fix="give every adapter its own id, or set load_inplace",
-    )  # fmt: skip

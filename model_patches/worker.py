@@ -26,8 +26,8 @@ from vllm_lora_ext.model_patches import foreign
 from vllm_lora_ext.model_patches.adapter_paths import find_folder
 from vllm_lora_ext.model_patches.agreement import with_ranks
 from vllm_lora_ext.model_patches.deriving import Deriver
+from vllm_lora_ext.model_patches.held import incomplete
 from vllm_lora_ext.model_patches.identity import tag_torch_caches
-from vllm_lora_ext.model_patches.ledger import incomplete
 from vllm_lora_ext.model_patches.loader import Loader, Reading
 from vllm_lora_ext.model_patches.manager import (
     RoutedLoRAModel,

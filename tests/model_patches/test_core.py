@@ -35,7 +35,7 @@ from vllm_lora_ext.conditions.recipe import DERIVED_IDS
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.core import ADD, ROLL_BACK, STATE, _adapters
 from vllm_lora_ext.model_patches.gate_pass import FINISH
-from vllm_lora_ext.model_patches.ledger import MEMORY_IDS
+from vllm_lora_ext.model_patches.held import MEMORY_IDS
 from vllm_lora_ext.model_patches.plan import plan_of
 from vllm_lora_ext.model_patches.residency import Prepared, SlotPart
 from vllm_lora_ext.model_patches.traffic import Traffic

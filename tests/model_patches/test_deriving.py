@@ -22,7 +22,7 @@ from vllm_lora_ext.adapters.registry import load_adapter
 from vllm_lora_ext.conditions.column import Column
 from vllm_lora_ext.conditions.recipe import Part, Recipe
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.model_patches.ledger import MEMORY_IDS
+from vllm_lora_ext.model_patches.held import MEMORY_IDS
 from vllm_lora_ext.routing import GateSpec, delta_reference
 
 O_PROJ = "model.layers.0.self_attn.o_proj"

@@ -6,7 +6,8 @@ import pytest
 from fake_workers import Engine, Request
 
 from vllm_lora_ext.conditions.recipe import DERIVED_IDS
-from vllm_lora_ext.model_patches.ledger import MEMORY_IDS
+from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches.held import MEMORY_IDS
 
 
 @pytest.fixture
@@ -404,3 +405,18 @@ def test_somebody_else_writes_under_the_adapters_own_id():
     r.ledger.doubt()
     assert r.ledger.enter(Request("a", 1), None) == 1
     assert r.engine.version(1) == "trained" and r.engine.replaced == [1]
+
+
+@pytest.mark.parametrize("ranks", [(0,), (0, 1)])
+def test_a_load_that_fails_when_a_worker_holds_it_already_leaves_nothing(engine, ranks):
+    """The copy into a free slot failed, say: nobody may take what stays for somebody else's."""
+    for i in ranks:
+        rank = engine.ranks[i]
+
+        def load(request, source, in_use, rank=rank):
+            rank.held[request.lora_int_id] = "v1"
+            return str(AdapterError("load_failed", "out of memory"))
+
+        rank.load = load
+    assert engine.code(engine.ledger.add, Request("a", 1)) == "load_failed"
+    assert engine.same() == set() and engine.ranks[0].held == {}

@@ -27,7 +27,7 @@ from vllm_lora_ext.errors import AdapterError
 
 FIELD = "lora_ext"
 
-LARGEST_FACTOR = 1e4
+_LARGEST_FACTOR = 1e4
 """Of a scale or a gate. More makes what a model computes overflow, and NaN would stay in the blocks
 of the KV cache for whoever gets them next."""
 _VALUES = 1 << 16  # numbers, keys and texts of one field
@@ -59,7 +59,7 @@ Span = Annotated[tuple[Count, Count | None], AfterValidator(_forward)]
 ClosedSpan = Annotated[tuple[Count, Count], AfterValidator(_forward)]
 
 
-Factor = Annotated[Number, Field(ge=-LARGEST_FACTOR, le=LARGEST_FACTOR)]
+Factor = Annotated[Number, Field(ge=-_LARGEST_FACTOR, le=_LARGEST_FACTOR)]
 _FIRST = Field(fail_fast=True)  # of many wrong numbers, only the first
 Spans = Annotated[tuple[Span, ...], _FIRST]
 ClosedSpans = Annotated[tuple[ClosedSpan, ...], _FIRST]
