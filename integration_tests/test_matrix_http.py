@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from vllm_lora_ext.adapters import load_adapter
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(900), matrix.whole]
 
+LOADING = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 NOTE = f"{beams.WIDTH} beams where a request says no more than its adapter's name, one elsewhere"
 
 
@@ -60,12 +63,60 @@ def test_data_parallel(rows: dict[str, Row], record: Record, tmp_path: Path) -> 
     Two engines behind one server; each must have every adapter.
     """
     server = served(rows, tmp_path, None, "--data-parallel-size", "2")
-    with serving(server, tmp_path / "server.log", **SHARED_NODE) as running:
+    with serving(server, tmp_path / "server.log", **SHARED_NODE, **LOADING) as running:
         asked_over_http(running, rows, record)
-        used = engines_used(httpx.get(f"{running.url}/metrics", trust_env=False).text)
+        metrics = httpx.get(f"{running.url}/metrics", trust_env=False).text
+        used = engines_used(metrics)
+        assert "lora_ext:slots 8.0" in metrics, "four of each engine"
+        two = [rows[name].cases[0].adapter.lora_path for name in ("plain", "routed linear")]
+        read_while_it_changes(running, two, tmp_path / "moving")
     assert len(used) == 2 and min(used) > 5, f"one engine did all: {used}"
     matrix.refuse_two_passes(record, data_parallel_size=2)
     record.close()
+
+
+def read_while_it_changes(server: Server, folders: list[str], name: Path) -> None:
+    """One name's folder is one of two adapters' by turns while the engines read it: whether a load
+    is refused or not, all engines answer with one version."""
+    name.symlink_to(folders[0])
+    done = threading.Event()
+
+    def swap() -> None:
+        for folder in itertools.cycle(folders):
+            other = name.with_suffix(".other")
+            other.symlink_to(folder)
+            other.rename(name)
+            if done.wait(0.02):
+                return
+
+    def ask(_: int) -> tuple[str, list[int]]:
+        body = {"model": "moving", "prompt": [5, 6, 7], "max_tokens": 4, "temperature": 0,
+                "return_token_ids": True}  # fmt: skip
+        answer = httpx.post(f"{server.url}/v1/completions", json=body, timeout=300, trust_env=False)
+        found = answer.raise_for_status().json()
+        return found["system_fingerprint"], found["choices"][0]["token_ids"]
+
+    def load(inplace: bool) -> int:
+        body = {"lora_name": "moving", "lora_path": str(name), "load_inplace": inplace}
+        url = f"{server.url}/v1/load_lora_adapter"
+        return httpx.post(url, json=body, timeout=300, trust_env=False).status_code
+
+    assert load(False) == 200
+    thread = threading.Thread(target=swap)
+    thread.start()
+    try:
+        with ThreadPoolExecutor(6) as pool:
+            seen = []
+            for _ in range(40):
+                status = load(True)
+                (answer,) = {(mark, *ids) for mark, ids in pool.map(ask, range(6))}
+                seen.append((status, answer))
+    finally:
+        done.set()
+        thread.join()
+    statuses = {status for status, _ in seen}
+    assert statuses == {200, 400}, f"nothing was refused, or something else: {statuses}"
+    assert len({answer[0] for _, answer in seen}) == len({answer for _, answer in seen}) == 2
 
 
 def test_beam_search_over_http(rows: dict[str, Row], record: Record, tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 from vllm.logger import init_logger
 
-from vllm_lora_ext.model_patches import engine_metrics
+from vllm_lora_ext.model_patches import data_parallel, engine_metrics
 from vllm_lora_ext.model_patches.admitted import Admitted
 from vllm_lora_ext.model_patches.core import STATE
 from vllm_lora_ext.model_patches.exchange import Exchanges
@@ -49,9 +49,8 @@ class RollbackRequest(BaseModel):
 
 
 async def state(engine: Any, count: bool = False) -> dict[str, Any]:
-    """What the engine core holds (`Adapters.state`)."""
-    answer: dict[str, Any] = await engine.engine_core.call_utility_async(STATE, count)
-    return answer
+    """What the engine cores hold (`Adapters.state`)."""
+    return data_parallel.whole(await data_parallel.ask(engine.engine_core, STATE, count))
 
 
 async def list_adapters(http: Request) -> Response:

@@ -46,6 +46,9 @@ STATE = "lora_ext_state"
 ROLL_BACK = "lora_ext_roll_back"
 """Method of the core: new requests get an older version again."""
 
+TAKE_BACK = "lora_ext_take_back"
+"""Method of the core: a load or a rollback that another core refused is undone."""
+
 OURS = "lora_ext"
 """Names of methods of core and workers that are the plugin's begin so."""
 
@@ -94,27 +97,30 @@ class Adapters:
         self, lora: LoRARequest, source: Any, at: int | None = None, expected: str | None = None
     ) -> dict[str, Any]:
         """Has an adapter loaded (`Ledger.add`): `{"version": digest, "path": where it is from,
-        "evicted": ids, "understands": what a request may say to it}`, or `{"error": text}`."""
+        "evicted": ids, "understands": what a request may say to it, "before": the digest of what
+        requests got before, or None}`, or `{"error": text}`."""
+        before = self.ledger.last(lora.lora_int_id)
         try:
             evicted = self.ledger.add(lora, source, at, expected)
         except AdapterError as error:
             return {"error": str(error)}
-        return self._reply(lora.lora_int_id, evicted)
+        return self._reply(lora.lora_int_id, evicted, before)
 
     def roll_back(self, lora: LoRARequest, version: str, expected: str | None) -> dict[str, Any]:
         """As `Ledger.roll_back`; answers as `add`."""
+        before = self.ledger.last(lora.lora_int_id)
         try:
             self.ledger.roll_back(lora, version, expected)
         except AdapterError as error:
             return {"error": str(error)}
-        return self._reply(lora.lora_int_id, [])
+        return self._reply(lora.lora_int_id, [], before)
 
-    def _reply(self, lora_id: int, evicted: list[int]) -> dict[str, Any]:
+    def _reply(self, lora_id: int, evicted: list[int], before: str | None) -> dict[str, Any]:
         held = self.ledger.current(lora_id)
         assert held is not None, "it was just loaded"
         return {
             "version": held.version, "path": held.path, "evicted": evicted,
-            "understands": held.understands,
+            "understands": held.understands, "before": before,
         }  # fmt: skip
 
     def state(self, count: bool) -> dict[str, Any]:
@@ -340,6 +346,7 @@ def _patch_core() -> None:
     EngineCore.collective_rpc = new_collective_rpc
     setattr(EngineCore, ADD, _add)
     setattr(EngineCore, ROLL_BACK, _roll_back)
+    setattr(EngineCore, TAKE_BACK, _take_back)
     setattr(EngineCore, STATE, _state)
     setattr(EngineCore, GATE, _gate)
     has_work = EngineCoreProc.has_work
@@ -387,6 +394,12 @@ def _roll_back(self: Any, request: Any, version: str, expected: str | None = Non
     """As `Adapters.roll_back`."""
     adapters, lora = _asked(self, request)
     return adapters.roll_back(lora, version, expected)
+
+
+def _take_back(self: Any, request: Any, version: str, before: str | None) -> None:
+    """As `Ledger.take_back`."""
+    adapters, lora = _asked(self, request)
+    adapters.ledger.take_back(lora.lora_int_id, version, before)
 
 
 def _state(self: Any, count: bool) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.model_patches import metrics
+from vllm_lora_ext.model_patches import data_parallel, metrics
 from vllm_lora_ext.model_patches.admitted import Admitted
 from vllm_lora_ext.model_patches.core import ADD, ROLL_BACK
 from vllm_lora_ext.model_patches.gate_pass import GATE
@@ -41,7 +41,9 @@ async def run_async(engine: Any, steps: Steps[T]) -> T:
         step = next(steps)
         while True:
             began = time.monotonic()
-            reply = await engine.engine_core.call_utility_async(*_call(step))
+            method, lora, *args = _call(step)
+            asked = data_parallel.first if isinstance(step, AskGate) else data_parallel.change
+            reply = await asked(engine.engine_core, method, lora, *args)
             step = _go_on(engine, steps, step, reply, began)
     except StopIteration as done:
         result: T = done.value

@@ -10,7 +10,7 @@ from typing import Any
 from prometheus_client import Counter, Gauge
 
 _GAUGES = {
-    "slots": "Adapter slots of the engine (--max-loras).",
+    "slots": "Adapter slots of all engines (--max-loras each).",
     "slots_used": "Slots that hold an adapter.",
     "resident_bytes": "Host memory that holds adapters, of all workers.",
     "limit_bytes": "Host memory that adapters may take (host_cache_mb), of all workers.",

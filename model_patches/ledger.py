@@ -83,6 +83,11 @@ class Ledger:
         at = self._versions.current(lora_id)
         return None if at is None else self._held.get(at)
 
+    def last(self, lora_id: int) -> str | None:
+        """The version that new requests got last, held or evicted."""
+        held = self.current(lora_id)
+        return self._last.get(lora_id) if held is None else held.version
+
     def older(self, lora_id: int) -> list[int]:
         """Where other versions are held."""
         current = self._versions.current(lora_id)
@@ -228,6 +233,20 @@ class Ledger:
                 limit=", ".join(held) or "none is", fix="load it again from its files",
             )  # fmt: skip
         self._switch(lora_id, at)
+
+    def take_back(self, lora_id: int, version: str, before: str | None) -> None:
+        """Undoes an `add` or `roll_back` that made new requests get `version`, which `last` said to
+        be `before` until then; unless they get another one by now."""
+        self._refresh()
+        if version == before or self.last(lora_id) != version:
+            return
+        at = None if before is None else self.find(lora_id, before)
+        if at is not None:
+            self._switch(lora_id, at)
+            return
+        self.remove(lora_id)
+        if before is not None:
+            self._last[lora_id] = before
 
     def remove(self, lora_id: int) -> bool:
         """Drops an adapter; versions that unfinished requests use, as soon as they are done."""

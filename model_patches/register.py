@@ -377,7 +377,7 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.v1.engine.llm_engine", "LLMEngine.collective_rpc"),
             Target("vllm.v1.engine.async_llm", "AsyncLLM.collective_rpc"),
             Target("vllm.v1.engine.core_client", "SyncMPClient.call_utility"),
-            Target("vllm.v1.engine.core_client", "AsyncMPClient.call_utility_async"),
+            Target("vllm.v1.engine.core_client", "AsyncMPClient._call_utility_async"),
         ),
     ),
     Patch(
@@ -451,7 +451,7 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.entrypoints.launchers.app", "build_app"),
             Target("vllm.entrypoints.serve.lora.api_router", "_attach_router"),
             Target("vllm.entrypoints.serve.lora.protocol", "LoadLoRAAdapterRequest"),
-            Target("vllm.v1.engine.core_client", "AsyncMPClient.call_utility_async"),
+            Target("vllm.v1.engine.core_client", "AsyncMPClient._call_utility_async"),
         ),
     ),
     Patch(

@@ -89,10 +89,10 @@ class AsyncEngine(SyncEngine):
         super().__init__(lora)
         answer = self.core.answer
 
-        async def call(*args: Any) -> Any:
+        async def call(*args: Any, engine: bytes) -> Any:
             return answer(*args)
 
-        self.engine_core = SimpleNamespace(call_utility_async=call)
+        self.engine_core = SimpleNamespace(_call_utility_async=call, core_engines=[b"0"])
 
     async def add_request(self, request_id: str, prompt: Any, params: Any, lora_request=None):
         return super().add_request(request_id, prompt, params, lora_request)
