@@ -128,10 +128,10 @@ def test_the_authors_numbers(server: Server) -> None:
 
 
 def test_after_a_preemption(server: Server) -> None:
-    """Eight requests at a time, each with a block and soon with four, of which there are 13."""
+    """Eight requests at a time, each with a block and soon with six, of which there are 13."""
     preempted = "vllm:num_preemptions_total"
     before = metrics(server)[preempted]
-    in_flight(server, [images()[1], images()[3], *instructions()[:2]] * 3, more=80)
+    in_flight(server, [images()[1], images()[3], *instructions()[:2]] * 3, more=150)
     assert metrics(server)[preempted] > before
 
 
