@@ -1,7 +1,7 @@
 """Kinds of adapters × features of the engine: each cell right (a number), or refused (a code).
 
 `make matrix` runs every column and writes docs/matrix.json down, of which docs/matrix.md is made;
-CI runs those that share one engine. Columns that other tests prove stand in
+CI runs the one that shares its engine with other tests. Columns that other tests prove stand in
 `scripts/matrix_page.py`, by these tests' names.
 """
 
@@ -42,7 +42,7 @@ def base(tmp_path_factory: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def drafting(base: Path) -> Iterator[Any]:
-    """Compiled, chunked, drafts by n-gram, and a tokenizer: what the columns of CI share."""
+    """Compiled, chunked, drafts by n-gram, and a tokenizer."""
     llm = make_engine(
         base, skip_tokenizer_init=False, speculative_config=NGRAM, disable_log_stats=False,
         max_num_batched_tokens=96,
@@ -59,10 +59,7 @@ def two_pass_rows() -> dict[str, Row]:
 
 @pytest.fixture(scope="module")
 def two_pass(base: Path) -> Iterator[Any]:
-    """As `drafting`, but that two passes and drafts exclude each other; `make matrix` only."""
-    if matrix.WHERE not in os.environ:
-        yield None
-        return
+    """As `drafting`, but that two passes and drafts exclude each other."""
     llm = make_engine(
         base, skip_tokenizer_init=False, max_num_batched_tokens=96, additional_config=TWO_PASS
     )
@@ -76,6 +73,7 @@ def record(request: pytest.FixtureRequest) -> Record:
     return Record(request.function.__doc__.splitlines()[0].rstrip("."), request.node.nodeid)
 
 
+@matrix.whole
 def test_ngram(
     drafting: Any, rows: dict[str, Row], two_pass_rows: dict[str, Row], record: Record
 ) -> None:
@@ -130,14 +128,14 @@ def test_several_answers(
 ALLOWED = range(100, 200)
 
 
+@matrix.whole
 def test_structured_output(
     drafting: Any, two_pass: Any, rows: dict[str, Row], two_pass_rows: dict[str, Row],
     record: Record,
 ) -> None:  # fmt: skip
     """Structured output."""
     shaped(drafting, rows, record)
-    if two_pass:
-        shaped(two_pass, two_pass_rows, record)
+    shaped(two_pass, two_pass_rows, record)
     record.close()
 
 
@@ -157,6 +155,7 @@ def shaped(llm: Any, rows: dict[str, Row], record: Record) -> None:
         record.right({name: 0.0 if same else float("inf")})
 
 
+@matrix.whole
 def test_beam_search(
     drafting: Any, two_pass: Any, rows: dict[str, Row], two_pass_rows: dict[str, Row],
     record: Record,
@@ -164,8 +163,7 @@ def test_beam_search(
     """Beam search."""
     asked = {name: row for name, row in rows.items() if row.plain}
     searched(drafting, asked, record)
-    if two_pass:
-        searched(two_pass, two_pass_rows, record)
+    searched(two_pass, two_pass_rows, record)
     others = [name for name in rows if name not in asked]
     record.other("not testable here", "offline beam search carries no `extra_args`", *others)
     record.close()

@@ -33,17 +33,16 @@ script = _script()
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the other tests compile")
 def test_kernels_compile_for_gpus_that_are_not_there():
-    """The interpreter takes much that the compiler refuses."""
-    command = [sys.executable, "-P", "-W", "ignore", SCRIPT, "--here"]
+    """The interpreter takes much that the compiler refuses. Here for one GPU, by
+    `make kernels-table` for all."""
+    command = [sys.executable, "-P", "-W", "ignore", SCRIPT, "--here", "--gpus", "90"]
     command += ["--ranks", "64", "--dtypes", "bf16"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
     rows = [line.split(" | ") for line in run.stdout.splitlines()]
     kernels = {(gpu, kernel) for gpu, kernel, *_ in rows}
     assert kernels == {
-        (f"sm_{gpu}", kernel)
-        for gpu in script.GPUS
-        for kernel in ("shrink", "expand", "extended", "glu", "mix")
+        ("sm_90", kernel) for kernel in ("shrink", "expand", "extended", "glu", "mix")
     }
     assert all(registers.split(" / ")[0] != "0" for *_, registers in rows)
 
