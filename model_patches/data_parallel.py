@@ -48,8 +48,8 @@ async def change(client: Any, method: str, lora: LoRARequest, *args: Any) -> dic
         for core, reply in zip(client.core_engines, replies, strict=True) if "error" not in reply
     ))  # fmt: skip
     return errors[0] if errors else {"error": str(AdapterError(
-        "ranks_differ", "the engines read different files under the adapter's path",
-        seen=lora.lora_path, fix="load it again when its files do not change any more",
+        "files_changed", "the engines read different files under the adapter's path",
+        seen=lora.lora_path, fix="load it again once they are complete, the same on every machine",
     ))}  # fmt: skip
 
 

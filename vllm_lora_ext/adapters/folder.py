@@ -13,7 +13,8 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,8 @@ class AdapterFolder:
         self._stamps = Stamps()  # of all subfolders too
         self._roots, self._allow_pickle, self.accepted = roots, allow_pickle, frozenset(accepted)
         self.head_size = head_size
-        self._open("", settings or {})
+        with self.unchanged():
+            self._open("", settings or {})
 
     def _open(self, below: str, settings: Mapping[str, Any]) -> None:
         self._below = below
@@ -264,6 +266,15 @@ class AdapterFolder:
     def settings(self) -> dict[str, Any]:
         """All that the sidecar says, and what was given in its place."""
         return dict(self._sidecar)
+
+    @contextmanager
+    def unchanged(self) -> Iterator[None]:
+        """What breaks a rule within was not of two versions, or the error is `files_changed`."""
+        try:
+            yield
+        except AdapterError:
+            self._stamps.check()
+            raise
 
     def finish(self) -> str:
         """Refuse what no reader asked for; then the sha256 over all that was read.

@@ -164,6 +164,11 @@ def load_adapter(
 
 def read_adapter(folder: AdapterFolder, *, parts: bool = False) -> RoutedAdapter:
     """As `load_adapter`, of a folder that is open already, and not read."""
+    with folder.unchanged():
+        return _read(folder, parts)
+
+
+def _read(folder: AdapterFolder, parts: bool) -> RoutedAdapter:
     reader = find_reader(folder)
     if reader.read is None:
         raise not_served(reader, folder.path)
