@@ -43,7 +43,7 @@ def test_kernels_compile_for_gpus_that_are_not_there():
     assert kernels == {
         (f"sm_{gpu}", kernel)
         for gpu in script.GPUS
-        for kernel in ("shrink", "expand", "extended", "glu", "mix")
+        for kernel in ("shrink", "expand", "extended", "glu", "mix", "prefetch")
     }
     assert all(registers.split(" / ")[0] != "0" for *_, registers in rows)
 
