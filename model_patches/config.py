@@ -11,6 +11,7 @@ import functools
 import logging
 from typing import Any
 
+from vllm import envs
 from vllm.config import CUDAGraphMode
 from vllm.engine.arg_utils import EngineArgs
 
@@ -41,6 +42,8 @@ def check_config(vllm_config: Any, lora_config: Any) -> LoraExtSettings:
     device_type = vllm_config.device_config.device_type
     triton = asks_for_triton(settings.triton, device_type)
     check_kernels(settings.of_kernels, triton, device_type)
+    if settings.prefetch_weights:
+        check_prefetch()
     mode = vllm_config.compilation_config.cudagraph_mode
     graphs = check_graphs(mode and mode.name, device_type, triton)
     if settings.trace:
@@ -51,6 +54,19 @@ def check_config(vllm_config: Any, lora_config: Any) -> LoraExtSettings:
         check_rank_attention(vllm_config, settings, graphs)
     _check_connector(vllm_config.kv_transfer_config)
     return settings
+
+
+def check_prefetch() -> None:
+    """Raises AdapterError `bad_settings` where nothing runs beside a product: weights would be
+    fetched by one launch more before they are read."""
+    if not envs.VLLM_LORA_ENABLE_DUAL_STREAM:
+        raise AdapterError(
+            "bad_settings", "the setting prefetch_weights is true, and LoRA has no second stream",
+            seen="VLLM_LORA_ENABLE_DUAL_STREAM is off", limit="engines that it is on for, which"
+            " vLLM does not allow together with --fully-sharded-loras",
+            fix="start with VLLM_LORA_ENABLE_DUAL_STREAM=1, or leave the setting prefetch_weights"
+            " out",
+        )  # fmt: skip
 
 
 def check_two_pass(vllm_config: Any) -> None:

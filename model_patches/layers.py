@@ -35,6 +35,7 @@ from vllm_lora_ext.kernels.gated_lora import (
     finish_,
     gated_lora_,
     gated_lora_into_,
+    prefetch,
     register_site,
 )
 from vllm_lora_ext.kernels.gated_lora.extension import fits
@@ -239,7 +240,11 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
             return self._get_quant_method().apply(self.base_layer, x, bias)
 
         def first() -> torch.Tensor | None:
-            return begin(x_TK, self.site, self.memory)
+            u = begin(x_TK, self.site, self.memory)
+            # Where vLLM runs both on one stream, it would only be one launch more.
+            if self.site.prefetches and torch.cuda.current_stream() == self._lora_stream:
+                prefetch(x_TK, self.site)
+            return u
 
         output, u = maybe_execute_in_parallel(base, first, *self._events, self._lora_stream)
         finish_(output.view(-1, output.shape[-1]), x_TK, u, self.site)

@@ -18,6 +18,7 @@ from vllm.utils.torch_utils import PIN_MEMORY
 
 from vllm_lora_ext.adapters.template import Template
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.kernels.gated_lora import Site, prefetch_in_order
 from vllm_lora_ext.kernels.gated_lora.backends.base import Backend
 from vllm_lora_ext.kernels.gated_lora.optional_selfcheck import selfcheck as optional_selfcheck
 from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
@@ -101,6 +102,7 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
                 lambda: optional_selfcheck(
                     device, lora_config.lora_dtype, lora_config.max_lora_rank, router_rows,
                     settings.extend_weights > 0, settings.fuse_activation,
+                    settings.prefetch_weights,
                 ),
             )  # fmt: skip
         graphs = vllm_config.compilation_config.cudagraph_mode
@@ -155,8 +157,10 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
             self.modules, self.blocks, lora_config.max_lora_rank, router_rows, positions, pinned,
             self.graphs,
         )  # fmt: skip
-        self._warm(backend, vllm_config)
         sites = [m.site for m in self.modules.values() if isinstance(m, RoutedLinear)]
+        if settings.prefetch_weights and backend.on_device:
+            prefetch_in_order(sites)  # models register their layers as they run them
+        self._warm(sites, backend, vllm_config)
         if self.graphs and any(map(may_sum, sites)):
             capture_apart(self, vllm_config)
         self.recorder: Recorder | None = None
@@ -170,12 +174,11 @@ class RoutedLoRAModelManager(LRUCacheLoRAModelManager):
         found: bool = super()._match_target_modules(module_name)
         return found
 
-    def _warm(self, backend: Backend, vllm_config: Any) -> None:
+    def _warm(self, sites: list[Site], backend: Backend, vllm_config: Any) -> None:
         """Compiles all that a step can need, while nobody waits and no row has an adapter."""
         options = (
             vllm_config.scheduler_config.max_num_batched_tokens, vllm_config.model_config.dtype,
         )  # fmt: skip
-        sites = [m.site for m in self.modules.values() if isinstance(m, RoutedLinear)]
         backend.warm(sites, *options)
         warm_blocks([block.site for block in self.blocks.values()], *options)
 

@@ -18,8 +18,8 @@ ENGINES = ((16, "bf16"), (64, "bf16"), (128, "bf16"), (512, "bf16"), (64, "fp32"
 LLAMA = ((4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,)))
 ODD = ((2880, (4096, 512, 512)), (4096, (2880,)), (576, (1536, 1536)), (1530, (570,)))
 MAX_TOKENS, SLOTS = 2048, 8  # of a step; more rows change no choice
-# The first is the dtype; the others make no other kernel of it.
-UNNAMED = ("OPERAND", "EVEN_K", "EVEN_N", "WALK", "PARTS")
+# The first is the dtype; the others make no other kernel of it, on a GPU.
+UNNAMED = ("OPERAND", "EVEN_K", "EVEN_N", "WALK", "PARTS", "PTX")
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ class Variant:
             if name.isupper() and name not in UNNAMED
         ]
         kernel = self.kernel.__name__.removesuffix("_kernel")
-        return f"{kernel} | {', '.join(shown)} | {self.sizes['OPERAND']} | {self.options.num_warps}"
+        dtype = self.sizes.get("OPERAND") or self.signature["a_ptr"].removeprefix("*")
+        return f"{kernel} | {', '.join(shown)} | {dtype} | {self.options.num_warps}"
 
 
 class Kept:
@@ -88,6 +89,7 @@ def variants(capability: str, engines: Iterable[tuple[int, str]] = ENGINES) -> l
         tuning,
         warmup,
     )
+    from vllm_lora_ext.kernels.gated_lora.backends.triton import prefetch as fetching
     from vllm_lora_ext.kernels.mix_mlp.backends.triton import mix
     from vllm_lora_ext.kernels.mix_mlp.backends.triton import warmup as block_warmup
 
@@ -95,7 +97,7 @@ def variants(capability: str, engines: Iterable[tuple[int, str]] = ENGINES) -> l
     device = tuning.Device(name, processors, shared * 1024)
     target = GPUTarget("cuda", int(capability), 32)
     kept, before = [], []
-    for module in (shrink, expand, extended, glu, mix, warmup, block_warmup):
+    for module in (shrink, expand, extended, glu, fetching, mix, warmup, block_warmup):
         for key, value in list(vars(module).items()):
             if isinstance(value, JITFunction) and key.endswith("_kernel"):
                 kept.append(Kept(value, target))
@@ -118,7 +120,7 @@ def _warm(shapes: Any, rank: int, dtype: str) -> None:
     """What an engine does when it starts, without memory."""
     import torch
 
-    from vllm_lora_ext.kernels.gated_lora import Site, StepMap
+    from vllm_lora_ext.kernels.gated_lora import Site, StepMap, prefetch_in_order
     from vllm_lora_ext.kernels.gated_lora.backends import choice
     from vllm_lora_ext.kernels.gated_lora.backends.triton import warmup
     from vllm_lora_ext.kernels.gated_lora.codes import MOST_ACTIVATED
@@ -144,6 +146,7 @@ def _warm(shapes: Any, rank: int, dtype: str) -> None:
         sites.append(site)
     for site in sites:
         site.step = step
+    prefetch_in_order(sites)
     warmup.warm(sites, MAX_TOKENS, kind)
     blocks = [BlockSite(sites[2], sites[3], torch.relu, act_name="silu")]
     if sites[2].slice_sizes[0] == sites[3].a_SRK.shape[2]:

@@ -35,6 +35,7 @@ _ALLOWED = {
     "triton": "true, false, or null",
     "extend_weights": "a number, 0 or more",
     "fuse_activation": "true or false",
+    "prefetch_weights": "true or false",
     "trace": "true or false",
     "pickle": '"weights_only", or null for no pickles',
     "two_pass": "true or false, or null for what --lora-modules needs",
@@ -223,6 +224,10 @@ class LoraExtSettings(BaseModel):
     the activation. gate and up are then not rounded in between; experts that are MLP blocks are
     refused."""
 
+    prefetch_weights: bool = False
+    """On a GPU, with `VLLM_LORA_ENABLE_DUAL_STREAM=1`: beside a layer's product in a small step,
+    its adapters' B and the next layer's A and routers are fetched into L2, on the second stream."""
+
     trace: bool = False
     """Whether a request may ask what its adapter's gates decided. Needs an engine without CUDA
     graphs; off, nothing of it is there."""
@@ -290,7 +295,10 @@ class LoraExtSettings(BaseModel):
     @property
     def of_kernels(self) -> dict[str, object]:
         """By name, the settings that turn kernels on which nothing else needs."""
-        return {"extend_weights": self.extend_weights, "fuse_activation": self.fuse_activation}
+        return {
+            "extend_weights": self.extend_weights, "fuse_activation": self.fuse_activation,
+            "prefetch_weights": self.prefetch_weights,
+        }  # fmt: skip
 
     def readable_roots(self) -> tuple[Path, ...] | None:
         """Where the engine may read adapters: `adapter_roots`, and what was merged from there."""

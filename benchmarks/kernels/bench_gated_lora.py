@@ -51,8 +51,9 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from aims import AIMS  # noqa: E402
 from decoder_layer import MODELS, Case, Layer, Weights  # noqa: E402
 
-from vllm_lora_ext.kernels.gated_lora import StepMap  # noqa: E402
+from vllm_lora_ext.kernels.gated_lora import StepMap, prefetch_in_order  # noqa: E402
 from vllm_lora_ext.kernels.gated_lora.backends.triton import tuning  # noqa: E402
+from vllm_lora_ext.kernels.gated_lora.extension import MOST_ROWS  # noqa: E402
 from vllm_lora_ext.kernels.gated_lora.reference import TOLERANCE  # noqa: E402
 
 TOKENS = (1, 8, 32, 64, 256, 2048, 8192)
@@ -175,6 +176,11 @@ def measure(
     row["added"] = graph_time([partial(layer.run_with_base, w) for w, layer in pairs]) / base - 1
     beside = graph_time([partial(layer.run_beside_base, w, side) for w, layer in pairs])
     row["added_beside"] = beside / base - 1
+    row["added_prefetched"] = None
+    if t <= MOST_ROWS:  # larger steps fetch nothing
+        prefetch_in_order([site for layer in layers for site in layer.sites])
+        ahead = [partial(layer.run_beside_base, w, side, prefetches=True) for w, layer in pairs]
+        row["added_prefetched"] = graph_time(ahead) / base - 1
     below = [call for w, layer in pairs[:2] if (call := layer.extended(w)) is not None]
     fused, apart = (
         graph_time([layer.gate_up(w, one) for w, layer in pairs[:2]]) for one in (True, False)

@@ -18,6 +18,7 @@ from vllm_lora_ext.kernels.gated_lora import (
     finish_,
     gated_lora_,
     gated_lora_reference,
+    prefetch,
     register_site,
 )
 from vllm_lora_ext.kernels.gated_lora.backends import choice
@@ -130,14 +131,22 @@ class Layer:
         for number, x_TK, w_NK in zip(self.numbers, self.x, weights, strict=True):
             _with_base(x_TK, w_NK, number)
 
-    def run_beside_base(self, weights: Weights, side: torch.cuda.Stream) -> None:
-        """The same with the first launch on a second stream, beside the product."""
+    def run_beside_base(
+        self, weights: Weights, side: torch.cuda.Stream, prefetches: bool = False
+    ) -> None:
+        """The same with the first launch on a second stream, beside the product.
+
+        Args:
+            prefetches: behind it, what is read after the product is fetched (`prefetch_in_order`).
+        """
         here = torch.cuda.current_stream()
         for site, x_TK, w_NK in zip(self.sites, self.x, weights, strict=True):
             side.wait_stream(here)
             y_TN = torch.mm(x_TK, w_NK.t())
             with torch.cuda.stream(side):
                 u_PTR = begin(x_TK, site)
+                if prefetches:
+                    prefetch(x_TK, site)
             here.wait_stream(side)
             finish_(y_TN, x_TK, u_PTR, site)
 

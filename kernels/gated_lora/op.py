@@ -10,6 +10,7 @@ call.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakValueDictionary
@@ -64,6 +65,32 @@ def begin(x: torch.Tensor, site: Site, memory: torch.Tensor | None = None) -> to
     if not site.step.active or not site.backend.on_device:
         return None
     return site.backend.shrink(site.own_x(x), site, memory)
+
+
+def prefetch_in_order(sites: Sequence[Site]) -> None:
+    """Has each site fetch what is read after its product: its own B, and what the one that follows
+    shrinks with.
+
+    Args:
+        sites: in the order in which they run; where one has another, only time is lost.
+    """
+    for site in sites:
+        site.prefetches = True
+    for site, after in itertools.pairwise(sites):
+        # An extended weight is read by a product, and another step's slots are not these.
+        if after.extension is None and after.step is site.step:
+            site.following = after
+
+
+def prefetch(x: torch.Tensor, site: Site) -> None:
+    """For callers that run it behind `begin`, beside the base product: what is read after that, on
+    its way into L2 (`triton.prefetch`). Only a small step waits for its weights."""
+    if not site.step.active or len(x) > MOST_ROWS:
+        return
+    # Only these kernels have such sites, and a CPU does not import them.
+    from vllm_lora_ext.kernels.gated_lora.backends.triton import prefetch as kernel
+
+    kernel.prefetch(len(x), site)
 
 
 def finish_(y: torch.Tensor, x: torch.Tensor, u_PTR: torch.Tensor | None, site: Site) -> None:

@@ -1,5 +1,6 @@
 """Are the kernels right on this device that only settings turn on? `selfcheck` asks that of the
-others. A and routers below a base weight (`extension`), and the launch that activates too."""
+others. A and routers below a base weight (`extension`), the launch that activates too, and the one
+that fetches weights."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ import torch
 
 from vllm_lora_ext.kernels.gated_lora.backends import choice
 from vllm_lora_ext.kernels.gated_lora.extension import PARTS
+from vllm_lora_ext.kernels.gated_lora.op import prefetch_in_order
 from vllm_lora_ext.kernels.gated_lora.reference import gated_lora_reference
 from vllm_lora_ext.kernels.gated_lora.selfcheck import (
     WIDTH,
@@ -42,11 +44,12 @@ def selfcheck(
     max_router_rows: int,
     extended: bool,
     activates: bool,
+    prefetches: bool,
 ) -> str | None:
     """Runs plain, routed and base rows together.
 
     Args:
-        extended, activates: which kernels.
+        extended, activates, prefetches: which kernels.
     Returns:
         None when all is right, else what is wrong, in one line.
     """
@@ -60,6 +63,8 @@ def selfcheck(
                 wrong = _run(layer, t, device, dtype, limits, below, act)
                 if wrong is not None:
                     return wrong
+        if prefetches:
+            _fetch(layer, device, dtype, max_rank, max_router_rows)
     except Exception as error:  # a compiler that fails, a product that is refused: anything
         return in_one_line(error)
     return None
@@ -78,6 +83,26 @@ def _layer(dtype: torch.dtype, max_rank: int, max_router_rows: int) -> _Layer:
     ]
     slots[1][1] = None
     return _Layer((weight_NK / WIDTH**0.5).to(dtype), [*slots, [None, None]])
+
+
+def _fetch(
+    layer: _Layer, device: torch.device | str, dtype: torch.dtype, max_rank: int, router_rows: int
+) -> None:
+    """Has no result: that it compiles and runs is all."""
+    from vllm_lora_ext.kernels.gated_lora.backends.triton.prefetch import prefetch
+
+    limits = max_rank, router_rows, dtype, device, choice.triton()
+    sites = [Site(len(layer.slots), WIDTH, SLICES, *limits) for _ in range(2)]
+    step = StepMap(TOKENS[1], device, tiled=True)
+    step.update(np.arange(TOKENS[1]) % 4 - 1)
+    for site in sites:
+        site.step = step
+        for slot, parts in enumerate(layer.slots):
+            site.write(slot, parts)
+    prefetch_in_order(sites)
+    for site in sites:
+        prefetch(TOKENS[1], site)
+    step.table.cpu()  # waits; a launch that fails says so here
 
 
 def _run(

@@ -89,6 +89,8 @@ class Site:
         self.after: list[After] = []  # who uses the slots in a way of its own, or looks on
         # Of a layer [gate | up] whose op activates too: a name of `codes.ACTIVATIONS`.
         self.activation: str | None = None
+        self.prefetches = False  # whether weights are fetched beside the layer's product
+        self.following: Site | None = None  # what runs after it, for those that fetch
 
     @property
     def padded_rank(self) -> int:

@@ -66,6 +66,8 @@ V1 = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 TORCH = {"additional_config": {"lora_ext": {"triton": False}}}
 # Layers of these models are small: any number of rows may stand below their weights.
 EXTENDED = {"additional_config": {"lora_ext": {"extend_weights": 1e6}}}
+DUAL = {"VLLM_LORA_ENABLE_DUAL_STREAM": "1"}
+PREFETCHED = {"additional_config": {"lora_ext": {"prefetch_weights": True}}}
 # The first ones tell most.
 ENGINES = {
     "stock": Engine(("plain-a",), EAGER, {"VLLM_LORA_EXT_DISABLE": "1"}),
@@ -74,9 +76,10 @@ ENGINES = {
     "graphs-v1": Engine(env=V1),
     "bf16": Engine(options=FLASH),
     "torch": Engine(options=EAGER | TORCH),
-    "dual": Engine(env={"VLLM_LORA_ENABLE_DUAL_STREAM": "1"}),
+    "dual": Engine(env=DUAL),
     "extended": Engine(ROUTED, EXTENDED),
     "fused": Engine(ROUTED, {"additional_config": {"lora_ext": {"fuse_activation": True}}}),
+    "prefetched": Engine(options=PREFETCHED, env=DUAL),
     "sleep": Engine(options={"enable_sleep_mode": True}, sleeps=True),
     "qwen2": Engine(("meteora-a",)),
     "eager-v1": Engine(options=EAGER, env=V1),

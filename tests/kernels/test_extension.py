@@ -241,7 +241,7 @@ def test_who_listens_hears_y_and_x(no_shrink):
                                             ("glu.glu", (False, True))])  # fmt: skip
 def test_the_selfcheck_passes_and_sees_what_is_wrong(name, kind, dtype, monkeypatch):
     backends = "vllm_lora_ext.kernels.gated_lora.backends.triton"
-    assert selfcheck(DEVICE, dtype, 16, 8, *kind) is None
+    assert selfcheck(DEVICE, dtype, 16, 8, *kind, False) is None
     right = pkgutil.resolve_name(f"{backends}.{name}")
 
     def off(y_TN, *args):
@@ -249,12 +249,12 @@ def test_the_selfcheck_passes_and_sees_what_is_wrong(name, kind, dtype, monkeypa
         y_TN[:, 3] *= 1.5
 
     monkeypatch.setattr(f"{backends}.{name}", off)
-    assert "results differ" in selfcheck(DEVICE, dtype, 16, 8, *kind)
+    assert "results differ" in selfcheck(DEVICE, dtype, 16, 8, *kind, False)
 
 
 @runs_kernels
 def test_both_at_once_pass_the_selfcheck():
-    assert selfcheck(DEVICE, torch.bfloat16, 24, 3, True, True) is None
+    assert selfcheck(DEVICE, torch.bfloat16, 24, 3, True, True, False) is None
 
 
 @runs_kernels

@@ -22,6 +22,8 @@ from vllm_lora_ext.kernels.gated_lora import (
     StepMap,
     begin,
     finish_,
+    prefetch,
+    prefetch_in_order,
     register_site,
 )
 from vllm_lora_ext.kernels.gated_lora.backends import choice
@@ -55,13 +57,19 @@ class Launches:
 
 @pytest.fixture
 def launches(monkeypatch):
-    from vllm_lora_ext.kernels.gated_lora.backends.triton import expand, extended, glu, shrink
+    from vllm_lora_ext.kernels.gated_lora.backends.triton import (
+        expand,
+        extended,
+        glu,
+        shrink,
+    )
+    from vllm_lora_ext.kernels.gated_lora.backends.triton import prefetch as fetching
     from vllm_lora_ext.kernels.mix_mlp.backends.triton import mix
 
     counted = Launches()
     for module, name in (
         (shrink, "shrink_kernel"), (expand, "expand_kernel"), (mix, "mix_kernel"),
-        (extended, "extended_kernel"), (glu, "glu_kernel"),
+        (extended, "extended_kernel"), (glu, "glu_kernel"), (fetching, "prefetch_kernel"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, counted)
     return counted
@@ -124,6 +132,24 @@ def test_both_launches_of_a_layer(launches, page_locked):  # noqa: F811
     with host_syncs(page_locked) as seen:
         finish_(y_TN, x_TK, begin(x_TK, on), on)
     assert seen == [] and launches.count == 2
+
+
+def test_weights_that_are_fetched_beside_a_product(launches, page_locked):  # noqa: F811
+    """Of this layer and the next; an adapter with a router goes in, and out."""
+    on, after, step = site(), site((K,), 48), step_map()
+    on.step = after.step = step
+    ready = packed(on, np.random.default_rng(0), SIZES, K, page_locked)
+    on.reserve_routers(on.most_routers)
+    prefetch_in_order([on, after])
+    x_TK = torch.empty(len(SLOTS), K, dtype=torch.bfloat16, device="meta")
+    with host_syncs(page_locked) as seen:
+        on.load(1, ready)
+        for slots_T in (SLOTS, np.full(9, -1)):
+            step.update(slots_T)
+            for one in (on, after):
+                prefetch(x_TK, one)
+        on.clear(1)
+    assert seen == [] and launches.count == 2  # none in the step of the base model
 
 
 def test_a_sharded_layer_in_graphs(launches, page_locked):  # noqa: F811

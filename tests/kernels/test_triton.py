@@ -54,7 +54,7 @@ def test_this_file_interpreted():
     command = [
         sys.executable, "-P", "-m", "pytest", "-q", "-p", "no:cacheprovider",
         *(str(HERE.with_name(f"test_{name}.py"))
-          for name in ("triton", "triton_mix", "extension", "glu")),
+          for name in ("triton", "triton_mix", "extension", "glu", "prefetch")),
     ]  # fmt: skip
     run = subprocess.run(
         command, cwd=HERE.parents[2], env={**os.environ, "TRITON_INTERPRET": "1"},

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from vllm_lora_ext.kernels.gated_lora import Site, StepMap, register_site
+from vllm_lora_ext.kernels.gated_lora import (
+    Site,
+    StepMap,
+    prefetch,
+    prefetch_in_order,
+    register_site,
+)
 from vllm_lora_ext.kernels.gated_lora.backends import choice
 from vllm_lora_ext.kernels.gated_lora.op import (  # the ops themselves take no meta
     _activated_lora,
@@ -58,6 +64,7 @@ def kernels(monkeypatch):
         tuning,
         warmup,
     )
+    from vllm_lora_ext.kernels.gated_lora.backends.triton import prefetch as fetching
     from vllm_lora_ext.kernels.mix_mlp.backends.triton import mix
 
     h100 = tuning.Device("H100", 132, 227 * 1024)
@@ -66,7 +73,7 @@ def kernels(monkeypatch):
     counted = {}
     for module, name in (
         (shrink, "shrink_kernel"), (expand, "expand_kernel"), (mix, "mix_kernel"),
-        (extended, "extended_kernel"), (glu, "glu_kernel"),
+        (extended, "extended_kernel"), (glu, "glu_kernel"), (fetching, "prefetch_kernel"),
     ):  # fmt: skip
         counted[name] = Counted(getattr(module, name))
         monkeypatch.setattr(module, name, counted[name])
@@ -156,6 +163,32 @@ def test_no_step_compiles_an_activating_kernel_that_the_warm_up_has_not(shapes, 
             x_TK = torch.empty(t, site.a_SRK.shape[2], dtype=torch.bfloat16, device="meta")
             _activated_lora(x_TK.new_empty(t, 2 * inner), x_TK, handle, inner)
     assert keys(kernels) == warmed
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shapes", [LLAMA, ODD, LLAMA[:1]])
+def test_no_step_compiles_a_fetch_that_the_warm_up_has_not(shapes, stored, kernels):
+    """One is for all sites of a dtype, the last one too."""
+    from vllm_lora_ext.kernels.gated_lora.backends.triton.warmup import warm
+
+    sites = sites_of(shapes, 64, stored)
+    prefetch_in_order(sites)
+    warm(sites, MOST, torch.bfloat16)
+    warmed = keys(kernels)
+    assert len({key for name, key in warmed if name == "prefetch_kernel"}) == 1
+    sites[0].step.update(np.zeros(MOST, dtype=np.int64))
+    for site in sites:
+        site.reserve_routers(site.most_routers)
+        for t in (*range(1, 130), MOST):
+            prefetch(torch.empty(t, site.a_SRK.shape[2], device="meta"), site)
+    assert keys(kernels) == warmed
+
+
+def test_without_the_setting_no_fetch_is_compiled(kernels):
+    from vllm_lora_ext.kernels.gated_lora.backends.triton.warmup import warm
+
+    warm(sites_of(LLAMA, 16), 64, torch.bfloat16)
+    assert not kernels["prefetch_kernel"].keys and kernels["shrink_kernel"].keys
 
 
 def test_no_step_compiles_a_block_that_the_warm_up_has_not(kernels):

@@ -52,9 +52,11 @@ class Kernel:
 
 @pytest.fixture
 def streams(monkeypatch) -> Streams:
-    from vllm_lora_ext.kernels.gated_lora.backends.triton import expand, shrink
+    from vllm_lora_ext.kernels.gated_lora.backends.triton import expand, prefetch, shrink
 
     streams = Streams()
+    monkeypatch.setattr(prefetch, "prefetch_kernel", Kernel("prefetch", streams))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams.now)
     monkeypatch.setattr(shrink, "shrink_kernel", Kernel("shrink", streams))
     monkeypatch.setattr(expand, "expand_kernel", Kernel("expand", streams))
     monkeypatch.setattr(torch.cuda, "stream", streams.on)
@@ -84,6 +86,15 @@ def layer(streams: Streams, slots_T: np.ndarray, side: str | None) -> Any:
     return made
 
 
+def fetching(streams: Streams, slots_T: np.ndarray, side: str | None) -> Any:
+    """The same with the setting `prefetch_weights`."""
+    from vllm_lora_ext.kernels.gated_lora import prefetch_in_order
+
+    made = layer(streams, slots_T, side)
+    prefetch_in_order([made.site])
+    return made
+
+
 x_TK = torch.empty(ROWS, K, dtype=torch.bfloat16, device="meta")
 ADAPTED, BASE = np.array([0, 1, -1, 0, -1]), np.full(ROWS, -1)
 
@@ -101,10 +112,33 @@ def test_without_a_second_stream_all_of_it_is_in_order(streams) -> None:
     assert streams.work == [("main", "base"), ("main", "shrink"), ("main", "expand")]
 
 
+@pytest.mark.parametrize("make", [layer, fetching])
 @pytest.mark.parametrize("side", ["side", None])
-def test_a_step_without_an_adapter_launches_nothing(side, streams) -> None:
-    layer(streams, BASE, side).run(x_TK)
-    assert {what for _, what in streams.work} & {"shrink", "expand"} == set()
+def test_a_step_without_an_adapter_launches_nothing(side, make, streams) -> None:
+    make(streams, BASE, side).run(x_TK)
+    assert {what for _, what in streams.work} & {"shrink", "expand", "prefetch"} == set()
+
+
+def test_weights_are_fetched_behind_the_shrink_and_beside_the_product(streams) -> None:
+    """Never in front of the expand on the stream that it runs on."""
+    fetching(streams, ADAPTED, "side").run(x_TK)
+    assert streams.work == [
+        ("main", "record begin"), ("main", "base"), ("side", "wait begin"), ("side", "shrink"),
+        ("side", "prefetch"), ("side", "record shrunk"), ("main", "wait shrunk"),
+        ("main", "expand"),
+    ]  # fmt: skip
+
+
+def test_none_are_fetched_where_vllm_runs_both_on_one_stream(streams, monkeypatch) -> None:
+    want = [("main", "base"), ("main", "shrink"), ("main", "expand")]
+    fetching(streams, ADAPTED, None).run(x_TK)
+    assert streams.work == want
+    from vllm.compilation.breakable_cudagraph import BreakableCUDAGraphCapture
+
+    monkeypatch.setattr(BreakableCUDAGraphCapture, "is_active", staticmethod(lambda: True))
+    streams.work.clear()
+    fetching(streams, ADAPTED, "side").run(x_TK)
+    assert streams.work == want
 
 
 def test_the_next_layers_shrink_waits_for_this_ones_expand(streams) -> None:

@@ -33,7 +33,7 @@ SQRT_WEIGHT = _place(codes.WEIGHTS, "sqrt")
 AS_IT_IS, NORMALISED = _place(tables.AFFINE, "none"), _place(tables.AFFINE, "normalised")
 
 # Of a slot's row.
-A_ROWS, ROUTER_ROWS, READS_NORM = (_place(tables.COUNTS, name) for name in tables.COUNTS)
+A_ROWS, ROUTER_ROWS, READS_NORM, B_ROWS = (_place(tables.COUNTS, name) for name in tables.COUNTS)
 COUNTS = tl.constexpr(len(tables.COUNTS))
 # Of a slice: its header, its vectors over ranks, its gate tables.
 RANKS, GATES, FACTORS, RESCALED = (_place(tables.SLICE, name) for name in tables.SLICE)

@@ -25,9 +25,10 @@ import torch
 
 from vllm_lora_ext.kernels.gated_lora.codes import BIASES, SCORES, SELECTS, WEIGHTS
 from vllm_lora_ext.kernels.gated_lora.plan import MAX_GATES, Shape, SlicePlan
+from vllm_lora_ext.routing import GateSpec
 
-# Rows in use, and whether a router reads a normalised x.
-COUNTS = ("a_rows", "router_rows", "reads_norm")
+# Rows in use, whether a router reads a normalised x, and rows of B if no gate chooses among them.
+COUNTS = ("a_rows", "router_rows", "reads_norm", "b_rows")
 SLICE = ("ranks", "gates", "factors", "rescaled")
 # Column of the rank's logit, first rank of its gate, columns of its A x and of its factor.
 RANK_INTS = ("logit", "first", "ax", "factor")
@@ -102,7 +103,7 @@ class SlotTables:
         for i, p in plans:
             of_slice.setdefault(i, []).append(p)
         normalised = any(p.norm is not None for ps in of_slice.values() for p in ps)
-        ints_np[: len(COUNTS)] = a_rows, router_rows, normalised
+        ints_np[: len(COUNTS)] = a_rows, router_rows, normalised, _whole_b(of_slice.values())
         for i, ps in of_slice.items():
             self._slice(
                 ints_np[len(COUNTS) + i * self.slice_ints :][: self.slice_ints],
@@ -154,6 +155,21 @@ def slice_floats(max_rank: int, gates: int) -> int:
     return len(RANK_FLOATS) * max_rank + gates * len(VALUES)
 
 
+def _whole_b(plans: Iterable[Sequence[SlicePlan]]) -> int:
+    """Rows of B, of the slice that has most, that every step with the slot reads; 0 where a gate
+    chooses among them."""
+    every = [p for of_slice in plans for p in of_slice]
+    if any(_select(p.gate) != "all" or p.gate.mask_below is not None for p in every):
+        return 0
+    return max((p.b_start + len(p.bt_RN) for p in every), default=0)
+
+
+def _select(gate: GateSpec) -> str:
+    """Keeping every gate needs no search: select 'all'."""
+    keeps_all = gate.select == "top_k" and gate.k == gate.num_gates
+    return "all" if keeps_all else gate.select
+
+
 def _first_logit(p: SlicePlan) -> int:
     """Column of the first gate's logit: of u, or of the numbers that come with a row."""
     if p.gate.columns:
@@ -169,18 +185,16 @@ def _per_gate(p: SlicePlan) -> tuple[torch.Tensor | None, ...]:
 
 def _spec(p: SlicePlan) -> list[int]:
     gate = p.gate
-    # Keeping every gate needs no search: select 'all'.
-    keeps_all = gate.select == "top_k" and gate.k == gate.num_gates
-    search = {"top_k": gate.k, "top_p": gate.num_gates}.get(gate.select, 0)
+    select = _select(gate)
     affine = "bias" if p.logit_bias_G is not None else "none"
     spec = {
         "start": p.b_start,
         "stop": p.b_start + len(p.bt_RN),
         "score": SCORES.index(gate.score),
         "bias": BIASES.index(gate.bias),
-        "select": SELECTS.index("all" if keeps_all else gate.select),
+        "select": SELECTS.index(select),
         "by_magnitude": gate.key == "abs",
-        "picks": 0 if keeps_all else search,
+        "picks": {"top_k": gate.k, "top_p": gate.num_gates}.get(select, 0),
         "head": p.head_at if gate.threshold_head else -1,
         "subtract": gate.subtract_threshold,
         "weight": WEIGHTS.index(gate.weight),

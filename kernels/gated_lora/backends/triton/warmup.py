@@ -16,6 +16,7 @@ import torch
 from vllm_lora_ext.kernels.gated_lora.backends.triton.expand import expand_
 from vllm_lora_ext.kernels.gated_lora.backends.triton.extended import expand_extended
 from vllm_lora_ext.kernels.gated_lora.backends.triton.glu import glu
+from vllm_lora_ext.kernels.gated_lora.backends.triton.prefetch import prefetch
 from vllm_lora_ext.kernels.gated_lora.backends.triton.shrink import num_parts, shrink
 from vllm_lora_ext.kernels.gated_lora.backends.triton.tuning import blocks, device_of
 from vllm_lora_ext.kernels.gated_lora.extension import MOST_ROWS
@@ -43,6 +44,8 @@ def warm(sites: Iterable[Site], max_tokens: int, dtype: torch.dtype) -> None:
             if site.activation is not None:  # a step of the base model has no product of that kind
                 _second(y_TN, y_TN, None, site)
             continue
+        if site.prefetches and t <= MOST_ROWS:
+            prefetch(t, site)
         u_PTR = shrink(x_TK, site)
         _second(y_TN, y_TN, u_PTR, site)
         if len(u_PTR) > 1:  # what is reduced over ranks comes in one part
