@@ -111,7 +111,7 @@ class Door:
 
     def send(self, route: str, body: Any) -> None:
         """One request; what is wrong with its answer is noted."""
-        content = json.dumps(body).encode()
+        content = json.dumps(body, default=repr).encode()  # "binary" strings are bytes
         try:
             answer = self._http.post(
                 route, content=content, headers={"Content-Type": "application/json"}
