@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +37,7 @@ LOAD, UNLOAD, ROLLBACK = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v
 ADAPTERS, COMPLETIONS, CHAT = "/v1/lora_ext/adapters", "/v1/completions", "/v1/chat/completions"
 PLAIN = recorded("plain-a")
 NAMED = ("kept", "red", "green")
+KEYS = ("lora_name", "lora_path", "expected_version", "version", "name")
 # What no schema's strings are, and JSON's may be.
 HALF = "\ud800"
 ODD = ("\0", "a\nb", "NaN", "../..", "/", "é" * 3000, "cat:kept+red", 'describe:"x"')
@@ -63,6 +64,15 @@ class Door:
         self.listed, self.kept = self.names(), self.answer()
         spec = self._http.get("/openapi.json").json()
         self.schema = schemathesis.openapi.from_dict(self._fuller(spec))
+        paths = [str(adapters / name) for name in ("plain", "red", "green", "broken", "none")]
+        versions = [row["version"] for row in self._http.get(ADAPTERS).json()["data"]]
+        self.there = st.fixed_dictionaries({
+            "lora_name": st.sampled_from([*NAMED, "fuzzed", *ODD]),
+            "lora_path": st.sampled_from([*paths, "plain", *ODD]),
+            "expected_version": st.sampled_from([None, None, "0" * 64, *versions]),
+            "version": st.sampled_from([*versions, "0" * 64]),
+            "name": st.sampled_from([*NAMED, "fuzzed", *ODD]),
+        })  # fmt: skip
 
     def names(self) -> set[str]:
         return {row["name"] for row in self._http.get(ADAPTERS).json()["data"]}
@@ -77,22 +87,10 @@ class Door:
         return tokens
 
     def _fuller(self, spec: dict[str, Any]) -> dict[str, Any]:
-        """The served document; names and paths may be some that are there, and of the routes that
-        compute only this field is fuzzed."""
+        """The served document; of the routes that compute only this field is fuzzed."""
         schemas = spec["components"]["schemas"]
-        loaded = {"anyOf": [{"enum": [*NAMED, "fuzzed"]}, {"type": "string"}, {"enum": [*ODD]}]}
-        paths = [str(self._adapters / name) for name in ("plain", "red", "broken", "none")]
-        path = {"anyOf": [{"enum": [*paths, "plain"]}, {"type": "string"}, {"enum": [*ODD]}]}
-        version = {"anyOf": [{"enum": ["0" * 64, None]}, {"type": "string"}]}
-        for model, fields in {
-            "LoadRequest": {"lora_name": loaded, "lora_path": path, "expected_version": version},
-            "UnloadLoRAAdapterRequest": {"lora_name": loaded},
-            "RollbackRequest": {"lora_name": loaded, "version": version},
-        }.items():
-            schemas[model]["properties"] |= fields
         said = Said.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= said.pop("$defs")
-        schemas["Entry"]["properties"]["name"] = loaded
         said = {"anyOf": [said, {}, {"type": "string"}]}
         prompts = {
             "CompletionRequest": {"prompt": {"const": [5, 6, 7]}},
@@ -152,6 +150,16 @@ class Door:
             self.seen.wrong.append(f"{self.names()} are loaded, and were {self.listed}")
 
 
+def named(body: Any, there: Mapping[str, Any]) -> Any:
+    """The same, where names, paths and versions are some that may be there: a schema's strings
+    never are."""
+    if isinstance(body, list):
+        return [named(part, there) for part in body]
+    if not isinstance(body, dict):
+        return body
+    return {key: there[key] if key in there else named(v, there) for key, v in body.items()}
+
+
 def fuzz(door: Door, route: str, mode: GenerationMode, until: float) -> None:
     """Requests of one route, of one kind, until a time."""
     operation = door.schema[route]["POST"]
@@ -161,11 +169,13 @@ def fuzz(door: Door, route: str, mode: GenerationMode, until: float) -> None:
         max_examples=10**9, deadline=None, database=None, phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )  # fmt: skip
-    @given(case=strategy, odd=st.integers(0, 9))
-    def one(case: Any, odd: int) -> None:
+    @given(
+        case=strategy, odd=st.integers(0, 9), there=door.there, keys=st.sets(st.sampled_from(KEYS))
+    )
+    def one(case: Any, odd: int, there: dict[str, Any], keys: set[str]) -> None:
         if time.monotonic() > until:
             raise _Over
-        body = case.body
+        body = named(case.body, {key: there[key] for key in keys})
         if odd == 0 and isinstance(body, dict) and body:  # what a schema's strings are not
             key = sorted(body)[-1]
             body = body | {key: (HALF, *ODD)[len(body) % (len(ODD) + 1)]}
