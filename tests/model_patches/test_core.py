@@ -634,7 +634,7 @@ def test_the_answer_of_add_names_what_was_evicted(core):
     for rank in core.workers.ranks:
         rank.room = 1
     add = getattr(core.core, ADD)
-    said = {"understands": {"columns": [], "user": None, "instruction": False}}
+    said = {"understands": {"columns": [], "user": None, "instruction": False}, "before": None}
     assert add(lora("a", 1)) == {"version": "v1", "path": "/a", "evicted": [], **said}
     again = add(["b", 2, "/b"])  # as it comes over the wire
     assert again == {"version": "w1", "path": "/b", "evicted": [1], **said}
