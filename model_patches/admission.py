@@ -32,7 +32,7 @@ from vllm_lora_ext.conditions.said import FIELD
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches import metrics
 from vllm_lora_ext.model_patches.admitted import Admitted
-from vllm_lora_ext.model_patches.core import OURS
+from vllm_lora_ext.model_patches.core_calls import OURS
 from vllm_lora_ext.model_patches.driving import run, run_async
 from vllm_lora_ext.model_patches.held import MEMORY_IDS, memory_path
 from vllm_lora_ext.model_patches.refused import RefusedRequest

@@ -10,7 +10,7 @@ import msgspec
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches import data_parallel, metrics
 from vllm_lora_ext.model_patches.admitted import Admitted
-from vllm_lora_ext.model_patches.core import ADD, ROLL_BACK
+from vllm_lora_ext.model_patches.core_calls import ADD, ROLL_BACK
 from vllm_lora_ext.model_patches.gate_pass import GATE
 from vllm_lora_ext.model_patches.request_says import AskGate, Load, RollBack, Step, Steps, T
 

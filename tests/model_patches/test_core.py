@@ -33,7 +33,8 @@ from vllm_lora_ext import plugin
 from vllm_lora_ext.conditions.column import Column
 from vllm_lora_ext.conditions.recipe import DERIVED_IDS
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.model_patches.core import ADD, ROLL_BACK, STATE, _adapters
+from vllm_lora_ext.model_patches.core_adapters import adapters_of
+from vllm_lora_ext.model_patches.core_calls import ADD, ROLL_BACK, STATE
 from vllm_lora_ext.model_patches.gate_pass import FINISH
 from vllm_lora_ext.model_patches.held import MEMORY_IDS
 from vllm_lora_ext.model_patches.plan import plan_of
@@ -624,7 +625,7 @@ def test_workers_that_were_called_directly(core):
 
 
 def test_a_step_without_a_load_under_way_asks_the_scheduler_nothing(core, monkeypatch):
-    adapters = _adapters(core.core)
+    adapters = adapters_of(core.core)
     assert not adapters.loading.pending
     monkeypatch.setattr(core.core.scheduler, "has_requests", lambda: pytest.fail("asked"))
     assert adapters.step(lambda: ({}, False)) == ({}, False)
@@ -635,9 +636,15 @@ def test_the_answer_of_add_names_what_was_evicted(core):
         rank.room = 1
     add = getattr(core.core, ADD)
     said = {"understands": {"columns": [], "user": None, "instruction": False}, "before": None}
-    assert add(lora("a", 1)) == {"version": "v1", "path": "/a", "evicted": [], **said}
+    assert add(lora("a", 1)) == {
+        "version": "v1",
+        "path": "/a",
+        "evicted": [],
+        "before": None,
+        **said,
+    }
     again = add(["b", 2, "/b"])  # as it comes over the wire
-    assert again == {"version": "w1", "path": "/b", "evicted": [1], **said}
+    assert again == {"version": "w1", "path": "/b", "evicted": [1], "before": None, **said}
     assert "not_found" in add(lora("x", 3, "/gone"))["error"]
 
 
