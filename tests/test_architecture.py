@@ -44,9 +44,9 @@ FRONT = (
     "says_http", "scoring", "trace_http",
 )  # fmt: skip
 WORKER = (
-    "backend", "columns", "composing", "deriving", "graphs", "heap", "layers", "loader", "logits",
-    "manager", "mlp", "placing", "products", "punica", "residency", "sleep", "stock_lane",
-    "trace", "worker",
+    "backend", "columns", "composing", "deriving", "graphs", "heap", "layer_sizes", "layers",
+    "layouts", "loader", "logits", "manager", "mlp", "placing", "products", "punica", "residency",
+    "sleep", "stock_lane", "trace", "worker",
 )  # fmt: skip
 
 
