@@ -22,7 +22,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_lora_ext import plugin
 from vllm_lora_ext.model_patches.driving import run, run_async
-from vllm_lora_ext.model_patches.request_says import Load
+from vllm_lora_ext.model_patches.request_steps import Load
 
 plugin.register()
 DEAD = EngineCoreProc.ENGINE_CORE_DEAD
