@@ -8,7 +8,8 @@ from xdist.scheduler import LoadScopeScheduling
 
 from integration_tests.engines import close, make_engine
 
-# Which files' tests run in one process, because they share engines.
+# Which files' tests run in one process, because they share engines; those of a folder share a
+# server, and do so too.
 _TOGETHER = (
     "authors_numbers bad_adapters_offline conditioned formats labels ladder logits matrix"
     " properties residency rl stock templates",
@@ -17,7 +18,7 @@ _TOGETHER = (
 _GROUP = {f"test_{name}.py": group for group in _TOGETHER for name in group.split()}
 # What takes longest begins first, so that no process waits at the end.
 _FIRST = (
-    _TOGETHER[0], "test_server.py", "test_tensor_parallel.py", _TOGETHER[1], "test_smollm2.py",
+    _TOGETHER[0], "one_server", "test_tensor_parallel.py", _TOGETHER[1], "test_smollm2.py",
     "test_trace.py", "test_pooling.py", "test_mixes.py", "test_two_engines.py",
 )  # fmt: skip
 TWO_PASS = {
@@ -64,15 +65,16 @@ def llama_mha() -> Iterator[Any]:
 
 
 class ByEngine(LoadScopeScheduling):
-    """A file's tests run in one process, and so do the files that share most engines."""
+    """A file's tests run in one process, and so do a folder's, and files that share engines."""
 
     def _split_scope(self, nodeid: str) -> str:
         return _scope(nodeid)
 
 
 def _scope(nodeid: str) -> str:
-    file = nodeid.partition("::")[0].rpartition("/")[2]
-    return _GROUP.get(file, file)
+    folder, _, file = nodeid.partition("::")[0].rpartition("/")
+    folder = folder.removeprefix("integration_tests").removeprefix("/")
+    return folder or _GROUP.get(file, file)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByEngine:

@@ -24,7 +24,7 @@ from vllm.logger import init_logger
 
 from vllm_lora_ext.model_patches import data_parallel, engine_metrics
 from vllm_lora_ext.model_patches.admitted import Admitted
-from vllm_lora_ext.model_patches.core import STATE
+from vllm_lora_ext.model_patches.core_calls import STATE
 from vllm_lora_ext.model_patches.exchange import Exchanges
 
 logger = init_logger(f"vllm.{__name__}")

@@ -32,23 +32,18 @@ from vllm_lora_ext.conditions.said import FIELD
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches import metrics
 from vllm_lora_ext.model_patches.admitted import Admitted
-from vllm_lora_ext.model_patches.core import OURS
+from vllm_lora_ext.model_patches.core_calls import OURS
 from vllm_lora_ext.model_patches.driving import run, run_async
 from vllm_lora_ext.model_patches.held import MEMORY_IDS, memory_path
 from vllm_lora_ext.model_patches.refused import RefusedRequest
-from vllm_lora_ext.model_patches.request_says import (
-    TRIES,
+from vllm_lora_ext.model_patches.request_says import TRIES, no_adapters, resolve, said_by
+from vllm_lora_ext.model_patches.request_steps import Steps, load_first, roll_back
+from vllm_lora_ext.model_patches.request_target import (  # fmt: skip
     Spoken,
-    Steps,
     Target,
     carrying,
     extras_of,
-    load_first,
-    no_adapters,
-    resolve,
-    roll_back,
-    said_by,
-)  # fmt: skip
+)
 
 
 class _Arguments:

@@ -11,286 +11,18 @@ every worker holds, and a request whose adapter cannot be had ends alone.
 from __future__ import annotations
 
 import functools
-import threading
-from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Future
 from typing import Any
 
-import msgspec
 import vllm.v1.core.kv_cache_utils as kv_cache_utils
 from vllm.lora.request import LoRARequest
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, FinishReason
 from vllm.v1.engine.core import EngineCore, EngineCoreProc
-from vllm.v1.request import RequestStatus
 
-from vllm_lora_ext.adapters.memory import MemorySource
-from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches import core_calls
 from vllm_lora_ext.model_patches.block_keys import BlockKeys
-from vllm_lora_ext.model_patches.conditioned import Conditions, Key
-from vllm_lora_ext.model_patches.encoder_keys import key_by_version
-from vllm_lora_ext.model_patches.gate_pass import GATE, GatePasses
-from vllm_lora_ext.model_patches.held import Held
-from vllm_lora_ext.model_patches.ledger import Ledger
-from vllm_lora_ext.model_patches.loading import Loading
-from vllm_lora_ext.model_patches.plan import promised
-from vllm_lora_ext.model_patches.traffic import STATS, Traffic, total
-
-ADD = "lora_ext_add"
-"""Method of the core: what `add_lora` does, and the answer says what was evicted."""
-
-STATE = "lora_ext_state"
-"""Method of the core: what it holds, and what its workers count."""
-
-ROLL_BACK = "lora_ext_roll_back"
-"""Method of the core: new requests get an older version again."""
-
-TAKE_BACK = "lora_ext_take_back"
-"""Method of the core: a load or a rollback that another core refused is undone."""
-
-OURS = "lora_ext"
-"""Names of methods of core and workers that are the plugin's begin so."""
-
-_KEY = "_lora_ext_key"
-_making = threading.Lock()
-
-
-class Adapters:
-    """The adapters of one engine core: its ledger, and what that means for the core's requests."""
-
-    def __init__(self, core: Any) -> None:
-        self._core, self._scheduler = core, core.scheduler
-        if core.request_block_hasher is not None:
-            core.request_block_hasher = self._keyed(core.request_block_hasher)
-        self._refused: list[EngineCoreOutput] = []
-
-        def rpc(method: str, *args: Any) -> list[Any]:
-            answers: list[Any] = core.model_executor.collective_rpc(method, args=args)
-            return answers
-
-        self._rpc, self._counted = rpc, Traffic()
-        self._conditions = Conditions(core.vllm_config)
-        self._towers = core.vllm_config.lora_config.enable_tower_connector_lora
-        self.gates = GatePasses(core, rpc)
-        self.loading = Loading(rpc, self.add, lambda lora_id: self.ledger.place(lora_id))
-        self.ledger = Ledger(
-            rpc,
-            core.vllm_config.lora_config.max_loras,
-            self._named, self._running, self._replaced, self._lost,
-        )  # fmt: skip
-        self.ledger.doubt()  # workers may have been called before this was made
-
-    def _requests(self, at: int) -> list[Any]:
-        requests = self._scheduler.requests.values()
-        return [r for r in requests if _id_of(r) == at and not r.is_finished()]
-
-    def _named(self) -> set[int]:
-        requests = self._scheduler.requests.values()
-        named = {_id_of(r) for r in requests if not r.is_finished()} | self.gates.adapters
-        return named - {0}
-
-    def _running(self) -> set[int]:
-        return {_id_of(r) for r in self._scheduler.running} - {0}
-
-    def add(
-        self, lora: LoRARequest, source: Any, at: int | None = None, expected: str | None = None
-    ) -> dict[str, Any]:
-        """Has an adapter loaded (`Ledger.add`): `{"version": digest, "path": where it is from,
-        "evicted": ids, "understands": what a request may say to it, "before": the digest of what
-        requests got before, or None}`, or `{"error": text}`."""
-        before = self.ledger.last(lora.lora_int_id)
-        try:
-            evicted = self.ledger.add(lora, source, at, expected)
-        except AdapterError as error:
-            return {"error": str(error)}
-        return self._reply(lora.lora_int_id, evicted, before)
-
-    def roll_back(self, lora: LoRARequest, version: str, expected: str | None) -> dict[str, Any]:
-        """As `Ledger.roll_back`; answers as `add`."""
-        before = self.ledger.last(lora.lora_int_id)
-        try:
-            self.ledger.roll_back(lora, version, expected)
-        except AdapterError as error:
-            return {"error": str(error)}
-        return self._reply(lora.lora_int_id, [], before)
-
-    def _reply(self, lora_id: int, evicted: list[int], before: str | None) -> dict[str, Any]:
-        held = self.ledger.current(lora_id)
-        assert held is not None, "it was just loaded"
-        return {
-            "version": held.version, "path": held.path, "evicted": evicted,
-            "understands": held.understands, "before": before,
-        }  # fmt: skip
-
-    def state(self, count: bool) -> dict[str, Any]:
-        """What is held and where, as plain values.
-
-        Args:
-            count: also what the workers have counted since the last time that somebody asked so.
-        """
-        ranks: list[dict[str, Any]] = self._rpc(STATS)
-        in_flight = Counter(map(_id_of, self._scheduler.requests.values()))
-        state = {
-            "adapters": self.ledger.listing(set(ranks[0]["active"]), in_flight),
-            "slots": ranks[0]["slots"], "slots_used": len(ranks[0]["active"]),
-            "resident_bytes": sum(rank["resident_bytes"] for rank in ranks),
-            "limit_bytes": sum(rank["limit_bytes"] for rank in ranks),
-        }  # fmt: skip
-        if count:
-            now = total(rank["traffic"] for rank in ranks)
-            state["counts"], self._counted = now.since(self._counted), now
-            state["experts"] = ranks[0]["experts"]
-        return state
-
-    def admit(self, request: Any) -> bool:
-        """Has the adapter of a new request loaded; the request is refused when it cannot be, or
-        when what the request says does not fit the adapter. From here on the request names the
-        version that it is computed with."""
-        lora: LoRARequest = request.lora_request
-        try:
-            at = self.ledger.enter(lora, promised(request))
-            held = self._held(at)
-            self._conditions.complete(request, held, sent=False)
-        except AdapterError as error:
-            self._refuse(request, error)
-            return False
-        if lora.load_inplace:  # done
-            request.lora_request = lora = msgspec.structs.replace(lora, load_inplace=False)
-        if lora.lora_int_id != at:  # in a step, vLLM takes adapters of one name for one adapter
-            request.lora_request = msgspec.structs.replace(
-                lora, lora_int_id=at, lora_name=f"{lora.lora_name}@{held.version[:12]}"
-            )
-        self._rekey(request, held, sent=False)
-        return True
-
-    def gate(self, lora: LoRARequest, version: str, ids: list[int]) -> Future[dict[str, Any]]:
-        """The gate of an instruction for a template that is loaded, or is now.
-
-        Raises:
-            AdapterError: it cannot be loaded, is no such template or another one by now, or the
-                ids are none that the model computes.
-        """
-        at = self.ledger.enter(lora, version)
-        held = self._held(at)
-        if not held.understands.get("instruction"):
-            raise AdapterError(
-                "bad_value", "the adapter has no use for an 'instruction'", seen=lora.lora_name,
-                fix="leave 'instruction' away",
-            )  # fmt: skip
-        return self.gates.ask(at, version, ids)
-
-    def step_aside(self) -> None:
-        """A step of a core in the front end's own process, which is not waiting for its outputs
-        now: they come with the next."""
-        outputs, executed = self._core.step_fn()
-        self._core.post_step(executed)
-        for mine in (outputs or {}).values():
-            self._refused += mine.outputs
-
-    def _held(self, at: int) -> Held:
-        held = self.ledger.held(at)
-        assert held is not None, "what was added is held"
-        return held
-
-    def _keyed(self, hasher: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        """The block hasher; a request that has no key yet gets that of its adapter as it is now.
-
-        It runs in the thread that takes requests in, before `admit` sees them.
-        """
-
-        def keyed_hasher(request: Any) -> Any:
-            if request.lora_request is not None and not hasattr(request, _KEY):
-                at = self.ledger.find(request.lora_request.lora_int_id, promised(request))
-                held = None if at is None else self.ledger.held(at)
-                setattr(request, _KEY, held and self._conditions.early_key(request, held))
-            return hasher(request)
-
-        return keyed_hasher
-
-    def step(self, step: Callable[[], Any]) -> Any:
-        """A step of the core, with what is done before and after it."""
-        if self.loading.pending:
-            self.loading.poll(idle=not self._scheduler.has_requests())
-        self.ledger.tidy()
-        outputs, executed = step()
-        self.gates.take(outputs)
-        if self._refused:
-            outputs = dict(outputs or {})
-            mine = outputs.setdefault(0, EngineCoreOutputs())
-            mine.outputs = [*self._refused, *mine.outputs]  # in the order in which they came
-            self._refused = []
-        return outputs, executed
-
-    def _replaced(self, at: int) -> None:
-        """Somebody has put other weights into a version's place, behind the ledger's back: no block
-        that they compute may be found as the old's.
-
-        What a request has computed so far comes from the old weights. Its blocks from here on
-        belong to neither version; their key is the request's own.
-        """
-        held = self._held(at)
-        for request in self._requests(at):
-            started = Scheduler._holds_kv_blocks(request)
-            sent = started or request.num_preemptions > 0
-            try:
-                self._conditions.complete(request, held, sent)
-            except AdapterError as error:
-                self._end(request, error)
-                continue
-            self._rekey(request, held, sent, salt=request.request_id if started else "")
-
-    def _rekey(self, request: Any, held: Held, sent: bool, salt: str = "") -> None:
-        """Has a request's blocks and images known by what its adapter is now.
-
-        Args:
-            sent: whether workers have the request, and the names of its images.
-        """
-        key: Key = self._conditions.key(request, held, salt)
-        renamed = self._towers and not sent and key_by_version(request, held.version)
-        if renamed or getattr(request, _KEY, None) != key:
-            setattr(request, _KEY, key)
-            request.block_hashes.clear()
-            request.update_block_hashes()
-
-    def _lost(self, at: int, error: AdapterError) -> None:
-        for request in self._requests(at):
-            self._end(request, error)
-
-    def _end(self, request: Any, error: AdapterError) -> None:
-        self._scheduler.finish_requests(request.request_id, RequestStatus.FINISHED_ERROR)
-        self._refuse(request, error)
-
-    def _refuse(self, request: Any, error: AdapterError) -> None:
-        output = EngineCoreOutput(
-            request.request_id, [], finish_reason=FinishReason.ERROR, stop_reason=str(error)
-        )
-        queue = getattr(self._core, "output_queue", None)
-        if queue is None:  # an engine in the front end's own process
-            self._refused.append(output)
-            return
-        outputs = EngineCoreOutputs(outputs=[output], finished_requests={request.request_id})
-        queue.put_nowait((request.client_index, outputs))
-
-
-def _id_of(request: Any) -> int:
-    return request.lora_request.lora_int_id if request.lora_request is not None else 0
-
-
-def _adapters(core: Any) -> Adapters | None:
-    """Of a core; None where LoRA is off.
-
-    Made when first asked for: vLLM loads plugins while a core is being made.
-    """
-    if core.vllm_config.lora_config is None:
-        return None
-    found: Adapters | None = core.__dict__.get("_lora_ext")
-    if found is None:
-        with _making:
-            found = core.__dict__.get("_lora_ext")
-            if found is None:
-                found = core._lora_ext = core.scheduler._lora_ext = Adapters(core)
-    return found
+from vllm_lora_ext.model_patches.core_adapters import KEY, adapters_of
+from vllm_lora_ext.model_patches.gate_pass import GATE
 
 
 def _patch_core() -> None:
@@ -301,18 +33,18 @@ def _patch_core() -> None:
 
     @functools.wraps(preprocess)
     def new_preprocess(self: Any, request: Any) -> Any:
-        _adapters(self)
+        adapters_of(self)
         return preprocess(self, request)
 
     @functools.wraps(add_request)
     def new_add_request(self: Any, request: Any, *args: Any, **kwargs: Any) -> None:
-        adapters = _adapters(self)
+        adapters = adapters_of(self)
         if adapters is None or request.lora_request is None or adapters.admit(request):
             add_request(self, request, *args, **kwargs)
 
     @functools.wraps(add_lora)
     def new_add_lora(self: Any, lora_request: LoRARequest) -> bool:
-        adapters = _adapters(self)
+        adapters = adapters_of(self)
         if adapters is None:
             return add_lora(self, lora_request)
         adapters.ledger.add(lora_request)
@@ -320,23 +52,23 @@ def _patch_core() -> None:
 
     @functools.wraps(remove_lora)
     def new_remove_lora(self: Any, lora_id: int) -> bool:
-        adapters = _adapters(self)
+        adapters = adapters_of(self)
         return adapters.ledger.remove(lora_id) if adapters else remove_lora(self, lora_id)
 
     @functools.wraps(list_loras)
     def new_list_loras(self: Any) -> set[int]:
-        adapters = _adapters(self)
+        adapters = adapters_of(self)
         return adapters.ledger.ids() if adapters else list_loras(self)
 
     @functools.wraps(pin_lora)
     def new_pin_lora(self: Any, lora_id: int) -> bool:
-        adapters = _adapters(self)
+        adapters = adapters_of(self)
         return adapters.ledger.pin(lora_id) if adapters else pin_lora(self, lora_id)
 
     @functools.wraps(collective_rpc)
     def new_collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
         adapters = self.__dict__.get("_lora_ext")
-        if adapters is not None and not str(method).startswith(OURS):
+        if adapters is not None and not str(method).startswith(core_calls.OURS):
             adapters.ledger.doubt()
         return collective_rpc(self, method, *args, **kwargs)
 
@@ -344,11 +76,11 @@ def _patch_core() -> None:
     EngineCore.add_lora, EngineCore.remove_lora = new_add_lora, new_remove_lora
     EngineCore.list_loras, EngineCore.pin_lora = new_list_loras, new_pin_lora
     EngineCore.collective_rpc = new_collective_rpc
-    setattr(EngineCore, ADD, _add)
-    setattr(EngineCore, ROLL_BACK, _roll_back)
-    setattr(EngineCore, TAKE_BACK, _take_back)
-    setattr(EngineCore, STATE, _state)
-    setattr(EngineCore, GATE, _gate)
+    setattr(EngineCore, core_calls.ADD, core_calls.add)
+    setattr(EngineCore, core_calls.ROLL_BACK, core_calls.roll_back)
+    setattr(EngineCore, core_calls.TAKE_BACK, core_calls.take_back)
+    setattr(EngineCore, core_calls.STATE, core_calls.state)
+    setattr(EngineCore, GATE, core_calls.gate)
     has_work = EngineCoreProc.has_work
 
     @functools.wraps(has_work)
@@ -369,73 +101,6 @@ def _stepping(step: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return step(self) if adapters is None else adapters.step(functools.partial(step, self))
 
     return new_step
-
-
-def _add(self: Any, request: Any, source: Any = None, expected: str | None = None) -> Any:
-    """As `Adapters.add`; from a core in a process of its own, whose loop must not wait for a disk,
-    a future of it.
-
-    Args:
-        request: a `LoRARequest`, or what the wire made of it.
-        source: `[tensors, config, settings]` of one that is handed over as tensors.
-    """
-    adapters, lora = _asked(self, request)
-    given = source and MemorySource(*source)
-    if isinstance(self, EngineCoreProc) and adapters.ledger.reads(lora, given):
-        try:
-            adapters.ledger.check_expected(lora, expected)  # before anything is read for it
-        except AdapterError as error:
-            return {"error": str(error)}
-        return adapters.loading.begin(lora, given, expected)
-    return adapters.add(lora, given, None, expected)
-
-
-def _roll_back(self: Any, request: Any, version: str, expected: str | None = None) -> Any:
-    """As `Adapters.roll_back`."""
-    adapters, lora = _asked(self, request)
-    return adapters.roll_back(lora, version, expected)
-
-
-def _take_back(self: Any, request: Any, version: str, before: str | None) -> None:
-    """As `Ledger.take_back`."""
-    adapters, lora = _asked(self, request)
-    adapters.ledger.take_back(lora.lora_int_id, version, before)
-
-
-def _state(self: Any, count: bool) -> Any:
-    """As `Adapters.state`."""
-    adapters = _adapters(self)
-    assert adapters is not None, "the front end asks only where LoRA is on"
-    return adapters.state(count)
-
-
-def _asked(core: Any, request: Any) -> tuple[Adapters, LoRARequest]:
-    """Of a call by a front end: a core's adapters, and the `LoRARequest` that may have come over
-    the wire."""
-    adapters = _adapters(core)
-    assert adapters is not None, "the front end asks only where LoRA is on"
-    if not isinstance(request, LoRARequest):
-        request = msgspec.convert(request, LoRARequest)
-    return adapters, request
-
-
-def _gate(self: Any, request: Any, version: str, ids: list[int]) -> Any:
-    """The gate of an instruction (`gate_pass.GATE`); from a core in a process of its own a future
-    of it, else the engine's steps are taken here until it is known.
-
-    Args:
-        request: the template's `LoRARequest`, or what the wire made of it; version: its content.
-    """
-    adapters, lora = _asked(self, request)
-    try:
-        answer = adapters.gate(lora, version, ids)
-    except AdapterError as error:
-        return {"error": str(error)}
-    if isinstance(self, EngineCoreProc):
-        return answer
-    while not answer.done():
-        adapters.step_aside()
-    return answer.result()
 
 
 def _patch_scheduler() -> None:
@@ -459,7 +124,7 @@ def _patch_keys() -> None:
 
     @functools.wraps(of_lora)
     def new_of_lora(request: Any) -> list[tuple[str, ...]]:
-        key = getattr(request, _KEY, None)
+        key = getattr(request, KEY, None)
         if key is None:
             return of_lora(request)
         return [("lora", key)] if isinstance(key, str) else []
@@ -467,7 +132,7 @@ def _patch_keys() -> None:
     @functools.wraps(of_block)
     def new_of_block(request: Any, start: int, stop: int, at: int) -> tuple[list[Any], int]:
         keys, at = of_block(request, start, stop, at)
-        key = getattr(request, _KEY, None)
+        key = getattr(request, KEY, None)
         if isinstance(key, BlockKeys):
             keys = [*key.entries(start, stop), *keys]
         return keys, at

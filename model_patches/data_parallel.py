@@ -13,7 +13,7 @@ from typing import Any
 from vllm.lora.request import LoRARequest
 
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.model_patches.core import TAKE_BACK
+from vllm_lora_ext.model_patches.core_calls import TAKE_BACK
 
 _SUMS = ("slots", "slots_used", "resident_bytes", "limit_bytes")
 

@@ -1,4 +1,4 @@
-"""How front ends take the steps that `request_says` names: by calls of the engine core."""
+"""How front ends take the steps of `request_steps`: by calls of the engine core."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import msgspec
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches import data_parallel, metrics
 from vllm_lora_ext.model_patches.admitted import Admitted
-from vllm_lora_ext.model_patches.core import ADD, ROLL_BACK
+from vllm_lora_ext.model_patches.core_calls import ADD, ROLL_BACK
 from vllm_lora_ext.model_patches.gate_pass import GATE
-from vllm_lora_ext.model_patches.request_says import AskGate, Load, RollBack, Step, Steps, T
+from vllm_lora_ext.model_patches.request_steps import AskGate, Load, RollBack, Step, Steps, T
 
 
 def run(engine: Any, steps: Steps[T]) -> T:

@@ -4,30 +4,26 @@ The core alone knows both sides: what the workers hold (they report it with ever
 adapters unfinished requests name. So it is the core that says what may be evicted, that has an
 adapter loaded before a request for it is scheduled, and that knows an adapter's version, which is
 its identity in the prefix cache. One thread uses a ledger; others may call `find` and `held`.
-
-An adapter is replaced by one more version beside the old one (`versions`): requests keep the one
-with which they came in. `lora_id` is an adapter's id; `at` is the id under which the workers hold
-one of its versions.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from typing import Any
 
 from vllm_lora_ext.conditions.recipe import is_recipe
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches.book import Book
 from vllm_lora_ext.model_patches.held import Adapter, Held, from_memory, id_in_use, incomplete
 from vllm_lora_ext.model_patches.residency import Prepared
-from vllm_lora_ext.model_patches.versions import Versions
 
 LOAD, VERSIONS = "lora_ext_load", "lora_ext_versions"
 """Methods of the worker (`worker_rpc`)."""
 
 
-class Ledger:
-    """Adapters by id.
+class Ledger(Book):
+    """The book, and what the workers are told to hold.
 
     Args:
         rpc: calls a method of every worker with these arguments and returns all answers.
@@ -48,81 +44,21 @@ class Ledger:
         replaced: Callable[[int], None],
         lost: Callable[[int, AdapterError], None],
     ) -> None:
+        super().__init__()
         self._rpc, self._slots = rpc, slots
         self._named, self._running = named, running
         self._replaced, self._lost = replaced, lost
-        self._held: dict[int, Held] = {}
-        self._versions = Versions()
-        self._last: dict[int, str] = {}  # of every adapter the current version, held or evicted
         self._pinned: frozenset[int] = frozenset()
         self._pinning: set[int] = set()  # as soon as older versions have left their pinned slots
         self._leaving: set[int] = set()  # dropped as soon as no request uses them
         self._theirs: set[int] = set()  # held by all workers, handed to them by somebody else
         self._unsure = False
 
-    def find(self, lora_id: int, version: str | None = None) -> int | None:
-        """Where a version is held; None when it is not.
-
-        Args:
-            version: its digest; None: the current one.
-        """
-        if version is None:
-            return self._versions.current(lora_id)
-        for at in self._versions.all(lora_id):
-            held = self._held.get(at)
-            if held is not None and held.version == version:
-                return at
-        return None
-
-    def held(self, at: int) -> Held | None:
-        """What is held there."""
-        return self._held.get(at)
-
-    def current(self, lora_id: int) -> Held | None:
-        """The version that new requests get."""
-        at = self._versions.current(lora_id)
-        return None if at is None else self._held.get(at)
-
-    def last(self, lora_id: int) -> str | None:
-        """The version that new requests got last, held or evicted."""
-        held = self.current(lora_id)
-        return self._last.get(lora_id) if held is None else held.version
-
-    def older(self, lora_id: int) -> list[int]:
-        """Where other versions are held."""
-        current = self._versions.current(lora_id)
-        return [at for at in self._versions.all(lora_id) if at != current]
-
     def ids(self) -> set[int]:
         """Adapters that are held, and were not removed."""
         self._refresh()
         ats = set(self._held) - self._leaving
         return {self._held[at].lora_id for at in ats if self._is_current(at)} | self._theirs
-
-    def listing(
-        self, active: Collection[int], in_flight: Mapping[int, int]
-    ) -> list[dict[str, Any]]:
-        """What is held of each adapter, as plain values.
-
-        Args:
-            active: `at` of what is in slots; in_flight: requests by `at`.
-        """
-        lora_ids = {h.lora_id for h in self._held.values() if not is_recipe(h.path)}
-        rows = []
-        for lora_id in sorted(lora_ids):
-            at, held = self._versions.current(lora_id), self.current(lora_id)
-            older = [
-                {"version": self._held[i].version, "in_flight": in_flight.get(i, 0)}
-                for i in self.older(lora_id)
-            ]
-            if at is not None and held is not None:
-                rows.append({
-                    "id": lora_id, "name": held.name, "version": held.version, "rank": held.rank,
-                    "system": held.system, "bytes": held.bytes, "pinned": held.pinned,
-                    "residency": "slot" if at in active else "host",
-                    "in_flight": in_flight.get(at, 0), "older": older,
-                })  # fmt: skip
-        return rows
 
     def enter(self, adapter: Adapter, version: str | None) -> int:
         """Where a new request finds its adapter, which is loaded if need be.
@@ -199,10 +135,6 @@ class Ledger:
         current = self._versions.current(adapter.lora_int_id)
         held = current is not None and current not in self._leaving  # it was removed
         return source is not None or adapter.load_inplace or not held
-
-    def place(self, lora_id: int) -> int:
-        """Where the next version of an adapter can be loaded."""
-        return self._versions.place(lora_id, self._held)
 
     def check_expected(self, adapter: Adapter, expected: str | None) -> None:
         """Raises AdapterError `version_conflict` when the current version is another one."""
@@ -423,9 +355,6 @@ class Ledger:
             self._leaving.add(old)
         self._pin()
         self.tidy()
-
-    def _is_current(self, at: int) -> bool:
-        return self._versions.current(self._held[at].lora_id) == at
 
     def _drop(self, at: int) -> bool:
         self._theirs.discard(at)

@@ -1,23 +1,22 @@
-"""Where the parts of an adapter go in one model, and their form there."""
+"""Where the parts of an adapter go in one model, and what must hold there."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from vllm.lora.layers import BaseLayerWithLoRA
 from vllm.lora.layers.vocab_parallel_embedding import VocabParallelEmbeddingWithLoRA
 from vllm.lora.lora_model import LoRAModel
-from vllm.lora.lora_weights import LoRALayerWeights
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from vllm_lora_ext.adapters.checks import BLOCK_PARTS, check_fits
+from vllm_lora_ext.adapters.checks import check_fits
 from vllm_lora_ext.adapters.classifier import Classifier
-from vllm_lora_ext.adapters.model import NO_GATE, LowRank, MixBlock, RoutedAdapter, RoutedModule
+from vllm_lora_ext.adapters.model import MixBlock, RoutedAdapter, RoutedModule
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.kernels.gated_lora.plan import Shape
+from vllm_lora_ext.model_patches import layouts
 from vllm_lora_ext.model_patches.dora import begun, finish_all, squares_of
+from vllm_lora_ext.model_patches.layer_sizes import block_layers, own_sizes, sizes_of
 from vllm_lora_ext.model_patches.layers import RoutedLinear
 from vllm_lora_ext.model_patches.logits import RoutedLogits
 from vllm_lora_ext.model_patches.mlp import Block
@@ -25,7 +24,6 @@ from vllm_lora_ext.model_patches.names import Names
 from vllm_lora_ext.model_patches.positions import Positions
 from vllm_lora_ext.model_patches.rank_attention import RankAttention
 from vllm_lora_ext.model_patches.residency import (
-    Fill,
     HostAdapter,
     Layout,
     Projections,
@@ -34,9 +32,8 @@ from vllm_lora_ext.model_patches.residency import (
     pack_flat,
 )
 from vllm_lora_ext.model_patches.scope import Scope
-from vllm_lora_ext.model_patches.stock_lane import StockLane, refuse_gate
+from vllm_lora_ext.model_patches.stock_lane import StockLane
 from vllm_lora_ext.model_patches.two_pass import TwoPass
-from vllm_lora_ext.routing import GateSpec
 
 
 class Placer:
@@ -89,7 +86,7 @@ class Placer:
         self._missing = tuple(
             f"{name}." for name, m in model.named_modules() if isinstance(m, PPMissingLayer)
         )
-        self._shapes = _shapes(modules, packed) | lane.shapes
+        self._shapes = sizes_of(modules, packed) | lane.shapes
         # Layers that an adapter can name, those with adapted parameters among them.
         known = self._shapes.keys() | {name.rpartition(".")[0] for name in lane.experts}
         self._names = Names(
@@ -123,7 +120,7 @@ class Placer:
         template = adapter.template
         self._check_passes(adapter)
         every = (
-            *adapter.modules, *_block_layers(adapter), *(template.sizes if template else ()),
+            *adapter.modules, *block_layers(adapter), *(template.sizes if template else ()),
         )  # fmt: skip
         name_of = {n: n if renamed else self._names.layer(n) for n in every}
         name_of |= {n: n if renamed else self._names.parameter(n) for n in adapter.experts}
@@ -142,7 +139,7 @@ class Placer:
         shapes |= {n: self._shapes[v] for n, v in name_of.items() if v in self._shapes}
         check_fits(
             adapter,
-            shapes | _own_shapes(adapter, elsewhere),
+            shapes | own_sizes(adapter, elsewhere),
             self._dtype,
             self._max_rank,
             self._router_rows,
@@ -248,19 +245,19 @@ class Placer:
                 if adapter.attends and self._attention is not None:
                     own = self._attention.projections(layer_name, slices)
                     attention |= {layer_name: own} if own else {}
-                    slices = [m and _without_attention(m) for m in slices]
-                sites[layer_name] = _site(layer, begun(slices))
+                    slices = [m and layouts.without_attention(m) for m in slices]
+                sites[layer_name] = layouts.site(layer, begun(slices))
             elif not self.lane.packs(layer_name):
-                stock[layer_name] = _stock(names[layer_name][0], layer, modules, self._dtype)
+                stock[layer_name] = layouts.stock(names[layer_name][0], layer, modules, self._dtype)
         for name, block in adapter.blocks.items():
             first = f"{name}.{min(block.parts)}"
             if first not in away:
                 block_name = name_of[first].rpartition(".")[0]
                 names[block_name] = (name,)
-                blocks[block_name] = _block(self._block(name, block_name, block), block)
+                blocks[block_name] = layouts.block(self._block(name, block_name, block), block)
         experts, heads = self.lane.layouts(adapter, name_of, away)
         classifier = self._classifier(adapter)
-        factors = {n: one(_factors(found[n][1])) for n in stock if n in found and classifier}
+        factors = {n: one(layouts.factors(found[n][1])) for n in stock if n in found and classifier}
         nbytes, packed = pack_flat([sites, stock | experts, blocks, heads, factors], self._pinned)
         whole = {n: norms.pop(n) for n in list(norms) if not self._modules[n].x_is_shard}
         finish_all(self._modules, packed[0], whole)
@@ -272,7 +269,7 @@ class Placer:
             sites=packed[0], stock=packed[1], blocks=packed[2], heads=packed[3],
             on_base=bool(adapter.dora), norms=norms, attention=attention,
             parts=(SlotPart(
-                adapter.digest, columns=adapter.columns, linear=_is_linear(adapter),
+                adapter.digest, columns=adapter.columns, linear=layouts.is_linear(adapter),
                 frozen=classifier is not None and classifier.frozen,
             ),),
             factors=packed[4], classifier=classifier,
@@ -298,12 +295,12 @@ class Placer:
             if self.lane.packs(name):
                 stock[name] = self.lane.experts_layout(name, weights.lora_a, weights.lora_b)
                 continue
-            modules = _modules_of(weights)
+            modules = layouts.modules_of(weights)
             names[name] = (name,) * sum(m is not None for m in modules)
             if isinstance(layer, RoutedLinear):
-                sites[name] = _formed_site(name, layer, modules)
+                sites[name] = layouts.formed_site(name, layer, modules)
             else:
-                stock[name] = _stock(name, layer, modules, self._dtype)
+                stock[name] = layouts.stock(name, layer, modules, self._dtype)
         nbytes, packed = pack_flat([sites, stock, heads], self._pinned)
         return HostAdapter(
             system="plain", source="", rank=lora.rank, version=version, nbytes=nbytes, names=names,
@@ -358,121 +355,5 @@ def _check_extended(name: str, layer: RoutedLinear, slices: Sequence[RoutedModul
         )  # fmt: skip
 
 
-def _is_linear(adapter: RoutedAdapter) -> bool:
-    """Whether the adapter's columns multiply all that it adds, and nothing else is done to them."""
-    gates = [module.gate for module in adapter.modules.values()]
-    one = GateSpec("request", blocks=(1,))
-    multiplied = all(
-        gate.columns and replace(gate, source="request", blocks=(1,), constant=1.0) == one
-        for gate in gates
-    )
-    own = adapter.blocks or adapter.experts or adapter.heads
-    return not adapter.columns or (multiplied and not own)
-
-
 def _bytes(attention: Projections) -> int:
     return sum(own.weight_PR.nbytes for found in attention.values() for own in found.values())
-
-
-def _without_attention(module: RoutedModule) -> RoutedModule:
-    """B A x alone, which is added first."""
-    if module.gate.source != "attention":
-        return module
-    return replace(module, gate=NO_GATE, attention_PR=None)
-
-
-def _site(layer: RoutedLinear, slices: Sequence[RoutedModule | None]) -> tuple[list[Shape], Fill]:
-    return layer.site.shapes(slices), lambda out: layer.site.pack(slices, out)
-
-
-def _modules_of(weights: LoRALayerWeights) -> list[RoutedModule | None]:
-    """One for each slice of a layer, scales in B."""
-    a, b = weights.lora_a, weights.lora_b
-    pairs = zip(a, b, strict=True) if isinstance(a, list) else [(a, b)]
-    return [None if a is None else RoutedModule(a, b) for a, b in pairs]
-
-
-def _formed_site(
-    name: str, layer: RoutedLinear, modules: Sequence[RoutedModule | None]
-) -> tuple[list[Shape], Fill]:
-    try:
-        return _site(layer, layer.sharded(modules))
-    except ValueError as error:
-        raise AdapterError(
-            "shape_mismatch", f"{name} has other sizes in the adapter than in the model",
-            seen=str(error), fix="serve it with the model it was trained on",
-        ) from error  # fmt: skip
-
-
-def _stock(
-    name: str,
-    layer: BaseLayerWithLoRA,
-    modules: Sequence[RoutedModule | None],
-    dtype: torch.dtype,
-) -> tuple[list[Shape], Fill]:
-    """An embedding, whose A the slot holds transposed, the output matrix, or the linear layer of
-    a classification head."""
-    (part,) = modules
-    assert part is not None
-    if part.gate.source != "classifier":
-        refuse_gate(name, part)
-    embedding = isinstance(layer, VocabParallelEmbeddingWithLoRA)
-    a = part.a_RK.t() if embedding else part.a_RK
-
-    def fill(out: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-        a_out, b_out = out[0].copy_(a), out[1].copy_(part.b_NR)
-        return (a_out.t() if embedding else a_out), b_out
-
-    return [(tuple(a.shape), dtype), (tuple(part.b_NR.shape), dtype)], fill
-
-
-def _factors(module: RoutedModule) -> torch.Tensor:
-    """int64 [R]: the number of a row that multiplies each rank, -1: none; of a classifier's gates,
-    which are taken as they are."""
-    blocks = torch.tensor(module.gate.blocks or (module.rank,))
-    first = module.row_start if module.gate.columns else -1
-    columns = first + torch.arange(len(blocks))
-    return columns.repeat_interleave(blocks)
-
-
-def _block(block: Block, experts: MixBlock) -> tuple[list[Shape], Fill]:
-    return block.shapes(experts), lambda out: block.pack(experts, out)
-
-
-def _shapes(
-    modules: Mapping[str, BaseLayerWithLoRA], packed: Mapping[str, list[str]]
-) -> dict[str, tuple[int, int]]:
-    """(in, out) of everything that an adapter can name, unsharded."""
-    shapes: dict[str, tuple[int, int]] = {}
-    for name, layer in modules.items():
-        if isinstance(layer, RoutedLinear):
-            k, sizes = layer.full_sizes()
-            parts = packed.get(name, [name])
-            if len(parts) <= len(sizes):
-                each = zip(parts, layer.part_sizes(len(parts)), strict=True)
-                shapes |= {part: (k, sum(n)) for part, n in each}
-        elif name.endswith("lm_head"):
-            shapes[name] = (layer.hidden_size, layer.vocab_size)
-        elif hasattr(layer.base_layer, "org_vocab_size"):
-            shapes[name] = (layer.base_layer.org_vocab_size, layer.base_layer.embedding_dim)
-    return shapes
-
-
-def _block_layers(adapter: RoutedAdapter) -> list[str]:
-    """Every layer that a block of the adapter may have, adapted or not."""
-    every = sorted(set().union(*BLOCK_PARTS))
-    return [f"{block}.{layer}" for block in adapter.blocks for layer in every]
-
-
-def _own_shapes(adapter: RoutedAdapter, names: set[str]) -> dict[str, tuple[int, int]]:
-    """(in, out) as the adapter has them, of layers that live elsewhere and are checked there."""
-    layers: dict[str, RoutedModule | LowRank] = dict(adapter.modules)
-    for block, experts in adapter.blocks.items():
-        layers |= {f"{block}.{part}": m for part, m in experts.parts.items()}
-    shapes = {n: (m.a_RK.shape[1], m.b_NR.shape[0]) for n, m in layers.items() if n in names}
-    for block, experts in adapter.blocks.items():
-        width = experts.router_GK.shape[1]
-        first = (f"{block}.{n}" for n in ("gate_proj", "up_proj", "gate_up_proj", "fc1"))
-        shapes |= {n: (width, 0) for n in first if n in names and n not in shapes}
-    sizes = adapter.template.sizes if adapter.template is not None else {}
-    return shapes | {n: size for n, size in sizes.items() if n in names}

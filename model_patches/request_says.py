@@ -7,82 +7,25 @@ requests meet in one. The front ends drive these steps, each in its own way (`ad
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Container, Generator, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, TypeVar
+from typing import Any
 
 import msgspec
 import numpy as np
 from vllm.lora.request import LoRARequest
-from vllm.sampling_params import SamplingParams
 
 from vllm_lora_ext.conditions.column import Column
 from vllm_lora_ext.conditions.recipe import Part, Recipe
 from vllm_lora_ext.conditions.said import FIELD, Entry, Ids, Said, parse
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.admitted import Admitted, Understands
+from vllm_lora_ext.model_patches.request_steps import AskGate, Load, Steps, load_first
+from vllm_lora_ext.model_patches.request_target import Target
 from vllm_lora_ext.settings import LoraExtSettings
-from vllm_lora_ext.trace.fetch import EXTRA_ARG
 
 TRIES = 8
 """Ids for one adapter: two may meet in one."""
-
-
-@dataclass(frozen=True)
-class Load:
-    """A step: the core holds this adapter. `source`: its tensors, for one without a folder."""
-
-    lora: LoRARequest
-    source: Any = None
-    expected: str | None = None  # the only version that it may replace
-
-
-@dataclass(frozen=True)
-class AskGate:
-    """A step: the core says the gate of an instruction, base64 of float32."""
-
-    lora: LoRARequest
-    version: str
-    ids: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class RollBack:
-    """A step: new requests for an adapter get an older version again."""
-
-    lora: LoRARequest
-    version: str
-    expected: str | None = None
-
-
-T = TypeVar("T")
-Step: TypeAlias = Load | AskGate | RollBack
-Steps: TypeAlias = Generator[Step, Any, T]
-
-
-@dataclass(frozen=True)
-class Target:
-    """What a request is sent with.
-
-    Args:
-        lora: its adapter; version: the adapter's, with which the request is computed.
-        plan: what its parameters carry about columns; trace: asked for one.
-        made: whether the adapter was derived anew for it; None: it is not a derived one.
-    """
-
-    lora: LoRARequest | None
-    version: str = ""
-    plan: dict[str, Any] | None = None
-    trace: bool = False
-    made: bool | None = None
-
-
-class Spoken(LoRARequest):
-    """What a server hands to its engine in an adapter's place: what was settled for the request
-    before its answer began."""
-
-    target: Target = Target(None)
 
 
 @dataclass(frozen=True)
@@ -106,39 +49,6 @@ def said_by(engine: Any, value: object) -> Said:
     said = parse(value, settings.max_request_adapters, settings.max_request_spans)
     said.check_positions(config.model_config.max_model_len)
     return said
-
-
-def load_first(
-    loras: Iterable[LoRARequest], source: Any = None, expected: str | None = None
-) -> Steps[LoRARequest]:
-    """Has an adapter loaded under the first of its ids that no other adapter has.
-
-    Args:
-        source: its tensors, for one without a folder.
-        expected: the only version that it may replace; None: any.
-    Raises:
-        AdapterError: it cannot be loaded; `id_in_use`; `version_conflict`.
-    """
-    *first, last = loras
-    for lora in first:
-        try:
-            yield Load(lora, source, expected)
-            return lora
-        except AdapterError as error:
-            if error.code != "id_in_use":
-                raise
-    yield Load(last, source, expected)
-    return last
-
-
-def roll_back(lora: LoRARequest, version: str, expected: str | None) -> Steps[LoRARequest]:
-    """Has new requests get an older version; returns what they are sent with.
-
-    Raises:
-        AdapterError: `not_found`, `version_conflict`.
-    """
-    path = yield RollBack(lora, version, expected)
-    return msgspec.structs.replace(lora, lora_path=path, load_inplace=False)
 
 
 def resolve(
@@ -412,80 +322,3 @@ def _derive(admitted: Admitted, recipe: Recipe) -> Steps[tuple[LoRARequest, bool
         return known, False
     derived = yield from load_first(loras)
     return derived, True
-
-
-def extras_of(params: Any) -> Mapping[str, Any]:
-    """What a request's parameters carry beside vLLM's own."""
-    if isinstance(params, SamplingParams):
-        return params.extra_args or {}
-    return getattr(params, "extra_kwargs", None) or {}
-
-
-def check_prompt(request: Any) -> None:
-    """Holds what a request says against its prompt.
-
-    Args:
-        request: vLLM's `EngineCoreRequest`, which carries a plan.
-    Raises:
-        AdapterError: `bad_value`.
-    """
-    plan = extras_of(request.params).get(FIELD) or {}
-    ids, embeds = request.prompt_token_ids, request.prompt_embeds
-    length = len(embeds) if ids is None else len(ids)
-    _check_spans(plan, length, {feature.modality for feature in request.mm_features or ()})
-
-
-def check_input(prompt: object, target: Target) -> None:
-    """As `check_prompt`, of what a server hands to its engine.
-
-    Args:
-        prompt: vLLM's `EngineInput`; one of another kind is left to `check_prompt`.
-    """
-    if not isinstance(prompt, Mapping):
-        return
-    tokens = prompt.get("prompt_token_ids")
-    tokens = prompt.get("prompt_embeds") if tokens is None else tokens
-    if tokens is not None:
-        _check_spans(target.plan or {}, len(tokens), prompt.get("mm_placeholders") or ())
-
-
-def _check_spans(plan: Mapping[str, Any], length: int, given: Container[str]) -> None:
-    for name, spans in plan.get("modality_spans", {}).items():
-        last = max((stop for _, stop in spans), default=0)
-        if last > length:
-            raise AdapterError(
-                "bad_value", f"{FIELD}.modality_spans.{name} is outside of the prompt", seen=last,
-                limit=f"{length}, where the prompt ends", fix="count tokens of the whole prompt",
-            )  # fmt: skip
-        if name in given:
-            raise AdapterError(
-                "bad_value", f"{FIELD}.modality_spans.{name} stands beside inputs of that kind,"
-                " whose positions are known", seen=[list(span) for span in spans],
-                fix="leave it out",
-            )  # fmt: skip
-
-
-def carrying(params: Any, target: Target) -> Any:
-    """Parameters that carry a target's version and plan in place of what the request said; a copy
-    where they differ, for the caller may use its own again.
-
-    Raises:
-        AdapterError: `bad_value`, there is no trace of requests of this kind.
-    """
-    before = extras_of(params)
-    extras = {k: v for k, v in before.items() if k != FIELD}
-    sampling = isinstance(params, SamplingParams)
-    if target.plan is not None or target.version:
-        extras[FIELD] = {"version": target.version, **(target.plan or {})}
-    if target.trace and not sampling:
-        raise AdapterError(
-            "bad_value", f"{FIELD}.trace: requests of pooling models are not traced",
-            fix="leave trace out",
-        )  # fmt: skip
-    if target.trace:
-        extras[EXTRA_ARG] = True
-    if extras == before or params is None:  # a prompt that carries its own
-        return params
-    params = copy.copy(params)
-    setattr(params, "extra_args" if sampling else "extra_kwargs", extras or None)
-    return params

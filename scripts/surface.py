@@ -3,9 +3,10 @@
     python scripts/surface.py           # write; `make surface`
     python scripts/surface.py --check   # exit code 1 when it differs
 
-Settings, what a request may say, routes, headers and metrics, commands with their options, error
-codes with their HTTP status, formats, gates and the names that Python offers. A change of it is a
-change for users: CHANGELOG.md says what they have to do (docs/support.md).
+Settings, what a request may say, recipes, merge methods with their parameters, routes, headers and
+metrics, environment variables, commands with their options, error codes with their HTTP status,
+formats, gates and the names that Python offers. A change of it is a change for users: CHANGELOG.md
+says what they have to do (docs/support.md).
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from typing import Any
 
 import typer.main
 
-from vllm_lora_ext.adapters.registry import ENTRY_POINTS, FORMATS
+from vllm_lora_ext.adapters import registry
 from vllm_lora_ext.cli import app
 from vllm_lora_ext.conditions.said import FIELD, Said
+from vllm_lora_ext.merging import methods
+from vllm_lora_ext.merging.recipes.schema import Recipe
 from vllm_lora_ext.routing import GateSpec
 from vllm_lora_ext.settings import LoraExtSettings
 
@@ -35,6 +38,7 @@ OFFERS = (
     "vllm_lora_ext.merging.generate", "vllm_lora_ext.merging.variants", "vllm_lora_ext.routing",
 )  # fmt: skip
 _HTTP = re.compile(r"/v1/lora_ext/\S+|x-lora-ext-[a-z-]+")
+_VARIABLE = re.compile(r"VLLM_LORA_EXT_[A-Z_]+")
 _METRIC = re.compile(r"lora_ext:[a-z_]+[a-z]")
 _CODE = re.compile(r"^\| `(\w+)` \|.*\| (\d+|\*start\*)[^|]* \|[^|]*\|$", re.MULTILINE)
 
@@ -58,12 +62,17 @@ def surface() -> dict[str, Any]:
     return {
         "settings": _schema(LoraExtSettings.model_json_schema()),
         f"request field {FIELD}": _schema(Said.model_json_schema()),
-        "http": sorted(_http()),
+        "recipes": _schema(Recipe.model_json_schema()),
+        "merge methods": {
+            name: dict(method.parameters) for name, method in methods.METHODS.items()
+        },
+        "http": sorted(_spelled(_HTTP)),
+        "environment": sorted(_spelled(_VARIABLE)),
         "metrics": sorted(set(_METRIC.findall((ROOT / "docs" / "operations.md").read_text()))),
         "commands": _commands(),
         "error codes": dict(sorted(_CODE.findall(errors))),
-        "formats": {reader.name: reader.status for reader in FORMATS},
-        "entry points of other packages": ENTRY_POINTS,
+        "formats": {reader.name: reader.status for reader in registry.FORMATS},
+        "entry points of other packages": sorted([registry.ENTRY_POINTS, methods.ENTRY_POINTS]),
         "gate": sorted(GateSpec.__dataclass_fields__),
         "python": {name: sorted(importlib.import_module(name).__all__) for name in OFFERS},
     }
@@ -77,14 +86,14 @@ def _schema(found: Any) -> Any:
     return [_schema(item) for item in found] if isinstance(found, list) else found
 
 
-def _http() -> set[str]:
-    """Routes and headers, wherever the code spells one."""
+def _spelled(words: re.Pattern[str]) -> set[str]:
+    """Routes and headers, or variables, wherever the code spells one."""
     found = set()
     for folder in ("model_patches", "vllm_lora_ext"):
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.Constant) and isinstance(node.value, str):
-                    found.update([node.value] if _HTTP.fullmatch(node.value) else [])
+                    found.update([node.value] if words.fullmatch(node.value) else [])
     return found
 
 

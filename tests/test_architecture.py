@@ -40,13 +40,13 @@ OUTSIDE_EXCEPTIONS = {
 # Inside model_patches: the API server's process must not load what runs on a worker's device.
 FRONT = (
     "adapters_http", "admin", "admission", "admitted", "dead_core", "driving", "engine_metrics",
-    "exchange", "frontend", "metrics", "mixes", "request_classes", "request_says", "rewards",
-    "says_http", "scoring", "trace_http",
+    "exchange", "frontend", "metrics", "mixes", "request_classes", "request_says", "request_steps",
+    "request_target", "rewards", "says_http", "scoring", "trace_http",
 )  # fmt: skip
 WORKER = (
-    "backend", "columns", "composing", "deriving", "graphs", "heap", "layers", "loader", "logits",
-    "manager", "mlp", "placing", "products", "punica", "residency", "sleep", "stock_lane",
-    "trace", "worker",
+    "backend", "columns", "composing", "deriving", "graphs", "heap", "layer_sizes", "layers",
+    "layouts", "loader", "logits", "manager", "mlp", "placing", "products", "punica", "residency",
+    "sleep", "stock_lane", "trace", "worker",
 )  # fmt: skip
 
 

@@ -1,60 +1,25 @@
-"""`convert`, `inspect --set` and `systems` as a user runs them; pickles, refusals, overwriting."""
+"""`convert` as a user runs it: every bit kept, settings, what is there, one door for formats."""
 
 from __future__ import annotations
 
 import json
-import os
-import pickle
 import shutil
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from make_adapters import FIXTURES
+from cli_runs import NAMES, contents, good, nothing_else, run, usage_error
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from vllm_lora_ext import convert as convert_module
-from vllm_lora_ext import unpickle
-from vllm_lora_ext.adapters import Limits, load_adapter, write_native
-from vllm_lora_ext.adapters.model import LowRank, MixBlock, RoutedAdapter, RoutedModule
+from vllm_lora_ext.adapters import load_adapter, write_native
+from vllm_lora_ext.adapters.model import RoutedAdapter
 from vllm_lora_ext.adapters.readers.native import fill_native
 from vllm_lora_ext.cli import app
 from vllm_lora_ext.convert import RECORD, convert, differing
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.kernels.gated_lora import Site
-from vllm_lora_ext.kernels.gated_lora.backends import choice
-from vllm_lora_ext.routing import GateSpec
-from vllm_lora_ext.summary import adapter_bytes, slot_bytes, summarise
-from vllm_lora_ext.unpickle import copy_as_safetensors
-
-ROUTED = FIXTURES / "routed"
-NAMES = sorted(path.parent.name for path in ROUTED.glob("*/adapter"))
-
-
-def good(name: str) -> Path:
-    return ROUTED / name / "adapter"
-
-
-def run(*arguments: object) -> tuple[int, Any]:
-    done = CliRunner().invoke(app, [*map(str, arguments), "--json"])
-    return done.exit_code, json.loads(done.stdout)
-
-
-def usage_error(*arguments: object) -> str:
-    done = CliRunner().invoke(app, list(map(str, arguments)))
-    assert done.exit_code == 2
-    return " ".join(done.output.replace("│", " ").split())
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
-
-
-def nothing_else(folder: Path, *names: str) -> None:
-    assert sorted(os.listdir(folder)) == sorted(names)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -91,9 +56,6 @@ def test_a_value_that_the_dtype_cannot_hold(tmp_path: Path) -> None:
     code, found = run("convert", tmp_path / "in", tmp_path / "out", "--dtype", "float16")
     assert (code, found["error"]["code"]) == (1, "overflow")
     nothing_else(tmp_path, "in")
-
-
-# --set
 
 
 @pytest.fixture
@@ -164,9 +126,6 @@ def test_wrong_usage_of_set(tmp_path: Path) -> None:
     assert "set twice" in usage_error("inspect", folder, "--set", "k=1", "--set", "k=2")
     assert "float8" in usage_error("convert", folder, tmp_path / "out", "--dtype", "float8")
     nothing_else(tmp_path)
-
-
-# Where the result goes
 
 
 def test_an_earlier_conversion_is_replaced(tmp_path: Path) -> None:
@@ -263,165 +222,6 @@ def test_what_was_written_can_be_read_by_others(tmp_path: Path) -> None:
     assert len(modes) == 1
 
 
-# --allow-pickle
-
-
-def as_pickle(source: Path, folder: Path, name: str = "adapter_model.bin") -> Path:
-    """A copy of an adapter whose tensors are in a pickle."""
-    shutil.copytree(source, folder)
-    weights = next(folder.glob("*.safetensors"))
-    torch.save(load_file(weights), folder / name)
-    weights.unlink()
-    return folder
-
-
-@pytest.mark.parametrize("name", ["loramoe-a", "hydralora-a", "mixlora-a", "moelora-a"])
-def test_an_ordinary_bin_gives_the_same_adapter(name: str, tmp_path: Path) -> None:
-    source = as_pickle(good(name), tmp_path / "in")
-    before = contents(source)
-    code, found = run("convert", source, tmp_path / "out")
-    assert (code, found["error"]["code"]) == (1, "pickle_refused")
-    code, found = run("convert", source, tmp_path / "out", "--allow-pickle")
-    assert (code, found["pickles"]) == (0, ["adapter_model.bin"])
-    assert differing(load_adapter(good(name)), load_adapter(tmp_path / "out")) == []
-    assert contents(source) == before
-    nothing_else(tmp_path, "in", "out")
-
-
-@pytest.mark.parametrize(
-    ("saved", "written"),
-    [("adapter.pt", "adapter_model"), ("x.pth", "adapter_model"), ("pytorch_model.bin", "model")],
-)
-def test_names_of_pickles(saved: str, written: str, tmp_path: Path) -> None:
-    source = as_pickle(good("plain-a"), tmp_path / "in", saved)
-    for leftover in ("optimizer.pt", "training_args.bin", "rng_state_0.pth"):
-        (source / leftover).write_bytes(b"never read")
-    assert copy_as_safetensors(source, tmp_path / "copy") == [saved]
-    nothing_else(tmp_path / "copy", "adapter_config.json", f"{written}.safetensors")
-
-
-def test_experts_in_folders_of_their_own(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        as_pickle(good("plain-a"), tmp_path / "in" / name)
-    (tmp_path / "in" / "link").symlink_to("/etc")
-    done = copy_as_safetensors(tmp_path / "in", tmp_path / "copy")
-    assert done == ["one/adapter_model.bin", "two/adapter_model.bin"]
-    nothing_else(tmp_path / "copy", "one", "two")
-    for name in ("one", "two"):
-        assert (
-            differing(load_adapter(tmp_path / "copy" / name), load_adapter(good("plain-a"))) == []
-        )
-
-
-class Evil:
-    """Runs a command when it is unpickled the ordinary way."""
-
-    def __init__(self, witness: Path) -> None:
-        self.witness = witness
-
-    def __reduce__(self) -> Any:
-        return os.system, (f"touch {self.witness}",)
-
-
-def refused(folder: Path, tmp_path: Path) -> str:
-    code, found = run("convert", folder, tmp_path / "out", "--allow-pickle")
-    assert code == 1
-    assert not (tmp_path / "out").exists()
-    return found["error"]["code"]
-
-
-def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
-    source, witness = as_pickle(good("plain-a"), tmp_path / "in"), tmp_path / "witness"
-    tensors = load_file(next(good("plain-a").glob("*.safetensors")))
-    torch.save({**tensors, "x": Evil(witness)}, source / "adapter_model.bin")
-    assert refused(source, tmp_path) == "pickle_refused"
-    (source / "adapter_model.bin").write_bytes(pickle.dumps(Evil(witness)))
-    assert refused(source, tmp_path) == "pickle_refused"
-    assert not witness.exists()
-    torch.load(_zip_of(source, witness), weights_only=False)
-    assert witness.exists(), "the pickle of this test is harmless, so it shows nothing"
-
-
-def _zip_of(folder: Path, witness: Path) -> Path:
-    torch.save({"x": Evil(witness)}, folder / "evil.bin")
-    return folder / "evil.bin"
-
-
-@pytest.mark.parametrize(
-    "value",
-    [
-        torch.ones(2), [torch.ones(2)], {}, {"a": 1}, {"a": {"b": torch.ones(2)}},
-        {3: torch.ones(2)}, {"a": torch.ones(2, 2).to_sparse()},
-        {"a": torch.ones(2, device="meta")},
-    ],
-    ids=["tensor", "list", "empty", "number", "nested", "key", "sparse", "meta"],
-)  # fmt: skip
-def test_anything_but_a_dict_of_tensors_is_refused(value: Any, tmp_path: Path) -> None:
-    source = as_pickle(good("plain-a"), tmp_path / "in")
-    torch.save(value, source / "adapter_model.bin")
-    assert refused(source, tmp_path) == "pickle_refused"
-
-
-@pytest.mark.parametrize("cut", [0, 1, 100, 3000])
-def test_broken_pickles_are_refused(cut: int, tmp_path: Path) -> None:
-    source = as_pickle(good("plain-a"), tmp_path / "in")
-    file = source / "adapter_model.bin"
-    file.write_bytes(file.read_bytes()[:cut])
-    assert refused(source, tmp_path) == "pickle_refused"
-
-
-def test_sizes_are_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the file, by what its records grow to, and by what a tensor claims to be."""
-    source = as_pickle(good("plain-a"), tmp_path / "in")
-    file = source / "adapter_model.bin"
-
-    def limit(**limits: int) -> None:
-        monkeypatch.setattr(unpickle, "Limits", lambda: Limits(**limits))
-
-    limit(read_bytes=1000)
-    with pytest.raises(AdapterError, match="too large") as caught:
-        copy_as_safetensors(source, tmp_path / "1")
-    assert caught.value.code == "too_large"
-
-    limit()
-    torch.save({"a": torch.zeros(1).expand(1 << 40)}, file)
-    with pytest.raises(AdapterError) as caught:
-        copy_as_safetensors(source, tmp_path / "2")
-    assert caught.value.code == "too_large"
-
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data/0", bytes(1 << 22))
-    limit(read_bytes=1 << 20)
-    with pytest.raises(AdapterError) as caught:
-        copy_as_safetensors(source, tmp_path / "3")
-    assert caught.value.code == "too_large"
-
-    limit(json_bytes=10)
-    with pytest.raises(AdapterError) as caught:
-        copy_as_safetensors(good("plain-a"), tmp_path / "4")
-    assert caught.value.code == "too_large"
-
-
-def test_several_pickles_and_links_out_of_the_folder(tmp_path: Path) -> None:
-    source = as_pickle(good("plain-a"), tmp_path / "in", "a.pt")
-    shutil.copy(source / "a.pt", source / "b.pt")
-    assert refused(source, tmp_path) == "unexpected_file"
-    (source / "b.pt").unlink()
-    shutil.move(source / "a.pt", tmp_path / "a.pt")
-    (source / "a.pt").symlink_to(tmp_path / "a.pt")
-    assert refused(source, tmp_path) == "path_not_allowed"
-    assert refused(tmp_path / "nowhere", tmp_path) == "not_found"
-
-
-def test_safetensors_win_over_pickles(tmp_path: Path) -> None:
-    source = shutil.copytree(good("plain-a"), tmp_path / "in")
-    (source / "adapter_model.bin").write_bytes(b"never read")
-    code, found = run("convert", source, tmp_path / "out", "--allow-pickle")
-    assert (code, found["pickles"]) == (0, [])
-
-
-# What stands beside a folder
-
 LAYER = "model.layers.0.mlp.up_proj"
 
 
@@ -477,124 +277,3 @@ def test_gates_do_not_become_an_ordinary_lora(tmp_path: Path) -> None:
     code, found = run("convert", good("loramoe-a"), tmp_path / "out", "--rank", 2)
     assert (code, found["error"]["code"]) == (1, "unsupported_feature")
     nothing_else(tmp_path)
-
-
-# inspect and systems
-
-
-def test_systems() -> None:
-    code, rows = run("systems")
-    assert code == 0
-    by_name = {row["name"]: row for row in rows}
-    assert by_name["loramoe"]["status"] == "served" and not by_name["loramoe"]["reason"]
-    assert by_name["lily"]["status"] == "refused" and by_name["lily"]["reason"]
-    assert by_name["hira"]["status"] == "convert" and by_name["hira"]["needs"] == ["base", "rank"]
-    plain = CliRunner().invoke(app, ["systems"])
-    assert plain.exit_code == 0 and "LoRAMoE" in plain.stdout
-    assert "lily is refused" in plain.stdout
-
-
-def test_inspect_says_why_a_known_system_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": "LILY"}))
-    names = [f"base_model.model.model.layers.0.mlp.up_proj.lily_{p}.weight" for p in
-             ("A", "B", "router")]  # fmt: skip
-    save_file({name: torch.ones(2, 2) for name in names}, tmp_path / "adapter_model.safetensors")
-    code, found = run("inspect", tmp_path)
-    assert code == 1
-    assert found["system"]["name"] == "lily"
-    assert found["system"]["reason"][:30] in found["error"]["message"]
-    done = CliRunner().invoke(app, ["inspect", str(tmp_path)])
-    assert done.exit_code == 1 and "Lily" in done.output
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_inspect_counts_what_is_there(name: str) -> None:
-    code, found = run("inspect", good(name))
-    adapter = load_adapter(good(name))
-    assert code == 0
-    assert sum(group["layers"] for group in found["modules"]) == len(adapter.modules)
-    assert sum(group["layers"] for group in found["blocks"]) == len(adapter.blocks)
-    assert found["paper"] and found["title"] and found["format"]
-    assert 0 < found["adapter_mib"] <= found["slot_mib"]
-    assert CliRunner().invoke(app, ["inspect", str(good(name))]).exit_code == 0
-
-
-def test_memory_counts_blocks_and_a_shared_a_once() -> None:
-    router = GateSpec(source="router", blocks=(2, 2, 2), score="softmax")
-    shared = RoutedModule(torch.ones(2, 10), torch.ones(7, 6), router, torch.ones(3, 10))
-    parts = {"up_proj": LowRank(torch.ones(6, 10), torch.ones(14, 6)),
-             "down_proj": LowRank(torch.ones(6, 14), torch.ones(10, 6))}  # fmt: skip
-    block = MixBlock(router, torch.ones(3, 10), parts)
-    one = RoutedAdapter({"m.up": shared}, "x")
-    both = RoutedAdapter({"m.up": shared}, "x", blocks={"model.layers.0.mlp": block})
-    assert adapter_bytes(one) == 2 * (2 * 10 + 7 * 6) + 4 * 3 * 10
-    assert adapter_bytes(both) - adapter_bytes(one) == 4 * 3 * 10 + 2 * 2 * (6 * 10 + 6 * 14)
-    assert slot_bytes(one, 8, on_cpu=True) == 4 * ((8 + 3) * 10 + 8 * 7)
-    sizes = ((10, (14, 14)), (14, (10,)))  # vLLM fuses up_proj with gate_proj
-    sites = [Site(1, k, n, 8, 4, torch.bfloat16, "cpu") for k, n in sizes]
-    sites[0].reserve_routers(3)
-    more = sum(t.nbytes for s in sites for t in (s.a_SRK, s.router_SGK, *s.bt_SRN))
-    assert slot_bytes(both, 8, True) - slot_bytes(one, 8, True) == more
-    found = summarise(both)
-    assert (found["rank"], found["router_rows"]) == (6, 3)
-    (group,) = found["blocks"]
-    assert (group["experts"], group["ranks"], group["layers"]) == (3, [2], 1)
-    assert found["modules"][0]["shared_a"]
-
-
-@pytest.mark.parametrize("on_cpu", [False, True])
-def test_the_memory_of_a_slot_is_what_is_allocated(on_cpu: bool) -> None:
-    """Linears have buffers of ours; the embedding and the output matrix those of vLLM."""
-    plain, wide = GateSpec(), GateSpec(source="router", blocks=(1,) * 20)
-    modules = {
-        "model.layers.0.up": RoutedModule(
-            torch.ones(20, 3000), torch.ones(2000, 20), wide, torch.ones(20, 3000)
-        ),
-        "lm_head": RoutedModule(torch.ones(4, 3000), torch.ones(5000, 4), plain),
-        "model.embed_tokens": RoutedModule(
-            torch.ones(4, 5000), torch.ones(3000, 4), plain, kind="embedding"
-        ),
-    }
-    found = summarise(RoutedAdapter(modules, "x"))
-    assert "--max-lora-rank 32" in found["flags"]
-    backend = choice.without_triton("cpu") if on_cpu else choice.triton()
-    site = Site(1, 3000, (2000,), 32, 32, torch.bfloat16, "cpu", backend)
-    site.reserve_routers(20)
-    ours = [site.a_SRK, site.router_SGK, *site.bt_SRN]
-    if not on_cpu:
-        ours += [site.store.tables.ints_SI, site.store.tables.floats_SF]
-    theirs = 2 * 2 * 32 * (5000 + 3000)
-    seen = found["slot_mib_cpu" if on_cpu else "slot_mib"]
-    assert seen == round((sum(t.nbytes for t in ours) + theirs) / 2**20, 2)
-
-
-def test_memory_of_fused_layers() -> None:
-    """By the sizes of their slices, where an adapter does not have them all."""
-
-    def slot(**out: int) -> int:
-        modules = {
-            f"a.{name}_proj": RoutedModule(
-                torch.ones(2, 12 if name == "o" else 10), torch.ones(n, 2)
-            )
-            for name, n in out.items()
-        }
-        return slot_bytes(RoutedAdapter(modules, "plain"), 8, on_cpu=True)
-
-    def sites(*layers: tuple[int, tuple[int, ...]]) -> int:
-        return sum(4 * 8 * (len(sizes) * width + sum(sizes)) for width, sizes in layers)
-
-    output = (12, (10,))
-    assert slot(q=12, k=6, v=6) == slot(q=12, v=6) == slot(q=12, k=6) == sites((10, (12, 6, 6)))
-    assert slot(v=6, o=10) == sites((10, (12, 6, 6)), output)
-    assert slot(q=12) == sites((10, (12, 12, 12)))
-    assert slot(gate=20) == slot(up=20) == slot(gate=20, up=20) == sites((10, (20, 20)))
-    assert slot(down=20) == sites((10, (20,)))
-
-
-@pytest.mark.parametrize("command", ["systems", "inspect", "convert", "verify"])
-def test_help_teaches_and_documents_exit_codes(command: str) -> None:
-    done = CliRunner().invoke(app, [command, "--help"])
-    text = " ".join(done.stdout.replace("│", " ").split())
-    assert done.exit_code == 0
-    assert "Example" in text and f"vllm-lora-ext {command}" in text
-    assert "Exit code 0" in text

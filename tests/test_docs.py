@@ -12,13 +12,17 @@ from pathlib import Path
 
 import pytest
 import typer.main
+from typer.testing import CliRunner
 
 from vllm_lora_ext.cli import app
 from vllm_lora_ext.settings import LoraExtSettings
 
 ROOT = Path(__file__).resolve().parent.parent
 ENGINE_TESTS = ROOT / "integration_tests" / "README.md"
-PAGES = (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ENGINE_TESTS)
+PAGES = (
+    *ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "kernels").glob("*.md"),
+    ROOT / "examples" / "toy_reader" / "README.md", ROOT / "tests" / "README.md", ENGINE_TESTS,
+)  # fmt: skip
 _FENCE = re.compile(r"^```(?P<info>[^\n]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\((?P<target>[^)\s]+)\)")
 
@@ -119,6 +123,22 @@ def test_our_commands_and_make_targets_exist() -> None:
     assert {"doctor", "inspect", "check-vllm", "demo", "test"} <= seen
 
 
+def test_commands_on_files_of_the_checkout_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they are written, in a folder that has `examples/`."""
+    (tmp_path / "examples").symlink_to(ROOT / "examples")
+    monkeypatch.chdir(tmp_path)
+    ran = set()
+    for block in SHELL:
+        for name, *words in _commands(block):
+            if name == "vllm-lora-ext" and any("examples/" in word for word in words):
+                done = CliRunner().invoke(app, words)
+                assert done.exit_code == 0, f"{block}: {done.output}"
+                ran.add(words[0])
+    assert ran == {"merge"}
+
+
 def test_the_page_of_settings_has_the_settings() -> None:
     text = (ROOT / "docs" / "settings.md").read_text(encoding="utf-8")
     table = text.split("```")[0]
@@ -143,8 +163,9 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_every_engine_test_stands_below_its_question() -> None:
-    named = re.findall(r"\]\((test_\w+\.py)\)", ENGINE_TESTS.read_text(encoding="utf-8"))
-    assert sorted(named) == sorted(file.name for file in ENGINE_TESTS.parent.glob("test_*.py"))
+    named = re.findall(r"\]\(((?:\w+/)?test_\w+\.py)\)", ENGINE_TESTS.read_text(encoding="utf-8"))
+    folder = ENGINE_TESTS.parent
+    assert sorted(named) == sorted(str(f.relative_to(folder)) for f in folder.rglob("test_*.py"))
 
 
 def _anchor(title: str) -> str:

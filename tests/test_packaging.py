@@ -111,6 +111,21 @@ def test_an_import_brings_no_engine_along(module: str) -> None:
     assert (done.returncode, done.stdout.strip()) == (0, "[]"), done.stderr + done.stdout
 
 
+def test_the_import_takes_under_50_ms() -> None:
+    code = (
+        "import time; t = time.perf_counter(); import vllm_lora_ext; print(time.perf_counter() - t)"
+    )
+    taken = [
+        float(
+            subprocess.run(
+                [sys.executable, "-P", "-c", code], capture_output=True, check=True
+            ).stdout
+        )
+        for _ in range(5)
+    ]
+    assert min(taken) < 0.05, taken
+
+
 def test_wheel_imports_without_the_checkout(wheel: Path) -> None:
     """`-S` keeps the editable install out, so only the wheel can answer."""
     site = next(path for path in map(Path, sys.path) if path.name == "site-packages")

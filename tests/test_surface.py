@@ -34,5 +34,8 @@ def test_nothing_of_it_is_empty() -> None:
     assert all(found.values())
     assert {"/v1/lora_ext/adapters", "x-lora-ext-version"} <= set(found["http"])
     assert "lora_ext:refusals_total" in found["metrics"]
+    assert "VLLM_LORA_EXT_DISABLE" in found["environment"]
+    assert found["merge methods"]["ties"]["density"] == 0.2
+    assert "vllm_lora_ext.merge_methods" in found["entry points of other packages"]
     assert found["commands"]["convert"]["--rank"] is None
     assert found["error codes"]["not_found"] == "404"

@@ -6,8 +6,9 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vllm_lora_ext.adapters.dmoerm import RewardAdapter, read_reward_model
+from vllm_lora_ext.adapters.dmoerm import read_reward_model
 from vllm_lora_ext.adapters.limits import RANKS, slot_rank
+from vllm_lora_ext.adapters.reward_model import RewardAdapter
 from vllm_lora_ext.engines import start_engine, stop_engine
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.serving.rewards import Judge, Reward

@@ -165,3 +165,11 @@ def harness(tmp_path: Path) -> Callable[..., Harness]:
         return make_harness(folder, settings or {}, options)
 
     return make
+
+
+@pytest.fixture
+def core() -> Any:
+    """A `fake_core.Core` that can load three adapters."""
+    from fake_core import Core
+
+    return Core({"/a": "v1", "/b": "w1", "/c": "x1"})

@@ -15,7 +15,7 @@ from vllm.lora.request import LoRARequest
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.admission import _patch_async, _patch_sync
 from vllm_lora_ext.model_patches.admitted import Admitted
-from vllm_lora_ext.model_patches.core import ADD, ROLL_BACK
+from vllm_lora_ext.model_patches.core_calls import ADD, ROLL_BACK
 from vllm_lora_ext.model_patches.held import MEMORY_IDS
 from vllm_lora_ext.model_patches.refused import RefusedRequest
 

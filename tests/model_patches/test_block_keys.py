@@ -21,7 +21,7 @@ from vllm.v1.request import Request
 from vllm_lora_ext import plugin
 from vllm_lora_ext.conditions.column import Column, Prompt, values
 from vllm_lora_ext.model_patches.block_keys import BlockKeys, is_plain
-from vllm_lora_ext.model_patches.core import _KEY
+from vllm_lora_ext.model_patches.core_adapters import KEY
 from vllm_lora_ext.model_patches.plan import Plan, attach, plan_of, prompt_of
 from vllm_lora_ext.model_patches.residency import SlotPart
 
@@ -52,10 +52,10 @@ def request(
         prompt_embeds=embeds,
     )  # fmt: skip
     if parts and is_plain(parts):
-        setattr(made, _KEY, parts[0].version)
+        setattr(made, KEY, parts[0].version)
     elif parts:
         attach(made, columns)
-        setattr(made, _KEY, BlockKeys(parts, plan_of(made) or Plan(()), made, MOST))
+        setattr(made, KEY, BlockKeys(parts, plan_of(made) or Plan(()), made, MOST))
     made._block_hasher = get_request_block_hasher(BLOCK, sha256)
     made.update_block_hashes()
     for token in answer:

@@ -11,11 +11,11 @@ from fake_workers import Engine, Request
 
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches import data_parallel
-from vllm_lora_ext.model_patches.core import ADD, ROLL_BACK, STATE, TAKE_BACK
+from vllm_lora_ext.model_patches.core_calls import ADD, ROLL_BACK, STATE, TAKE_BACK
 
 
 class Core(Engine):
-    """A core that answers what `core.Adapters` does."""
+    """A core that answers what `core_adapters.Adapters` does."""
 
     def answer(self, method: str, *args: Any) -> Any:
         if method == TAKE_BACK:

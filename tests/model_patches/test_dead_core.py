@@ -22,7 +22,7 @@ from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_lora_ext import plugin
 from vllm_lora_ext.model_patches.driving import run, run_async
-from vllm_lora_ext.model_patches.request_says import Load
+from vllm_lora_ext.model_patches.request_steps import Load
 
 plugin.register()
 DEAD = EngineCoreProc.ENGINE_CORE_DEAD
@@ -48,6 +48,7 @@ def client_of(core: Core) -> Any:
     client.resources = BackgroundResources(ctx=None)
     client.resources.output_socket = core
     client.input_socket, client.core_engine, client.client_index = core, b"0", 0
+    client.core_engines = [client.core_engine]
     client.encoder = SimpleNamespace(encode=lambda value: [b""])
     client.decoder, client.utility_results, client.outputs_queue = None, {}, asyncio.Queue()
     return client
@@ -64,6 +65,7 @@ async def _asking(end: Any) -> None:
     ours = asyncio.create_task(run_async(SimpleNamespace(engine_core=client), steps()))
     stock = asyncio.create_task(client.call_utility_async("pause_scheduler"))
     while len(core.sent) < 2:
+        assert not ours.done(), ours.exception()
         await asyncio.sleep(0)
     await end(client, core)
     for call in (ours, stock):

@@ -16,7 +16,7 @@ from vllm_lora_ext.conditions.column import Column
 from vllm_lora_ext.conditions.recipe import DERIVED_IDS, Recipe
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.admission import _patch_async, _patch_sync
-from vllm_lora_ext.model_patches.core import ADD
+from vllm_lora_ext.model_patches.core_calls import ADD
 from vllm_lora_ext.model_patches.gate_pass import GATE
 from vllm_lora_ext.model_patches.refused import RefusedRequest
 

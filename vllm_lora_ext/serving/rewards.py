@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from vllm_lora_ext.adapters.dmoerm import RewardAdapter, RewardExpert, Router
+from vllm_lora_ext.adapters.reward_model import RewardAdapter, RewardExpert, Router
 from vllm_lora_ext.conditions.checked import Count, checked
 from vllm_lora_ext.errors import AdapterError
 

@@ -16,7 +16,7 @@ from vllm_lora_ext.adapters.readers.names import group, part
 from vllm_lora_ext.adapters.readers.peft_config import whole_number
 from vllm_lora_ext.adapters.readers.tuners import bad_shape
 from vllm_lora_ext.merging.factors import Factors, Pair
-from vllm_lora_ext.merging.variants.source import Source
+from vllm_lora_ext.merging.variants.conversion import Conversion
 
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>weight|bias|base_weight_scale\.logit"
@@ -25,34 +25,36 @@ _PART = re.compile(
 _SIZE = 1e-6  # a base gate nearer to 1 than this is taken for 1
 
 
-def curriculum(source: Source) -> Factors:
+def curriculum(conversion: Conversion) -> Factors:
     """The state after `stage` adapters.
 
     Settings: `stage`, `lora_alpha`, and optionally `lora_scale_init` (1), `scale_range` (0.2).
     A base gate other than 1 needs the output multiplier, or has full rank.
     """
-    stage = whole_number(source.folder.setting("stage", "how many adapters count"), "stage", 0, 999)
-    alpha = float(source.folder.setting("lora_alpha", "lora_alpha of the training config"))
-    offset = float(source.setting("lora_scale_init", 1.0))
-    reach = float(source.setting("scale_range", 0.2))
+    stage = whole_number(
+        conversion.folder.setting("stage", "how many adapters count"), "stage", 0, 999
+    )
+    alpha = float(conversion.folder.setting("lora_alpha", "lora_alpha of the training config"))
+    offset = float(conversion.setting("lora_scale_init", 1.0))
+    reach = float(conversion.setting("scale_range", 0.2))
     modules = {}
-    for name, names in group(source.folder.names, _PART).items():
+    for name, names in group(conversion.folder.names, _PART).items():
         if "base_weight_scale.logit" not in names:
             continue
-        parts = {key: source.folder.take(tensor) for key, tensor in names.items()}
+        parts = {key: conversion.folder.take(tensor) for key, tensor in names.items()}
         pair = _prefix(name, names, parts, stage, (alpha, offset, reach))
         # The base's gate begins at 1, whatever the adapters' begin with; stage 0 has none.
         alpha_0 = _gate(parts["base_weight_scale.logit"], 1.0, reach) if stage else 1.0
         if abs(alpha_0 - 1) <= _SIZE:
             modules[name] = pair
-        elif source.multipliers:
-            source.out_scale[name] = torch.full((pair.b_NR.shape[0],), alpha_0)
+        elif conversion.multipliers:
+            conversion.out_scale[name] = torch.full((pair.b_NR.shape[0],), alpha_0)
             modules[name] = Pair(pair.a_RK, pair.b_NR / alpha_0)
         else:
             whole = parts["weight"] * (alpha_0 - 1) + pair.delta()
-            modules[name] = source.dense(name, whole)
-    source.notes.append("the base is this checkpoint's own `weight`, which stage 0 trained")
-    source.folder.skip(source.folder.names)
+            modules[name] = conversion.dense(name, whole)
+    conversion.notes.append("the base is this checkpoint's own `weight`, which stage 0 trained")
+    conversion.folder.skip(conversion.folder.names)
     return Factors(modules)
 
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging.factors import Factors, Pair
 from vllm_lora_ext.merging.ops.truncate import factorise
+from vllm_lora_ext.merging.variants.conversion import Converted
 from vllm_lora_ext.merging.variants.files import Checkpoint
-from vllm_lora_ext.merging.variants.source import Converted
 
 _NOT_LINEAR = ("embed_tokens", "lm_head", "wte", "wpe")
 

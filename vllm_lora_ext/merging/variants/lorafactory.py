@@ -18,9 +18,9 @@ from vllm_lora_ext.adapters.readers.peft_config import bad_value
 from vllm_lora_ext.adapters.readers.tuners import bad_shape
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging.factors import Factors, Pair
+from vllm_lora_ext.merging.variants.conversion import Conversion
 from vllm_lora_ext.merging.variants.files import Artefact, as_folder
 from vllm_lora_ext.merging.variants.rebase import subtract
-from vllm_lora_ext.merging.variants.source import Source
 
 _PART = re.compile(
     r"(?P<module>.+)\.(?P<part>(init_)?weight_[ab](\.\d+)?|weight_(ab|a|b)_mixer|weight_e"
@@ -66,14 +66,14 @@ REFUSED = {
 }
 
 
-def lorafactory(source: Source) -> Factors:
+def lorafactory(conversion: Conversion) -> Factors:
     """The factors of a LoRAFactory checkpoint; base weights saved along are skipped.
 
     Raises:
         AdapterError: `missing_setting`, `unsupported_feature`, `bad_value`, `bad_shape`.
     """
     names = sorted({*SAME, "rslora", *_FORMULAS, *REBASED, *MAYBE_REBASED})
-    variant = source.folder.setting("lora_variant", f"which variant it is: {', '.join(names)}")
+    variant = conversion.folder.setting("lora_variant", f"which variant it is: {', '.join(names)}")
     if variant in REFUSED:
         raise AdapterError(
             "unsupported_feature", f"LoRAFactory's {variant}: {REFUSED[variant]}", seen=variant,
@@ -81,30 +81,30 @@ def lorafactory(source: Source) -> Factors:
         )  # fmt: skip
     if variant not in names:
         raise bad_value("lora_variant", variant, ", ".join(names))
-    scaler = source.folder.setting("lora_scaler", "lora_scaler of the training arguments")
+    scaler = conversion.folder.setting("lora_scaler", "lora_scaler of the training arguments")
     if isinstance(scaler, bool) or not isinstance(scaler, (int, float)):
         raise bad_value("lora_scaler", scaler, "a number")
-    trained, kept = _read(source.folder, variant, float(scaler), "weight")
-    if not _rebased(source, variant):
+    trained, kept = _read(conversion.folder, variant, float(scaler), "weight")
+    if not _rebased(conversion, variant):
         return trained
     if kept:
-        return subtract(trained, _read(source.folder, variant, float(scaler), "init_weight")[0])
-    if source.init is None:
+        return subtract(trained, _read(conversion.folder, variant, float(scaler), "init_weight")[0])
+    if conversion.init is None:
         raise AdapterError(
             "missing_setting", f"LoRAFactory's {variant} changed the base when training began",
             seen="no initial adapter", limit="its checkpoint from before training",
             fix="give the initial adapter",
         )  # fmt: skip
-    with as_folder(source.init, source.allow_pickle) as where:
+    with as_folder(conversion.init, conversion.allow_pickle) as where:
         first = Artefact(where)
         return subtract(trained, _read(first, variant, float(scaler), "weight")[0])
 
 
-def _rebased(source: Source, variant: str) -> bool:
+def _rebased(conversion: Conversion, variant: str) -> bool:
     if variant not in MAYBE_REBASED:
         return variant in REBASED
     meaning = "whether training began by taking B A out of the base weight"
-    return bool(source.folder.setting("lora_reset_weight", meaning))
+    return bool(conversion.folder.setting("lora_reset_weight", meaning))
 
 
 def _read(folder: Artefact, variant: str, scaler: float, stem: str) -> tuple[Factors, bool]:

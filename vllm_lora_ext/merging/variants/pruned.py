@@ -19,8 +19,8 @@ from vllm_lora_ext.adapters.readers import plain
 from vllm_lora_ext.adapters.readers.peft_config import bad_value, whole_number
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging.factors import Factors, Pair, fold
+from vllm_lora_ext.merging.variants.conversion import Conversion
 from vllm_lora_ext.merging.variants.files import Checkpoint
-from vllm_lora_ext.merging.variants.source import Source
 
 _LAYER = re.compile(r"(?P<block>.+\.\d+\.(?P<kind>mlp|self_attn))\.(?P<linear>\w+)")
 _ON_OUTPUT = {"mlp": ("gate_proj", "up_proj"), "self_attn": ("q_proj", "k_proj", "v_proj")}
@@ -51,29 +51,29 @@ def scatter(pair: Pair, places: Places, module: str) -> Pair:
     return Pair(a, b)
 
 
-def loram(source: Source) -> Factors:
+def loram(conversion: Conversion) -> Factors:
     """LoRAM (arXiv 2502.13533), mode zeroA, with its `pruned_idx` files.
 
     Settings: `head_dim`, `num_heads`, `num_key_value_heads` where attention was pruned. `normA`
     fills what was pruned with noise, and is refused.
     """
-    kind = source.setting("lora_recover_type", "zeroA")
+    kind = conversion.setting("lora_recover_type", "zeroA")
     if kind != "zeroA":
         raise AdapterError(
             "unsupported_feature", "lora_recover_type fills the pruned columns of A with noise,"
             " which is a random delta in o_proj and down_proj", seen=kind, limit="zeroA",
             fix="recover with zeroA",
         )  # fmt: skip
-    wanted = source.setting("recovered", None)
-    source.forget(_SETTINGS)
-    factors = _plain(source)
-    index = pruned_index(source)
+    wanted = conversion.setting("recovered", None)
+    conversion.forget(_SETTINGS)
+    factors = _plain(conversion)
+    index = pruned_index(conversion)
     modules = {}
     for name, pair in factors.modules.items():
         match = _LAYER.fullmatch(name)
         gone = index.get(match["block"]) if match else None
         if match and gone is not None and (wanted is None or _short(match["kind"]) in wanted):
-            places = _places(source, match["kind"], match["linear"], gone, pair)
+            places = _places(conversion, match["kind"], match["linear"], gone, pair)
             pair = scatter(pair, places, name)
         modules[name] = pair
     return dataclasses.replace(factors, modules=modules)
@@ -83,14 +83,16 @@ def _short(kind: str) -> str:
     return "attn" if kind == "self_attn" else kind
 
 
-def _places(source: Source, kind: str, linear: str, gone: torch.Tensor, pair: Pair) -> Places:
+def _places(
+    conversion: Conversion, kind: str, linear: str, gone: torch.Tensor, pair: Pair
+) -> Places:
     on_input = _ON_INPUT[kind] == linear
     if not on_input and linear not in _ON_OUTPUT[kind]:
         return Places()
     if kind == "self_attn" and linear in ("q_proj", "o_proj"):
         gone = query_channels(
             gone,
-            *(_geometry(source, key) for key in _GEOMETRY),
+            *(_geometry(conversion, key) for key in _GEOMETRY),
         )
     here = pair.a_RK.shape[1] if on_input else pair.b_NR.shape[0]
     size = here + len(gone)
@@ -117,23 +119,23 @@ def query_channels(gone: torch.Tensor, head_dim: int, heads: int, kv_heads: int)
     return (starts[:, None] + torch.arange(group)).flatten()
 
 
-def _geometry(source: Source, key: str) -> int:
+def _geometry(conversion: Conversion, key: str) -> int:
     meaning = "the whole model's, from its config.json"
-    return whole_number(source.folder.setting(key, meaning), key, 1, 1 << 16)
+    return whole_number(conversion.folder.setting(key, meaning), key, 1, 1 << 16)
 
 
-def pruned_index(source: Source) -> dict[str, torch.Tensor]:
+def pruned_index(conversion: Conversion) -> dict[str, torch.Tensor]:
     """Block (`model.layers.0.mlp`) → pruned channels, from LoRAM's files or their numbers.
 
     `.pt` files are LoRAM's own; a safetensors file holds `<block>.pruned_idx`.
     """
-    assert source.index is not None
-    where = Path(source.index)
+    assert conversion.index is not None
+    where = Path(conversion.index)
     files = sorted(where.iterdir()) if where.is_dir() else [where]
     tables = [file for file in files if file.suffix == ".safetensors"]
     found: dict[str, torch.Tensor] = {}
     for file in tables or [file for file in files if file.suffix == ".pt"]:
-        checkpoint = Checkpoint(file, source.allow_pickle)
+        checkpoint = Checkpoint(file, conversion.allow_pickle)
         for name in checkpoint.names:
             if name.rsplit(".", 1)[-1] == "pruned_idx":
                 inside = name.rpartition(".")[0] or file.name.removesuffix(".pt")
@@ -147,23 +149,23 @@ def pruned_index(source: Source) -> dict[str, torch.Tensor]:
     return found
 
 
-def llm_pruner(source: Source) -> Factors:
+def llm_pruner(conversion: Conversion) -> Factors:
     """LLM-Pruner (arXiv 2305.11627): the places are found by matching the pruned weights' rows.
 
     Needs the pruned model as safetensors beside the base: no index was ever saved. Where the
     hidden size was pruned too, its places come from the embedding's columns.
     """
-    if source.pruned is None or source.base is None:
+    if conversion.pruned is None or conversion.base is None:
         raise AdapterError(
             "missing_setting", "an adapter of a pruned model cannot be placed on the whole one"
             " without an index, or both models' weights", fix="give base and pruned checkpoints",
         )  # fmt: skip
-    factors = _plain(source)
-    finder = _Finder(source.pruned, source.base)
+    factors = _plain(conversion)
+    finder = _Finder(conversion.pruned, conversion.base)
     modules = {
         name: scatter(pair, finder.places(name), name) for name, pair in factors.modules.items()
     }
-    source.notes.append(
+    conversion.notes.append(
         "an adapter trained to repair a pruned model has no such purpose on the whole one"
     )
     return dataclasses.replace(factors, modules=modules)
@@ -229,8 +231,8 @@ def _keys(rows: torch.Tensor) -> Iterable[bytes]:
         yield hashlib.blake2b(row.tobytes(), digest_size=16).digest()
 
 
-def _plain(source: Source) -> Factors:
-    return fold(plain.read(source.folder), source.folder.config)
+def _plain(conversion: Conversion) -> Factors:
+    return fold(plain.read(conversion.folder), conversion.folder.config)
 
 
 def _check(module: str, what: str, seen: int, wanted: int) -> None:

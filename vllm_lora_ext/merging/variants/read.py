@@ -13,9 +13,9 @@ from vllm_lora_ext.adapters.readers import plain
 from vllm_lora_ext.adapters.registry import Reader, find_reader, format_of, not_served
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging.factors import Factors, Pair, fold, load_factors
+from vllm_lora_ext.merging.variants.conversion import Conversion, Converted, Path
 from vllm_lora_ext.merging.variants.files import Artefact, Checkpoint, as_folder
 from vllm_lora_ext.merging.variants.lowrank import cut
-from vllm_lora_ext.merging.variants.source import Converted, Path, Source
 from vllm_lora_ext.merging.variants.table import CONVERTERS
 
 _EXACT = 1e-6  # below this a relative error is fp32's own
@@ -70,15 +70,15 @@ def read_variant(
             factors = _read(reader, Artefact(where, settings=given))
             _check_sizes(factors, weights)
             return _cut(Converted(_named(factors, folder), reader.name), rank)
-        source = Source(
+        conversion = Conversion(
             Artefact(where, settings=given), weights, init, index,
             None if pruned is None else Checkpoint(pruned, allow_pickle), rank, multipliers,
             allow_pickle,
         )  # fmt: skip
-        factors = converter(source)
-        source.folder.finish()
+        factors = converter(conversion)
+        conversion.folder.finish()
     _check_sizes(factors, weights)
-    return _cut(_finish(source, factors, reader, folder), rank)
+    return _cut(_finish(conversion, factors, reader, folder), rank)
 
 
 def _format(artefact: Artefact, begun: bool, indexed: bool, pruned: bool) -> Reader:
@@ -107,7 +107,7 @@ def _plain(where: FilePath, settings: Mapping[str, Any], source: Path) -> Conver
     return Converted(_named(load_factors(where), source), "plain")
 
 
-def _finish(source: Source, factors: Factors, reader: Reader, folder: Path) -> Converted:
+def _finish(conversion: Conversion, factors: Factors, reader: Reader, folder: Path) -> Converted:
     for name, pair in factors.modules.items():
         for what, tensor in (("A", pair.a_RK), ("B", pair.b_NR)):
             if not bool(tensor.isfinite().all()):
@@ -119,11 +119,11 @@ def _finish(source: Source, factors: Factors, reader: Reader, folder: Path) -> C
         raise AdapterError(
             "empty_adapter", "the artefact adapts no layer at all", fix="save it again"
         )
-    errors = {name: source.errors.get(name, 0.0) for name in factors.modules}
+    errors = {name: conversion.errors.get(name, 0.0) for name in factors.modules}
     exact = max(errors.values()) < _EXACT
     return Converted(
-        _named(factors, folder), reader.name, None if exact else errors, tuple(source.notes),
-        source.out_scale or None, source.in_scale or None,
+        _named(factors, folder), reader.name, None if exact else errors, tuple(conversion.notes),
+        conversion.out_scale or None, conversion.in_scale or None,
     )  # fmt: skip
 
 

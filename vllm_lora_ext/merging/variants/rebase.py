@@ -14,25 +14,25 @@ from vllm_lora_ext.adapters.readers import plain
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging.factors import Factors, Pair, fold
 from vllm_lora_ext.merging.ops.concat import concat
+from vllm_lora_ext.merging.variants.conversion import Conversion
 from vllm_lora_ext.merging.variants.files import Artefact, as_folder
-from vllm_lora_ext.merging.variants.source import Source
 
 
-def rebase(source: Source) -> Factors:
+def rebase(conversion: Conversion) -> Factors:
     """The delta to the plain base. Raises AdapterError `missing_setting`, `setting_mismatch`."""
-    kind = str(source.folder.config.get("init_lora_weights")).lower()
-    trained = _read(source.folder)
-    if source.init is not None:
-        with as_folder(source.init, source.allow_pickle) as where:
+    kind = str(conversion.folder.config.get("init_lora_weights")).lower()
+    trained = _read(conversion.folder)
+    if conversion.init is not None:
+        with as_folder(conversion.init, conversion.allow_pickle) as where:
             first = Artefact(where)
             begun = _read(first)
             first.finish()
-    elif source.base is not None and kind in ("pissa", "olora"):
+    elif conversion.base is not None and kind in ("pissa", "olora"):
         begun = Factors({
-            name: initial(source.weight(name), pair.rank, kind, trained.scales[name])
+            name: initial(conversion.weight(name), pair.rank, kind, trained.scales[name])
             for name, pair in trained.modules.items()
         })  # fmt: skip
-        source.notes.append(f"the initial {kind} factors were recomputed from the base weights")
+        conversion.notes.append(f"the initial {kind} factors were recomputed from the base weights")
     else:
         raise AdapterError(
             "missing_setting", f"init_lora_weights '{kind}' changed the base when training began,"
@@ -41,7 +41,7 @@ def rebase(source: Source) -> Factors:
             fix="give the adapter that was saved before training",
         )  # fmt: skip
     if kind.startswith("loftq"):
-        source.notes.append(
+        conversion.notes.append(
             "LoftQ trained over a quantised base; what rounding took from the plain one is in no"
             " file of the adapter, and left out"
         )

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from vllm_lora_ext.adapters.readers.nola import read_pairs
 from vllm_lora_ext.merging.factors import Factors, Pair
-from vllm_lora_ext.merging.variants.source import Source
+from vllm_lora_ext.merging.variants.conversion import Conversion
 
 
-def nola(source: Source) -> Factors:
+def nola(conversion: Conversion) -> Factors:
     """NOLA (arXiv 2310.02556), its basis drawn again with torch's CPU generator. Exact."""
-    config, pairs, checked = read_pairs(source.folder)
+    config, pairs, checked = read_pairs(conversion.folder)
     scales = {name: config.scale(name) for name in pairs}
     modules = {name: Pair(a, b * scales[name]) for name, (a, b) in pairs.items()}
     if not checked:
-        source.notes.append(
+        conversion.notes.append(
             "NOLA's basis was drawn again with torch's CPU generator and could not be checked: "
             "another device or torch version would have trained with another basis"
         )

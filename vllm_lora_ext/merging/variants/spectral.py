@@ -18,8 +18,8 @@ from vllm_lora_ext.adapters.readers.tuners import (
 )
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging.factors import Factors, Pair
+from vllm_lora_ext.merging.variants.conversion import Conversion
 from vllm_lora_ext.merging.variants.lowrank import drop_zeros
-from vllm_lora_ext.merging.variants.source import Source
 
 _FOURIER = re.compile(r"(?P<module>.+)\.(?P<part>fourierft_spectrum)")
 _C3A = re.compile(r"(?P<module>.+)\.(?P<part>c3a_kernel)")
@@ -29,13 +29,13 @@ _SEEDS = (1 << 63) - 1
 _SERVED = 512  # vLLM's largest rank: what is above must be cut anyway
 
 
-def fourierft(source: Source) -> Factors:
+def fourierft(conversion: Conversion) -> Factors:
     """FourierFT (arXiv 2405.03003): scaling · Re(ifft2(S)), S sparse. Exact, never dense.
 
     The places of S's entries are not stored: torch's CPU generator draws them from
     `random_loc_seed` for the layer's size.
     """
-    folder = source.folder
+    folder = conversion.folder
     keys = ("n_frequency", "n_frequency_pattern", "random_loc_seed", "scaling")
     base_model = read_tuner_config(folder, keys)
     scaling = number(folder.config, "scaling")
@@ -81,9 +81,9 @@ def fourier_factors(
     return Pair(right, left.T) if by_row else Pair(left, right.T)
 
 
-def c3a(source: Source) -> Factors:
+def c3a(conversion: Conversion) -> Factors:
     """C3A (arXiv 2407.19342): blocks w of b values, block[j, l] = w[(l - j) mod b] / in."""
-    folder = source.folder
+    folder = conversion.folder
     base_model = read_tuner_config(folder, ("block_size", "block_size_pattern"))
     modules = {}
     for name, parts in group(folder.names, _C3A).items():
@@ -93,16 +93,16 @@ def c3a(source: Source) -> Factors:
         steps = torch.arange(size)
         block = kernel_MNB[:, :, (steps[None] - steps[:, None]) % size]
         delta = block.transpose(1, 2).reshape(rows * size, columns * size)
-        modules[name] = source.dense(name, delta / (columns * size))
+        modules[name] = conversion.dense(name, delta / (columns * size))
     return Factors(modules, base_model)
 
 
-def randlora(source: Source) -> Factors:
+def randlora(conversion: Conversion) -> Factors:
     """RandLoRA (arXiv 2502.00987), with stored projections: full rank, so approximated.
 
     delta = alpha/r · sum_b B_b diag(λ_b) A diag(γ_b), A on the layer's smaller side.
     """
-    folder = source.folder
+    folder = conversion.folder
     keys = (
         "projection_prng_key", "r", "randlora_alpha", "randlora_dropout", "save_projection",
         "sparse", "very_sparse",
@@ -134,16 +134,16 @@ def randlora(source: Source) -> Factors:
         a_XK = scaled.reshape(rank * bases, small)
         b_NX = b_NGR[:large, :bases].reshape(large, bases * rank)
         delta = b_NX @ a_XK if small == width else a_XK.T @ b_NX.T
-        modules[name] = source.dense(name, delta * scale)
+        modules[name] = conversion.dense(name, delta * scale)
     return Factors(modules, base_model)
 
 
-def pvera(source: Source) -> Factors:
+def pvera(conversion: Conversion) -> Factors:
     """PVeRA (arXiv 2512.07703) without sampling: VeRA with the first half of A and λ_d, the mean.
 
     Exact; with `sample_at_inference` the answer is drawn anew for each token, which is refused.
     """
-    folder = source.folder
+    folder = conversion.folder
     keys = (
         "d_initial", "generator_seed", "projection_prng_key", "pvera_dropout", "r",
         "save_projection",

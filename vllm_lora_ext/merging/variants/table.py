@@ -17,9 +17,9 @@ from vllm_lora_ext.merging.variants import (
     seeded,
     spectral,
 )
-from vllm_lora_ext.merging.variants.source import Source
+from vllm_lora_ext.merging.variants.conversion import Conversion
 
-CONVERTERS: dict[str, Callable[[Source], Factors]] = {
+CONVERTERS: dict[str, Callable[[Conversion], Factors]] = {
     "c3a": spectral.c3a,
     "dora": scaled.dora,
     "fourierft": spectral.fourierft,

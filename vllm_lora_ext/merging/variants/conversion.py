@@ -46,7 +46,7 @@ class Converted:
 
 
 @dataclass
-class Source:
+class Conversion:
     """One conversion in progress; converters fill in the lower half.
 
     Args:
