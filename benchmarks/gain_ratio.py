@@ -1,7 +1,8 @@
 """How much of what training gained is left in the server, by system: the gain ratio.
 
     python benchmarks/gain_ratio.py                     # trains each, asks each, writes the table
-    python benchmarks/gain_ratio.py --system loramoe --items 20 --steps 30
+    python benchmarks/gain_ratio.py --system loramoe --items 20 --steps 30 --out /tmp/one.json
+    python benchmarks/gain_ratio.py --draw              # picture and page again, from the results
 
     (served - base) / (reference - base)
 
@@ -27,6 +28,8 @@ from train_system import NAMES, OUT, STEPS, questions, right, train
 
 RESULT = Path(__file__).parent / "results" / "gain_ratio.json"
 ITEMS = 30  # of each task
+PAGE = Path(__file__).parent.parent / "docs" / "train.md"
+BEGIN, END = "<!-- gain ratio: make gain-ratio -->\n", "<!-- end gain ratio -->"
 
 
 def references(names: list[str], items: list[Item], steps: int) -> dict[str, int]:
@@ -87,9 +90,36 @@ def draw(report: dict[str, Any], file: Path) -> None:
         axes.bar([place + shift for place in places], heights, 0.4, label=key)
     axes.axhline(100 * report["base"] / report["items"], color="black", lw=1, label="base")
     axes.set_xticks(places, [row["system"] for row in report["rows"]])
-    axes.set_ylabel("held-out right, %")
-    axes.legend()
+    axes.set(ylabel="held-out right, %", ylim=(0, 100))
+    axes.legend(ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.savefig(file, dpi=120)
+
+
+def table(report: dict[str, Any]) -> str:
+    """Of the page."""
+    said = [
+        f"{report['items']} held-out questions, {report['steps']} steps of training each, seeded;"
+        f" the base model answers {report['base']} of them.", "",
+        "| system | right in transformers | right in vLLM | gain ratio |", "|---|---|---|---|",
+    ]  # fmt: skip
+    for row in report["rows"]:
+        ratio = "-" if row["gain_ratio"] is None else f"{row['gain_ratio']:g}"
+        said.append(f"| {row['system']} | {row['reference']} | {row['served']} | {ratio} |")
+    return "\n".join(said) + "\n"
+
+
+def with_table(page: str, report: dict[str, Any]) -> str:
+    """The page with these results."""
+    before, _, rest = page.partition(BEGIN)
+    return before + BEGIN + table(report) + END + rest.partition(END)[2]
+
+
+def write(report: dict[str, Any], out: Path) -> None:
+    """The picture; and the page, of the results that are kept."""
+    draw(report, out.with_suffix(".png"))
+    if out.resolve() == RESULT.resolve():
+        page = with_table(PAGE.read_text(encoding="utf-8"), report)
+        PAGE.write_text(page, encoding="utf-8")
 
 
 def main() -> None:
@@ -100,7 +130,11 @@ def main() -> None:
     parser.add_argument("--items", type=int, default=ITEMS, help="held-out items of each task")
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--out", type=Path, default=RESULT)
+    parser.add_argument("--draw", action="store_true", help="only write what --out holds")
     args = parser.parse_args()
+    if args.draw:
+        write(json.loads(args.out.read_text(encoding="utf-8")), args.out)
+        return
     names = args.system or list(NAMES)
     items = [item for own in questions(args.items).values() for item in own]
     reference = references(names, items, args.steps)
@@ -110,7 +144,7 @@ def main() -> None:
         "rows": rows(reference, vllm),
     }  # fmt: skip
     args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    draw(report, args.out.with_suffix(".png"))
+    write(report, args.out)
     for row in report["rows"]:
         print(row)
 

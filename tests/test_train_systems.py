@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from vllm_lora_ext.adapters import load_adapter
 from vllm_lora_ext.adapters.hf import apply_adapter
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+import gain_ratio
 from train import SYSTEMS, Adapted
 
 SIZES = {
@@ -60,3 +63,12 @@ def _two_steps(adapted: Adapted, model: LlamaForCausalLM, ids: torch.Tensor) -> 
         optimizer.step()
         optimizer.zero_grad()
     return losses
+
+
+def test_the_page_has_what_was_measured() -> None:
+    """Every system that can be trained here, as served as in transformers but for a bfloat16."""
+    report = json.loads(gain_ratio.RESULT.read_text(encoding="utf-8"))
+    assert {row["system"] for row in report["rows"]} == set(gain_ratio.NAMES)
+    page = gain_ratio.PAGE.read_text(encoding="utf-8")
+    assert gain_ratio.with_table(page, report) == page, "gain_ratio.py --draw"
+    assert all(row["gain_ratio"] > 0.9 for row in report["rows"])
