@@ -131,6 +131,31 @@ def test_replaced_while_it_answers(server, client, places):
     assert unload(server, "live").status_code == 200
 
 
+def test_of_two_loaders_at_once_one_wins(server, client, places):
+    """Both have seen the same version, and each means to replace it."""
+    paths = {"plain": places.adapters / "plain", "loramoe": places.adapters / "loramoe"}
+    version = version_of(load(server, "raced", places.adapters / "native"))
+    wanted = {name: ask(client, name, PLAIN.prompts[0]).token_ids for name in paths}
+    won = []
+    for _ in range(4):
+        with ThreadPoolExecutor(2) as pool:
+            answers = list(pool.map(
+                lambda path, seen=version: load(
+                    server, "raced", path, load_inplace=True, expected_version=seen
+                ), paths.values(),
+            ))  # fmt: skip
+        statuses = [answer.status_code for answer in answers]
+        assert sorted(statuses) == [200, 409], [answer.text for answer in answers]
+        winner = statuses.index(200)
+        lost = answers[1 - winner].json()["error"]
+        assert lost["type"] == "version_conflict", lost
+        won.append([*paths][winner])
+        assert ask(client, "raced", PLAIN.prompts[0]).token_ids == wanted[won[-1]]
+        assert listed(server, "raced")["version"] == version_of(answers[winner])
+        version = version_of(load(server, "raced", places.adapters / "native", load_inplace=True))
+    assert unload(server, "raced").status_code == 200
+
+
 def test_models_show_the_path_that_was_given(server, client, places):
     for path in (places.adapters / "plain", f"{places.adapters}/plain/", "plain"):
         for inplace in (False, True):
