@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from vllm_lora_ext.model_patches.plan import Plan, Values, prompt_length, prompt_of
-from vllm_lora_ext.model_patches.residency import SlotPart
+from vllm_lora_ext.model_patches.residency import KeyedPart
 
 Entry = tuple[str, str]
 
@@ -32,7 +32,7 @@ class BlockKeys:
         most: positions that it may have.
     """
 
-    def __init__(self, parts: tuple[SlotPart, ...], plan: Plan, request: Any, most: int) -> None:
+    def __init__(self, parts: tuple[KeyedPart, ...], plan: Plan, request: Any, most: int) -> None:
         self._parts, self._plan = parts, plan
         self._request, self._most = request, most
 
@@ -58,23 +58,23 @@ class BlockKeys:
                 found.append(("lora", entry + self._frozen_at(part, stop)))
         return sorted(found)
 
-    def _frozen_at(self, part: SlotPart, stop: int) -> str:
+    def _frozen_at(self, part: KeyedPart, stop: int) -> str:
         """The gates themselves follow from the tokens before, which are in the key already."""
         end = prompt_length(self._request)
         return f":frozen at {end}" if part.frozen and stop > end else ""
 
 
-def salted(parts: tuple[SlotPart, ...], salt: str) -> tuple[SlotPart, ...]:
+def salted(parts: tuple[KeyedPart, ...], salt: str) -> tuple[KeyedPart, ...]:
     """Parts whose keys are no other's."""
     return tuple(replace(part, version=f"{part.version}:{salt}") for part in parts)
 
 
-def is_plain(parts: tuple[SlotPart, ...]) -> bool:
+def is_plain(parts: tuple[KeyedPart, ...]) -> bool:
     """Whether it is one adapter, whole, and in all positions the same."""
     return len(parts) == 1 and not parts[0].width and parts[0].scale == 1.0 and not parts[0].frozen
 
 
-def _entry(part: SlotPart, values_TC: np.ndarray) -> str | None:
+def _entry(part: KeyedPart, values_TC: np.ndarray) -> str | None:
     """How much of one adapter is added in one block: its version alone where it is all of it."""
     factor_T1 = np.full((len(values_TC), 1), part.scale, dtype=np.float32)
     own_TC = values_TC

@@ -24,7 +24,7 @@ from vllm_lora_ext.model_patches.layers import RoutedEmbedding, RoutedLinear
 from vllm_lora_ext.model_patches.logits import RoutedLogits
 from vllm_lora_ext.model_patches.mlp import Block
 from vllm_lora_ext.model_patches.positions import Positions
-from vllm_lora_ext.model_patches.residency import HostAdapter, SlotPart, flat_views
+from vllm_lora_ext.model_patches.residency import HostAdapter, KeyedPart, flat_views
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Ingredient:
     Args:
         name: as a request names it.
         version: of the adapter and of what was folded into it before.
-        scale, by_row: as in `SlotPart`; the scale of one that goes by row is 1.
+        scale, by_row: as in `KeyedPart`; the scale of one that goes by row is 1.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Ingredient:
     by_row: bool
 
     @property
-    def part(self) -> SlotPart:
+    def part(self) -> KeyedPart:
         """What the keys of the prefix cache must know of it."""
         (own,) = self.host.parts
         return replace(own, version=self.version, scale=self.scale, by_row=self.by_row)

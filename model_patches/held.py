@@ -39,7 +39,7 @@ class Held:
 
     Args:
         lora_id: the adapter's; given: as tensors, which nobody else has.
-        parts: `SlotPart`, of what stands in a slot; none for a template.
+        parts: `KeyedPart`, of what stands in a slot; none for a template.
     """
 
     lora_id: int

@@ -25,9 +25,9 @@ from vllm_lora_ext.model_patches.positions import Positions
 from vllm_lora_ext.model_patches.rank_attention import RankAttention
 from vllm_lora_ext.model_patches.residency import (
     HostAdapter,
+    KeyedPart,
     Layout,
     Projections,
-    SlotPart,
     one,
     pack_flat,
 )
@@ -268,7 +268,7 @@ class Placer:
             names=names,
             sites=packed[0], stock=packed[1], blocks=packed[2], heads=packed[3],
             on_base=bool(adapter.dora), norms=norms, attention=attention,
-            parts=(SlotPart(
+            parts=(KeyedPart(
                 adapter.digest, columns=adapter.columns, linear=layouts.is_linear(adapter),
                 frozen=classifier is not None and classifier.frozen,
             ),),
@@ -305,7 +305,7 @@ class Placer:
         return HostAdapter(
             system="plain", source="", rank=lora.rank, version=version, nbytes=nbytes, names=names,
             sites=packed[0], stock=packed[1], blocks={}, heads=packed[2],
-            parts=(SlotPart(version),),
+            parts=(KeyedPart(version),),
         )  # fmt: skip
 
     def _classifier(self, adapter: RoutedAdapter) -> Classifier | None:

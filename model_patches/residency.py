@@ -53,7 +53,7 @@ _PIECE = {True: 64 << 20, False: sys.maxsize}  # bytes, of page-locked memory an
 
 
 @dataclass(frozen=True)
-class SlotPart:
+class KeyedPart:
     """What the keys of the prefix cache must know of one adapter in a slot; plain values.
 
     Args:
@@ -114,7 +114,7 @@ class HostAdapter:
     heads: dict[str, HeadWeights] = field(repr=False)
     blocks: dict[str, PackedBlock] = field(repr=False)
     names: dict[str, tuple[str, ...]] = field(repr=False)
-    parts: tuple[SlotPart, ...] = ()
+    parts: tuple[KeyedPart, ...] = ()
     factors: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
     template: Template | None = field(default=None, repr=False)
     classifier: Classifier | None = field(default=None, repr=False)
@@ -155,7 +155,7 @@ class LoadReport:
     system: str
     rank: int
     evicted: tuple[int, ...] = ()
-    parts: tuple[SlotPart, ...] = ()
+    parts: tuple[KeyedPart, ...] = ()
     understands: dict[str, Any] = field(default_factory=dict)
 
 
@@ -179,7 +179,7 @@ class Resident:
         return getattr(self.model, "host", None)
 
     def report(self, evicted: tuple[int, ...] = ()) -> LoadReport:
-        parts: tuple[SlotPart, ...] = (SlotPart(self.version),)
+        parts: tuple[KeyedPart, ...] = (KeyedPart(self.version),)
         understands: dict[str, Any] = {}
         if self.host is not None:
             parts, understands = self.host.parts, self.host.understands

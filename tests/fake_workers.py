@@ -10,7 +10,7 @@ import pytest
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.ledger import LOAD, VERSIONS, Ledger
 from vllm_lora_ext.model_patches.loading import FORGET, PREPARE, PREPARED
-from vllm_lora_ext.model_patches.residency import Prepared, SlotPart
+from vllm_lora_ext.model_patches.residency import KeyedPart, Prepared
 from vllm_lora_ext.model_patches.traffic import STATS, Traffic
 
 
@@ -29,7 +29,7 @@ class Report:
     system: str = "plain"
     rank: int = 4
     evicted: tuple[int, ...] = ()
-    parts: tuple[SlotPart, ...] = ()
+    parts: tuple[KeyedPart, ...] = ()
     understands: dict[str, Any] = field(default_factory=dict)
 
 
@@ -47,7 +47,7 @@ class Rank:
     reading: dict[int, Any] = field(default_factory=dict)
     traffic: Traffic = field(default_factory=Traffic)
     slow: set[int] = field(default_factory=set)  # still being read
-    made_of: dict[str, tuple[SlotPart, ...]] = field(default_factory=dict)
+    made_of: dict[str, tuple[KeyedPart, ...]] = field(default_factory=dict)
 
     def call(self, method: str, *args: Any) -> Any:
         return {
@@ -75,7 +75,7 @@ class Rank:
         return self._report(version, tuple(out))
 
     def _report(self, version: str, evicted: tuple[int, ...] = ()) -> Report:
-        parts = self.made_of.get(version, (SlotPart(version),))
+        parts = self.made_of.get(version, (KeyedPart(version),))
         understands = {
             "columns": [c.to_dict() for c in parts[0].columns] if len(parts) == 1 else [],
             "user": None if parts else 4, "instruction": False,

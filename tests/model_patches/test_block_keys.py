@@ -23,22 +23,22 @@ from vllm_lora_ext.conditions.column import Column, Prompt, values
 from vllm_lora_ext.model_patches.block_keys import BlockKeys, is_plain
 from vllm_lora_ext.model_patches.core_adapters import KEY
 from vllm_lora_ext.model_patches.plan import Plan, attach, plan_of, prompt_of
-from vllm_lora_ext.model_patches.residency import SlotPart
+from vllm_lora_ext.model_patches.residency import KeyedPart
 
 plugin.register()
 init_none_hash(sha256)
 BLOCK, MOST = 4, 64
 ALORA = Column(invocation=(1, 2))
-A, B = SlotPart("a"), SlotPart("b")
-OWN = SlotPart("own", columns=(ALORA,))
-TWO = SlotPart("two", columns=(Column(modalities=("image",)), Column(modalities=("text",))))
-SOFT = SlotPart("soft", columns=(Column(expert="x"), Column(expert="y")), linear=False)
-USERS = SlotPart("template of one user"), SlotPart("template of another")
+A, B = KeyedPart("a"), KeyedPart("b")
+OWN = KeyedPart("own", columns=(ALORA,))
+TWO = KeyedPart("two", columns=(Column(modalities=("image",)), Column(modalities=("text",))))
+SOFT = KeyedPart("soft", columns=(Column(expert="x"), Column(expert="y")), linear=False)
+USERS = KeyedPart("template of one user"), KeyedPart("template of another")
 Spans = dict[str, list[list[int]]]
 
 
 def request(
-    ids: list[int], parts: tuple[SlotPart, ...] = (), columns: Any = (), answer: Any = (),
+    ids: list[int], parts: tuple[KeyedPart, ...] = (), columns: Any = (), answer: Any = (),
     pooling: bool = False, features: Any = None, embeds: torch.Tensor | None = None,
     modality: Spans | None = None,
 ) -> Request:  # fmt: skip
@@ -78,7 +78,7 @@ def factor(*spans: tuple[int, int | None], scale: float = 1.0) -> Column:
     return Column(scale=scale, spans=spans or None)
 
 
-def rows(part: SlotPart) -> SlotPart:
+def rows(part: KeyedPart) -> KeyedPart:
     return replace(part, by_row=True)
 
 
@@ -130,13 +130,13 @@ def test_answers_and_pattern_inside_a_block() -> None:
 def test_gates_frozen_where_a_prompt_ends() -> None:
     """Blocks of the prompt are everybody's; those behind it, of requests whose prompt is the same.
     A prompt that holds the same tokens, an earlier answer, is computed exactly."""
-    frozen, answer = SlotPart("x", frozen=True), [30, 31, 32, 33, 34, 35, 36, 37]
+    frozen, answer = KeyedPart("x", frozen=True), [30, 31, 32, 33, 34, 35, 36, 37]
     first = request(TEXT[:10], (frozen,), answer=answer)
     assert not is_plain((frozen,)) and len(first.block_hashes) == 4
     assert shared(first, request(TEXT[:10], (frozen,), answer=answer)) == 4
     assert shared(first, request(TEXT[:10] + answer, (frozen,))) == 2
     assert shared(first, request(TEXT[:10] + answer[:1], (frozen,), answer=answer[1:])) == 2
-    assert shared(first, request(TEXT[:10], (SlotPart("x"),), answer=answer)) == 2
+    assert shared(first, request(TEXT[:10], (KeyedPart("x"),), answer=answer)) == 2
     whole = request(TEXT[:8], (frozen,), answer=answer)
     assert shared(whole, request(TEXT[:8] + answer, (frozen,))) == 2
 
@@ -179,12 +179,12 @@ def _factors() -> Any:
     return st.builds(Column, scale=scale, spans=spans)
 
 
-Said = tuple[list[int], tuple[SlotPart, ...], tuple[Column, ...], Spans]
+Said = tuple[list[int], tuple[KeyedPart, ...], tuple[Column, ...], Spans]
 _adapters = st.lists(st.sampled_from([A, B, OWN, TWO, SOFT, *USERS]), max_size=3, unique=True)
 
 
 @st.composite
-def _requests(draw: Any, names: list[SlotPart]) -> Said:
+def _requests(draw: Any, names: list[KeyedPart]) -> Said:
     ids = draw(st.lists(st.sampled_from([1, 2, 3]), min_size=12, max_size=20))
     by_row = len(names) > 0 and draw(st.booleans())
     parts, columns = [], []

@@ -10,7 +10,7 @@ from vllm.v1.engine import FinishReason
 from vllm_lora_ext.conditions.column import Column
 from vllm_lora_ext.conditions.recipe import DERIVED_IDS
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.model_patches.residency import SlotPart
+from vllm_lora_ext.model_patches.residency import KeyedPart
 
 ALORA = Column(invocation=(PROMPT[40], PROMPT[41]))
 
@@ -19,10 +19,10 @@ def aloras(core: Core) -> None:
     """Version v1 is an Activated LoRA; v2 one with another invocation, w1 is plain."""
     late = Column(invocation=(PROMPT[20], PROMPT[21]))
     for rank in core.workers.ranks:
-        rank.made_of["v1"] = (SlotPart("v1", columns=(ALORA,)),)
-        rank.made_of["v2"] = (SlotPart("v2", columns=(late,)),)
+        rank.made_of["v1"] = (KeyedPart("v1", columns=(ALORA,)),)
+        rank.made_of["v2"] = (KeyedPart("v2", columns=(late,)),)
         rank.made_of["t1"] = ()
-        rank.made_of["mix"] = (SlotPart("v1", by_row=True, columns=(ALORA,)), SlotPart("w1", 0.5))
+        rank.made_of["mix"] = (KeyedPart("v1", by_row=True, columns=(ALORA,)), KeyedPart("w1", 0.5))
     core._check_hit = lambda key, count: core.hits.append(count)
 
 

@@ -39,7 +39,7 @@ from vllm_lora_ext.merging.ops.sparsify import (
     kth_magnitudes,
     sparsify,
 )
-from vllm_lora_ext.merging.work import Part, Result, Work, Works
+from vllm_lora_ext.merging.work import ModuleTerm, Result, Work, Works
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Rule:
     def election(self, absent: int) -> Election:
         return Election(self.sign, self.divide, self.majority, self.join, absent)
 
-    def sparsity(self, part: Part) -> Sparsity:
+    def sparsity(self, part: ModuleTerm) -> Sparsity:
         s = part.settings
         return Sparsity(
             self.kind, s["density"], s["epsilon"], s["gamma"], self.rescale, self.extra, self.up
@@ -186,7 +186,7 @@ def _space(work: Work, rule: Rule) -> Space:
     return replace(space, parts=parts)
 
 
-def _dropped(work: Work, name: str, part: Part, draw: Draw) -> Mask:
+def _dropped(work: Work, name: str, part: ModuleTerm, draw: Draw) -> Mask:
     """DARE, before anything else is done to an adapter's entries."""
     stay = Sparsity("random", 1 - work.settings["drop"], rescale="density")
     key = f"{work.module}.{name}.{part.name}"
@@ -205,7 +205,7 @@ def _voters(work: Work, rule: Rule, name: str, draws: list[Draw]) -> Voters:
     return Voters(thin, weights, [norms[part.index] for part in work.parts] if norms else ())
 
 
-def _weight(part: Part, rule: Rule, name: str) -> float:
+def _weight(part: ModuleTerm, rule: Rule, name: str) -> float:
     if rule.space != "factor":
         return part.weight
     weight = part.weight if rule.sides == "raw" else part.weight * part.scale
@@ -217,7 +217,7 @@ def _thin(draw: Draw, mask: Mask) -> Draw:
     return lambda rows: mask.apply(draw(rows), rows)
 
 
-def _mask(work: Work, rule: Rule, name: str, part: Part, draw: Draw) -> Mask:
+def _mask(work: Work, rule: Rule, name: str, part: ModuleTerm, draw: Draw) -> Mask:
     key = f"{work.module}.{name}.{part.name}"
     drawn = rule.kind in ("random", "della")
     given = _stored(work, key, needed=part.settings["density"] < 1) if drawn else None

@@ -16,7 +16,7 @@ from vllm_lora_ext.merging.methods import Method, find_method
 from vllm_lora_ext.merging.ops.scale import Weight, count_layers, resolve
 from vllm_lora_ext.merging.ops.truncate import Kept, clamped, factorise, truncate
 from vllm_lora_ext.merging.plans import Plan, Terms
-from vllm_lora_ext.merging.work import Part, Work
+from vllm_lora_ext.merging.work import ModuleTerm, Work
 
 Progress = Callable[[int, int, str], None]
 
@@ -183,9 +183,9 @@ class _Works:
             scale = first.scales.get(name, first.config_scale)
             yield Work(name, self._parts(name), self.settings, scale, self.masks)
 
-    def _parts(self, name: str) -> list[Part]:
+    def _parts(self, name: str) -> list[ModuleTerm]:
         return [
-            Part(
+            ModuleTerm(
                 i, term.name, term.factors.modules[name], self.weights[i][name],
                 term.factors.scales.get(name, 1.0), self.own[i],
             )

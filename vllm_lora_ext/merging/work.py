@@ -12,7 +12,7 @@ from vllm_lora_ext.merging.factors import Pair
 
 
 @dataclass(frozen=True)
-class Part:
+class ModuleTerm:
     """What one adapter has on one module.
 
     Args:
@@ -62,7 +62,7 @@ class Work:
     """
 
     module: str
-    parts: list[Part]
+    parts: list[ModuleTerm]
     settings: Mapping[str, Any]
     first_scale: float = 1.0
     masks: Mapping[str, torch.Tensor] | None = None
