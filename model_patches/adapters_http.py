@@ -49,7 +49,7 @@ class RollbackRequest(BaseModel):
 
 
 async def state(engine: Any, count: bool = False) -> dict[str, Any]:
-    """What the engine cores hold (`Adapters.state`)."""
+    """What the engine cores hold (`CoreAdapters.state`)."""
     return data_parallel.whole(await data_parallel.ask(engine.engine_core, STATE, count))
 
 

@@ -37,13 +37,13 @@ from vllm_lora_ext.model_patches.driving import run, run_async
 from vllm_lora_ext.model_patches.held import MEMORY_IDS, memory_path
 from vllm_lora_ext.model_patches.refused import RefusedRequest
 from vllm_lora_ext.model_patches.request_says import TRIES, no_adapters, resolve, said_by
-from vllm_lora_ext.model_patches.request_steps import Steps, load_first, roll_back
-from vllm_lora_ext.model_patches.request_target import (  # fmt: skip
+from vllm_lora_ext.model_patches.request_settled import (  # fmt: skip
+    Settled,
     Spoken,
-    Target,
     carrying,
     extras_of,
 )
+from vllm_lora_ext.model_patches.request_steps import Steps, load_first, roll_back
 
 
 class _Arguments:
@@ -98,7 +98,7 @@ class _Call:
     args: Any
     kwargs: Any
 
-    def begin(self) -> Target | Steps[Target]:
+    def begin(self) -> Settled | Steps[Settled]:
         """What the request is to be sent with, or what must be done to know.
 
         Raises:
@@ -109,9 +109,9 @@ class _Call:
             return lora.target
         value = extras_of(params).get(FIELD)
         said = None if value is None else said_by(self.engine, value)
-        return Target(None) if lora is said is None else resolve(self.engine, said, lora)
+        return Settled(None) if lora is said is None else resolve(self.engine, said, lora)
 
-    def end(self, target: Target) -> tuple[Any, Any]:
+    def end(self, target: Settled) -> tuple[Any, Any]:
         """The arguments to send the request with. Raises AdapterError."""
         lora, params = self.arguments.get(self.args, self.kwargs)
         to_send = carrying(params, target)
@@ -177,7 +177,7 @@ def _patch_sync(cls: type[Any]) -> None:
     def new_add_request(self: Any, *args: Any, **kwargs: Any) -> Any:
         call = _Call(self, arguments, args, kwargs)
         target = call.begin()
-        args, kwargs = call.end(target if isinstance(target, Target) else run(self, target))
+        args, kwargs = call.end(target if isinstance(target, Settled) else run(self, target))
         return add_request(self, *args, **kwargs)
 
     @functools.wraps(remove_lora)
@@ -269,7 +269,7 @@ def _patch_async(cls: type[Any]) -> None:
         call = _Call(self, arguments, args, kwargs)
         try:
             target = call.begin()
-            if not isinstance(target, Target):
+            if not isinstance(target, Settled):
                 target = await run_async(self, target)
             args, kwargs = call.end(target)
         except AdapterError as error:

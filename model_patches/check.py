@@ -29,7 +29,7 @@ class Finding:
     line: int
 
 
-class Sources:
+class VllmSources:
     """The modules below one folder that holds `vllm/`, each read and parsed once."""
 
     def __init__(self, root: Path) -> None:
@@ -78,7 +78,7 @@ def record(root: Path, version: str | None) -> None:
     """
     if version is None:
         raise _not_recorded("no release number is known of it", str(root))
-    sources = Sources(root)
+    sources = VllmSources(root)
     targets = {str(target): target for patch in PATCHES for target in patch.targets}
     hashes = {name: fingerprint(sources, target) for name, target in sorted(targets.items())}
     if missing := [name for name, sha256 in hashes.items() if sha256 is None]:
@@ -97,10 +97,10 @@ def check_tree(root: Path, version: str | None = None) -> list[Finding]:
     Args:
         version: hold against what was recorded for this release; None: against any of them.
     """
-    return check_sources(Sources(root), version)
+    return check_sources(VllmSources(root), version)
 
 
-def check_sources(sources: Sources, version: str | None = None) -> list[Finding]:
+def check_sources(sources: VllmSources, version: str | None = None) -> list[Finding]:
     """`check_tree` of sources that may be parsed already."""
     record = recorded()
     findings = []
@@ -113,7 +113,7 @@ def check_sources(sources: Sources, version: str | None = None) -> list[Finding]
     return findings
 
 
-def fingerprint(sources: Sources, target: Target) -> str | None:
+def fingerprint(sources: VllmSources, target: Target) -> str | None:
     """sha256 of the target's source, or None where it is missing."""
     parsed = sources.module(target.module)
     node = parsed and _find(parsed[1], target.qualname)

@@ -33,7 +33,7 @@ KEY = "_lora_ext_key"
 _making = threading.Lock()
 
 
-class Adapters:
+class CoreAdapters:
     """The adapters of one engine core: its ledger, and what that means for the core's requests."""
 
     def __init__(self, core: Any) -> None:
@@ -254,17 +254,17 @@ def _id_of(request: Any) -> int:
     return request.lora_request.lora_int_id if request.lora_request is not None else 0
 
 
-def adapters_of(core: Any) -> Adapters | None:
+def adapters_of(core: Any) -> CoreAdapters | None:
     """Of a core; None where LoRA is off.
 
     Made when first asked for: vLLM loads plugins while a core is being made.
     """
     if core.vllm_config.lora_config is None:
         return None
-    found: Adapters | None = core.__dict__.get("_lora_ext")
+    found: CoreAdapters | None = core.__dict__.get("_lora_ext")
     if found is None:
         with _making:
             found = core.__dict__.get("_lora_ext")
             if found is None:
-                found = core._lora_ext = core.scheduler._lora_ext = Adapters(core)
+                found = core._lora_ext = core.scheduler._lora_ext = CoreAdapters(core)
     return found

@@ -10,7 +10,7 @@ from vllm.v1.engine.core import EngineCoreProc
 
 from vllm_lora_ext.adapters.memory import MemorySource
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.model_patches.core_adapters import Adapters, adapters_of
+from vllm_lora_ext.model_patches.core_adapters import CoreAdapters, adapters_of
 
 ADD = "lora_ext_add"
 """Method of the core: what `add_lora` does, and the answer says what was evicted."""
@@ -29,8 +29,8 @@ OURS = "lora_ext"
 
 
 def add(self: Any, request: Any, source: Any = None, expected: str | None = None) -> Any:
-    """As `Adapters.add`; from a core in a process of its own, whose loop must not wait for a disk,
-    a future of it.
+    """As `CoreAdapters.add`; from a core in a process of its own, whose loop must not wait for a
+    disk, a future of it.
 
     Args:
         request: a `LoRARequest`, or what the wire made of it.
@@ -48,7 +48,7 @@ def add(self: Any, request: Any, source: Any = None, expected: str | None = None
 
 
 def roll_back(self: Any, request: Any, version: str, expected: str | None = None) -> Any:
-    """As `Adapters.roll_back`."""
+    """As `CoreAdapters.roll_back`."""
     adapters, lora = _asked(self, request)
     return adapters.roll_back(lora, version, expected)
 
@@ -60,7 +60,7 @@ def take_back(self: Any, request: Any, version: str, before: str | None) -> None
 
 
 def state(self: Any, count: bool) -> Any:
-    """As `Adapters.state`."""
+    """As `CoreAdapters.state`."""
     adapters = adapters_of(self)
     assert adapters is not None, "the front end asks only where LoRA is on"
     return adapters.state(count)
@@ -85,7 +85,7 @@ def gate(self: Any, request: Any, version: str, ids: list[int]) -> Any:
     return answer.result()
 
 
-def _asked(core: Any, request: Any) -> tuple[Adapters, LoRARequest]:
+def _asked(core: Any, request: Any) -> tuple[CoreAdapters, LoRARequest]:
     """Of a call by a front end: a core's adapters, and the `LoRARequest` that may have come over
     the wire."""
     adapters = adapters_of(core)

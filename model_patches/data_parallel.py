@@ -34,8 +34,8 @@ async def first(client: Any, method: str, *args: Any) -> Any:
 
 
 async def change(client: Any, method: str, lora: LoRARequest, *args: Any) -> dict[str, Any]:
-    """What `Adapters.add` and `roll_back` answer, done by all cores or by none: where one refuses,
-    or has read other files, the others' requests get again what they got before."""
+    """What `CoreAdapters.add` and `roll_back` answer, done by all cores or by none: where one
+    refuses, or has read other files, the others' requests get again what they got before."""
     replies = await ask(client, method, lora, *args)
     errors = [reply for reply in replies if "error" in reply]
     if not errors and len({reply["version"] for reply in replies}) == 1:
@@ -54,7 +54,7 @@ async def change(client: Any, method: str, lora: LoRARequest, *args: Any) -> dic
 
 
 def whole(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What all cores hold (`Adapters.state`), as if they were one."""
+    """What all cores hold (`CoreAdapters.state`), as if they were one."""
     if len(states) == 1:
         return states[0]
     found: dict[str, Any] = {name: sum(state[name] for state in states) for name in _SUMS}

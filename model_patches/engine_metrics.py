@@ -52,7 +52,7 @@ def _experts() -> Gauge:
 
 
 def show(state: Mapping[str, Any]) -> None:
-    """Has `/metrics` say what a core says of itself (`Adapters.state`), with its counts."""
+    """Has `/metrics` say what a core says of itself (`CoreAdapters.state`), with its counts."""
     for name in _GAUGES:
         _gauge(name).set(state[name])
     for name in _COUNTERS:

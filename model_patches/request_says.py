@@ -20,8 +20,8 @@ from vllm_lora_ext.conditions.recipe import Part, Recipe
 from vllm_lora_ext.conditions.said import FIELD, Entry, Ids, Said, parse
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.admitted import Admitted, Understands
+from vllm_lora_ext.model_patches.request_settled import Settled
 from vllm_lora_ext.model_patches.request_steps import AskGate, Load, Steps, load_first
-from vllm_lora_ext.model_patches.request_target import Target
 from vllm_lora_ext.settings import LoraExtSettings
 
 TRIES = 8
@@ -53,7 +53,7 @@ def said_by(engine: Any, value: object) -> Said:
 
 def resolve(
     engine: Any, said: Said | None, lora: LoRARequest | None, message: str | None = None
-) -> Steps[Target]:
+) -> Steps[Settled]:
     """What a request is to be sent with.
 
     Args:
@@ -66,7 +66,7 @@ def resolve(
     if engine.vllm_config.lora_config is None:
         if said is not None and said.model_copy(update={"trace": None}) != Said():
             raise no_adapters()
-        return Target(lora, trace=bool(said and said.trace))
+        return Settled(lora, trace=bool(said and said.trace))
     try:
         return (yield from _resolve(engine, said, lora, message, again=False))
     except AdapterError as error:
@@ -84,14 +84,14 @@ def no_adapters() -> AdapterError:
 
 def _resolve(
     engine: Any, said: Said | None, lora: LoRARequest | None, message: str | None, again: bool
-) -> Steps[Target]:
+) -> Steps[Settled]:
     admitted = Admitted.of(engine)
     if said is None:
         if lora is None:
-            return Target(None)
+            return Settled(None)
         (use,) = yield from _load(admitted, [(_entry_of(lora), lora)], again)
         if not use.understands.needs:
-            return Target(use.lora, use.version)
+            return Settled(use.lora, use.version)
         said = Said()
     instruction = message or None if said.instruction is None else said.instruction
     uses = yield from _load(admitted, _named(admitted, said, lora), again)
@@ -102,17 +102,17 @@ def _resolve(
     live = [(use, own) for use, own in zip(uses, columns, strict=True) if by_row or use.entry.scale]
     trace = bool(said.trace)
     if not live:
-        return Target(None, trace=trace)
+        return Settled(None, trace=trace)
     live.sort(key=lambda pair: pair[0].entry.name)  # equal sums are one adapter
     first = live[0][0]
     plain = len(live) == 1 and first.entry.scale == 1.0 and not by_row
     if plain and not first.understands.template:
         told = said.gates is not None or said.modality_spans is not None
         plan = _plan(said, live, by_row) if told else None
-        return Target(first.lora, first.version, plan, trace)
+        return Settled(first.lora, first.version, plan, trace)
     recipe = yield from _recipe(engine, said.user, instruction, [u for u, _ in live], by_row)
     derived, made = yield from _derive(admitted, recipe)
-    return Target(derived, recipe.version, _plan(said, live, by_row), trace, made)
+    return Settled(derived, recipe.version, _plan(said, live, by_row), trace, made)
 
 
 def _entry_of(lora: LoRARequest) -> Entry:

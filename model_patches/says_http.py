@@ -31,7 +31,7 @@ from vllm_lora_ext.model_patches.driving import run_async
 from vllm_lora_ext.model_patches.exchange import note_version
 from vllm_lora_ext.model_patches.refused import RefusedRequest, to_response
 from vllm_lora_ext.model_patches.request_says import resolve, said_by
-from vllm_lora_ext.model_patches.request_target import Spoken, Target, check_input
+from vllm_lora_ext.model_patches.request_settled import Settled, Spoken, check_input
 from vllm_lora_ext.trace.fetch import check_on
 
 # Routes that name a model and compute nothing with it: there is nothing to say to them.
@@ -42,7 +42,7 @@ _WORDS_ONLY = (ServingTokenization, ServingRender, ServingDerender)
 class _Heard:
     """In the place of the field, once it was found right."""
 
-    target: Target
+    target: Settled
     own: LoRARequest | None  # the adapter of the request's model
 
 

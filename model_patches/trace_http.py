@@ -20,7 +20,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.exchange import current
 from vllm_lora_ext.model_patches.refused import RefusedRequest, status_of
-from vllm_lora_ext.model_patches.request_target import check_prompt, extras_of
+from vllm_lora_ext.model_patches.request_settled import check_prompt, extras_of
 from vllm_lora_ext.trace.client import PATH
 from vllm_lora_ext.trace.fetch import OWNER, RPC, check_on, read_answers, wanted
 

@@ -41,7 +41,7 @@ OUTSIDE_EXCEPTIONS = {
 FRONT = (
     "adapters_http", "admin", "admission", "admitted", "dead_core", "driving", "engine_metrics",
     "exchange", "frontend", "metrics", "mixes", "request_classes", "request_says", "request_steps",
-    "request_target", "rewards", "says_http", "scoring", "trace_http",
+    "request_settled", "rewards", "says_http", "scoring", "trace_http",
 )  # fmt: skip
 WORKER = (
     "backend", "columns", "composing", "deriving", "graphs", "heap", "layer_sizes", "layers",

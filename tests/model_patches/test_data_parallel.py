@@ -15,7 +15,7 @@ from vllm_lora_ext.model_patches.core_calls import ADD, ROLL_BACK, STATE, TAKE_B
 
 
 class Core(Engine):
-    """A core that answers what `core_adapters.Adapters` does."""
+    """A core that answers what `CoreAdapters` does."""
 
     def answer(self, method: str, *args: Any) -> Any:
         if method == TAKE_BACK:

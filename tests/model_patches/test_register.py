@@ -66,9 +66,9 @@ def test_a_changed_target_is_found(installed, target):
 
 
 @pytest.fixture(scope="module")
-def installed() -> tuple[check.Sources, dict[str, int]]:
+def installed() -> tuple[check.VllmSources, dict[str, int]]:
     """The installed vLLM, parsed once, and the line of every target."""
-    sources = check.Sources(check.installed_root())
+    sources = check.VllmSources(check.installed_root())
     findings = check.check_sources(sources)
     assert {f.state for f in findings} == {"ok"}
     return sources, {f.target: f.line for f in findings}

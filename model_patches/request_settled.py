@@ -16,7 +16,7 @@ from vllm_lora_ext.trace.fetch import EXTRA_ARG
 
 
 @dataclass(frozen=True)
-class Target:
+class Settled:
     """What a request is sent with.
 
     Args:
@@ -36,7 +36,7 @@ class Spoken(LoRARequest):
     """What a server hands to its engine in an adapter's place: what was settled for the request
     before its answer began."""
 
-    target: Target = Target(None)
+    target: Settled = Settled(None)
 
 
 def extras_of(params: Any) -> Mapping[str, Any]:
@@ -60,7 +60,7 @@ def check_prompt(request: Any) -> None:
     _check_spans(plan, length, {feature.modality for feature in request.mm_features or ()})
 
 
-def check_input(prompt: object, target: Target) -> None:
+def check_input(prompt: object, target: Settled) -> None:
     """As `check_prompt`, of what a server hands to its engine.
 
     Args:
@@ -90,7 +90,7 @@ def _check_spans(plan: Mapping[str, Any], length: int, given: Container[str]) ->
             )  # fmt: skip
 
 
-def carrying(params: Any, target: Target) -> Any:
+def carrying(params: Any, target: Settled) -> Any:
     """Parameters that carry a target's version and plan in place of what the request said; a copy
     where they differ, for the caller may use its own again.
 
