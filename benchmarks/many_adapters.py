@@ -2,16 +2,19 @@
 
     python benchmarks/many_adapters.py [--counts 0,1,10,100,1000] [--slots 8,32] [--engines plugin]
         [--kinds plain,routed] [--shapes power,uniform] [--running 32] [--requests 96]
-        [--out FILE.json] [--plot]
+        [--rounds 5] [--out FILE.json] [--plot]
 
 A `vllm serve` of SmolLM2-135M (CPU, bf16, `--running` requests at a time) for each engine and
 number of slots, on loopback, one after the other. Requests of 16 + 16 tokens arrive open-loop
 (Poisson, fixed seed), each for an adapter drawn from the first n, uniformly or by a power law
 (1/rank); ranks are 4, 8 and 16, on q and v; `routed` are the same with a router over two experts of
-half the rank. All adapters are loaded before the clock starts, and a first wave is not timed.
+half the rank. All adapters are loaded before the clock starts, and a first wave is not timed. Each
+count has a wave in every one of `--rounds` rounds, each round in another order, so that no slow
+minute of the machine falls on one count. Said are medians, and quantiles of all rounds' times.
+Stock, some times slower, has one round.
 
     saturated   they arrive at 200 a second, far above what the machine does: tokens a second
-    half load   they arrive at half of what n = 0 has done: time to the first token
+    half load   they arrive at half of what the first point has done: time to the first token
     loading     as half load, of adapters that are all in slots (half of the slots), in turn without
                 and with another client that loads and unloads adapters, one after the other
 
@@ -46,7 +49,6 @@ sys.path[:0] = [str(REPO), str(REPO / "examples")]
 PROMPT, ANSWER, RANKS, DISTINCT = 16, 16, (4, 8, 16), 24
 SATURATED = 200.0  # requests a second
 LOADS_A_SECOND = 2.0
-TURNS = 3  # of half load without and with loads
 
 
 def make_folders(base: str, kind: str, root: Path) -> list[Path]:
@@ -146,7 +148,7 @@ class Wave:
         async with client.stream("POST", "/v1/completions", json=body) as answer:
             assert answer.status_code == 200, await answer.aread()
             async for line in answer.aiter_lines():
-                assert '"error"' not in line, line
+                assert '"error":' not in line, line
                 if not first and line.startswith("data: {"):
                     first = time.perf_counter()
         self.first.append(first - sent)
@@ -162,7 +164,8 @@ class Bench:
     def __init__(self, url: str, folders: list[Path], requests: int) -> None:
         self._client = httpx.AsyncClient(
             base_url=url, timeout=600, trust_env=False,
-            limits=httpx.Limits(max_connections=requests + 8),
+            # The server closes what is idle for 5 s; a request must not meet that.
+            limits=httpx.Limits(max_connections=requests + 8, keepalive_expiry=2),
         )  # fmt: skip
         self._folders, self._requests, self._loaded = folders, requests, 0
 
@@ -180,38 +183,50 @@ class Bench:
         answer = await self._client.post(f"/v1/{what}_lora_adapter", json=body)
         assert answer.status_code == 200, answer.text
 
-    async def measure(self, count: int, shape: str, base_rate: float | None) -> dict[str, Any]:
-        """One point: saturated, then at half of `base_rate` (None: of what it does itself)."""
-        load_s = await self.load(count)
-        warm = Wave(count, shape, self._requests // 3, SATURATED, 1)
-        await warm.run(self._client)
+    async def saturated(self, count: int, shape: str, seed: int) -> dict[str, float]:
+        """One wave, which arrives at once: its speed, and what went into slots for it."""
         before = await self.counted()
-        wave, begin = Wave(count, shape, self._requests, SATURATED, 2), time.perf_counter()
+        wave = Wave(count, shape, self._requests, SATURATED, seed)
+        begin = time.perf_counter()
         await wave.run(self._client)
-        after = await self.counted()
-        speed = wave.tokens_per_second(begin)
-        rate = (base_rate or speed / ANSWER) / 2
-        calm = Wave(count, shape, self._requests, rate, 3)
-        await calm.run(self._client)
-        return {
-            "n": count, "shape": shape, "tokens_per_s": speed, "load_s": load_s,
-            **_quantiles(calm.first),
-            "swaps": after.get("activations_total", 0) - before.get("activations_total", 0),
-            "moved_mb": (
-                after.get("activation_bytes_total", 0) - before.get("activation_bytes_total", 0)
-            ) / 1e6,
-            "swap_s": after.get("activation_seconds_total", 0)
-            - before.get("activation_seconds_total", 0),
-            "rate": rate,
-        }  # fmt: skip
+        speed, after = wave.tokens_per_second(begin), await self.counted()
+        swaps, moved, waited = (
+            after.get(f"activation{what}_total", 0) - before.get(f"activation{what}_total", 0)
+            for what in ("s", "_bytes", "_seconds")
+        )
+        return {"tokens_per_s": speed, "swaps": swaps, "moved_mb": moved / 1e6, "swap_s": waited}
 
-    async def beside_loads(self, count: int, rate: float) -> dict[str, Any]:
+    async def measure(self, points: list[tuple[int, str]], rounds: int) -> list[dict[str, Any]]:
+        """A row for each point (count, shape): saturated, and first tokens at half of that."""
+        waves: list[list[dict[str, float]]] = [[] for _ in points]
+        first: list[list[float]] = [[] for _ in points]
+        for count, shape in points:
+            await Wave(count, shape, self._requests // 3, SATURATED, 1).run(self._client)
+        rate = (await self.saturated(*points[0], 2))["tokens_per_s"] / ANSWER / 2
+        for turn in range(rounds):
+            for i in np.random.default_rng(turn).permutation(len(points)):
+                count, shape = points[i]
+                waves[i].append(await self.saturated(count, shape, 100 + turn))
+                calm = Wave(count, shape, self._requests, rate, 200 + turn)
+                await calm.run(self._client)
+                first[i] += calm.first
+        return [
+            {
+                "n": count, "shape": shape, "rate": rate,
+                **{key: float(np.median([wave[key] for wave in seen])) for key in seen[0]},
+                "tokens_per_s_of": sorted(wave["tokens_per_s"] for wave in seen),
+                **_quantiles(times),
+            }
+            for (count, shape), seen, times in zip(points, waves, first, strict=True)
+        ]  # fmt: skip
+
+    async def beside_loads(self, count: int, rate: float, turns: int) -> dict[str, Any]:
         """Time to the first token of adapters in slots, without and with loads of others."""
         await self.load(count)
         await Wave(count, "uniform", 4 * count, rate, 5).run(self._client)
         first: dict[str, list[float]] = {"quiet": [], "loading": []}
         loads = 0
-        for turn in range(TURNS):
+        for turn in range(turns):
             for what, seen in first.items():
                 wave = Wave(count, "uniform", self._requests, rate, 10 + turn)
                 run = asyncio.create_task(wave.run(self._client))
@@ -234,24 +249,22 @@ class Bench:
         await self._client.aclose()
 
 
-async def run_server(url: str, folders: list[Path], slots: int, args: Any) -> dict[str, Any]:
+async def run_server(
+    url: str, folders: list[Path], slots: int, rounds: int, args: Any
+) -> dict[str, Any]:
     bench = Bench(url, folders, args.requests)
-    rows: list[dict[str, Any]] = []
-    beside, rate = None, None
+    points = [(count, shape) for shape in args.shapes for count in args.counts]
+    points = [point for point in points if point[0] > 1 or point[1] == args.shapes[0]]
     try:
-        for shape in args.shapes:
-            for count in args.counts:
-                if count == 0 and shape != args.shapes[0]:
-                    continue
-                row = await bench.measure(count, shape, rate)
-                rate = rate or row["tokens_per_s"] / ANSWER
-                rows.append(row)
-                print("  " + "  ".join(f"{k} {_short(v)}" for k, v in row.items()), flush=True)
-        beside = await bench.beside_loads(max(slots // 2, 1), rate / 2) if rate else None
-        print("  beside loads", beside, flush=True)
+        load_s = await bench.load(max(args.counts))
+        rows = await bench.measure(points, rounds)
+        for row in rows:
+            print("  " + "  ".join(f"{k} {_short(v)}" for k, v in row.items()), flush=True)
+        beside = await bench.beside_loads(max(slots // 2, 1), rows[0]["rate"], rounds)
+        print(f"  load_s {load_s:.4f}  beside loads", beside, flush=True)
     finally:
         await bench.close()
-    return {"rows": rows, "beside_loads": beside}
+    return {"load_s": load_s, "rows": rows, "beside_loads": beside}
 
 
 def _quantiles(first: list[float]) -> dict[str, float]:
@@ -271,17 +284,18 @@ def plot(servers: list[dict[str, Any]], out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for server in servers:
-        for shape in ("power", "uniform"):
+    figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    for shape, axes in zip(("power", "uniform"), panels, strict=True):
+        for server in servers:
             rows = [row for row in server["rows"] if row["shape"] == shape and row["n"]]
             if len(rows) > 1:
-                label = f"{server['engine']}, {server['kind']}, {server['slots']} slots, {shape}"
+                label = f"{server['engine']}, {server['kind']}, {server['slots']} slots"
                 style = "o-" if server["engine"] == "plugin" else "s--"
                 axes.plot([row["n"] for row in rows], [row["tokens_per_s"] for row in rows], style,
                           label=label)  # fmt: skip
-    axes.set(xscale="log", ylim=(0, None), xlabel="adapters", ylabel="tokens a second")
-    axes.legend(fontsize=7)
+        axes.set(xscale="log", ylim=(0, None), xlabel="adapters", title=shape)
+    panels[0].set(ylabel="tokens a second")
+    panels[0].legend(fontsize=7)
     figure.tight_layout()
     figure.savefig(out, dpi=130)
 
@@ -297,6 +311,7 @@ def main() -> None:
     parser.add_argument("--shapes", default="power,uniform")
     parser.add_argument("--running", default="32")
     parser.add_argument("--requests", type=int, default=96)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--plot", action="store_true")
     parser.add_argument("--out", type=Path, default=REPO / "benchmarks/results/many_adapters.json")
     args = parser.parse_args()
@@ -325,12 +340,13 @@ def main() -> None:
             if engine == "stock" and kind == "routed":
                 continue  # it has none
             name = {"engine": engine, "kind": kind, "slots": slots, "running": running}
+            rounds = args.rounds if engine == "plugin" else 1
             off = {"VLLM_LORA_EXT_DISABLE": "0" if engine == "plugin" else "1"}
             argv = server_command(base, free_port(), slots, max(args.counts), running)
             print(name, flush=True)
             with serving(argv, root / "log", **environ, **off) as server:
-                found = asyncio.run(run_server(server.url, made[kind], slots, args))
-            save(args.out, name, {"requests": args.requests, **found})
+                found = asyncio.run(run_server(server.url, made[kind], slots, rounds, args))
+            save(args.out, name, {"requests": args.requests, "rounds": rounds, **found})
     if args.plot:
         plot(json.loads(args.out.read_text())["servers"], args.out.with_suffix(".png"))
 
