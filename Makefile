@@ -53,7 +53,7 @@ matrix: $(READY) ## kinds of adapters × features of the engine: ask all, write 
 		integration_tests/test_matrix_bases.py integration_tests/test_matrix_lora_flags.py \
 		integration_tests/test_matrix_http.py integration_tests/test_matrix_pooling.py \
 		integration_tests/test_says_server.py \
-		integration_tests/test_mixes.py integration_tests/test_smollm2.py \
+		integration_tests/test_smollm2.py \
 		integration_tests/test_templates.py::test_a_rotation_of_users_over_few_slots
 	$(BIN)/python scripts/matrix_page.py
 

@@ -33,9 +33,9 @@ from rl_policies import Plain, Policy, Rollout, Routed
 from smollm import prompt_ids
 from tasks import Item, held_out, is_right, training
 
-STEPS, WARM = {"plain": 20, "routed": 16}, 12
+STEPS, WARM = {"plain": 20, "routed": 16}, 5
 QUESTIONS, GROUP = 6, 8  # answers to each question of a step
-EXAM, EXAM_EVERY = 40, 4
+EXAM, EXAM_EVERY = 40, 2
 MAX_TOKENS = 16
 CLOSE = 0.2  # how far log-probabilities of 16-bit weights may differ, on the average
 RESULTS = Path(__file__).parent / "results"

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+import setproctitle
 import torch
 
 _IMPORTED = [
@@ -43,6 +44,7 @@ class _Process(ForkServerProcess):
         super().start()
 
     def run(self) -> None:
+        setproctitle.getproctitle()  # finds the arguments' memory beside the first environment's
         os.environ.clear()
         os.environ.update(self.environ or {})
         if not self.daemon:  # what it starts in turn
