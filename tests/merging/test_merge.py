@@ -259,6 +259,17 @@ REFUSED = [
     ("lego", {"gauge": "svd"}, "bad_value"),
     ("select_ranks", {"indices": [7]}, "bad_value"),
     ("dare_ties", {"seed": -1}, "bad_value"),
+    ("iso", {"density": 0.5}, "unknown_key"),
+    ("iso", {"isotropise": False}, "unknown_key"),
+    ("ties", {"gamma": 0.1}, "unknown_key"),
+    ("ties", {"epsilon": 0.1}, "unknown_key"),
+    ("magnitude_prune", {"seed": 1}, "unknown_key"),
+    ("dare_ties", {"gamma": 0.1}, "unknown_key"),
+    ("della", {"gamma": 0.1}, "unknown_key"),
+    ("breadcrumbs", {"epsilon": 0.1}, "unknown_key"),
+    ("breadcrumbs", {"seed": 1}, "unknown_key"),
+    ("linear", {"compat": "peft", "normalize": True}, "bad_value"),
+    ("ties", {"compat": "peft", "svd_clamp": 0.9}, "bad_value"),
 ]
 
 
@@ -268,6 +279,15 @@ def test_bad_parameters_are_refused_by_name(method, parameters, code):
         merge(method, terms(1.0, 1.0), parameters)
     assert error.value.code == code
     assert method in error.value.text or any(name in error.value.text for name in parameters)
+
+
+@pytest.mark.parametrize(
+    ("method", "own"), [("iso", "density"), ("ties", "gamma"), ("breadcrumbs", "epsilon")]
+)
+def test_an_adapter_s_own_parameter_that_nothing_reads(method, own):
+    with pytest.raises(AdapterError) as error:
+        merge(method, [Term(random_factors(1), 1.0, parameters={own: 0.1})])
+    assert error.value.code == "unknown_key" and own in error.value.text
 
 
 def test_unknown_parameter_names_the_allowed_ones():

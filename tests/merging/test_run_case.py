@@ -11,8 +11,10 @@ import torch
 from make_adapters import FIXTURES
 from merging.random_factors import SHAPES, deltas, random_factors, random_pair, relative
 from merging.run_case import recipe_of, run_case
+from merging.run_variant import factors_of
 from safetensors.torch import load_file, save_file
 
+from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging import Factors, load_factors, save_peft
 
 Q0, Q1, DOWN = SHAPES
@@ -109,19 +111,84 @@ def test_what_the_runner_does_not_know_is_no_other_merge(home, parameters):
         run_case(ties(home, (1.0, 1.0), **parameters))
 
 
+KNOTS = {"merge_method": "ties", "scaling_coeffs": [1.0], "topK": 30}
+CORE = {"merge_space": "core", "scaling_coeff": 1.0}
+
+
 @pytest.mark.parametrize(
     ("system", "parameters", "name"),
     [
-        ("KnOTS", {"merge_method": "ties", "scaling_coeffs": [1.0], "dare_p": 0.5}, "dare_p"),
+        ("KnOTS", {**KNOTS, "dare_p": 0.5}, "dare_p"),
         ("PEFT", {"combination_type": "ties", "dare_pruning_coeffs": 0.5}, "dare_pruning_coeffs"),
+        ("PEFT", {"density": 0.5}, "density"),
         ("mergekit", {"merge_method": "ties", "parameters": {"topK": 3}}, "topK"),
         ("mergekit", {"merge_method": "ties", "models": [{"name": "a", "t": 0.5}, {}]}, "t"),
+        ("mergekit", {"merge_method": "ties", "parameters": {"epsilon": 0.1}}, "epsilon"),
+        ("mergekit", {"merge_method": "linear", "parameters": {"lambda": 0.5}}, "lambda"),
         ("LoraHub", {"density": 0.5}, "density"),
+        ("Core Space", {**CORE, "merge_method": "ties", "dare_pruning_coeffs": 0.3},
+         "dare_pruning_coeffs"),
+        ("Core Space", {**CORE, "merge_method": "tv", "dare_pruning_coeffs": 0.3},
+         "dare_pruning_coeffs"),
+        ("Core Space", {**CORE, "merge_method": "tsv", "topK": 30}, "topK"),
     ],
 )  # fmt: skip
-def test_a_parameter_that_the_tool_does_not_have_is_an_error(home, system, parameters, name):
-    with pytest.raises(ValueError, match=f"{system} has no parameter {name}$"):
+def test_a_parameter_that_the_method_does_not_read_is_an_error(home, system, parameters, name):
+    with pytest.raises(AdapterError) as error:
         run_case(case(home, system, parameters))
+    assert error.value.code == "unknown_key"
+    assert f"no parameter '{name}'" in error.value.text and "allowed: " in error.value.text
+
+
+@pytest.mark.parametrize(
+    ("system", "parameters", "name"),
+    [
+        ("KnOTS", {**KNOTS, "dare": True}, "dare_pruning_coeffs"),
+        ("KnOTS", {"merge_method": "ties"}, "scaling_coeffs"),
+        ("Core Space", {"merge_method": "ties", "merge_space": "core"}, "scaling_coeff"),
+        ("mergekit", {"parameters": {"normalize": True}}, "merge_method"),
+        ("DARE", {"use_rescale": True, "scaling_coefficient": 1}, "mask_rate"),
+    ],
+)
+def test_a_parameter_that_is_missing_is_an_error(home, system, parameters, name):
+    with pytest.raises(AdapterError) as error:
+        run_case(case(home, system, parameters))
+    assert error.value.code == "missing_key" and f"'{name}'" in error.value.text
+
+
+def test_what_a_tool_takes_and_passes_over_is_no_error(home):
+    """mergekit's switches stand in a file whatever its method; PEFT's call has one signature."""
+    switches = {"normalize": False, "int8_mask": True, "rescale": True}
+    given = {"merge_method": "task_arithmetic", "parameters": switches}
+    wanted = mix(home, [0.5, 0.5])
+    assert relative(result(case(home, "mergekit", given, (0.5, 0.5))), wanted) < 1e-5
+    given = {"combination_type": "cat", "density": 0.3, "majority_sign_method": "total"}
+    assert relative(result(case(home, "PEFT", given, (0.5, 0.5))), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("coefficients", [2, [2, 2], 2.0])
+def test_whole_numbers_are_numbers(home, coefficients):
+    given = {"merge_method": "tv", "merging_type": "sum", "scaling_coeffs": coefficients}
+    assert relative(result(case(home, "KnOTS", given)), mix(home, [2, 2])) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["dora", "ia3", "loram_mlp", "nola_expand", "dps_stage", "pissa",
+                                  "mergekit_extract", "icm_decode", "lokr"])  # fmt: skip
+def test_a_conversion_s_case_with_an_unknown_parameter(name):
+    folder = FIXTURES / "merged" / name
+    content = json.loads((folder / "case.json").read_text())
+    content["parameters"]["densety"] = 0.5
+    with pytest.raises(AdapterError) as error:
+        factors_of(folder, content)
+    assert error.value.code == "unknown_key" and "'densety'" in error.value.text
+
+
+def test_a_conversion_s_case_may_not_contradict_its_adapter():
+    folder = FIXTURES / "merged" / "lokr"
+    content = json.loads((folder / "case.json").read_text())
+    content["parameters"]["alpha"] += 1
+    with pytest.raises(AdapterError, match="setting_mismatch"):
+        factors_of(folder, content)
 
 
 @pytest.mark.parametrize(

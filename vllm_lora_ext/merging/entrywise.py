@@ -39,6 +39,7 @@ from vllm_lora_ext.merging.ops.sparsify import (
     kth_magnitudes,
     sparsify,
 )
+from vllm_lora_ext.merging.parameters import OF_ADAPTERS
 from vllm_lora_ext.merging.work import ModuleTerm, Result, Work, Works
 
 
@@ -73,10 +74,8 @@ class Rule:
         return Election(self.sign, self.divide, self.majority, self.join, absent)
 
     def sparsity(self, part: ModuleTerm) -> Sparsity:
-        s = part.settings
-        return Sparsity(
-            self.kind, s["density"], s["epsilon"], s["gamma"], self.rescale, self.extra, self.up
-        )
+        read = {key: part.settings[key] for key in OF_ADAPTERS if key in part.settings}
+        return Sparsity(self.kind, rescale=self.rescale, extra=self.extra, up=self.up, **read)
 
 
 class Survey(NamedTuple):
@@ -220,12 +219,14 @@ def _thin(draw: Draw, mask: Mask) -> Draw:
 def _mask(work: Work, rule: Rule, name: str, part: ModuleTerm, draw: Draw) -> Mask:
     key = f"{work.module}.{name}.{part.name}"
     drawn = rule.kind in ("random", "della")
-    given = _stored(work, key, needed=part.settings["density"] < 1) if drawn else None
+    how = rule.sparsity(part)
+    given = _stored(work, key, needed=how.density < 1) if drawn else None
     threshold = work.shared.thresholds[part.index] if work.shared else None
-    seed = work.settings["seed"]
-    return sparsify(
-        draw(ALL), rule.sparsity(part), lambda: generator(seed, key), given, threshold
-    )  # fmt: skip
+
+    def draws() -> torch.Generator:
+        return generator(work.settings["seed"], key)
+
+    return sparsify(draw(ALL), how, draws, given, threshold)
 
 
 def _stored(work: Work, key: str, needed: bool = True) -> torch.Tensor | None:

@@ -11,6 +11,7 @@ from vllm_lora_ext.adapters.outside import with_packages
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging import plans
 from vllm_lora_ext.merging.entrywise import Rule
+from vllm_lora_ext.merging.ops.sparsify import Kind
 from vllm_lora_ext.merging.parameters import (
     ALIASES,
     OF_ADAPTERS,
@@ -108,22 +109,33 @@ _DELLA = "https://arxiv.org/abs/2406.11617"
 _CRUMBS = "https://arxiv.org/abs/2312.06795"
 _ENTRIES = "entries are dropped or outvoted; what is left is served exactly in core space"
 
+_THIN = {"density": 1.0, "rescale": None}
+# What each way of thinning out reads of the parameters, beside where and how entries are merged.
+_READ_BY: dict[Kind, dict[str, Any]] = {
+    "none": {}, "magnitude": _THIN, "random": {**_THIN, "seed": 0},
+    "della": {**_THIN, "seed": 0, "epsilon": 0.1}, "outliers": {**_THIN, "gamma": 0.01},
+}  # fmt: skip
+_MERGEKIT = {"density": 1.0, "epsilon": 0.15}
+
 
 def _entrywise(
     name: str, title: str, url: str, rules: Mapping[str | None, Rule], **defaults: Any
 ) -> Method:
-    """A row for an entry-wise merge with its flavours."""
+    """A row for an entry-wise merge with its flavours: it takes what their rules read."""
+    (kind,) = {rule.kind for rule in rules.values()}
+    iso = any(rule.iso for rule in rules.values())
     parameters = {
-        **_FIT, "space": None, "sign": None, "divide": None, "join": None, "rescale": None,
-        "normalize": None,
-        "isotropise": False, "seed": 0, "density": 1.0, "epsilon": 0.1, "gamma": 0.01,
-        "compat": None, **defaults,
+        **_FIT, "space": None, "sign": None, "divide": None, "join": None, "normalize": None,
+        "compat": None, **({} if iso else {"isotropise": False}), **_READ_BY[kind], **defaults,
     }  # fmt: skip
+    if "drop" in parameters:
+        parameters["seed"] = 0
     flavours = tuple(flavour for flavour in rules if flavour)
+    mergekit = {key: value for key, value in _MERGEKIT.items() if key in parameters}
     return Method(
         name, title, url, False, _ENTRIES, plans.entrywise(rules), parameters,
         {"compat": flavours}, commutes=not any(rule.sides == "raw" for rule in rules.values()),
-        tools={"mergekit": {"density": 1.0, "epsilon": 0.15}},
+        tools={"mergekit": mergekit},
         whole=frozenset(name for name, rule in rules.items() if name and rule.space == "full"),
     )  # fmt: skip
 

@@ -89,7 +89,14 @@ def linear(settings: Settings, terms: Terms) -> Plan:
     """The sum of products, or what a tool calls linear."""
     modes: dict[str, Mode] = {"peft": "peft", "lorax": "raw", "lorahub": "raw", "soups": "b_only"}
     flavour = settings["compat"]
-    return sum_of_products(settings, terms) if flavour is None else factors_linear(modes[flavour])
+    if flavour is None:
+        return sum_of_products(settings, terms)
+    if settings.get("normalize"):
+        raise AdapterError(
+            "bad_value", "'normalize' divides weights of deltas; this tool adds up factors",
+            seen=flavour, limit="no compat", fix="remove 'normalize' or 'compat'",
+        )  # fmt: skip
+    return factors_linear(modes[flavour])
 
 
 def factors_linear(mode: Mode) -> Plan:
@@ -115,7 +122,13 @@ def entrywise(rules: Mapping[str | None, Rule]) -> Planner:
         rule = _overridden(rules[flavour], settings)
         if flavour == "peft" and len(terms.ranks) == 1:
             return factors_linear("peft")  # PEFT ignores the type when there is one adapter
-        dense, clamp = flavour == "peft" and rule.space == "full", _clamp(settings)
+        clamp = _clamp(settings)
+        dense = flavour == "peft" and rule.space == "full"
+        if clamp is not None and not dense:
+            raise AdapterError(
+                "bad_value", "'svd_clamp' cuts off entries of an SVD, and factors have none",
+                seen=clamp, limit="space: full", fix="remove 'svd_clamp', or say space: full",
+            )  # fmt: skip
         # Where all have a say on every entry, those without the module have it as well.
         normalise = rule.sign == "none" and rule.divide == "weights"
         rule = replace(rule, divide="none") if normalise else rule
