@@ -119,6 +119,51 @@ def test_scores(server: Server, route: str) -> None:
             assert abs(scores[i] - want.item()) < BOUND, kind
 
 
+ROUTES = {
+    "v1/embeddings": {"input": [5, 6]}, "v2/embed": {"texts": ["t5"]}, "pooling": {"input": "t5"},
+    "score": {"queries": "t5", "documents": "t6"}, "rerank": {"query": "t5", "documents": ["t6"]},
+}  # fmt: skip
+
+
+def answered_by(server: Server, route: str, body: dict[str, Any]) -> dict[str, str | None]:
+    """The version that the answers of each model say."""
+    found = {}
+    for name in ("base", "red", "blue"):
+        answer = httpx.post(
+            f"{server.url}/{route}", json={"model": name, **body}, timeout=60, trust_env=False
+        )
+        assert answer.status_code == 200, answer.text
+        found[name] = answer.headers.get("x-lora-ext-version")
+    return found
+
+
+def listed(server: Server) -> dict[str, str | None]:
+    answer = httpx.get(f"{server.url}/v1/lora_ext/adapters", timeout=60, trust_env=False)
+    versions = {row["name"]: row["version"] for row in answer.json()["data"]}
+    assert versions["red"] != versions["blue"]
+    return {"base": None, "red": versions["red"], "blue": versions["blue"]}
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_every_answer_says_which_version_gave_it(server: Server, route: str) -> None:
+    assert answered_by(server, route, ROUTES[route]) == listed(server)
+
+
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    root = tmp_path_factory.mktemp("classify")
+    argv = command(
+        base_with_tokenizer(root / BASE), free_port(), None, "--runner", "pooling", "--convert",
+        "classify", "--enforce-eager", "--lora-modules", *(f"{n}={p}" for n, p in ADAPTERS.items()),
+    )  # fmt: skip
+    with serving(argv, root / "server.log", fork=True) as running:
+        yield running
+
+
+def test_classes_say_which_version_gave_them(classifier: Server) -> None:
+    assert answered_by(classifier, "classify", {"input": "t5"}) == listed(classifier)
+
+
 @pytest.mark.parametrize(
     ("route", "body"),
     [

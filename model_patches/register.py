@@ -465,6 +465,21 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.v1.engine.output_processor", "RequestState.from_new_request"),
             Target("vllm.v1.engine.output_processor", "RequestState._new_request_output"),
             Target("vllm.v1.engine.output_processor", "OutputProcessor.add_request"),
+            Target("vllm.outputs", "EmbeddingRequestOutput.from_base"),
+            Target("vllm.outputs", "ClassificationRequestOutput.from_base"),
+            Target("vllm.outputs", "ScoringRequestOutput.from_base"),
+            Target(
+                "vllm.entrypoints.pooling.scoring.io_processor",
+                "BiEncoderIOProcessor._post_process",
+            ),
+            Target(
+                "vllm.entrypoints.pooling.scoring.io_processor",
+                "LateInteractionIOProcessor._post_process",
+            ),
+            Target(
+                "vllm.entrypoints.generate.beam_search.offline",
+                "BeamSearchOfflineMixin.beam_search",
+            ),
         ),
     ),
     Patch(
