@@ -2,6 +2,7 @@
 
     PYTHONPATH=tests python scripts/fuzz/folders.py CORPUS [libFuzzer's options]
     PYTHONPATH=tests python scripts/fuzz/folders.py --show INPUT
+    PYTHONPATH=tests python scripts/fuzz/folders.py --merge SMALL CORPUS
 
 The first byte of an input chooses a good folder, the second which of its files is replaced, the
 rest is the file. Whatever it is, loading the folder gives an adapter or one `AdapterError` with a
@@ -10,18 +11,13 @@ code of docs/errors.md, within seconds, and takes no memory out of proportion.
 
 from __future__ import annotations
 
-import copy
 import json
 import os
-import random
-import re
 import resource
-import shutil
 import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import atheris
 import torch  # noqa: F401 before the instrumentation: it is not what is tested
@@ -30,20 +26,14 @@ with atheris.instrument_imports(include=["vllm_lora_ext"]):
     from vllm_lora_ext.adapters import load_adapter
     from vllm_lora_ext.errors import AdapterError
 
+from changes import CODES, run
 from make_formats import FORMATS, write_random
 
-ROOT = Path(__file__).parents[2]
-CODES = set(re.findall(r"^\| `([a-z_]+)` \|", (ROOT / "docs/errors.md").read_text(), re.MULTILINE))
 CONFIG, SIDECAR, WEIGHTS = "adapter_config.json", "routing.json", "adapter_model.safetensors"
 HEADER = "header"  # of the weights, in front of as many bytes as it asks for
 KINDS = (CONFIG, SIDECAR, HEADER, WEIGHTS, WEIGHTS + ".index.json")
 MOST_DATA = 1 << 20
 MOST_MEMORY_KIB = 512 << 10  # more than before, for files of some KiB
-JUNK: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2, 3, 8, 0.5, -0.5, 1e300, -1e300, 2**31, 2**63, 2**70, "", "x",
-    "8", "LORA", "ROUTED_LORA", "router", "top_k", "\ud800", "../x", "[", "(a+)+$", [], [None],
-    [2, 2], [[1]], {}, {"a": 1}, {"default": {}}, [10**6] * 3, ["q_proj"], "F32", "F8_E8M0", "I64",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,48 +112,6 @@ def with_data(header: bytes, weights: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header + data[:end].ljust(end, b"\0")
 
 
-def mutate(data: bytes, most: int, seed: int) -> bytes:
-    """Changes the JSON as JSON mostly, and its bytes sometimes."""
-    rng = random.Random(seed)
-    try:
-        value = json.loads(data[2:])
-    except (ValueError, RecursionError):
-        value = None
-    if not isinstance(value, dict) or rng.random() < 0.2:
-        changed: bytes = atheris.Mutate(data, len(data))
-        return changed[:most]
-    for _ in range(rng.choice((1, 1, 2, 3))):
-        _change(value, rng)
-    text = json.dumps(value, ensure_ascii=rng.random() < 0.9).encode("utf-8", "surrogatepass")
-    return (data[:2] + text)[:most]
-
-
-def _change(value: dict[str, Any], rng: random.Random) -> None:
-    """One key of an object, however deep: gone, another, twice, or of another value."""
-    inner: Any = value
-    while isinstance(inner, dict) and inner:
-        key = rng.choice(list(inner))
-        if isinstance(inner[key], dict | list) and inner[key] and rng.random() < 0.6:
-            inner = inner[key]
-            continue
-        match rng.randrange(5):
-            case 0:
-                del inner[key]
-            case 1:
-                inner[rng.choice((key + "x", key.replace("A", "B"), "", "r", "\ud800"))] = (
-                    inner.pop(key)
-                )
-            case 2:
-                again = rng.choice((key + ".0", key.replace("0", "1")))
-                inner[again] = copy.deepcopy(inner[key])
-            case _:
-                inner[key] = copy.deepcopy(rng.choice(JUNK))
-        return
-    if isinstance(inner, list):
-        at = rng.randrange(len(inner))
-        inner[at : at + rng.randrange(2)] = copy.deepcopy([rng.choice(JUNK)] * rng.randrange(3))
-
-
 def write_seeds(target: Target, corpus: Path) -> None:
     """What the fuzzer begins with."""
     corpus.mkdir(parents=True, exist_ok=True)
@@ -176,17 +124,9 @@ def write_seeds(target: Target, corpus: Path) -> None:
 
 def main(argv: list[str]) -> None:
     """Fuzzes until libFuzzer's options say stop."""
-    root = Path(tempfile.mkdtemp(prefix="fuzz-"))
-    try:
-        target = Target(root)
-        if argv[1] == "--show":
-            target(Path(argv[2]).read_bytes())
-            return
-        write_seeds(target, Path(argv[1]))
-        atheris.Setup([argv[0], argv[1], *argv[2:]], target, custom_mutator=mutate)
-        atheris.Fuzz()
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as root:
+        target = Target(Path(root))
+        run(argv, target, lambda corpus: write_seeds(target, corpus))
 
 
 if __name__ == "__main__":

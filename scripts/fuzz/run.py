@@ -1,11 +1,12 @@
-"""Fuzzes the two doors for some seconds each: adapter folders, and the fields of HTTP requests.
+"""Fuzzes the doors: adapter folders, recipes and names of mixes, the fields of HTTP requests.
 
     python scripts/fuzz/run.py --seconds 300
     python scripts/fuzz/run.py --only folders
 
 What fuzzes (atheris, schemathesis) is installed once below build/fuzz. Where atheris has no wheel,
 hypothesis takes its place, with a long profile of the tests. A finding's input is kept in
-build/fuzz/found; `folders.py --show` repeats it.
+build/fuzz/found; `folders.py --show`, `recipes.py --show` repeat it. After a run a corpus holds
+what reaches something of its own, and nothing else.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,10 +32,10 @@ def main(argv: list[str]) -> int:
     """The largest exit status."""
     parser = argparse.ArgumentParser(prog="fuzz", description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=int, default=300, help="for each door")
-    parser.add_argument("--only", choices=("folders", "http"))
+    parser.add_argument("--only", choices=("folders", "recipes", "http"))
     given = parser.parse_args(argv)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (_packages(), REPO)))}
-    doors = {"folders": folders, "http": http}
+    doors = {"folders": folders, "recipes": recipes, "http": http}
     status = 0
     for name, fuzz in doors.items():
         if given.only in (None, name):
@@ -44,20 +46,52 @@ def main(argv: list[str]) -> int:
 
 def folders(seconds: int, environment: dict[str, str]) -> int:
     """Adapter folders, in this process's own machine: nothing is served."""
-    tests = str(REPO / "tests")
-    environment = environment | {"PYTHONPATH": f"{tests}{os.pathsep}{environment['PYTHONPATH']}"}
+    return _fuzzed("folders", sorted((REPO / "tests/adapters").glob("test_fuzz_*.py")),
+                   seconds, environment)  # fmt: skip
+
+
+def recipes(seconds: int, environment: dict[str, str]) -> int:
+    """Recipes as the load route reads them, and names of mixes; nothing is merged."""
+    return _fuzzed("recipes", [REPO / "tests/serving/test_mix_name.py"], seconds, environment)
+
+
+def _fuzzed(name: str, instead: list[Path], seconds: int, environment: dict[str, str]) -> int:
+    """A target's script until the time is up; its corpus stays small.
+
+    Args:
+        instead: tests by hypothesis, where there is no atheris.
+    """
+    paths = os.pathsep.join((str(REPO / "tests"), environment["PYTHONPATH"]))
+    environment = environment | {"PYTHONPATH": paths}
     if importlib.util.find_spec("atheris") is None and not (BUILD / "packages/atheris").exists():
         examples = str(max(seconds * EXAMPLES_A_SECOND, 45))
         command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "--timeout", "0",
-                   *sorted(map(str, (REPO / "tests/adapters").glob("test_fuzz_*.py")))]  # fmt: skip
+                   *map(str, instead)]  # fmt: skip
         return subprocess.run(
             command, cwd=REPO, env=environment | {"LORA_EXT_FUZZ": examples}
         ).returncode
-    found = BUILD / "found"
-    found.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, str(HERE / "folders.py"), str(BUILD / "corpus"), *BOUNDS]
-    command += [f"-max_total_time={seconds}", f"-artifact_prefix={found}/", "-print_final_stats=1"]
-    return subprocess.run(command, cwd=BUILD, env=environment).returncode
+    found, corpus = BUILD / "found", BUILD / "corpus" / name
+    for folder in (found, corpus):
+        folder.mkdir(parents=True, exist_ok=True)
+    script = [sys.executable, str(HERE / f"{name}.py")]
+    command = [*script, str(corpus), *BOUNDS, f"-max_total_time={seconds}"]
+    command += [f"-artifact_prefix={found}/{name}-", "-print_final_stats=1"]
+    status = subprocess.run(command, cwd=BUILD, env=environment).returncode
+    return status or _minimised(script, corpus, environment)
+
+
+def _minimised(script: list[str], corpus: Path, environment: dict[str, str]) -> int:
+    """Without the inputs of a corpus that reach nothing that smaller ones do not reach."""
+    before, small = len(list(corpus.iterdir())), corpus.with_suffix(".small")
+    shutil.rmtree(small, ignore_errors=True)
+    small.mkdir()
+    command = [*script, "--merge", str(small), str(corpus), *BOUNDS]
+    status = subprocess.run(command, cwd=BUILD, env=environment, stderr=subprocess.DEVNULL)
+    if status.returncode == 0 and any(small.iterdir()):
+        shutil.rmtree(corpus)
+        small.rename(corpus)
+        print(f"{corpus.name}: {len(list(corpus.iterdir()))} of {before} inputs stay in the corpus")
+    return status.returncode
 
 
 def http(seconds: int, environment: dict[str, str]) -> int:
