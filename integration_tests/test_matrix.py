@@ -182,7 +182,10 @@ def searched(llm: Any, rows: dict[str, Row], record: Record) -> None:
     left = iter(outputs)
     for name, row in rows.items():
         for case in row.cases:
-            got = [(s.tokens[len(case.prompt) :], s.cum_logprob) for s in next(left).sequences]
+            output = next(left)
+            got = [(s.tokens[len(case.prompt) :], s.cum_logprob) for s in output.sequences]
+            version = case.adapter and llm.llm_engine.adapter_version(case.adapter)
+            assert output.adapter_version == version and version != ""
             adapter = case.adapter and load_adapter(case.adapter.lora_path)
             record.right({name: beams.apart(got, beams.by_transformers(case.prompt, adapter))})
 

@@ -6,6 +6,8 @@ import copy
 import json
 import random
 import re
+import shlex
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,8 +77,9 @@ def run(argv: list[str], target: Callable[[bytes], None], seeds: Callable[[Path]
         target(Path(argv[2]).read_bytes())
         return
     if argv[1] == "--merge":
-        argv = [argv[0], "-merge=1", *argv[2:]]
-    else:
+        again = shlex.join([sys.executable, argv[0]])  # libFuzzer starts itself by a shell
+        argv = [again, "-merge=1", *argv[2:]]
+    elif not argv[1].startswith("-"):
         Path(argv[1]).mkdir(parents=True, exist_ok=True)
         seeds(Path(argv[1]))
     atheris.Setup(argv, target, custom_mutator=mutate)

@@ -85,13 +85,16 @@ def _minimised(script: list[str], corpus: Path, environment: dict[str, str]) -> 
     before, small = len(list(corpus.iterdir())), corpus.with_suffix(".small")
     shutil.rmtree(small, ignore_errors=True)
     small.mkdir()
-    command = [*script, "--merge", str(small), str(corpus), *BOUNDS]
-    status = subprocess.run(command, cwd=BUILD, env=environment, stderr=subprocess.DEVNULL)
-    if status.returncode == 0 and any(small.iterdir()):
-        shutil.rmtree(corpus)
-        small.rename(corpus)
-        print(f"{corpus.name}: {len(list(corpus.iterdir()))} of {before} inputs stay in the corpus")
-    return status.returncode
+    paths = [str(folder.relative_to(BUILD)) for folder in (small, corpus)]  # no blanks in them
+    command = [*script, "--merge", *paths, *BOUNDS]
+    subprocess.run(command, cwd=BUILD, env=environment, stderr=subprocess.DEVNULL)
+    stay = len(list(small.iterdir()))
+    print(f"{corpus.name}: {stay} of {before} inputs stay in the corpus", flush=True)
+    if not stay:
+        return 1
+    shutil.rmtree(corpus)
+    small.rename(corpus)
+    return 0
 
 
 def http(seconds: int, environment: dict[str, str]) -> int:
