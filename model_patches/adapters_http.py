@@ -18,6 +18,7 @@ import vllm.plugins.endpoint_plugins.interface as plugins
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
+from vllm import envs
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 from vllm.logger import init_logger
@@ -40,7 +41,7 @@ class LoadRequest(LoadLoRAAdapterRequest):
     expected_version: str | None = None
 
 
-class RollbackRequest(BaseModel):
+class RollbackRequest(BaseModel, extra="forbid"):
     """The body of the rollback route."""
 
     lora_name: str
@@ -111,7 +112,8 @@ def apply() -> None:
     def new_attach(app: FastAPI, *args: Any, **kwargs: Any) -> None:
         attach(app, *args, **kwargs)
         app.add_api_route(ADAPTERS, list_adapters, methods=["GET"])
-        app.add_api_route(ROLLBACK, roll_back, methods=["POST"])
+        if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:  # as the routes that load
+            app.add_api_route(ROLLBACK, roll_back, methods=["POST"])
         app.add_middleware(Scrapes)
         app.add_middleware(Exchanges)
 

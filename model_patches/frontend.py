@@ -8,6 +8,7 @@ and the stable code. The path of an adapter may be a recipe's file: what is load
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import os
 from typing import Any
@@ -24,7 +25,7 @@ from vllm_lora_ext.model_patches.admission import expecting
 from vllm_lora_ext.model_patches.admitted import Admitted
 from vllm_lora_ext.model_patches.exchange import note_version
 from vllm_lora_ext.model_patches.mixes import Front, hook_requests
-from vllm_lora_ext.model_patches.refused import to_response
+from vllm_lora_ext.model_patches.refused import engine_dead, to_response
 from vllm_lora_ext.model_patches.rewards import Rewards
 from vllm_lora_ext.settings import LoraExtSettings
 
@@ -47,14 +48,19 @@ def _refusal(name: str, error: AdapterError) -> ErrorResponse:
     return to_response(error)
 
 
+def _with(request: Any, **changes: Any) -> Any:
+    """A copy of a load's body, which is a pydantic model or, of SageMaker's route, a namespace."""
+    changed = copy.copy(request)
+    for name, value in changes.items():
+        setattr(changed, name, value)
+    return changed
+
+
 def _typed(engine: Any, name: str, answer: Any) -> Any:
     if isinstance(answer, ErrorResponse):
         error = AdapterError.parse(answer.error.message)
         if error is None and engine.errored:
-            error = AdapterError(
-                "engine_dead", "the engine has ended, and the server ends too",
-                fix="ask another replica; the server's log says why",
-            )  # fmt: skip
+            error = engine_dead()
         return answer if error is None else _refusal(name, error)
     return answer
 
@@ -99,13 +105,13 @@ def apply() -> None:
             return _refusal(name, error)
         expected = getattr(request, "expected_version", None)
         if expected is not None:
-            request = request.model_copy(update={"load_inplace": True})
+            request = _with(request, load_inplace=True)
         if _is_recipe(request.lora_path):
             try:
                 entry = await front.mixes.build_recipe(request.lora_path)
             except AdapterError as error:
                 return _refusal(name, error)
-            request = request.model_copy(update={"lora_path": str(entry.path)})
+            request = _with(request, lora_path=str(entry.path))
         try:
             with expecting(expected):
                 answer = _typed(front.engine, name, await load(self, request, *args, **kwargs))

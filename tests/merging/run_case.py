@@ -19,40 +19,15 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging import Factors, Merged, save_peft
 from vllm_lora_ext.merging.recipes import parse_recipe, run_recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from case_parameters import check_merge, check_variant
 from run_variant import factors_of, handles
 
 Case = dict[str, Any]
-
-# What cases write down beside a tool's parameters: how the numbers were made, or the inputs anew.
-NOTES = {
-    "adapters", "weights", "ids", "torch_manual_seed_before_call", "torch_manual_seed",
-    "random_seed", "dare_seed", "draw_order", "flat_order", "elements", "kept_per_adapter", "stack",
-    "singular_value_threshold", "adapter_order", "softmax_weights", "dtype",
-}  # fmt: skip
-_MERGEKIT = "weight density epsilon gamma normalize rescale lambda int8_mask"
-# What each tool has, whether or not the method of a case reads it.
-PARAMETERS = {
-    tool: set(names.split())
-    for tool, names in {
-        "PEFT": "combination_type density majority_sign_method svd_rank svd_clamp"
-        " svd_full_matrices svd_driver",
-        "mergekit": f"merge_method models parameters {_MERGEKIT}",
-        "LoRAX": "merge_strategy density majority_sign_method",
-        "LoraHub": "",
-        "Core Space": "merge_method merge_space scaling_coeff isotropize topK dare_pruning_coeffs"
-        " cart_pruning_rank cart_scaling_coeffs",
-        "KnOTS": "merge_method merging_type scaling_coeffs topK topK_percent sign_resolve_mode dare"
-        " dare_pruning_coeffs concat_across_output",
-        "TIES-Merging": "reset_type reset_thresh_percent resolve_method merge_func scaling_lambda",
-        "DARE": "mask_rate use_rescale mask_strategy scaling_coefficient",
-        "RobustMerge": "mask_ratio att_ratio fuse_weight",
-        "LoRA-Soups": "lora_mix_mode",
-    }.items()
-}
 
 
 class Call(NamedTuple):
@@ -142,14 +117,19 @@ def knots(case: Case) -> Call:
     percent = given.get("topK_percent", given.get("topK", 100))
     parameters = {
         "density": _share(percent), "divide": _KNOTS[given.get("merging_type", "mean")],
-        "lambda": coefficients if isinstance(coefficients, float) else coefficients[0],
+        "lambda": coefficients if isinstance(coefficients, (int, float)) else coefficients[0],
         "sign": {"ties": "total", "tv": "none"}[given["merge_method"]],
     }  # fmt: skip
     if not given.get("concat_across_output", True):
         raise ValueError("KnOTS' pieces side by side only, one below the other is not known here")
     if given.get("sign_resolve_mode", "sum_of_values") != "sum_of_values":
         raise ValueError("sum_of_signs counts a tie as minus in KnOTS, as nothing does here")
-    coefficient = given.get("dare_pruning_coeffs", 0.0)
+    coefficient = given.get("dare_pruning_coeffs")
+    if given.get("dare") and coefficient is None:
+        raise AdapterError(
+            "missing_key", "KnOTS' dare needs the parameter dare_pruning_coeffs",
+            fix="give 'dare_pruning_coeffs', or set dare to false",
+        )  # fmt: skip
     if given.get("dare", bool(coefficient)):
         parameters["drop"] = coefficient
     return Call("knots_ties", parameters, weights=ones)
@@ -208,25 +188,13 @@ SYSTEMS: dict[str, Callable[[Case], Call]] = {
 }  # fmt: skip
 
 
-def check_known(case: Case) -> None:
-    """Raises ValueError for a parameter that the case's tool does not have."""
-    system, given = case["system"], case["parameters"]
-    known = PARAMETERS[system] | NOTES
-    unknown = set(given) - known
-    if system == "mergekit":
-        inner = {key for model in given.get("models", []) for key in model} - {"name"}
-        unknown |= (inner | set(given.get("parameters", {}))) - set(_MERGEKIT.split())
-    if unknown:
-        raise ValueError(f"{system} has no parameter {', '.join(sorted(unknown))}")
-
-
 def recipe_of(case_dir: Path, case: Case, rank: int | None = None) -> dict[str, Any]:
     """The recipe that a case means; its paths start at the folder above the case.
 
     Args:
         rank: largest rank of the result, in place of the case's own.
     """
-    check_known(case)
+    check_merge(case)
     call = SYSTEMS[case["system"]](case)
     inputs = case["inputs"]
     weights = call.weights or [entry.get("weight", 1.0) for entry in inputs]
@@ -255,6 +223,7 @@ def run_case(case_dir: Path, rank: int | None = None) -> Factors:
     """The adapter that a case gives."""
     case = json.loads((case_dir / "case.json").read_text())
     if handles(case):
+        check_variant(case)
         return factors_of(case_dir, case, rank)
     return merge_case(case_dir, case, rank).factors
 

@@ -242,3 +242,22 @@ def test_a_recipe_may_name_files(tmp_path):
     with pytest.raises(AdapterError) as refused:
         sources.job_of(parse("recipe:drawn"))
     assert refused.value.code == "not_found"
+
+
+@pytest.mark.parametrize("roots", [None, ()], ids=["anywhere", "nowhere"])
+@pytest.mark.parametrize("path", ["~nosuchuser/x.yaml", "a\0.yaml", "\ud800.yaml", "none.yaml"])
+def test_a_path_that_no_recipe_can_have_is_refused(path, roots):
+    with pytest.raises(AdapterError) as refused:
+        Sources(MergeSettings(), roots, Host()).job_of_file(path)
+    assert refused.value.code == ("not_found" if roots is None else "path_not_allowed")
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/b", "a\\0", "\\ud800", "../b"])
+def test_a_recipe_that_names_what_cannot_be_is_refused(tmp_path, name):
+    recipe = tmp_path / "odd.yaml"
+    models = f'models: [{{model: a}}, {{model: "{name}"}}]'
+    recipe.write_text(f"version: 1\nmerge_method: cat\n{models}\n")
+    for roots, codes in ((None, {"not_found"}), ([tmp_path], {"not_found", "path_not_allowed"})):
+        with pytest.raises(AdapterError) as refused:
+            Sources(MergeSettings(), roots, Host()).job_of_file(str(recipe))
+        assert refused.value.code in codes | {"bad_value"}, refused.value  # no text at all

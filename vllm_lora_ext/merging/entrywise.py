@@ -74,9 +74,8 @@ class Rule:
 
     def sparsity(self, part: ModuleTerm) -> Sparsity:
         s = part.settings
-        return Sparsity(
-            self.kind, s["density"], s["epsilon"], s["gamma"], self.rescale, self.extra, self.up
-        )
+        read = {key: s[key] for key in ("density", "epsilon", "gamma") if key in s}
+        return Sparsity(self.kind, rescale=self.rescale, extra=self.extra, up=self.up, **read)
 
 
 class Survey(NamedTuple):
@@ -222,9 +221,9 @@ def _mask(work: Work, rule: Rule, name: str, part: ModuleTerm, draw: Draw) -> Ma
     drawn = rule.kind in ("random", "della")
     given = _stored(work, key, needed=part.settings["density"] < 1) if drawn else None
     threshold = work.shared.thresholds[part.index] if work.shared else None
-    seed = work.settings["seed"]
     return sparsify(
-        draw(ALL), rule.sparsity(part), lambda: generator(seed, key), given, threshold
+        draw(ALL), rule.sparsity(part), lambda: generator(work.settings["seed"], key), given,
+        threshold,
     )  # fmt: skip
 
 

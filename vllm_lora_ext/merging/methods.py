@@ -109,21 +109,33 @@ _CRUMBS = "https://arxiv.org/abs/2312.06795"
 _ENTRIES = "entries are dropped or outvoted; what is left is served exactly in core space"
 
 
+# What each way to thin out reads, with the defaults of methods that say nothing else. mergekit's
+# `rescale` is a switch of all its methods.
+_READ: dict[str, dict[str, Any]] = {
+    "none": {},
+    "magnitude": {"density": 1.0, "rescale": None},
+    "random": {"density": 1.0, "rescale": None, "seed": 0},
+    "della": {"density": 1.0, "rescale": None, "seed": 0, "epsilon": 0.1},
+    "outliers": {"density": 1.0, "rescale": None, "gamma": 0.01},
+}
+_MERGEKIT = {"density": 1.0, "epsilon": 0.15}
+
+
 def _entrywise(
     name: str, title: str, url: str, rules: Mapping[str | None, Rule], **defaults: Any
 ) -> Method:
     """A row for an entry-wise merge with its flavours."""
     parameters = {
-        **_FIT, "space": None, "sign": None, "divide": None, "join": None, "rescale": None,
-        "normalize": None,
-        "isotropise": False, "seed": 0, "density": 1.0, "epsilon": 0.1, "gamma": 0.01,
-        "compat": None, **defaults,
+        **_FIT, "space": None, "sign": None, "divide": None, "join": None, "normalize": None,
+        "isotropise": False, "compat": None,
+        **{key: value for rule in rules.values() for key, value in _READ[rule.kind].items()},
+        **({"seed": 0} if "drop" in defaults else {}), **defaults,
     }  # fmt: skip
     flavours = tuple(flavour for flavour in rules if flavour)
     return Method(
         name, title, url, False, _ENTRIES, plans.entrywise(rules), parameters,
         {"compat": flavours}, commutes=not any(rule.sides == "raw" for rule in rules.values()),
-        tools={"mergekit": {"density": 1.0, "epsilon": 0.15}},
+        tools={"mergekit": {k: v for k, v in _MERGEKIT.items() if k in parameters}},
         whole=frozenset(name for name, rule in rules.items() if name and rule.space == "full"),
     )  # fmt: skip
 

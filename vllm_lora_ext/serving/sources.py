@@ -80,9 +80,10 @@ class Sources:
 
     def job_of_file(self, path: str) -> Job:
         """The merge in a recipe's file. Raises AdapterError, those of paths and of recipes."""
+        path = os.path.expanduser(path)
         if self._roots is None:
-            return self._job_of_recipe(Path(path).expanduser().absolute())
-        return self._job_of_recipe(resolve_inside(os.path.expanduser(path), self._roots))
+            return self._job_of_recipe(Path(path).absolute())
+        return self._job_of_recipe(resolve_inside(path, self._roots))
 
     def _job_of_recipe(self, path: Path) -> Job:
         version = _stat(path)
@@ -112,7 +113,7 @@ class Sources:
 
     def _below(self, name: str, recipe: Path) -> _Input:
         """A recipe's file may name folders and files (masks, latents), from its own folder on."""
-        path = Path(os.path.abspath(recipe.parent / Path(name).expanduser()))
+        path = Path(os.path.abspath(recipe.parent / os.path.expanduser(name)))
         if self._roots is not None:
             path = resolve_inside(path, self._roots)
         if not path.is_dir() and not path.is_file():
@@ -152,7 +153,7 @@ def _read(path: Path, version: object) -> Recipe:
 def _stat(path: Path) -> tuple[str, int, int, int] | None:
     try:
         found = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # there is none, or no file can have this name
         return None
     return path.name, found.st_size, found.st_mtime_ns, found.st_ino
 
