@@ -1,6 +1,7 @@
 """The server's list of models: adapters by path, by recipe, and merged by name.
 
-Targets: `OpenAIServingModels.{__init__, load_lora_adapter, unload_lora_adapter}`. Stock answers
+Targets: `OpenAIServingModels.{__init__, load_lora_adapter, unload_lora_adapter,
+show_available_models}`. Stock answers
 every load error but "not found" with 500 and forgets what kind it was; here the client gets 4xx
 and the stable code. The path of an adapter may be a recipe's file: what is loaded is its merge.
 """
@@ -80,6 +81,7 @@ def apply() -> None:
     """Wraps the list of models; the request path only when a server asks for mixes."""
     init, load = OpenAIServingModels.__init__, OpenAIServingModels.load_lora_adapter
     unload = OpenAIServingModels.unload_lora_adapter
+    show = OpenAIServingModels.show_available_models
 
     @functools.wraps(init)
     def new_init(self: Any, engine_client: Any, *args: Any, **kwargs: Any) -> None:
@@ -146,6 +148,14 @@ def apply() -> None:
                 front.mixes.unloaded(name)
         return answer
 
+    @functools.wraps(show)
+    async def new_show(self: Any) -> Any:
+        models, made = await show(self), self._lora_ext_front.made()
+        for card in models.data:  # else of the folder where the server keeps what it has made
+            card.root = made.get(card.id, card.root)
+        return models
+
     OpenAIServingModels.__init__ = new_init
+    OpenAIServingModels.show_available_models = new_show
     OpenAIServingModels.load_lora_adapter = new_load
     OpenAIServingModels.unload_lora_adapter = new_unload

@@ -63,6 +63,10 @@ class Front:
     def used(self) -> bool:
         return "mixes" in self.__dict__
 
+    def made(self) -> dict[str, str]:
+        """By model, the mix's name or the path that was sent, of adapters that were made here."""
+        return self.mixes.made() if self.used else {}
+
     @property
     def max_rank(self) -> int:
         return int(self._lora.max_lora_rank)

@@ -416,6 +416,10 @@ PATCHES: tuple[Patch, ...] = (
             Target(
                 "vllm.entrypoints.openai.models.serving", "OpenAIServingModels.unload_lora_adapter"
             ),
+            Target(
+                "vllm.entrypoints.openai.models.serving",
+                "OpenAIServingModels.show_available_models",
+            ),
         ),
     ),
     Patch(

@@ -151,12 +151,15 @@ def test_sagemakers_route_sends_no_pydantic_model(tmp_path):
     async def build(path: str) -> Any:
         return kept
 
-    mixes = SimpleNamespace(build_recipe=build, loaded=lambda name, entry: None)
+    mixes = SimpleNamespace(
+        build_recipe=build, loaded=lambda name, entry: None, made=lambda: {"a": "weekly.yaml"}
+    )
     models._lora_ext_front.__dict__["mixes"] = mixes
     body = {"lora_name": "a", "load_inplace": False, "is_3d_lora_weight": False}
     request = SimpleNamespace(lora_path="weekly.yaml", expected_version="v0", **body)
     assert isinstance(asyncio.run(models.load_lora_adapter(request)), str)
     assert engine.loaded[0].lora_path == str(kept.path) and engine.loaded[0].load_inplace
+    assert roots(models) == ["weekly.yaml"], "and not the server's own folder"
     assert request.lora_path == "weekly.yaml" and not request.load_inplace
 
 

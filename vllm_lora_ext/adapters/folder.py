@@ -99,7 +99,7 @@ class AdapterFolder:
         self.path = self._root / below
         if not os.path.isdir(self.path):
             raise AdapterError(
-                "not_found", "there is no adapter folder", seen=below or str(self.path),
+                "not_found", "there is no adapter folder", seen=below or self.path.name,
                 fix="check the path of the adapter",
             )  # fmt: skip
         self._parts: dict[str, bytes] = {}

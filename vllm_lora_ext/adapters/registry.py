@@ -259,7 +259,7 @@ def not_served(reader: Reader, path: Path) -> AdapterError:
     return AdapterError(
         "unsupported_feature", f"{reader.title} is not served as it is", seen=reader.files,
         limit="formats that need nothing beside their folder", fix="make an ordinary LoRA of it:"
-        f" vllm-lora-ext convert {path} OUT{given}",
+        f" vllm-lora-ext convert {path.name} OUT{given}",
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import shutil
 import weakref
 from collections import OrderedDict
@@ -19,6 +20,8 @@ from vllm_lora_ext.serving.mix_name import Mix
 from vllm_lora_ext.serving.process import Builder
 from vllm_lora_ext.serving.sources import Job, Sources
 from vllm_lora_ext.settings import LoraExtSettings, MergeSettings
+
+logger = logging.getLogger("vllm.lora_ext.serving")
 
 
 class Host(Protocol):
@@ -65,6 +68,7 @@ class Entry:
         path: its folder, this entry's own.
         holders: requests that use it.
         loaded: what the host gave for it.
+        sent: what a client calls it by: the mix's name, or the path of its recipe as it was sent.
     """
 
     model: str
@@ -74,6 +78,7 @@ class Entry:
     loaded: object = None
     task: asyncio.Task[None] | None = None
     retired: bool = False
+    sent: str = ""
 
     @property
     def idle(self) -> bool:
@@ -85,7 +90,7 @@ class Mixes:
 
     def __init__(self, settings: LoraExtSettings, host: Host) -> None:
         self._settings, self._host = settings.merge or MergeSettings(), host
-        self._leases = Leases(self._settings.folder() / "served")
+        self._leases = _leases(self._settings.folder() / "served")
         self._sources = Sources(self._settings, settings.adapter_roots, host)
         self._builder = Builder(self._settings.max_seconds)
         self._live: OrderedDict[str, Entry] = OrderedDict()  # least recently used first
@@ -97,6 +102,11 @@ class Mixes:
     def names(self) -> set[str]:
         """Mixes, so that they are not taken for registered adapters."""
         return set(self._live)
+
+    def made(self) -> dict[str, str]:
+        """By model, what a client may know of where the adapter comes from."""
+        return {model: entry.sent for made in (self._live, self._recipes)
+                for model, entry in made.items()}  # fmt: skip
 
     async def serve(self, mix: Mix, holder: object) -> str:
         """Has the mix loaded; it stays until `holder` is gone.
@@ -121,7 +131,9 @@ class Mixes:
                 entry = None
             if entry is None:
                 self._make_room()
-                entry = self._live[model] = Entry(model, job.version, self._leases.new())
+                entry = self._live[model] = Entry(
+                    model, job.version, self._leases.new(), sent=model
+                )
                 entry.task = self._go(self._build(entry, job))
                 entry.task.add_done_callback(partial(self._built, entry))
             self._hold(entry, holder)
@@ -138,7 +150,7 @@ class Mixes:
             AdapterError: those of the recipe and of merging.
         """
         job = await asyncio.to_thread(self._sources.job_of_file, path)
-        entry = Entry("", job.version, self._leases.new())
+        entry = Entry("", job.version, self._leases.new(), sent=path)
         try:
             await self._run(entry, job)
         except BaseException:
@@ -256,6 +268,17 @@ def _seen(task: asyncio.Task[None]) -> None:
     """Waiters may all be gone: no log about an exception that nobody asked for."""
     if not task.cancelled():
         task.exception()
+
+
+def _leases(folder: Path) -> Leases:
+    try:
+        return Leases(folder)
+    except OSError as error:
+        logger.error("The folder of merges cannot be written: %s", error)
+        raise AdapterError(
+            "merge_failed", "the merge cannot be written", seen=type(error).__name__,
+            fix="the server's log says why",
+        ) from error  # fmt: skip
 
 
 def _quietly(call: Callable[..., Any], *args: Any) -> None:
