@@ -37,7 +37,7 @@ def _below(path: str, roots: Sequence[Path]) -> str:
     places = [os.path.join(root, path) for root in roots] + [os.path.abspath(path)]
     found = next((place for place in places if os.path.isdir(place)), places[0])
     real = resolve_inside(found, roots, sent)
-    if not real.is_dir():
+    if not os.path.isdir(real):  # whatever the name is
         raise AdapterError(  # with the path as it was sent: where the roots lie is the operator's
             "not_found", "there is no adapter folder", seen=sent,
             fix="check the path of the adapter",

@@ -113,8 +113,9 @@ def apply() -> None:
                 entry = await front.mixes.build_recipe(request.lora_path)
             except AdapterError as error:
                 return _refusal(name, error)
-            request = _with(request, lora_path=str(entry.path))
         try:
+            if entry is not None:
+                request = _with(request, lora_path=str(entry.path))
             with expecting(expected):
                 answer = _typed(front.engine, name, await load(self, request, *args, **kwargs))
         except asyncio.CancelledError:
@@ -128,7 +129,7 @@ def apply() -> None:
             loaded = self.lora_requests.get(name)
             if loaded is not None:
                 note_version(Admitted.of(front.engine).version(loaded.lora_int_id))
-            if front.used:
+            if entry is not None:
                 front.mixes.loaded(name, entry)
         return answer
 
@@ -152,7 +153,7 @@ def apply() -> None:
     async def new_show(self: Any) -> Any:
         models, made = await show(self), self._lora_ext_front.made()
         for card in models.data:  # else of the folder where the server keeps what it has made
-            card.root = made.get(card.id, card.root)
+            card.root = made.get(card.root, card.root)
         return models
 
     OpenAIServingModels.__init__ = new_init

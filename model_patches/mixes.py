@@ -64,7 +64,7 @@ class Front:
         return "mixes" in self.__dict__
 
     def made(self) -> dict[str, str]:
-        """By model, the mix's name or the path that was sent, of adapters that were made here."""
+        """By folder, the mix's name or the path that was sent, of adapters that were made here."""
         return self.mixes.made() if self.used else {}
 
     @property

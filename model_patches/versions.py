@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Container
 
+from vllm_lora_ext.settings import OLDER_VERSIONS
+
 VERSION_IDS = 1 << 29
 """Ids from here to twice as many belong to versions that came after an adapter's first."""
-
-_KEPT = 2  # older versions that stay for a rollback, while there is room
 
 
 class Versions:
@@ -53,8 +53,8 @@ class Versions:
         if at in older:
             older.remove(at)
         self._current[lora_id] = at
-        surplus = older[:-_KEPT]
-        del older[:-_KEPT]
+        surplus = older[:-OLDER_VERSIONS]
+        del older[:-OLDER_VERSIONS]
         return surplus
 
     def forget(self, lora_id: int, at: int) -> None:

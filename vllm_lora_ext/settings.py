@@ -21,6 +21,8 @@ from vllm_lora_ext.errors import AdapterError
 KEY = "lora_ext"
 DISABLE_ENV = "VLLM_LORA_EXT_DISABLE"
 ROUTER_ROWS_LIMIT = 512
+OLDER_VERSIONS = 2
+"""Of each adapter that is replaced, those that stay for a rollback, while there is room."""
 ROUTER_ROWS_DEFAULT = 64
 GATES_LIMIT = 1 << 16
 USUAL_EXPERTS = 16

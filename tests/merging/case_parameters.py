@@ -64,8 +64,8 @@ TOOLS = {
     ),
     "KnOTS": Tool(
         "merge_method",
-        {"tv": _KNOTS, "ties": f"{_KNOTS} topK topK_percent sign_resolve_mode"},
-        needs="scaling_coeffs",
+        {"tv": _KNOTS, "ties": f"{_KNOTS} sign_resolve_mode"},
+        needs="scaling_coeffs", accepts="topK topK_percent",
     ),
     "TIES-Merging": Tool(
         None, {"*": "reset_type reset_thresh_percent resolve_method merge_func scaling_lambda"},

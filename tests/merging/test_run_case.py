@@ -228,7 +228,7 @@ CORE = {"merge_method": "ties", "merge_space": "core", "scaling_coeff": 1.0}
         ("Core Space", {**CORE, "merge_method": "vote"}, "bad_value", "vote"),
         ("Core Space", {**CORE, "scaling_coeff": None}, "missing_key", "scaling_coeff"),
         ("KnOTS", {**KNOTS, "dare": True}, "missing_key", "dare_pruning_coeffs"),
-        ("KnOTS", {**KNOTS, "merge_method": "tv"}, "unknown_key", "topK"),
+        ("KnOTS", {**KNOTS, "dare_pruning_rate": 0.1}, "unknown_key", "dare_pruning_rate"),
         ("KnOTS", {"merge_method": "ties"}, "missing_key", "scaling_coeffs"),
         ("mergekit", {"merge_method": "ties", "parameters": {"gamma": 0.1}}, "unknown_key",
          "gamma"),

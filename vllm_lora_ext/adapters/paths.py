@@ -43,6 +43,14 @@ def resolve_inside(
     )
 
 
+def shown(path: Path) -> str:
+    """A folder's name for errors: as it was written where that is relative; else its last part.
+
+    What a server reads is absolute, and where it lies is not for its clients.
+    """
+    return path.name if path.is_absolute() else str(path)
+
+
 def real_file(
     folder: Path, name: str, roots: Iterable[str | os.PathLike[str]] | None = ()
 ) -> Path | None:

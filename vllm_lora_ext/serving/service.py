@@ -7,7 +7,7 @@ import itertools
 import logging
 import shutil
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,7 +19,7 @@ from vllm_lora_ext.serving.leases import Leases
 from vllm_lora_ext.serving.mix_name import Mix
 from vllm_lora_ext.serving.process import Builder
 from vllm_lora_ext.serving.sources import Job, Sources
-from vllm_lora_ext.settings import LoraExtSettings, MergeSettings
+from vllm_lora_ext.settings import OLDER_VERSIONS, LoraExtSettings, MergeSettings
 
 logger = logging.getLogger("vllm.lora_ext.serving")
 
@@ -94,7 +94,8 @@ class Mixes:
         self._sources = Sources(self._settings, settings.adapter_roots, host)
         self._builder = Builder(self._settings.max_seconds)
         self._live: OrderedDict[str, Entry] = OrderedDict()  # least recently used first
-        self._recipes: dict[str, Entry] = {}  # adapters that were loaded from a recipe's file
+        # Adapters that were loaded from a recipe's file: now, and what may be rolled back to.
+        self._recipes: dict[str, deque[Entry]] = {}
         self._retired: set[Entry] = set()
         self._numbers = itertools.count(1)
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -104,9 +105,10 @@ class Mixes:
         return set(self._live)
 
     def made(self) -> dict[str, str]:
-        """By model, what a client may know of where the adapter comes from."""
-        return {model: entry.sent for made in (self._live, self._recipes)
-                for model, entry in made.items()}  # fmt: skip
+        """By folder, what a client may know of where its adapter comes from."""
+        recipes = itertools.chain(*self._recipes.values())
+        every = itertools.chain(self._live.values(), recipes, self._retired)
+        return {str(entry.path): entry.sent for entry in every}
 
     async def serve(self, mix: Mix, holder: object) -> str:
         """Has the mix loaded; it stays until `holder` is gone.
@@ -158,13 +160,12 @@ class Mixes:
             raise
         return entry
 
-    def loaded(self, model: str, entry: Entry | None) -> None:
-        """`model` is another adapter from now on: one from a recipe, or, with None, any other."""
-        before = self._recipes.pop(model, None)
-        if before is not None:
-            self._retire(before)
-        if entry is not None:
-            entry.model, self._recipes[model] = model, entry
+    def loaded(self, model: str, entry: Entry) -> None:
+        """`model` is this adapter from now on, made of a recipe; older ones stay for a rollback."""
+        entry.model, entries = model, self._recipes.setdefault(model, deque())
+        entries.append(entry)
+        if len(entries) > OLDER_VERSIONS + 1:
+            self._retire(entries.popleft())
 
     def discard(self, entry: Entry) -> None:
         """The engine did not take it."""
@@ -172,12 +173,13 @@ class Mixes:
 
     def hold(self, model: str, holder: object) -> None:
         """Keeps the files of an adapter that came from a recipe while a request uses it."""
-        if model in self._recipes:
-            self._hold(self._recipes[model], holder)
+        for entry in self._recipes.get(model, ()):
+            self._hold(entry, holder)
 
     def unloaded(self, model: str) -> None:
         """The user unloaded `model`."""
-        self.loaded(model, None)
+        for entry in self._recipes.pop(model, ()):
+            self._retire(entry)
         if model in self._live:
             self._retire(self._live[model])
 

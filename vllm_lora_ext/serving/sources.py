@@ -116,7 +116,7 @@ class Sources:
         path = Path(os.path.abspath(recipe.parent / os.path.expanduser(name)))
         if self._roots is not None:
             path = resolve_inside(path, self._roots, name)
-        if not path.is_dir() and not path.is_file():
+        if not os.path.isdir(path) and not os.path.isfile(path):  # whatever the name is
             raise AdapterError(
                 "not_found", "an input of the recipe is neither registered nor a folder or file",
                 seen=name, fix="check the name, or the path from the recipe's own folder on",
