@@ -251,7 +251,8 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
         def first() -> torch.Tensor | None:
             u = begin(x_TK, self.site)
             # Where vLLM runs both on one stream, it would only be one launch more.
-            if self.site.prefetches and stream is not None and torch.cuda.current_stream() == stream:
+            beside = stream is not None and torch.cuda.current_stream() == stream
+            if self.site.prefetches and beside:
                 prefetch(x_TK, self.site)
             return u
 

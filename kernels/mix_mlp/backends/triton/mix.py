@@ -209,12 +209,6 @@ def mix_kernel(
         tl.store(z_T[:, None] + rank_R[None, :], z_TR, mask=ok_TR)
 
 
-def columns_of(ranks: int, itemsize: int) -> int:
-    """Inner columns in registers at once. fp32 products are three of TF32 with as many operands:
-    beside more than 64 ranks the usual columns would be spilled."""
-    return COLUMNS if itemsize < 4 or ranks <= 64 else 16
-
-
 def mix_(
     a_TI: torch.Tensor,
     z_PTR: torch.Tensor,
@@ -272,7 +266,7 @@ def mix_(
         GATED=base_TN.shape[1] == 2 * inner,
         BLOCK_T=TILE,
         BLOCK_R=first.padded_rank,
-        BLOCK_N=columns_of(first.padded_rank, b_SRN.itemsize),
+        BLOCK_N=COLUMNS,
         OPERAND=operand(b_SRN),
         num_warps=min(32, warps_of(TILE, first.padded_rank) * b_SRN.itemsize // 2),
         num_stages=1,
