@@ -192,6 +192,19 @@ def test_second_starts_come_right_behind_the_first_and_find_their_caches(tmp_pat
     assert serve.caches("stock", tmp_path) == {}
 
 
+@pytest.mark.parametrize("name", ["plugin", "stock", "dual"])
+def test_a_small_models_server_leaves_the_caches_of_the_large_one(name, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(serve, "run", lambda _c, _s, env: asked.append(env) or bounded.Ended(1, 0))
+    for model in serve.SHAPES:
+        monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path / "o.json"), "--only", name,
+                                          "--work", str(tmp_path), "--model", model])  # fmt: skip
+        serve.main()
+    small, large = asked
+    assert small.get("VLLM_CACHE_ROOT") is None or small != large
+    assert small["VLLM_LORA_ENABLE_DUAL_STREAM"] == ("1" if name == "dual" else "0")
+
+
 def test_the_second_stream_and_the_prefetch_have_servers_and_rows():
     for name in ("dual", "prefetched"):
         assert serve.SERVERS[name].dual and "routed" in serve.SERVERS[name].kinds

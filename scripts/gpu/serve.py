@@ -350,7 +350,7 @@ def _bounded(name: str, args: argparse.Namespace, seconds: float) -> dict[str, A
     env = {
         "VLLM_LORA_EXT_DISABLE": "0" if SERVERS[name].plugin else "1",
         "VLLM_LORA_ENABLE_DUAL_STREAM": "1" if SERVERS[name].dual else "0",
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", **caches(name, args.work),
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", **caches(name, args.work / args.model),
     }  # fmt: skip
     part.unlink(missing_ok=True)
     ended = run(command, min(args.each, seconds), env)
