@@ -132,6 +132,11 @@ class Engine:
         self.calls.append(method)
         return [rank.call(method, *args) for rank in self.ranks]
 
+    def write(self, path: str, version: str) -> None:
+        """What lies there from now on."""
+        for rank in self.ranks:
+            rank.files[path] = version
+
     def code(self, call: Any, *args: Any) -> str:
         with pytest.raises(AdapterError) as caught:
             call(*args)
