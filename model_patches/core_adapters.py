@@ -27,6 +27,8 @@ from vllm_lora_ext.model_patches.ledger import Ledger
 from vllm_lora_ext.model_patches.loading import Loading
 from vllm_lora_ext.model_patches.plan import promised
 from vllm_lora_ext.model_patches.traffic import STATS, total
+from vllm_lora_ext.model_patches.turns import Turns
+from vllm_lora_ext.settings import LoraExtSettings
 
 KEY = "_lora_ext_key"
 """Attribute of a request: by what its blocks are known."""
@@ -59,6 +61,9 @@ class CoreAdapters:
             self._named, self._running, self._replaced, self._lost,
         )  # fmt: skip
         self.ledger.doubt()  # workers may have been called before this was made
+        settings = LoraExtSettings.from_additional_config(core.vllm_config.additional_config)
+        slots = core.vllm_config.lora_config.max_loras
+        self.turns = Turns(core.scheduler, slots, settings.slot_wait_s)
 
     def _requests(self, at: int) -> list[Any]:
         requests = self._scheduler.requests.values()
@@ -198,6 +203,7 @@ class CoreAdapters:
         if self.loading.pending:
             self.loading.poll(idle=not self._scheduler.has_requests())
         self.ledger.tidy()
+        self.turns.begin()
         outputs, executed = step()
         self.gates.take(outputs)
         if self._refused:

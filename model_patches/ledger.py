@@ -55,7 +55,7 @@ class Ledger(Book):
         self._rpc, self._slots = rpc, slots
         self._named, self._running = named, running
         self._replaced, self._lost = replaced, lost
-        self._pinned: frozenset[int] = frozenset()
+        self.pinned: frozenset[int] = frozenset()  # these have their slots in every step
         self._pinning: set[int] = set()  # as soon as older versions have left their pinned slots
         self._leaving: set[int] = set()  # dropped as soon as no request uses them
         self._theirs: set[int] = set()  # held by all workers, handed to them by somebody else
@@ -214,7 +214,7 @@ class Ledger(Book):
             for at in self._leaving - self._named():
                 self._drop(at)
         for at in list(self._pinning):
-            rivals = [i for i in self.older(self._held[at].lora_id) if i in self._pinned]
+            rivals = [i for i in self.older(self._held[at].lora_id) if i in self.pinned]
             if not rivals:
                 self._pinning.discard(at)
                 self._held[at].pinned = all(self._rpc("pin_lora", at))
@@ -238,7 +238,7 @@ class Ledger(Book):
             raise incomplete(held.name, held.understands)
         if held.pinned or at in self._pinning:
             return True
-        pinned = self._pinned | {at}
+        pinned = self.pinned | {at}
         free = self._slots - len(pinned)
         if (
             free < 0
@@ -249,16 +249,6 @@ class Ledger(Book):
         held.pinned = all(self._rpc("pin_lora", at))
         self._pin()
         return held.pinned
-
-    def admits(self, at: int) -> bool:
-        """Whether a request for an adapter may join those that are being computed.
-
-        The pinned adapters have their slots in every step; the scheduler does not know.
-        """
-        if not self._pinned or at in self._pinned:
-            return True
-        others = self._running() - self._pinned
-        return at in others or len(others) < self._slots - len(self._pinned)
 
     def doubt(self) -> None:
         """Somebody called the workers behind the ledger's back: it asks them before it answers."""
@@ -300,7 +290,7 @@ class Ledger(Book):
         if held is None or held.path == adapter.lora_path:
             return
         derived = is_recipe(adapter.lora_path) and is_recipe(held.path)
-        if derived and lora_id not in self._named() | self._pinned:
+        if derived and lora_id not in self._named() | self.pinned:
             self._drop(lora_id)
 
     def _load(self, adapter: Adapter, source: Any, at: int, away: Held | None) -> None:
@@ -335,7 +325,7 @@ class Ledger(Book):
         given = {at for at, held in self._held.items() if held.given and self._is_current(at)}
         current = self._versions.current(lora_id)
         own = {current} if current is not None else set()
-        return given | self._theirs | self._pinned | self._named() | own
+        return given | self._theirs | self.pinned | self._named() | own
 
     def _take_out(self, reports: list[Any], at: int, failed: bool) -> None:
         """Forgets what the workers have evicted."""
@@ -409,18 +399,18 @@ class Ledger(Book):
         self._pin()
 
     def _pin(self) -> None:
-        self._pinned = frozenset(i for i, held in self._held.items() if held.pinned)
+        self.pinned = frozenset(i for i, held in self._held.items() if held.pinned)
 
     def _check_same(self, adapter: Adapter, held: Held) -> None:
         if (held.name, held.path) != (adapter.lora_name, adapter.lora_path):
             raise id_in_use(adapter, held)
 
     def _check_slot(self, at: int) -> None:
-        if len(self._pinned) >= self._slots and at not in self._pinned | self._pinning:
+        if len(self.pinned) >= self._slots and at not in self.pinned | self._pinning:
             raise self._slots_pinned("every adapter slot is pinned to another adapter")
 
     def _slots_pinned(self, message: str) -> AdapterError:
         return AdapterError(
-            "slots_pinned", message, seen=f"{len(self._pinned)} pinned", limit=self._slots,
+            "slots_pinned", message, seen=f"{len(self.pinned)} pinned", limit=self._slots,
             fix="start with a larger --max-loras, or remove a pinned adapter",
         )  # fmt: skip

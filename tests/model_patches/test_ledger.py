@@ -245,12 +245,12 @@ def test_steps_take_no_more_than_the_pinned_leave():
     engine = Engine({"/a": "v"}, slots=3)
     for number in range(1, 6):
         engine.ledger.add(Request("a", number))
-    assert all(engine.ledger.admits(n) for n in range(1, 6))
+    assert all(engine.admits(n) for n in range(1, 6))
     engine.ledger.pin(1)
     engine.running = {1, 2}
-    assert [engine.ledger.admits(n) for n in (1, 2, 3)] == [True, True, True]
+    assert [engine.admits(n) for n in (1, 2, 3)] == [True, True, True]
     engine.running = {2, 3}
-    assert [engine.ledger.admits(n) for n in (1, 2, 3, 4)] == [True, True, True, False]
+    assert [engine.admits(n) for n in (1, 2, 3, 4)] == [True, True, True, False]
 
 
 def test_a_pinned_adapter_stays_pinned_when_it_is_replaced(engine):
@@ -273,13 +273,13 @@ def test_a_pinned_adapter_waits_for_the_requests_of_its_old_version(engine):
         rank.files["/a"] = "v2"
     engine.ledger.add(Request("/a", 1, load_inplace=True))
     new = engine.ledger.enter(Request("/a", 1), "v2")
-    assert not engine.ledger.admits(new) and engine.ledger.admits(1)
+    assert not engine.admits(new) and engine.admits(1)
     engine.ledger.tidy()
     assert engine.ranks[0].pinned == {1, 2}
     engine.named = {new}
     engine.running = set()
     engine.ledger.tidy()
-    assert engine.ranks[0].pinned == {new, 2} and engine.ledger.admits(new)
+    assert engine.ranks[0].pinned == {new, 2} and engine.admits(new)
     assert engine.ranks[0].held == {new: "v2", 2: "w1"}
 
 
