@@ -28,6 +28,7 @@ from vllm_lora_ext.model_patches.loading import Loading
 from vllm_lora_ext.model_patches.plan import promised
 from vllm_lora_ext.model_patches.traffic import STATS, total
 from vllm_lora_ext.model_patches.turns import Turns
+from vllm_lora_ext.model_patches.versions import OfVersion
 from vllm_lora_ext.settings import LoraExtSettings
 
 KEY = "_lora_ext_key"
@@ -147,10 +148,8 @@ class CoreAdapters:
             return False
         if lora.load_inplace:  # done
             request.lora_request = lora = msgspec.structs.replace(lora, load_inplace=False)
-        if lora.lora_int_id != at:  # in a step, vLLM takes adapters of one name for one adapter
-            request.lora_request = msgspec.structs.replace(
-                lora, lora_int_id=at, lora_name=f"{lora.lora_name}@{held.version[:12]}"
-            )
+        if lora.lora_int_id != at:
+            request.lora_request = OfVersion.of(lora, at)
         self._rekey(request, held, sent=False)
         return True
 
