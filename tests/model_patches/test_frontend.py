@@ -152,7 +152,9 @@ def test_sagemakers_route_sends_no_pydantic_model(tmp_path):
         return kept
 
     mixes = SimpleNamespace(
-        build_recipe=build, loaded=lambda name, entry: None, made=lambda: {str(kept.path): "weekly.yaml"}
+        build_recipe=build,
+        loaded=lambda name, entry: None,
+        made=lambda: {str(kept.path): "weekly.yaml"},
     )
     models._lora_ext_front.__dict__["mixes"] = mixes
     body = {"lora_name": "a", "load_inplace": False, "is_3d_lora_weight": False}
