@@ -472,6 +472,14 @@ PATCHES: tuple[Patch, ...] = (
         targets=(
             Target("vllm.v1.engine.output_processor", "RequestState.from_new_request"),
             Target("vllm.v1.engine.output_processor", "RequestState._new_request_output"),
+            Target("vllm.outputs", "EmbeddingRequestOutput.from_base"),
+            Target("vllm.outputs", "ClassificationRequestOutput.from_base"),
+            Target("vllm.outputs", "ScoringRequestOutput.from_base"),
+            Target("vllm.entrypoints.pooling.offline", "PoolingOfflineMixin.score"),
+            Target(
+                "vllm.entrypoints.generate.beam_search.offline",
+                "BeamSearchOfflineMixin.beam_search",
+            ),
             Target("vllm.v1.engine.output_processor", "OutputProcessor.add_request"),
         ),
     ),
