@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -183,6 +184,37 @@ def test_pinned_slots(llama):
         engine.remove_lora(request.lora_int_id)
 
 
+def test_no_adapter_waits_for_ever(llama):
+    """Four slots, and four adapters of which one request follows the other without a gap."""
+    engine = llama.llm_engine
+    crowd = [lora(fx.folder, f"crowd-{i}") for i, fx in enumerate((PLAIN, MOE, PLAIN, MOE))]
+    late, left = lora(MOE.folder, "late"), time.monotonic() + 15
+    keys: dict[str, LoRARequest] = {}
+
+    def ask(request: LoRARequest, length: int) -> None:
+        key = f"{request.lora_name}-{len(keys)}"
+        keys[key] = request
+        prompt = {"prompt_token_ids": MOE.prompts[0]}
+        engine.add_request(key, prompt, greedy(length), lora_request=request)
+
+    for request in (*crowd, late):
+        engine.add_lora(request)  # so that none is read while others already run
+    for request in crowd:
+        ask(request, 200)
+        ask(request, 100)
+    ask(late, 12)
+    found = None
+    while engine.has_unfinished_requests():
+        for out in engine.step():
+            if out.finished and keys[out.request_id] is late:
+                found = out
+            elif out.finished and found is None and time.monotonic() < left:
+                ask(keys[out.request_id], 200)
+    assert time.monotonic() < left and tokens(found) == MOE.greedy[0]
+    for request in (*crowd, late):
+        engine.remove_lora(request.lora_int_id)
+
+
 def hand_over(worker: Any, number: int, folder: str, factor: float) -> None:
     """In a worker, what RL frameworks do: their own request with tensors, to the `_load_adapter`
     that they have put into vLLM's place."""
@@ -293,6 +325,10 @@ def test_a_small_host_evicts_what_no_request_names(llama, tmp_path):
             llama.llm_engine.remove_lora(request.lora_int_id)
         shutil.rmtree(tmp_path / "small-0")
         assert code(run, llama, [([1, 2], requests[0])], greedy(1)) == "not_found"
+        shutil.copytree(MOE.folder, tmp_path / "small-0")
+        assert code(run, llama, [([1, 2], requests[0])], greedy(1)) == "files_changed"
+        anew = lora(tmp_path / "small-0", "small-0", requests[0].lora_int_id, inplace=True)
+        assert tokens(run(llama, [(MOE.prompts[0], anew)], greedy(12))[0]) == MOE.greedy[0]
         assert (
             tokens(run(llama, [(PLAIN.prompts[0], requests[1])], greedy(12))[0]) == PLAIN.greedy[0]
         )

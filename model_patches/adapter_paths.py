@@ -33,13 +33,13 @@ def _below(path: str, roots: Sequence[Path]) -> str:
 
     The hub is never asked: its cache is not below the roots.
     """
-    path = os.path.expanduser(path)
+    sent, path = path, os.path.expanduser(path)
     places = [os.path.join(root, path) for root in roots] + [os.path.abspath(path)]
     found = next((place for place in places if os.path.isdir(place)), places[0])
-    real = resolve_inside(found, roots)
-    if not real.is_dir():
+    real = resolve_inside(found, roots, sent)
+    if not os.path.isdir(real):  # whatever the name is
         raise AdapterError(  # with the path as it was sent: where the roots lie is the operator's
-            "not_found", "there is no adapter folder", seen=path,
+            "not_found", "there is no adapter folder", seen=sent,
             fix="check the path of the adapter",
         )  # fmt: skip
     return str(real)

@@ -18,6 +18,7 @@ import vllm.plugins.endpoint_plugins.interface as plugins
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
+from vllm import envs
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 from vllm.logger import init_logger
@@ -40,7 +41,7 @@ class LoadRequest(LoadLoRAAdapterRequest):
     expected_version: str | None = None
 
 
-class RollbackRequest(BaseModel):
+class RollbackRequest(BaseModel, extra="forbid"):
     """The body of the rollback route."""
 
     lora_name: str
@@ -67,7 +68,7 @@ async def list_adapters(http: Request) -> Response:
 
 
 def _row(name: str, held: dict[str, Any] | None, version: str) -> dict[str, Any]:
-    if held is None:  # evicted: read again for its next request
+    if held is None:  # the core does not know it: read for its next request
         return {"name": name, "version": version, "residency": "none", "in_flight": 0,
                 "pinned": False, "older": []}  # fmt: skip
     return {**{key: value for key, value in held.items() if key != "id"}, "name": name}
@@ -97,8 +98,18 @@ class Scrapes:
 async def _refresh(engine: Any) -> None:
     if engine is None or engine.vllm_config.lora_config is None:
         return
+    asked: asyncio.Task[None] | None = getattr(engine, "_lora_ext_asked", None)
+    if asked is None or asked.done():
+        asked = engine._lora_ext_asked = asyncio.create_task(_ask(engine))
+    try:  # what the core has counted, it says once: nobody's hurry may lose the answer
+        await asyncio.wait_for(asyncio.shield(asked), _SCRAPE_S)
+    except TimeoutError:
+        logger.warning("The engine core's numbers of adapters are old: it is busy")
+
+
+async def _ask(engine: Any) -> None:
     try:
-        engine_metrics.show(await asyncio.wait_for(state(engine, count=True), _SCRAPE_S))
+        engine_metrics.show(await state(engine, count=True))
     except Exception as error:  # a scrape must not fail for it
         logger.warning("The engine core's numbers of adapters are old: %r", error)
 
@@ -111,7 +122,8 @@ def apply() -> None:
     def new_attach(app: FastAPI, *args: Any, **kwargs: Any) -> None:
         attach(app, *args, **kwargs)
         app.add_api_route(ADAPTERS, list_adapters, methods=["GET"])
-        app.add_api_route(ROLLBACK, roll_back, methods=["POST"])
+        if envs.VLLM_ALLOW_RUNTIME_LORA_UPDATING:  # as the routes that load
+            app.add_api_route(ROLLBACK, roll_back, methods=["POST"])
         app.add_middleware(Scrapes)
         app.add_middleware(Exchanges)
 

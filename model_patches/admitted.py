@@ -86,10 +86,9 @@ class Admitted:
         known = self._known[request.lora_int_id].request
         return (known.lora_name, known.lora_path) != (request.lora_name, request.lora_path)
 
-    def loaded(self, request: LoRARequest, reply: Mapping[str, Any]) -> list[int]:
-        """Takes the core's answer, and returns the ids of what was evicted for it."""
-        evicted: list[int] = reply["evicted"]
-        for lora_id in evicted:
+    def loaded(self, request: LoRARequest, reply: Mapping[str, Any]) -> None:
+        """Takes the core's answer."""
+        for lora_id in reply["evicted"]:
             self._held.discard(lora_id)
             known = self._known.get(lora_id)
             if known is not None and is_recipe(known.request.lora_path):
@@ -100,7 +99,6 @@ class Admitted:
         self._known[request.lora_int_id] = _Known(request, reply["version"], understands)
         if not is_recipe(request.lora_path):
             self._named[request.lora_name] = request
-        return evicted
 
     def remove(self, lora_id: int) -> None:
         """Of an adapter that its user removes."""

@@ -11,7 +11,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from vllm_lora_ext.conditions.recipe import is_recipe
-from vllm_lora_ext.model_patches.held import Held
+from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches.held import Adapter, Held
 from vllm_lora_ext.model_patches.versions import Versions
 
 
@@ -22,6 +23,7 @@ class Book:
         self._held: dict[int, Held] = {}
         self._versions = Versions()
         self._last: dict[int, str] = {}  # of every adapter the current version, held or evicted
+        self._away: dict[int, Held] = {}  # of every adapter the current version that left last
 
     def find(self, lora_id: int, version: str | None = None) -> int | None:
         """Where a version is held; None when it is not.
@@ -51,20 +53,45 @@ class Book:
         held = self.current(lora_id)
         return self._last.get(lora_id) if held is None else held.version
 
+    def check_expected(self, adapter: Adapter, expected: str | None) -> None:
+        """Raises AdapterError `version_conflict` when the current version is another one."""
+        last = self._last.get(adapter.lora_int_id)
+        if expected is not None and expected != last:
+            raise AdapterError(
+                "version_conflict", f"adapter {adapter.lora_name} is not at the expected version",
+                seen=last or "not loaded", limit=expected,
+                fix="read its version again, and decide anew",
+            )  # fmt: skip
+
+    def away(self, adapter: Adapter) -> Held | None:
+        """What was evicted of an adapter that is asked for as it was; None when nothing was."""
+        was = self._left(adapter.lora_int_id)
+        if was is None or was.taken or adapter.load_inplace or was.path != adapter.lora_path:
+            return None
+        return was
+
+    def _left(self, lora_id: int) -> Held | None:
+        """The current version, where it is not held."""
+        was = self._away.get(lora_id)
+        here = self._versions.current(lora_id) is not None
+        return None if here or was is None or was.version != self._last.get(lora_id) else was
+
     def older(self, lora_id: int) -> list[int]:
         """Where other versions are held."""
         current = self._versions.current(lora_id)
         return [at for at in self._versions.all(lora_id) if at != current]
 
     def listing(
-        self, active: Collection[int], in_flight: Mapping[int, int]
+        self, active: Collection[int], in_flight: Mapping[int, int], away: bool
     ) -> list[dict[str, Any]]:
-        """What is held of each adapter, as plain values.
+        """What there is of each adapter, as plain values.
 
         Args:
             active: `at` of what is in slots; in_flight: requests by `at`.
+            away: also adapters whose current version is not held.
         """
         lora_ids = {h.lora_id for h in self._held.values() if not is_recipe(h.path)}
+        lora_ids |= self._away.keys() if away else set()
         rows = []
         for lora_id in sorted(lora_ids):
             at, held = self._versions.current(lora_id), self.current(lora_id)
@@ -72,12 +99,14 @@ class Book:
                 {"version": self._held[i].version, "in_flight": in_flight.get(i, 0)}
                 for i in self.older(lora_id)
             ]
-            if at is not None and held is not None:
+            residency = "none" if held is None else "slot" if at in active else "host"
+            held = held or (self._left(lora_id) if away else None)
+            if held is not None:
                 rows.append({
                     "id": lora_id, "name": held.name, "version": held.version, "rank": held.rank,
                     "system": held.system, "bytes": held.bytes, "pinned": held.pinned,
-                    "residency": "slot" if at in active else "host",
-                    "in_flight": in_flight.get(at, 0), "older": older,
+                    "residency": residency, "older": older,
+                    "in_flight": 0 if at is None else in_flight.get(at, 0),
                 })  # fmt: skip
         return rows
 

@@ -113,7 +113,7 @@ def _patch_scheduler() -> None:
         adapters = self.__dict__.get("_lora_ext")
         if adapters is None or request.lora_request is None:
             return True
-        return adapters.ledger.admits(request.lora_request.lora_int_id)
+        return adapters.turns.admits(request, adapters.ledger.pinned)
 
     Scheduler._handle_blocked_waiting_request = new_ready
 

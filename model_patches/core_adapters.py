@@ -9,6 +9,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
+from dataclasses import asdict
 from typing import Any
 
 import msgspec
@@ -25,7 +26,10 @@ from vllm_lora_ext.model_patches.held import Held
 from vllm_lora_ext.model_patches.ledger import Ledger
 from vllm_lora_ext.model_patches.loading import Loading
 from vllm_lora_ext.model_patches.plan import promised
-from vllm_lora_ext.model_patches.traffic import STATS, Traffic, total
+from vllm_lora_ext.model_patches.traffic import STATS, total
+from vllm_lora_ext.model_patches.turns import Turns
+from vllm_lora_ext.model_patches.versions import OfVersion
+from vllm_lora_ext.settings import LoraExtSettings
 
 KEY = "_lora_ext_key"
 """Attribute of a request: by what its blocks are known."""
@@ -46,7 +50,8 @@ class CoreAdapters:
             answers: list[Any] = core.model_executor.collective_rpc(method, args=args)
             return answers
 
-        self._rpc, self._counted = rpc, Traffic()
+        self._rpc = rpc
+        self._counted: dict[str, float] = {}
         self._conditions = Conditions(core.vllm_config)
         self._towers = core.vllm_config.lora_config.enable_tower_connector_lora
         self.gates = GatePasses(core, rpc)
@@ -57,6 +62,9 @@ class CoreAdapters:
             self._named, self._running, self._replaced, self._lost,
         )  # fmt: skip
         self.ledger.doubt()  # workers may have been called before this was made
+        settings = LoraExtSettings.from_additional_config(core.vllm_config.additional_config)
+        slots = core.vllm_config.lora_config.max_loras
+        self.turns = Turns(core.scheduler, slots, settings.slot_wait_s)
 
     def _requests(self, at: int) -> list[Any]:
         requests = self._scheduler.requests.values()
@@ -75,13 +83,15 @@ class CoreAdapters:
     ) -> dict[str, Any]:
         """Has an adapter loaded (`Ledger.add`): `{"version": digest, "path": where it is from,
         "evicted": ids, "understands": what a request may say to it, "before": the digest of what
-        requests got before, or None}`, or `{"error": text}`."""
+        requests got before, or None, "read": whether there was anything to do}`, or
+        `{"error": text}`."""
         before = self.ledger.last(lora.lora_int_id)
+        read = self.ledger.reads(lora, source)
         try:
             evicted = self.ledger.add(lora, source, at, expected)
         except AdapterError as error:
             return {"error": str(error)}
-        return self._reply(lora.lora_int_id, evicted, before)
+        return self._reply(lora.lora_int_id, evicted, before, read)
 
     def roll_back(self, lora: LoRARequest, version: str, expected: str | None) -> dict[str, Any]:
         """As `Ledger.roll_back`; answers as `add`."""
@@ -90,33 +100,37 @@ class CoreAdapters:
             self.ledger.roll_back(lora, version, expected)
         except AdapterError as error:
             return {"error": str(error)}
-        return self._reply(lora.lora_int_id, [], before)
+        return self._reply(lora.lora_int_id, [], before, read=False)
 
-    def _reply(self, lora_id: int, evicted: list[int], before: str | None) -> dict[str, Any]:
+    def _reply(
+        self, lora_id: int, evicted: list[int], before: str | None, read: bool
+    ) -> dict[str, Any]:
         held = self.ledger.current(lora_id)
         assert held is not None, "it was just loaded"
         return {
             "version": held.version, "path": held.path, "evicted": evicted,
-            "understands": held.understands, "before": before,
+            "understands": held.understands, "before": before, "read": read,
         }  # fmt: skip
 
     def state(self, count: bool) -> dict[str, Any]:
         """What is held and where, as plain values.
 
         Args:
-            count: also what the workers have counted since the last time that somebody asked so.
+            count: what is held only, and also what was counted since the last time that somebody
+                asked so.
         """
         ranks: list[dict[str, Any]] = self._rpc(STATS)
         in_flight = Counter(map(_id_of, self._scheduler.requests.values()))
         state = {
-            "adapters": self.ledger.listing(set(ranks[0]["active"]), in_flight),
+            "adapters": self.ledger.listing(set(ranks[0]["active"]), in_flight, not count),
             "slots": ranks[0]["slots"], "slots_used": len(ranks[0]["active"]),
             "resident_bytes": sum(rank["resident_bytes"] for rank in ranks),
             "limit_bytes": sum(rank["limit_bytes"] for rank in ranks),
         }  # fmt: skip
         if count:
-            now = total(rank["traffic"] for rank in ranks)
-            state["counts"], self._counted = now.since(self._counted), now
+            now = asdict(total(rank["traffic"] for rank in ranks)) | self.ledger.evicted
+            state["counts"] = {name: now[name] - self._counted.get(name, 0) for name in now}
+            self._counted = now
             state["experts"] = ranks[0]["experts"]
         return state
 
@@ -134,10 +148,8 @@ class CoreAdapters:
             return False
         if lora.load_inplace:  # done
             request.lora_request = lora = msgspec.structs.replace(lora, load_inplace=False)
-        if lora.lora_int_id != at:  # in a step, vLLM takes adapters of one name for one adapter
-            request.lora_request = msgspec.structs.replace(
-                lora, lora_int_id=at, lora_name=f"{lora.lora_name}@{held.version[:12]}"
-            )
+        if lora.lora_int_id != at:
+            request.lora_request = OfVersion.of(lora, at)
         self._rekey(request, held, sent=False)
         return True
 
@@ -190,6 +202,7 @@ class CoreAdapters:
         if self.loading.pending:
             self.loading.poll(idle=not self._scheduler.has_requests())
         self.ledger.tidy()
+        self.turns.begin()
         outputs, executed = step()
         self.gates.take(outputs)
         if self._refused:

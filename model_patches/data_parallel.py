@@ -15,6 +15,7 @@ from vllm.lora.request import LoRARequest
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.core_calls import TAKE_BACK
 
+_NEARNESS = ("none", "host", "slot")
 _SUMS = ("slots", "slots_used", "resident_bytes", "limit_bytes")
 
 
@@ -40,7 +41,8 @@ async def change(client: Any, method: str, lora: LoRARequest, *args: Any) -> dic
     errors = [reply for reply in replies if "error" in reply]
     if not errors and len({reply["version"] for reply in replies}) == 1:
         evicted = set().union(*(reply["evicted"] for reply in replies))
-        return {**replies[0], "evicted": sorted(evicted)}
+        read = any(reply["read"] for reply in replies)
+        return {**replies[0], "evicted": sorted(evicted), "read": read}
     await asyncio.gather(*(
         client._call_utility_async(
             TAKE_BACK, lora, reply["version"], reply["before"], engine=core
@@ -76,7 +78,7 @@ def _rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             continue
         found[row["id"]] = one | {
             "pinned": one["pinned"] and row["pinned"],
-            "residency": max(one["residency"], row["residency"]),  # in a slot anywhere
+            "residency": max(one["residency"], row["residency"], key=_NEARNESS.index),
             "in_flight": one["in_flight"] + row["in_flight"],
             "older": _older([*one["older"], *row["older"]]),
         }

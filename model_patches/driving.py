@@ -69,8 +69,7 @@ def _go_on(engine: Any, steps: Steps[Any], step: Step, reply: dict[str, Any], be
             metrics.gate_passed()
         return steps.send(reply["gate"])
     lora = msgspec.structs.replace(step.lora, lora_path=reply["path"])
-    evicted = Admitted.of(engine).loaded(lora, reply)
-    if isinstance(step, Load):
+    Admitted.of(engine).loaded(lora, reply)
+    if reply["read"]:
         metrics.made(step.lora.lora_int_id, time.monotonic() - began)
-    metrics.evicted(evicted)
     return steps.send(reply["path"])

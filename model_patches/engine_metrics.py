@@ -20,6 +20,14 @@ _COUNTERS = {
     "activations": ("activations", "Adapters that went from host memory into a slot."),
     "bytes": ("activation_bytes", "Bytes of them, of all workers."),
     "seconds": ("activation_seconds", "Seconds that steps waited for that."),
+    "adapters_evicted": (
+        "adapters_evicted",
+        "Loaded adapters that made way for others; they are read again when asked for.",
+    ),
+    "derived_adapters_evicted": (
+        "derived_adapters_evicted",
+        "Derived adapters that made way for others.",
+    ),
 }
 
 

@@ -1,6 +1,7 @@
 """The server's list of models: adapters by path, by recipe, and merged by name.
 
-Targets: `OpenAIServingModels.{__init__, load_lora_adapter, unload_lora_adapter}`. Stock answers
+Targets: `OpenAIServingModels.{__init__, load_lora_adapter, unload_lora_adapter,
+show_available_models}`. Stock answers
 every load error but "not found" with 500 and forgets what kind it was; here the client gets 4xx
 and the stable code. The path of an adapter may be a recipe's file: what is loaded is its merge.
 """
@@ -8,6 +9,7 @@ and the stable code. The path of an adapter may be a recipe's file: what is load
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import os
 from typing import Any
@@ -24,7 +26,7 @@ from vllm_lora_ext.model_patches.admission import expecting
 from vllm_lora_ext.model_patches.admitted import Admitted
 from vllm_lora_ext.model_patches.exchange import note_version
 from vllm_lora_ext.model_patches.mixes import Front, hook_requests
-from vllm_lora_ext.model_patches.refused import to_response
+from vllm_lora_ext.model_patches.refused import engine_dead, to_response
 from vllm_lora_ext.model_patches.rewards import Rewards
 from vllm_lora_ext.settings import LoraExtSettings
 
@@ -47,14 +49,19 @@ def _refusal(name: str, error: AdapterError) -> ErrorResponse:
     return to_response(error)
 
 
+def _with(request: Any, **changes: Any) -> Any:
+    """A copy of a load's body, which is a pydantic model or, of SageMaker's route, a namespace."""
+    changed = copy.copy(request)
+    for name, value in changes.items():
+        setattr(changed, name, value)
+    return changed
+
+
 def _typed(engine: Any, name: str, answer: Any) -> Any:
     if isinstance(answer, ErrorResponse):
         error = AdapterError.parse(answer.error.message)
         if error is None and engine.errored:
-            error = AdapterError(
-                "engine_dead", "the engine has ended, and the server ends too",
-                fix="ask another replica; the server's log says why",
-            )  # fmt: skip
+            error = engine_dead()
         return answer if error is None else _refusal(name, error)
     return answer
 
@@ -74,6 +81,7 @@ def apply() -> None:
     """Wraps the list of models; the request path only when a server asks for mixes."""
     init, load = OpenAIServingModels.__init__, OpenAIServingModels.load_lora_adapter
     unload = OpenAIServingModels.unload_lora_adapter
+    show = OpenAIServingModels.show_available_models
 
     @functools.wraps(init)
     def new_init(self: Any, engine_client: Any, *args: Any, **kwargs: Any) -> None:
@@ -99,14 +107,15 @@ def apply() -> None:
             return _refusal(name, error)
         expected = getattr(request, "expected_version", None)
         if expected is not None:
-            request = request.model_copy(update={"load_inplace": True})
+            request = _with(request, load_inplace=True)
         if _is_recipe(request.lora_path):
             try:
                 entry = await front.mixes.build_recipe(request.lora_path)
             except AdapterError as error:
                 return _refusal(name, error)
-            request = request.model_copy(update={"lora_path": str(entry.path)})
         try:
+            if entry is not None:
+                request = _with(request, lora_path=str(entry.path))
             with expecting(expected):
                 answer = _typed(front.engine, name, await load(self, request, *args, **kwargs))
         except asyncio.CancelledError:
@@ -120,7 +129,7 @@ def apply() -> None:
             loaded = self.lora_requests.get(name)
             if loaded is not None:
                 note_version(Admitted.of(front.engine).version(loaded.lora_int_id))
-            if front.used:
+            if entry is not None:
                 front.mixes.loaded(name, entry)
         return answer
 
@@ -140,6 +149,14 @@ def apply() -> None:
                 front.mixes.unloaded(name)
         return answer
 
+    @functools.wraps(show)
+    async def new_show(self: Any) -> Any:
+        models, made = await show(self), self._lora_ext_front.made()
+        for card in models.data:  # else of the folder where the server keeps what it has made
+            card.root = made.get(card.root, card.root)
+        return models
+
     OpenAIServingModels.__init__ = new_init
+    OpenAIServingModels.show_available_models = new_show
     OpenAIServingModels.load_lora_adapter = new_load
     OpenAIServingModels.unload_lora_adapter = new_unload

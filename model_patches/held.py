@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from vllm_lora_ext.errors import AdapterError
@@ -38,8 +38,9 @@ class Held:
     """A version of an adapter that every worker holds.
 
     Args:
-        lora_id: the adapter's; given: as tensors, which nobody else has.
+        lora_id: the adapter's; given: nobody else has its tensors, or nobody may have.
         parts: `KeyedPart`, of what stands in a slot; none for a template.
+        taken: of one that is not held any more: somebody else took it from the workers.
     """
 
     lora_id: int
@@ -53,6 +54,7 @@ class Held:
     parts: tuple[Any, ...]
     understands: dict[str, Any]
     pinned: bool = False
+    taken: bool = False
 
     @classmethod
     def of(cls, adapter: Adapter | Held, reports: list[Any], given: bool) -> Held:
@@ -66,6 +68,19 @@ class Held:
             *named, given, first.version, max(r.bytes for r in reports), first.system, first.rank,
             first.parts, first.understands,
         )  # fmt: skip
+
+    def without_weights(self, taken: bool) -> Held:
+        """What is remembered of it when it leaves."""
+        return replace(self, parts=(), understands={}, pinned=False, taken=taken)
+
+
+def changed(was: Held, seen: str) -> AdapterError:
+    """The error for an adapter that was evicted, and whose folder has other content by now."""
+    return AdapterError(
+        "files_changed", f"adapter {was.name} had left host memory, and its files are another"
+        " version by now", seen=seen, limit=was.version,
+        fix="load it again with load_inplace to serve what is there now, or put its files back",
+    )  # fmt: skip
 
 
 def incomplete(name: str, understands: dict[str, Any]) -> AdapterError:

@@ -38,7 +38,7 @@ from vllm_lora_ext.kernels.gated_lora import (
     prefetch,
     register_site,
 )
-from vllm_lora_ext.kernels.gated_lora.extension import fits
+from vllm_lora_ext.kernels.gated_lora.extension import MOST_ROWS, fits
 from vllm_lora_ext.model_patches.backend import building
 
 
@@ -132,6 +132,13 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
         """From now on a layer [gate | up] gives `act(gate) · up`; `name` as of the site's."""
         self.site.activation, self._columns = name, self.output_slices[0]
         self._enable_aux_cuda_stream = False  # stock's op would have the size of both
+
+    def leave_in(self, memory: torch.Tensor) -> None:
+        """From now on the shrink stays in `memory`, where the kernel of an MLP block reads and
+        writes. Only an op that names what it changes may do that: a compiler could clone the memory
+        between two ops of which one is stock's, which names nothing."""
+        self.memory = memory
+        self._enable_aux_cuda_stream = False
 
     def set_mapping(self, punica_wrapper) -> None:  # type: ignore[no-untyped-def]
         super().set_mapping(punica_wrapper)
@@ -233,20 +240,23 @@ class RoutedLinear(BaseLinearLayerWithLoRA):
 
     def _apply_async_impl(self, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """With VLLM_LORA_ENABLE_DUAL_STREAM: the shrink, which needs only x, runs on a second
-        stream beside the base product; only the expand waits for both."""
+        stream beside the base product of a small step; only the expand waits for both."""
         x_TK = x.reshape(-1, x.shape[-1])
+        # A larger step's product takes all of the GPU, and the shrink beside it its bandwidth.
+        stream = self._lora_stream if len(x_TK) <= MOST_ROWS else None
 
         def base() -> torch.Tensor:
             return self._get_quant_method().apply(self.base_layer, x, bias)
 
         def first() -> torch.Tensor | None:
-            u = begin(x_TK, self.site, self.memory)
+            u = begin(x_TK, self.site)
             # Where vLLM runs both on one stream, it would only be one launch more.
-            if self.site.prefetches and torch.cuda.current_stream() == self._lora_stream:
+            beside = stream is not None and torch.cuda.current_stream() == stream
+            if self.site.prefetches and beside:
                 prefetch(x_TK, self.site)
             return u
 
-        output, u = maybe_execute_in_parallel(base, first, *self._events, self._lora_stream)
+        output, u = maybe_execute_in_parallel(base, first, *self._events, stream)
         finish_(output.view(-1, output.shape[-1]), x_TK, u, self.site)
         return output
 

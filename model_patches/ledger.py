@@ -15,7 +15,14 @@ from typing import Any
 from vllm_lora_ext.conditions.recipe import is_recipe
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.book import Book
-from vllm_lora_ext.model_patches.held import Adapter, Held, from_memory, id_in_use, incomplete
+from vllm_lora_ext.model_patches.held import (
+    Adapter,
+    Held,
+    changed,
+    from_memory,
+    id_in_use,
+    incomplete,
+)
 from vllm_lora_ext.model_patches.residency import Prepared
 
 LOAD, VERSIONS = "lora_ext_load", "lora_ext_versions"
@@ -48,11 +55,13 @@ class Ledger(Book):
         self._rpc, self._slots = rpc, slots
         self._named, self._running = named, running
         self._replaced, self._lost = replaced, lost
-        self._pinned: frozenset[int] = frozenset()
+        self.pinned: frozenset[int] = frozenset()  # these have their slots in every step
         self._pinning: set[int] = set()  # as soon as older versions have left their pinned slots
         self._leaving: set[int] = set()  # dropped as soon as no request uses them
         self._theirs: set[int] = set()  # held by all workers, handed to them by somebody else
-        self._unsure = False
+        self._unsure = self._touched = False
+        self._gone: set[int] = set()  # adapters that were evicted, and no front end knows yet
+        self.evicted = {"adapters_evicted": 0, "derived_adapters_evicted": 0}
 
     def ids(self) -> set[int]:
         """Adapters that are held, and were not removed."""
@@ -77,7 +86,7 @@ class Ledger(Book):
                 seen=adapter.lora_name, fix="load it again",
             )  # fmt: skip
         if at is None or self._unsure:
-            self.add(adapter)
+            self._ensure(adapter)
             at = self.find(lora_id, version)
         if at is None:
             raise AdapterError(
@@ -101,11 +110,23 @@ class Ledger(Book):
             at: where workers have begun to read it (`place`); None: nowhere.
             expected: the version that it may replace; None: any.
         Returns:
-            Ids of the adapters that were evicted for it.
+            Ids of the adapters that were evicted for it, and since the last call for requests.
         Raises:
             AdapterError: it cannot be served, or `version_conflict`; whatever was held before still
-                is.
+                is. `files_changed`: it was evicted, and is nowhere any more.
         """
+        self._ensure(adapter, source, at, expected)
+        gone, self._gone = self._gone, set()
+        return sorted(other for other in gone if self.current(other) is None)
+
+    def _ensure(
+        self,
+        adapter: Adapter,
+        source: Any = None,
+        at: int | None = None,
+        expected: str | None = None,
+    ) -> None:
+        """As `add`."""
         self._refresh()
         lora_id = adapter.lora_int_id
         self._make_way(adapter)
@@ -116,7 +137,7 @@ class Ledger(Book):
                 self._check_same(adapter, held)
                 self._check_slot(current)
                 self._leaving.discard(current)
-                return []
+                return
             replaceable = source is None and current not in self._leaving
             if held.name != adapter.lora_name and not replaceable:
                 raise id_in_use(adapter, held)
@@ -128,7 +149,8 @@ class Ledger(Book):
             )  # fmt: skip
         ahead = at is not None and at not in self._held
         place = at if at is not None and ahead else self.place(lora_id)
-        return self._load(adapter, Prepared() if source and ahead else source, place)
+        away = None if source or place in self._theirs else self.away(adapter)
+        self._load(adapter, Prepared() if source and ahead else source, place, away)
 
     def reads(self, adapter: Adapter, source: Any) -> bool:
         """Whether `add` would have the workers read an adapter."""
@@ -136,18 +158,8 @@ class Ledger(Book):
         held = current is not None and current not in self._leaving  # it was removed
         return source is not None or adapter.load_inplace or not held
 
-    def check_expected(self, adapter: Adapter, expected: str | None) -> None:
-        """Raises AdapterError `version_conflict` when the current version is another one."""
-        last = self._last.get(adapter.lora_int_id)
-        if expected is not None and expected != last:
-            raise AdapterError(
-                "version_conflict", f"adapter {adapter.lora_name} is not at the expected version",
-                seen=last or "not loaded", limit=expected,
-                fix="read its version again, and decide anew",
-            )  # fmt: skip
-
     def roll_back(self, adapter: Adapter, version: str, expected: str | None) -> None:
-        """New requests get an older version again.
+        """New requests get an older version again, which from now on is not evicted.
 
         Args:
             version: its digest; expected: as in `add`.
@@ -164,7 +176,7 @@ class Ledger(Book):
                 "not_found", f"this version of {adapter.lora_name} is not held", seen=version,
                 limit=", ".join(held) or "none is", fix="load it again from its files",
             )  # fmt: skip
-        self._switch(lora_id, at)
+        self._return_to(lora_id, at)
 
     def take_back(self, lora_id: int, version: str, before: str | None) -> None:
         """Undoes an `add` or `roll_back` that made new requests get `version`, which `last` said to
@@ -174,11 +186,14 @@ class Ledger(Book):
             return
         at = None if before is None else self.find(lora_id, before)
         if at is not None:
-            self._switch(lora_id, at)
+            self._return_to(lora_id, at)
             return
+        away = self._away.get(lora_id)
         self.remove(lora_id)
         if before is not None:
             self._last[lora_id] = before
+        if away is not None and away.version == before:
+            self._away[lora_id] = away
 
     def remove(self, lora_id: int) -> bool:
         """Drops an adapter; versions that unfinished requests use, as soon as they are done."""
@@ -189,6 +204,7 @@ class Ledger(Book):
                 self._leaving.add(at)
             else:
                 self._drop(at)
+        self._away.pop(lora_id, None)
         return bool(ats) or self._drop(lora_id)
 
     def tidy(self) -> None:
@@ -198,7 +214,7 @@ class Ledger(Book):
             for at in self._leaving - self._named():
                 self._drop(at)
         for at in list(self._pinning):
-            rivals = [i for i in self.older(self._held[at].lora_id) if i in self._pinned]
+            rivals = [i for i in self.older(self._held[at].lora_id) if i in self.pinned]
             if not rivals:
                 self._pinning.discard(at)
                 self._held[at].pinned = all(self._rpc("pin_lora", at))
@@ -222,7 +238,7 @@ class Ledger(Book):
             raise incomplete(held.name, held.understands)
         if held.pinned or at in self._pinning:
             return True
-        pinned = self._pinned | {at}
+        pinned = self.pinned | {at}
         free = self._slots - len(pinned)
         if (
             free < 0
@@ -234,28 +250,18 @@ class Ledger(Book):
         self._pin()
         return held.pinned
 
-    def admits(self, at: int) -> bool:
-        """Whether a request for an adapter may join those that are being computed.
-
-        The pinned adapters have their slots in every step; the scheduler does not know.
-        """
-        if not self._pinned or at in self._pinned:
-            return True
-        others = self._running() - self._pinned
-        return at in others or len(others) < self._slots - len(self._pinned)
-
     def doubt(self) -> None:
         """Somebody called the workers behind the ledger's back: it asks them before it answers."""
-        self._unsure = True
+        self._unsure = self._touched = True
 
     def _refresh(self) -> None:
         if not self._unsure:
             return
-        self._unsure = False
+        touched, self._unsure, self._touched = self._touched, False, False
         ranks: list[dict[int, Any]] = self._rpc(VERSIONS)
         held_by_all = set(ranks[0]).intersection(*ranks[1:])
         for at in set(self._held) - held_by_all:
-            self._forget(at)
+            self._leave(at, taken=touched)
             self._lose(at, AdapterError(
                 "not_found", "the adapter was taken from the workers", seen=at, fix="load it again",
             ))  # fmt: skip
@@ -271,7 +277,7 @@ class Ledger(Book):
         known = held or self.current(at)
         if known is None:
             return  # not of the ledger's adapters
-        self._held[at] = Held.of(known, [report], known.given)
+        self._held[at] = Held.of(known, [report], given=True)  # whoever wrote it has it, if anybody
         if held is not None:
             self._held[at].pinned = held.pinned
             self._replaced(at)
@@ -284,32 +290,34 @@ class Ledger(Book):
         if held is None or held.path == adapter.lora_path:
             return
         derived = is_recipe(adapter.lora_path) and is_recipe(held.path)
-        if derived and lora_id not in self._named() | self._pinned:
+        if derived and lora_id not in self._named() | self.pinned:
             self._drop(lora_id)
 
-    def _load(self, adapter: Adapter, source: Any, at: int) -> list[int]:
+    def _load(self, adapter: Adapter, source: Any, at: int, away: Held | None) -> None:
+        """Args: away: what it was when it was evicted, and must be again; None: anything."""
         there = copy.copy(adapter)
         there.lora_int_id = at
         answers = self._rpc(LOAD, there, source, frozenset(self._kept(adapter.lora_int_id) | {at}))
         errors = [a for a in answers if isinstance(a, str)]
         reports = [a for a in answers if not isinstance(a, str)]
-        evicted = self._take_out(reports, at, bool(errors))
+        self._take_out(reports, at, bool(errors))
         if len({r.version for r in reports}) > 1:
             errors.append(str(AdapterError(
                 "ranks_differ", "the workers read different files under the adapter's path",
                 seen=adapter.lora_path, fix="give every machine the same files",
             )))  # fmt: skip
+        if away is not None and not errors and reports[0].version != away.version:
+            errors.append(str(changed(away, reports[0].version)))
         if errors:
             error = AdapterError.parse(errors[0])
             assert error is not None, errors[0]
-            self.doubt()  # what was evicted for it is not among the answers
+            self._unsure = True  # what was evicted for it may not be among the answers
             if reports or at not in self._theirs:  # a load may fail when a worker holds it already
                 self._drop(at)
             raise error
         theirs = at in self._theirs  # nobody else has its tensors
         self._theirs.discard(at)
         self._note(adapter, reports, at, given=source is not None or theirs)
-        return evicted
 
     def _kept(self, lora_id: int) -> set[int]:
         """What stays in host memory while an adapter is loaded: its current version too, which goes
@@ -317,19 +325,30 @@ class Ledger(Book):
         given = {at for at, held in self._held.items() if held.given and self._is_current(at)}
         current = self._versions.current(lora_id)
         own = {current} if current is not None else set()
-        return given | self._theirs | self._pinned | self._named() | own
+        return given | self._theirs | self.pinned | self._named() | own
 
-    def _take_out(self, reports: list[Any], at: int, failed: bool) -> list[int]:
-        """Forgets what the workers have evicted; ids of the adapters that are gone."""
-        gone = []
+    def _take_out(self, reports: list[Any], at: int, failed: bool) -> None:
+        """Forgets what the workers have evicted."""
         for other in set().union(*(r.evicted for r in reports)) - {at}:
-            held = self._held.get(other)
-            if held is not None and self._is_current(other):
-                gone.append(held.lora_id)
-            self._forget(other)
+            self._leave(other, taken=False)
             if failed or any(other not in r.evicted for r in reports):
                 self._rpc("remove_lora", other)  # every worker holds the same
-        return sorted(gone)
+
+    def _leave(self, at: int, taken: bool) -> None:
+        """Forgets a version that nobody removed, and remembers what an adapter was.
+
+        Args:
+            taken: by somebody else, who may bring other content; else it was evicted.
+        """
+        held = self._held.get(at)
+        if held is not None and self._is_current(at):
+            if not is_recipe(held.path):
+                self._away[held.lora_id] = held.without_weights(taken)
+            if not taken:
+                self._gone.add(held.lora_id)
+                derived = "derived_" if is_recipe(held.path) else ""
+                self.evicted[f"{derived}adapters_evicted"] += 1
+        self._forget(at)
 
     def _note(self, adapter: Adapter, reports: list[Any], at: int, given: bool) -> None:
         lora_id, held = adapter.lora_int_id, Held.of(adapter, reports, given)
@@ -338,6 +357,12 @@ class Ledger(Book):
             self._rpc("remove_lora", at)
             held.pinned, at = self._held[same].pinned, same
         self._held[at] = held
+        self._switch(lora_id, at)
+
+    def _return_to(self, lora_id: int, at: int) -> None:
+        """To an older version: its folder may hold another one by now, so it must not leave."""
+        if at != self._versions.current(lora_id):
+            self._held[at].given = True
         self._switch(lora_id, at)
 
     def _switch(self, lora_id: int, at: int) -> None:
@@ -374,18 +399,18 @@ class Ledger(Book):
         self._pin()
 
     def _pin(self) -> None:
-        self._pinned = frozenset(i for i, held in self._held.items() if held.pinned)
+        self.pinned = frozenset(i for i, held in self._held.items() if held.pinned)
 
     def _check_same(self, adapter: Adapter, held: Held) -> None:
         if (held.name, held.path) != (adapter.lora_name, adapter.lora_path):
             raise id_in_use(adapter, held)
 
     def _check_slot(self, at: int) -> None:
-        if len(self._pinned) >= self._slots and at not in self._pinned | self._pinning:
+        if len(self.pinned) >= self._slots and at not in self.pinned | self._pinning:
             raise self._slots_pinned("every adapter slot is pinned to another adapter")
 
     def _slots_pinned(self, message: str) -> AdapterError:
         return AdapterError(
-            "slots_pinned", message, seen=f"{len(self._pinned)} pinned", limit=self._slots,
+            "slots_pinned", message, seen=f"{len(self.pinned)} pinned", limit=self._slots,
             fix="start with a larger --max-loras, or remove a pinned adapter",
         )  # fmt: skip

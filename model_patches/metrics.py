@@ -6,7 +6,6 @@ its workers count, they are asked for when somebody reads (`engine_metrics`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cache
 
 from prometheus_client import Counter, Histogram
@@ -17,9 +16,6 @@ _MEANINGS = {
     "derived_adapters_made": "Adapters that were made for a request: composed, scaled, of a user"
     " or of an instruction.",
     "derived_adapters_hit": "Requests whose derived adapter was there already.",
-    "derived_adapters_evicted": "Derived adapters that made way for others.",
-    "adapters_evicted": "Loaded adapters that made way for others; they are read again when asked"
-    " for.",
     "gate_passes": "Gates that the base model computed for an instruction.",
 }
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
@@ -40,7 +36,7 @@ def _refusals() -> Counter:
 def _load_seconds() -> Histogram:
     return Histogram(
         "lora_ext:load_seconds", "Loads of adapters that succeeded: reading, checking and waiting"
-        " for a step to end.", buckets=_SECONDS,
+        " for a step to end; not of what was there already.", buckets=_SECONDS,
     )  # fmt: skip
 
 
@@ -63,13 +59,6 @@ def made(lora_id: int, seconds: float) -> None:
 def hit() -> None:
     """Of a request whose derived adapter was there."""
     _counter("derived_adapters_hit").inc()
-
-
-def evicted(lora_ids: Iterable[int]) -> None:
-    """Of adapters that the core dropped."""
-    for lora_id in lora_ids:
-        derived = "derived_" if lora_id >= DERIVED_IDS else ""
-        _counter(f"{derived}adapters_evicted").inc()
 
 
 def gate_passed() -> None:

@@ -16,13 +16,14 @@ from vllm.entrypoints.pooling.base.serving import PoolingBaseServing
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.lora.request import LoRARequest
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.adapter_paths import find_folder
 from vllm_lora_ext.model_patches.admin import AdminToken
 from vllm_lora_ext.model_patches.admitted import Admitted
 from vllm_lora_ext.model_patches.exchange import current, note_version
-from vllm_lora_ext.model_patches.refused import RefusedRequest, to_response
+from vllm_lora_ext.model_patches.refused import RefusedRequest, engine_dead, to_response
 from vllm_lora_ext.model_patches.says_http import speaking
 from vllm_lora_ext.serving import Mix, Mixes, from_lorax, is_mix_name, parse
 from vllm_lora_ext.settings import LoraExtSettings
@@ -62,6 +63,10 @@ class Front:
     def used(self) -> bool:
         return "mixes" in self.__dict__
 
+    def made(self) -> dict[str, str]:
+        """By folder, the mix's name or the path that was sent, of adapters that were made here."""
+        return self.mixes.made() if self.used else {}
+
     @property
     def max_rank(self) -> int:
         return int(self._lora.max_lora_rank)
@@ -97,6 +102,8 @@ class Front:
                 back = await self.engine.roll_back_adapter(loaded, version, expected)
             except AdapterError as error:
                 return to_response(error, "version")
+            except EngineDeadError:
+                return to_response(engine_dead(), None)
             models.lora_requests[name] = back
         note_version(version)
         return f"Success: LoRA adapter '{name}' is at version {version}."

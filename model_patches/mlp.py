@@ -73,7 +73,9 @@ class Block:
 
     def hand_on(self, scratch: Scratch) -> None:
         """From now on the three steps hand their tensors on through `scratch`."""
-        self.first.memory, self.last.memory, self.act.scratch = scratch.u, scratch.z, scratch
+        self.first.leave_in(scratch.u)
+        self.last.leave_in(scratch.z)
+        self.act.scratch = scratch
 
     def on_kernel(self, block: MixBlock) -> bool:
         """Whether an adapter's experts are served by the kernel, which CUDA graphs can hold."""

@@ -98,13 +98,16 @@ class RankAttention:
                 )  # fmt: skip
 
     def projections(self, layer: str, slices: list[RoutedModule | None]) -> dict[int, Projection]:
-        """What an adapter has at a layer, by slice.
+        """What an adapter has at a layer, by slice; page-locked where it goes to a GPU, so that no
+        step waits for that.
 
         Raises:
             AdapterError: `unsupported_feature`, the layer has no such cache.
         """
+        on_gpu = self._step.device.type == "cuda"
+        pin = (lambda t: t.pin_memory()) if on_gpu else (lambda t: t)
         found = {
-            i: Projection(module.attention_PR.float(), module.gate.num_gates)
+            i: Projection(pin(module.attention_PR.float()), module.gate.num_gates)
             for i, module in enumerate(slices)
             if module is not None and module.attention_PR is not None
         }

@@ -54,6 +54,14 @@ def status_of(code: str) -> HTTPStatus:
     return _STATUS.get(code, HTTPStatus.BAD_REQUEST)
 
 
+def engine_dead() -> AdapterError:
+    """For a call that no engine is there to answer any more."""
+    return AdapterError(
+        "engine_dead", "the engine has ended, and the server ends too",
+        fix="ask another replica; the server's log says why",
+    )  # fmt: skip
+
+
 class RefusedRequest(AdapterError, GracefulHTTPError):
     """Ends one request with the status of its code; any other error of `AsyncLLM` becomes 500."""
 

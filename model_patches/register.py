@@ -242,16 +242,20 @@ PATCHES: tuple[Patch, ...] = (
         module="core",
         why=(
             "Stock's core schedules a request whatever became of its adapter, knows an adapter in"
-            " the prefix cache by name and path whatever it holds, and plans steps that need more"
-            " slots than the pinned adapters leave."
+            " the prefix cache by name and path whatever it holds, plans steps that need more"
+            " slots than the pinned adapters leave, and lets a request wait for ever while those"
+            " of the adapters in the slots keep coming."
         ),
         how=(
             "The core keeps a ledger of what its workers hold, has a request's adapter loaded "
-            "before it is scheduled, and keys blocks by the digest of the adapter's content and"
-            " by what of it acts in the block."
+            "before it is scheduled, keys blocks by the digest of the adapter's content and by"
+            " what of it acts in the block, and has adapters take turns in the slots."
         ),
         upstream="none yet",
-        remove_when="vLLM loads adapters before it schedules requests, and hashes their content.",
+        remove_when=(
+            "vLLM loads adapters before it schedules requests, hashes their content, and starves"
+            " none."
+        ),
         targets=(
             Target("vllm.v1.engine.core", "EngineCore.__init__"),
             Target("vllm.v1.engine.core", "EngineCore.add_request"),
@@ -416,6 +420,10 @@ PATCHES: tuple[Patch, ...] = (
             Target(
                 "vllm.entrypoints.openai.models.serving", "OpenAIServingModels.unload_lora_adapter"
             ),
+            Target(
+                "vllm.entrypoints.openai.models.serving",
+                "OpenAIServingModels.show_available_models",
+            ),
         ),
     ),
     Patch(
@@ -464,22 +472,15 @@ PATCHES: tuple[Patch, ...] = (
         targets=(
             Target("vllm.v1.engine.output_processor", "RequestState.from_new_request"),
             Target("vllm.v1.engine.output_processor", "RequestState._new_request_output"),
-            Target("vllm.v1.engine.output_processor", "OutputProcessor.add_request"),
             Target("vllm.outputs", "EmbeddingRequestOutput.from_base"),
             Target("vllm.outputs", "ClassificationRequestOutput.from_base"),
             Target("vllm.outputs", "ScoringRequestOutput.from_base"),
-            Target(
-                "vllm.entrypoints.pooling.scoring.io_processor",
-                "BiEncoderIOProcessor._post_process",
-            ),
-            Target(
-                "vllm.entrypoints.pooling.scoring.io_processor",
-                "LateInteractionIOProcessor._post_process",
-            ),
+            Target("vllm.entrypoints.pooling.offline", "PoolingOfflineMixin.score"),
             Target(
                 "vllm.entrypoints.generate.beam_search.offline",
                 "BeamSearchOfflineMixin.beam_search",
             ),
+            Target("vllm.v1.engine.output_processor", "OutputProcessor.add_request"),
         ),
     ),
     Patch(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 STATS = "lora_ext_stats"
 """Method of the worker (`worker_rpc`): a `Stats` as a dict."""
@@ -23,11 +23,6 @@ class Traffic:
     activations: int = 0
     bytes: int = 0
     seconds: float = 0.0
-
-    def since(self, before: Traffic) -> dict[str, float]:
-        """What was added to an earlier count."""
-        old = asdict(before)
-        return {name: value - old[name] for name, value in asdict(self).items()}
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,20 @@
 
 Targets: `RequestState`, which makes a request's outputs: each gets `adapter_version`, the digest of
 the adapter's content (of a derived adapter, of all that it is made of), None for the base model.
-And what `LLM` makes new outputs of them with: embeddings, classes and scores (`from_base`), a score
-of two embeddings (`_post_process`), beams. What two versions gave together says None.
+Outputs that are made of these (embeddings, labels, scores of two texts, beams) get theirs:
+`from_base` of three classes, `score` and `beam_search` of `LLM`.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
-from vllm.entrypoints.pooling.scoring.io_processor import (
-    BiEncoderIOProcessor,
-    LateInteractionIOProcessor,
-)
+from vllm.entrypoints.pooling.offline import PoolingOfflineMixin
 from vllm.outputs import (
     ClassificationRequestOutput,
     EmbeddingRequestOutput,
@@ -27,15 +26,50 @@ from vllm.v1.engine.output_processor import RequestState
 from vllm_lora_ext.model_patches.plan import promised
 
 _VERSION = "_lora_ext_version"
+_heard: ContextVar[dict[str | None, str | None] | None] = ContextVar("heard", default=None)
+"""Versions by the adapter's name, of the requests that one call of a user's is made of."""
+
+
+def _version_of(heard: dict[str | None, str | None], lora: Any) -> str | None:
+    if len(versions := set(heard.values())) == 1:  # whatever a derived adapter is called
+        return versions.pop()
+    return heard.get(getattr(lora, "lora_name", None))
+
+
+def _from_base(stock: Callable[[Any], Any]) -> staticmethod[[Any], Any]:
+    @functools.wraps(stock)
+    def from_base(request_output: Any) -> Any:
+        output = stock(request_output)
+        output.adapter_version = getattr(request_output, "adapter_version", None)
+        return output
+
+    return staticmethod(from_base)
+
+
+def _of_several(stock: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    """A method of `LLM` each of whose outputs is made of those of several requests."""
+    signature = inspect.signature(stock)
+
+    @functools.wraps(stock)
+    def method(self: Any, *args: Any, **kwargs: Any) -> list[Any]:
+        heard: dict[str | None, str | None] = {}
+        token = _heard.set(heard)
+        try:
+            outputs = stock(self, *args, **kwargs)
+        finally:
+            _heard.reset(token)
+        lora = signature.bind(self, *args, **kwargs).arguments.get("lora_request")
+        loras = lora if isinstance(lora, list) else [lora] * len(outputs)
+        of_outputs = loras[len(loras) - len(outputs) :]  # of two texts, the second one's
+        for output, each in zip(outputs, of_outputs, strict=True):
+            output.adapter_version = _version_of(heard, each)
+        return outputs
+
+    return method
 
 
 def apply() -> None:
-    """Wraps what takes a request, what makes its outputs, and what makes others of them."""
-    for made in (ClassificationRequestOutput, EmbeddingRequestOutput, ScoringRequestOutput):
-        made.from_base = staticmethod(_as_before(made.from_base))
-    for scores in (BiEncoderIOProcessor, LateInteractionIOProcessor):
-        scores._post_process = _of_both(scores._post_process)
-    BeamSearchOfflineMixin.beam_search = _of_beams(BeamSearchOfflineMixin.beam_search)
+    """Wraps what takes a request and what makes its outputs."""
     from_new, new_output = RequestState.from_new_request, RequestState._new_request_output
 
     @functools.wraps(from_new)
@@ -48,59 +82,13 @@ def apply() -> None:
     def new_new_output(self: Any, *args: Any, **kwargs: Any) -> Any:
         output = new_output(self, *args, **kwargs)
         output.adapter_version = getattr(self, _VERSION, None)
+        if (heard := _heard.get()) is not None:
+            heard[self.lora_name] = output.adapter_version
         return output
 
     RequestState.from_new_request = classmethod(new_from_new)
     RequestState._new_request_output = new_new_output
-
-
-def _as_before(from_base: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    @functools.wraps(from_base)
-    def new_from_base(request_output: Any) -> Any:
-        output = from_base(request_output)
-        output.adapter_version = getattr(request_output, "adapter_version", None)
-        return output
-
-    return new_from_base
-
-
-def _of_both(post_process: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(post_process)
-    def new_post_process(self: Any, outputs: Sequence[Any], n_queries: int) -> Any:
-        scores = post_process(self, outputs, n_queries)
-        given = [getattr(output, "adapter_version", None) for output in outputs]
-        asked, answers = given[:n_queries], given[n_queries:]
-        asked = asked * len(answers) if n_queries == 1 else asked
-        for score, one, other in zip(scores, asked, answers, strict=True):
-            score.adapter_version = one if one == other else None
-        return scores
-
-    return new_post_process
-
-
-def _of_beams(beam_search: Callable[..., Any]) -> Callable[..., Any]:
-    """Every token of a beam is a request of its own, which begins on the version of that time."""
-
-    @functools.wraps(beam_search)
-    def new_beam_search(
-        self: Any, prompts: Any, params: Any, lora_request: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        several = isinstance(lora_request, Sequence)
-        named = lora_request if several else [lora_request]
-        before = [_version(self, request) for request in named]
-        outputs = beam_search(self, prompts, params, lora_request, *args, **kwargs)
-        after = [_version(self, request) for request in named]
-        whole = [v if first in ("", v) else None for first, v in zip(before, after, strict=True)]
-        for output, version in zip(
-            outputs, whole if several else whole * len(outputs), strict=True
-        ):
-            output.adapter_version = version
-        return outputs
-
-    return new_beam_search
-
-
-def _version(llm: Any, request: Any) -> str | None:
-    """Of an adapter's content; empty before it was loaded."""
-    version: str | None = None if request is None else llm.llm_engine.adapter_version(request)
-    return version
+    for made in (EmbeddingRequestOutput, ClassificationRequestOutput, ScoringRequestOutput):
+        made.from_base = _from_base(made.from_base)
+    PoolingOfflineMixin.score = _of_several(PoolingOfflineMixin.score)
+    BeamSearchOfflineMixin.beam_search = _of_several(BeamSearchOfflineMixin.beam_search)

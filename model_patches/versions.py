@@ -8,10 +8,33 @@ from __future__ import annotations
 
 from collections.abc import Container
 
+from vllm.lora.request import LoRARequest
+
+from vllm_lora_ext.settings import OLDER_VERSIONS
+
 VERSION_IDS = 1 << 29
 """Ids from here to twice as many belong to versions that came after an adapter's first."""
 
-_KEPT = 2  # older versions that stay for a rollback, while there is room
+
+class OfVersion(LoRARequest):
+    """An adapter's later version, under the adapter's own name.
+
+    vLLM takes adapters of one name for one adapter, where it keeps those of a step.
+    """
+
+    @classmethod
+    def of(cls, lora: LoRARequest, at: int) -> OfVersion:
+        """The version that workers hold under this id."""
+        fields = {name: getattr(lora, name) for name in LoRARequest.__struct_fields__}
+        return cls(**{**fields, "lora_int_id": at})
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, LoRARequest) and (
+            (self.lora_name, self.lora_int_id) == (other.lora_name, other.lora_int_id)
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.lora_name, self.lora_int_id))
 
 
 class Versions:
@@ -53,8 +76,8 @@ class Versions:
         if at in older:
             older.remove(at)
         self._current[lora_id] = at
-        surplus = older[:-_KEPT]
-        del older[:-_KEPT]
+        surplus = older[:-OLDER_VERSIONS]
+        del older[:-OLDER_VERSIONS]
         return surplus
 
     def forget(self, lora_id: int, at: int) -> None:

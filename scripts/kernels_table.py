@@ -40,6 +40,7 @@ from kernel_variants import ENGINES, GPUS, Variant, variants  # noqa: E402
 PAGE, NUMBERS = ROOT / "kernels" / "COMPILED.md", ROOT / "kernels" / "compiled.json"
 # Release of Triton → the torch that brings it.
 TRITONS = {"3.6.0": "2.11", "3.7.1": "2.13", "3.8.0": "2.14"}
+SOURCES = "sources"  # beside the capabilities
 MOST_SPILLED = 4096  # bytes of a thread: with more, a kernel's numbers live in memory
 # wgmma's accumulators, then its left operand in registers where shared memory has a descriptor.
 FROM_REGISTERS = re.compile(r"wgmma\.mma_async\S*\s*\{[^}]*\},\s*\{")
@@ -174,21 +175,39 @@ Tables = dict[str, dict[str, dict[str, Compiled]]]  # capability → release of 
 
 def read_numbers() -> Tables:
     """What kernels/compiled.json has."""
-    read = json.loads(NUMBERS.read_text()) if NUMBERS.is_file() else {}
+    read = _read()
+    read.pop(SOURCES, None)
     return {
         gpu: {t: {n: Compiled(*v) for n, v in numbers.items()} for t, numbers in table.items()}
         for gpu, table in read.items()
     }  # fmt: skip
 
 
-def write_numbers(tables: Tables) -> None:
-    """kernels/compiled.json, and the page of it."""
+def read_sources() -> dict[str, str]:
+    """By capability, the digest (`sources`) of the kernels that its numbers are of."""
+    found: dict[str, str] = _read().get(SOURCES, {})
+    return found
+
+
+def _read() -> dict[str, Any]:
+    read: dict[str, Any] = json.loads(NUMBERS.read_text()) if NUMBERS.is_file() else {}
+    return read
+
+
+def write_numbers(tables: Tables, compiled_now: Iterable[str]) -> None:
+    """kernels/compiled.json, and the page of it.
+
+    Args:
+        compiled_now: capabilities whose numbers are of the kernels as they are.
+    """
+    known = {**read_sources(), **dict.fromkeys(compiled_now, sources())}
     plain = {
         gpu: {t: {n: list(vars(by_name[n]).values()) for n in sorted(by_name, key=_order)}
               for t, by_name in tables[gpu].items()}
         for gpu in sorted(tables, key=int)
     }  # fmt: skip
-    text = json.dumps(plain, indent=1)
+    digests = {gpu: known[gpu] for gpu in sorted(known, key=int)}
+    text = json.dumps({SOURCES: digests, **plain}, indent=1)
     text = re.sub(r"\[[^]]*\]", lambda found: " ".join(found[0].split()), text)  # one line each
     NUMBERS.write_text(text + "\n")
     PAGE.write_text(page(tables))
@@ -267,7 +286,7 @@ def write(folder: Path, gpus: Sequence[str], only_page: bool) -> int:
         names = {variant.name for variant in variants(gpu)}
         kept = {triton: read_kept(kept_in(folder, triton, gpu)) for triton in TRITONS}
         tables[gpu] = {t: {n: k[n] for n in names if n in k} for t, k in kept.items()}
-        write_numbers(tables)
+        write_numbers(tables, [gpu])
     wrong = [
         f"sm_{gpu}, Triton {triton}: {name}: {numbers.wrong}"
         for gpu, table in tables.items() for triton, by_name in table.items()
@@ -283,8 +302,8 @@ def main() -> int:
     )
     parser.add_argument("--here", action="store_true")
     parser.add_argument("--gpus", default=",".join(GPUS))
-    parser.add_argument("--ranks", help="only engines of these --max-lora-rank")
-    parser.add_argument("--dtypes", help="only engines of these dtypes")
+    parser.add_argument("--ranks", help="only engines of these --max-lora-rank; with --dtypes any")
+    parser.add_argument("--dtypes", help="only engines of these dtypes; with --ranks any")
     parser.add_argument("--every", action="store_true")
     parser.add_argument("--tritons", type=Path, default=Path(tempfile.gettempdir()) / "tritons")
     parser.add_argument("--page", action="store_true", help="write what earlier runs have found")
@@ -297,6 +316,8 @@ def main() -> int:
     dtypes = args.dtypes and args.dtypes.split(",")
     engines = [(rank, dtype) for rank, dtype in ENGINES
                if (not ranks or rank in ranks) and (not dtypes or dtype in dtypes)]  # fmt: skip
+    if ranks and dtypes:  # also such as the table does not have
+        engines = [(rank, dtype) for rank in ranks for dtype in dtypes]
     found = {gpu: compile_all(gpu, engines, args.every, args.keep) for gpu in gpus}
     for gpu, by_name in found.items():
         for name, numbers in by_name.items():

@@ -37,7 +37,7 @@ BASE = "tests/fixtures/bases/base_llama"
 
 
 @functools.cache
-def _config(slots: int) -> VllmConfig:
+def _config(slots: int, slot_wait_s: float, policy: str) -> VllmConfig:
     cache = CacheConfig(block_size=BLOCK, enable_prefix_caching=True)
     cache.num_gpu_blocks = 200
     return VllmConfig(
@@ -45,15 +45,20 @@ def _config(slots: int) -> VllmConfig:
         scheduler_config=SchedulerConfig(
             max_num_seqs=16, max_num_batched_tokens=40, max_model_len=256,
             enable_chunked_prefill=True, is_encoder_decoder=False, async_scheduling=False,
+            policy=policy,
         ),
         cache_config=cache, lora_config=LoRAConfig(max_lora_rank=8, max_loras=slots),
+        additional_config={"lora_ext": {"slot_wait_s": slot_wait_s}},
     )  # fmt: skip
 
 
 class Core:
     """A core without processes: `ranks` hold the adapters, `kv` what was computed."""
 
-    def __init__(self, files: dict[str, str], slots: int = 2, remote: bool = False) -> None:
+    def __init__(
+        self, files: dict[str, str], slots: int = 2, remote: bool = False,
+        slot_wait_s: float = 1.0, policy: str = "fcfs",
+    ) -> None:  # fmt: skip
         self.workers = Engine(files)
         self.kv: dict[tuple[int, int], str] = {}
         self._tables: dict[str, list[int]] = {}
@@ -61,7 +66,7 @@ class Core:
         self._lora: dict[str, str] = {}
         self.hits: list[int] = []
         self.batches: list[set[str]] = []
-        config = _config(slots)
+        config = _config(slots, slot_wait_s, policy)
         spec = FullAttentionSpec(block_size=BLOCK, num_kv_heads=1, head_size=8, dtype=torch.float32)
         core = self.core = EngineCore.__new__(EngineCore)
         core.vllm_config, core.log_stats, core._weight_version = config, False, "default"
@@ -131,12 +136,12 @@ class Core:
 
     def request(
         self, key: str, lora: LoRARequest | None, prompt: Any = None, n: int = 4, says: Any = None,
-        resumable: bool = False,
+        resumable: bool = False, priority: int = 0,
     ) -> Any:  # fmt: skip
         params = SamplingParams(max_tokens=n, ignore_eos=True, extra_args=says)
         return EngineCoreRequest(
             key, list(prompt or PROMPT), None, params, None, 0.0, lora, None, None,
-            resumable=resumable,
+            resumable=resumable, priority=priority,
         )  # fmt: skip
 
     def add(self, key: str, lora: LoRARequest | None, **more: Any) -> None:

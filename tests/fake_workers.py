@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from vllm_lora_ext.model_patches.ledger import LOAD, VERSIONS, Ledger
 from vllm_lora_ext.model_patches.loading import FORGET, PREPARE, PREPARED
 from vllm_lora_ext.model_patches.residency import KeyedPart, Prepared
 from vllm_lora_ext.model_patches.traffic import STATS, Traffic
+from vllm_lora_ext.model_patches.turns import Turns
 
 
 @dataclass
@@ -117,6 +119,7 @@ class Engine:
     """Two ranks, and requests that are nothing but ids."""
 
     def __init__(self, files: dict[str, str], slots: int = 2, room: int = 99) -> None:
+        self.slots = slots
         self.ranks = [Rank(dict(files), room), Rank(dict(files), room)]
         self.named: set[int] = set()
         self.running: set[int] = set()
@@ -131,6 +134,20 @@ class Engine:
     def rpc(self, method: str, *args: Any) -> list[Any]:
         self.calls.append(method)
         return [rank.call(method, *args) for rank in self.ranks]
+
+    def admits(self, at: int) -> bool:
+        """Whether a request joins those that run."""
+
+        def asks(at: int) -> Any:
+            return SimpleNamespace(lora_request=Request("", at))
+
+        turns = Turns(SimpleNamespace(running=[*map(asks, self.running)]), self.slots, 1.0)
+        return turns.admits(asks(at), self.ledger.pinned)
+
+    def write(self, path: str, version: str) -> None:
+        """What lies there from now on."""
+        for rank in self.ranks:
+            rank.files[path] = version
 
     def code(self, call: Any, *args: Any) -> str:
         with pytest.raises(AdapterError) as caught:

@@ -114,7 +114,7 @@ def test_stages_and_limits_by_name():
     names = [stage.name for stage, _ in run.chosen([])]
     assert names == ["probe", "kernels", "bench", "engine", "serve"]
     picked = [(stage.name, limit) for stage, limit in run.chosen(["bench=77", "kernels"])]
-    assert picked == [("probe", 150), ("bench", 77.0), ("kernels", 300)]
+    assert picked == [("probe", 150), ("bench", 77.0), ("kernels", 350)]
     assert [stage.name for stage, _ in run.chosen(["probe"])] == ["probe"]
 
 
@@ -133,7 +133,7 @@ def test_a_dry_run_prints_every_command_and_runs_none(tmp_path):
     assert done.returncode == 0 and not (tmp_path / "work").exists(), done.stderr
     lines = done.stdout.splitlines()
     stages = [line for line in lines if not line.startswith(" ")]
-    assert stages == ["probe (at most 150 s)", "bench (at most 77 s)", "engine (at most 560 s)"]
+    assert stages == ["probe (at most 150 s)", "bench (at most 77 s)", "engine (at most 900 s)"]
     assert sum("bench_gated_lora.py" in line for line in lines) == 2
     assert all("VLLM_ENABLE_V1_MULTIPROCESSING=0" in line for line in lines if "engine.py" in line)
 

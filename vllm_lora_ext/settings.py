@@ -21,6 +21,8 @@ from vllm_lora_ext.errors import AdapterError
 KEY = "lora_ext"
 DISABLE_ENV = "VLLM_LORA_EXT_DISABLE"
 ROUTER_ROWS_LIMIT = 512
+OLDER_VERSIONS = 2
+"""Of each adapter that is replaced, those that stay for a rollback, while there is room."""
 ROUTER_ROWS_DEFAULT = 64
 GATES_LIMIT = 1 << 16
 USUAL_EXPERTS = 16
@@ -32,6 +34,7 @@ _ALLOWED = {
     "adapter_roots": "a list of existing folders, or null for no limit",
     "max_router_rows": f"a whole number from 1 to {ROUTER_ROWS_LIMIT}, or null",
     "host_cache_mb": "a whole number, 1 or more, or null",
+    "slot_wait_s": "a number, 0 or more",
     "triton": "true, false, or null",
     "extend_weights": "a number, 0 or more",
     "fuse_activation": "true or false",
@@ -209,6 +212,10 @@ class LoraExtSettings(BaseModel):
     host_cache_mb: int | None = Field(default=None, ge=1)
     """Host memory for loaded adapters, on each rank. None: as much as `--max-cpu-loras` adapters of
     the full rank need, and at least 2048."""
+
+    slot_wait_s: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Seconds for which requests of other adapters may be preferred to one that waits for a slot,
+    because theirs are in the slots already."""
 
     triton: bool | None = None
     """On a GPU: the fused Triton kernels in place of the PyTorch path. None: when they pass a

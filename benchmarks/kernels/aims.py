@@ -34,5 +34,6 @@ AIMS = (
     Aim("the same, the shrink beside the product (aim: 0.08)", "added_beside", "8/2/16", DECODE,
         0.15),
     Aim("the same, A and routers below the base weight", "added_extended", "8/2/16", DECODE, 0.075),
-    Aim("a routed prefill of T = 8192 adds", "added", "8/2/16", (8192,), 0.15),
+    # At least 0.90 of the base's speed.
+    Aim("a routed prefill of T = 8192 adds", "added", "8/2/16", (8192,), 0.11),
 )  # fmt: skip

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-OK, TIME_LIMIT = "ok", "time limit"
+OK, TIME_LIMIT, INCOMPLETE = "ok", "time limit", "incomplete"
+UNFINISHED = 75  # exit code of what is right so far and has more to do: the next call goes on
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Ended:
     def state(self) -> str:
         if self.code is None:
             return TIME_LIMIT
+        if self.code == UNFINISHED:
+            return INCOMPLETE
         return OK if self.code == 0 else f"failed ({self.code})"
 
 

@@ -3,7 +3,8 @@
     python scripts/gpu/engine.py --out FILE.json [--seconds 540] [--only NAME,...|all] [--list]
 
 Reads the checkout's fixtures. Each engine is a process of its own; one that fails or hangs does not
-stop the next, and what FILE already holds is not run again. Every engine gets
+stop the next, and what FILE already holds is not run again, if card, driver, versions and sources
+are the same. Every engine gets
 
     mixed    all adapters and base rows in one call: every prompt, cut at many lengths, and the
              log-probabilities of all tokens after the cut
@@ -16,6 +17,8 @@ fp32: a log-probability may be off by 2e-3 (or by three times what base rows are
 the machine's arithmetic, not the adapters'), and greedy tokens must be equal. bf16: off by 0.5 at
 the median position at most; equal tokens are counted only. A router whose two best scores nearly
 tie may decide differently there, and that is no error.
+
+Exit code: 0 all are right, 1 one is not, 75 none is wrong and some had no time left: run it again.
 """
 
 from __future__ import annotations
@@ -34,13 +37,14 @@ HERE = Path(__file__).resolve().parent
 REPO = HERE.parents[1]
 sys.path.append(str(HERE))
 
-from bounded import run  # noqa: E402
-from facts import of_engine  # noqa: E402
+from bounded import INCOMPLETE, TIME_LIMIT, run  # noqa: E402
+from facts import exit_code, kept, key, of_engine  # noqa: E402
 
 ROUTED = ("plain-a", "hydralora-a", "loramoe-a", "smora-a", "flylora-a", "moram-a", "mola-a",
           "loramoe_moepeft-a", "mola_moepeft-a", "moelora-a")  # fmt: skip
 BLOCKS = ("mixlora-a", "mixlora_moepeft-a")  # whole MLP blocks
-RIGHT, NO_TIME = "right", "no time left"
+SLEEPERS = ("plain-a", "hydralora-a", "moram-a", "mixlora-a")  # one for each of the slots
+RIGHT = "right"
 STARTS = 20.0  # seconds under which no engine is started
 
 
@@ -50,7 +54,8 @@ class Engine:
 
     Args:
         whole_prompts: ask for the log-probabilities of prompts, not of their last position.
-        sleeps: ask, sleep on level 2, wake up, and ask again.
+        sleeps: ask, sleep on level 2, wake up, and ask again. With no more adapters than slots:
+            one that has to come in again would hide a slot that was lost.
     """
 
     adapters: tuple[str, ...] = ROUTED + BLOCKS
@@ -70,7 +75,8 @@ DUAL = {"VLLM_LORA_ENABLE_DUAL_STREAM": "1"}
 PREFETCHED = {"additional_config": {"lora_ext": {"prefetch_weights": True}}}
 # The first ones tell most.
 ENGINES = {
-    "stock": Engine(("plain-a",), EAGER, {"VLLM_LORA_EXT_DISABLE": "1"}),
+    # Stock's own kernels know no fp32.
+    "stock": Engine(("plain-a",), EAGER | {"dtype": "bfloat16"}, {"VLLM_LORA_EXT_DISABLE": "1"}),
     "eager": Engine(options=EAGER),
     "graphs": Engine(),
     "graphs-v1": Engine(env=V1),
@@ -80,7 +86,7 @@ ENGINES = {
     "extended": Engine(ROUTED, EXTENDED),
     "fused": Engine(ROUTED, {"additional_config": {"lora_ext": {"fuse_activation": True}}}),
     "prefetched": Engine(options=PREFETCHED, env=DUAL),
-    "sleep": Engine(options={"enable_sleep_mode": True}, sleeps=True),
+    "sleep": Engine(SLEEPERS, {"enable_sleep_mode": True}, sleeps=True),
     "qwen2": Engine(("meteora-a",)),
     "eager-v1": Engine(options=EAGER, env=V1),
     "bf16-eager": Engine(options=EAGER | {"dtype": "bfloat16"}),
@@ -248,28 +254,32 @@ def main() -> int:
     wanted = list(ENGINES) if args.only == "all" else args.only.split(",")
     if unknown := set(wanted) - set(ENGINES):
         parser.error(f"no engine {', '.join(sorted(unknown))}; --list names them")
-    found = json.loads(args.out.read_text()) if args.out.is_file() else {}
+    found, own = kept(args.out), key()
     end = time.monotonic() + args.seconds - 10
     for name in wanted:
         if found.get(name, {}).get("state") == RIGHT:
             continue
-        found[name] = _bounded(name, args, min(args.each, end - time.monotonic()))
+        found[name] = {**_bounded(name, args, end - time.monotonic()), "key": own}
         print(line(name, found[name]), flush=True)
         args.out.write_text(json.dumps(found, indent=1) + "\n")
     print("\n" + "\n".join(line(name, a) for name, a in found.items()))
-    return int(any(a["state"] not in (RIGHT, NO_TIME) for a in found.values()))
+    return exit_code([found[name]["state"] for name in wanted], RIGHT)
 
 
 def _bounded(name: str, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """One engine in a process of its own."""
+    """One engine in a process of its own, for `seconds` at most: what is left of all."""
     if seconds < STARTS:
-        return {"state": NO_TIME}
+        return {"state": INCOMPLETE}
     print(f"--- {name}", flush=True)
     part = args.out.with_suffix(f".{name}.tmp")
     command = [sys.executable, "-P", __file__, "--one", name, "--out", str(part)]
     command += ["--on-cpu"] if args.on_cpu else []
-    ended = run(command, seconds, {**ENVIRONMENT, **ENGINES[name].env})
-    found = json.loads(part.read_text()) if part.exists() else {"state": ended.state}
+    part.unlink(missing_ok=True)
+    ended = run(command, min(args.each, seconds), {**ENVIRONMENT, **ENGINES[name].env})
+    state = ended.state
+    if state == TIME_LIMIT and seconds < args.each:  # the next call gives it more
+        state = INCOMPLETE
+    found = json.loads(part.read_text()) if part.exists() else {"state": state}
     part.unlink(missing_ok=True)
     return found
 

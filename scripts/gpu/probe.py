@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parent))
+
+import facts
 
 NO_GPU = 3
 Check = tuple[str, Callable[[], object]]
@@ -66,32 +67,13 @@ def machine() -> dict[str, Any]:
     """Card, driver, and the versions of all that has a say in a result."""
     import torch
 
-    names = ("torch", "triton", "vllm", "vllm-lora-ext", "transformers", "pytest")
-    versions = {name: _version(name) for name in names}
-    versions |= {"cuda": torch.version.cuda, "python": platform.python_version()}
-    card, driver, used, clock = _ask_driver()
+    versions = facts.versions() | {"cuda": torch.version.cuda}
+    card, driver, used, clock = facts.ask_driver()
     major, minor = torch.cuda.get_device_capability()
     return {
         "card": card or torch.cuda.get_device_name(), "driver": driver, "memory_used": used,
         "clock_now": clock, "capability": f"sm_{major}{minor}", "versions": versions,
     }  # fmt: skip
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _ask_driver() -> tuple[str | None, ...]:
-    query = "--query-gpu=name,driver_version,memory.used,clocks.sm"
-    try:
-        said = subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], timeout=30,
-                              capture_output=True, text=True, check=True).stdout  # fmt: skip
-    except (OSError, subprocess.SubprocessError):
-        return None, None, None, None
-    return tuple(part.strip() for part in said.splitlines()[0].split(","))
 
 
 def run_checks(checks: Iterable[Check]) -> Iterable[tuple[str, float, str, bool]]:
@@ -225,6 +207,33 @@ def plugin() -> str:
     return "every patch fits, vLLM has loaded it"
 
 
+def same_sources(root: Path | None = None, repo: Path = facts.REPO) -> str:
+    """The engines and servers run what is installed, the kernel tests what lies in the checkout.
+
+    Args:
+        root: of the installed package; by default the one that is imported.
+    """
+    if root is None:
+        spec = find_spec(facts.PACKAGE)
+        if spec is None or spec.origin is None:
+            raise RuntimeError("vllm-lora-ext is not installed for this Python")
+        root = Path(spec.origin).resolve().parent
+    if root == repo / facts.PACKAGE:
+        return "the checkout itself is installed"
+    here, there = facts.of_checkout(repo), facts.of_package(root)
+    other = sorted(
+        name for name in here.keys() | there.keys()
+        if name not in here or name not in there
+        or here[name].read_text("utf-8") != there[name].read_text("utf-8")
+    )  # fmt: skip
+    if other:
+        raise RuntimeError(
+            f"the installed package is not this checkout: {len(other)} files differ, {other[0]}"
+            f" first; numbers would be of one and tests of the other: pip install {repo}"
+        )
+    return f"installed as in the checkout, {facts.digest(here)}"
+
+
 def linears() -> str:
     from vllm_lora_ext.kernels.gated_lora.selfcheck import selfcheck
 
@@ -256,7 +265,8 @@ def tests_can_run() -> str:
 CHECKS: tuple[Check, ...] = (
     ("imports", imports), ("rms norm", norm), ("silu_and_mul", activation), ("rotary", rotary),
     ("kv cache", kv_cache), ("flash attention", flash), ("stock lora", stock_lora),
-    ("plugin", plugin), ("kernels", linears), ("block kernel", blocks), ("tests", tests_can_run),
+    ("sources", same_sources), ("plugin", plugin), ("kernels", linears),
+    ("block kernel", blocks), ("tests", tests_can_run),
 )  # fmt: skip
 
 

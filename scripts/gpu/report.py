@@ -81,6 +81,8 @@ KINDS = (
     ("plugin", "plain32", "this plugin, plain LoRA, rank 32"),
     ("plugin", "routed", "this plugin, routed, 8 experts of rank 16, two at work"),
     ("fused", "routed", "the same, with `extend_weights` 0.1 and `fuse_activation`"),
+    ("dual", "routed", "the same, with the shrink on a second stream"),
+    ("prefetched", "routed", "the same, with `prefetch_weights` too"),
 )
 DECODES = tuple(f"decode {n}" for n in (1, 8, 32, 64))
 PREFILLS = tuple(f"prefill {n}" for n in (2048, 8192))
@@ -139,6 +141,7 @@ BARS = (
         speed("plugin", "plain16", DECODES),
         0.95,
     ),
+    Bar("the same, prefill of 2048 and 8192", speed("plugin", "plain16", PREFILLS), 0.90),
     Bar(
         "speed of base requests with LoRA on, decode at 1 to 64",
         speed("plugin", "base", DECODES),
@@ -237,10 +240,15 @@ def checks(result: Result) -> str:
     if engines:
         right = sum(answer["state"] == "right" for answer in engines.values())
         said.append(f"engines: {right} of {len(engines)} as the authors' numbers")
+    mode = result["graph_mode"]
+    if mode and not mode.startswith("FULL"):
+        said.append(f"graphs were {mode}, not full: the aims of decode are not of this")
+    if len({s["sources"] for s in result["stages"].values() if s.get("sources")}) > 1:
+        said.append("stages are of different sources")
     if servers(result):
         said.append("model of Llama-3.1-8B's shape, random weights, bf16")
     said.append(f"numbers: `benchmarks/results/gpu/{result['file']}`")
-    bad = [name for name, s in result["stages"].items() if s["state"] != "ok"]
+    bad = [f"{name} ({s['state']})" for name, s in result["stages"].items() if s["state"] != "ok"]
     if bad:
         said.append("stages that did not end well: " + ", ".join(bad))
     return "; ".join(said) + "."

@@ -13,16 +13,21 @@ Runs with the Python that has vLLM for CUDA and this package; the tests and benc
 the checkout this file lies in. Without names all stages run. Each stage begins with something
 small, has a limit of its own (the number after =, in seconds), and never ends the others. What a
 stage printed is in DIR/STAGE.log. The result is benchmarks/results/gpu/CARD-DATE.json, written
-anew after each stage; `make gpu-report` puts it into the tables of the documents. `--dry-run`
-prints the commands and runs none of them.
+after each stage, into which other calls of the day have written theirs; `make gpu-report` puts it
+into the tables of the documents. `--dry-run` prints the commands and runs none of them.
 
-Exit code: 0 all is right; 1 a stage failed; 2 wrong usage; 3 there is no GPU to run on.
+`--seconds N` is for a machine that is lent for so long a call: no more than that is taken, stages
+that have ended well with these sources are not run again, and the next call goes on.
+
+Exit code: 0 all is right; 1 a stage failed; 2 wrong usage; 3 there is no GPU to run on; 75 nothing
+failed, and something had no time: run it again.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
+import hashlib
 import json
 import os
 import re
@@ -41,11 +46,13 @@ HERE = Path(__file__).resolve().parent
 REPO = HERE.parents[1]
 sys.path.append(str(HERE))
 
-from bounded import OK, Ended, run  # noqa: E402
+from bounded import INCOMPLETE, OK, UNFINISHED, Ended, run  # noqa: E402
+from facts import kept, key, sources  # noqa: E402
 
 RESULTS = REPO / "benchmarks" / "results" / "gpu"
 NO_GPU = 3  # the exit code of the probe, and of this program
 LEAST = 5.0  # seconds under which no further step is begun
+DONE = "done.json"  # stage → what it found when it ended well, and the key (`facts.key`) of that
 Command = list[str | Path]
 
 
@@ -58,6 +65,8 @@ class Stage:
         steps: given the folder for results and the seconds that are left: the command of each.
         read: what the steps have left in that folder, as values for the JSON file.
         env: variables for the steps.
+        outputs: files in that folder that are of an earlier run, and go before the first step.
+        independent: a step that fails does not stop the next, and the last one speaks for all.
     """
 
     name: str
@@ -65,6 +74,8 @@ class Stage:
     steps: tuple[Callable[[Path, float], Command], ...]
     read: Callable[[Path], Any]
     env: tuple[tuple[str, str], ...] = ()
+    outputs: tuple[str, ...] = ()
+    independent: bool = False
 
 
 def python(script: Path, *args: str | Path) -> Command:
@@ -85,9 +96,12 @@ def all_kernels(work: Path, _: float) -> Command:
     return _pytest(work / "kernels.xml", "--maxfail", "8", *workers)
 
 
+# All that have a test which only a GPU can run.
+KERNEL_TESTS = ("triton", "triton_mix", "extension", "glu", "prefetch", "no_host_sync")
+
+
 def _pytest(out: Path, *args: str) -> Command:
-    names = ("triton", "triton_mix", "extension", "glu")
-    tests = [REPO / f"tests/kernels/test_{name}.py" for name in names]
+    tests = [REPO / f"tests/kernels/test_{name}.py" for name in KERNEL_TESTS]
     return [
         sys.executable, "-P", "-m", "pytest", "-q", "-c", HERE / "pytest.ini", "--rootdir", REPO,
         "-p", "no:cacheprovider", "--junitxml", out, *args, *tests,
@@ -142,6 +156,11 @@ def from_json(name: str) -> Callable[[Path], Any]:
     return read
 
 
+def answers(name: str) -> Callable[[Path], Any]:
+    """What a stage has left that goes on with its own file, of these sources and versions only."""
+    return lambda work: kept(work / name) or None
+
+
 def test_counts(work: Path) -> dict[str, Any] | None:
     """Of the last pytest run: how many tests, and the names of those that failed."""
     paths = [work / name for name in ("kernels.xml", "kernels-some.xml")]
@@ -154,31 +173,35 @@ def test_counts(work: Path) -> dict[str, Any] | None:
     return {"passed": len(cases) - len(bad) - skipped, "skipped": skipped, "failed": bad}
 
 
-# Expected on an H100, in seconds: probe 90, kernels 120, bench 240, engine 450, serve 500.
+# Expected on an H100, in seconds: probe 90, kernels 150, bench 240, engine 600, serve 1000.
 STAGES = (
-    Stage("probe", 150, (probe,), from_json("probe.json")),
-    Stage("kernels", 300, (some_kernels, all_kernels), test_counts),
-    Stage("bench", 400, (one_case, all_aims), from_json("bench.json")),
+    Stage("probe", 150, (probe,), from_json("probe.json"), outputs=("probe.json",)),
+    Stage("kernels", 350, (some_kernels, all_kernels), test_counts,
+          outputs=("kernels-some.xml", "kernels.xml")),
+    Stage("bench", 400, (one_case, all_aims), from_json("bench.json"), outputs=("bench.json",)),
     # In one process: an error's trace is then whole, and no engine is left behind.
-    Stage("engine", 560, (first_engines, more_engines), from_json("engine.json"),
-          (("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),)),
+    Stage("engine", 900, (first_engines, more_engines), answers("engine.json"),
+          (("VLLM_ENABLE_V1_MULTIPROCESSING", "0"),), independent=True),
     # As served: the engine in a process of its own, beside the one that asks.
-    Stage("serve", 560, (tiny_server, full_servers), from_json("serve.json")),
+    Stage("serve", 1500, (tiny_server, full_servers), answers("serve.json"),
+          outputs=("serve-tiny.json",)),
 )  # fmt: skip
 
 
 def run_stage(stage: Stage, limit: float, work: Path) -> tuple[Ended, Any]:
     """Runs a stage's steps until one fails or `limit` seconds are over."""
     print(f"\n===== {stage.name} (at most {limit:.0f} s)", flush=True)
-    start, ended = time.monotonic(), Ended(None, 0.0)
+    for name in stage.outputs:
+        (work / name).unlink(missing_ok=True)
+    start, ended = time.monotonic(), Ended(UNFINISHED, 0.0)
     with (work / f"{stage.name}.log").open("wb") as log:
         for number, step in enumerate(stage.steps):
             left = limit - (time.monotonic() - start)
             if number and left < LEAST:
-                ended = Ended(None, 0.0)
+                ended = Ended(UNFINISHED, 0.0)
                 break
             ended = run(step(work, left), left, {**environment(work), **dict(stage.env)}, log, work)
-            if ended.code != 0:
+            if ended.code != 0 and not stage.independent:
                 break
     return Ended(ended.code, time.monotonic() - start), stage.read(work)
 
@@ -196,26 +219,69 @@ def environment(work: Path) -> dict[str, str]:
     }  # fmt: skip
 
 
-def run_all(wanted: Sequence[tuple[Stage, float]], work: Path, out: Path | None) -> int:
-    """Runs the stages, writes the result after each, prints the table; returns the exit code."""
+def run_all(
+    wanted: Sequence[tuple[Stage, float]],
+    work: Path,
+    out: Path | None,
+    seconds: float | None = None,
+) -> int:
+    """Runs the stages, writes the result after each, prints the table; returns the exit code.
+
+    Args:
+        seconds: that all of them may take; stages that ended well before are then not run again.
+    """
     found: dict[str, Any] = {"date": datetime.date.today().isoformat(), "stages": {}}
-    rows, path = [], out
+    rows, states, path, own, start = [], [], out, key(), time.monotonic()
+    done = json.loads((work / DONE).read_text()) if (work / DONE).is_file() else {}
     for stage, limit in wanted:
-        ended, result = run_stage(stage, limit, work)
+        before = done.get(stage.name) or {}
+        if seconds is not None and before.get("key") == own:
+            found["stages"][stage.name] = before["stage"]
+            rows.append(f"{stage.name:8} {OK:12} in an earlier call")
+            continue
+        left = limit if seconds is None else min(limit, seconds - (time.monotonic() - start))
+        if seconds is not None and left < LEAST:
+            states.append(INCOMPLETE)
+            rows.append(f"{stage.name:8} {INCOMPLETE:12} not begun")
+            continue
+        ended, result = run_stage(stage, left, work)
         if stage.name == "probe" and ended.code == NO_GPU:
             return NO_GPU
+        cut = ended.code is None and left < limit  # the next call gives it more
+        state = INCOMPLETE if cut else ended.state
         found["stages"][stage.name] = {
-            "state": ended.state, "seconds": round(ended.seconds, 1), "limit": limit,
-            "result": result,
+            "state": state, "seconds": round(ended.seconds, 1), "limit": round(left),
+            "sources": sources(REPO), "result": result,
         }  # fmt: skip
-        rows.append(f"{stage.name:8} {ended.state:12} {ended.seconds:5.0f} s of {limit:.0f}")
+        states.append(state)
+        rows.append(f"{stage.name:8} {state:12} {ended.seconds:5.0f} s of {left:.0f}")
         found |= head(found["stages"])
         path = path or RESULTS / f"{slug(found['card'])}-{found['date']}.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        write(found, path)
+        done[stage.name] = {"key": own, "stage": found["stages"][stage.name]} if state == OK else {}
+        (work / DONE).write_text(json.dumps(done))
     print("\n" + "\n".join(rows))
     print(f"\n{path}\nlogs: {work}\nmake gpu-report puts it into the documents")
-    return int(any(stage["state"] != OK for stage in found["stages"].values()))
+    if any(state not in (OK, INCOMPLETE) for state in states):
+        return 1
+    return UNFINISHED if INCOMPLETE in states else 0
+
+
+def write(found: dict[str, Any], path: Path) -> None:
+    """Puts stages into the day's file beside those that are there. Of another driver or other
+    versions these stay in a file of their own."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = found
+    if path.is_file():
+        before = json.loads(path.read_text())
+        same = ("date", "card", "driver", "versions")
+        if all(before.get(name) == found[name] for name in same):
+            stages = {**before["stages"], **found["stages"]}
+            whole = {**found, "stages": stages, **head(stages)}
+        else:
+            own = hashlib.sha256(json.dumps(before).encode()).hexdigest()[:8]
+            path.rename(path.with_name(f"{path.stem}-{own}.json"))
+    path.write_text(json.dumps(whole, indent=1) + "\n")
 
 
 def plan(wanted: Sequence[tuple[Stage, float]], work: Path) -> list[str]:
@@ -235,7 +301,9 @@ def head(stages: dict[str, Any]) -> dict[str, Any]:
     bench = (stages.get("bench") or {}).get("result") or {}
     servers = (stages.get("serve") or {}).get("result") or {}
     engines = (stages.get("engine") or {}).get("result") or {}
-    facts = [a["facts"] for a in (*servers.values(), *engines.values()) if a.get("facts")]
+    # `base` and `stock` run without the plugin: what counts is what it lets vLLM resolve.
+    own = [servers.get("plugin"), engines.get("graphs"), *servers.values(), *engines.values()]
+    facts = [answer["facts"] for answer in own if answer and answer.get("facts")]
     return {
         "card": machine.get("card") or bench.get("device") or "unknown card",
         "driver": machine.get("driver"),
@@ -280,6 +348,7 @@ def main() -> int:
     parser.add_argument("stages", nargs="*", metavar="STAGE[=SECONDS]")
     parser.add_argument("--work", type=Path, help="logs, caches, models of the run")
     parser.add_argument("--out", type=Path, help="the result's file")
+    parser.add_argument("--seconds", type=float, help="for all of it; the next call goes on")
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     args = parser.parse_args()
     try:
@@ -291,7 +360,7 @@ def main() -> int:
         print("\n".join(plan(wanted, work.resolve())))
         return 0
     work.mkdir(parents=True, exist_ok=True)
-    return run_all(wanted, work.resolve(), args.out)
+    return run_all(wanted, work.resolve(), args.out, args.seconds)
 
 
 if __name__ == "__main__":

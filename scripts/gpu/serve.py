@@ -9,16 +9,24 @@ and CUDA graphs:
     base      vLLM, LoRA off
     plugin    the plugin: base requests, plain LoRA of rank 16 and 32, routed 8/2/16 (8 experts of
               rank 16, 2 per token, in every linear), at --max-lora-rank 128
+    base-2    `base` again: how far two starts of one engine differ, and how long a second one takes
+    plugin-2  `plugin` again, with base requests only: the same of the plugin
     stock     the plugin off: base requests, the same plain adapters, at --max-lora-rank 32
     plugin32  the plugin with plain adapters only, at --max-lora-rank 32: like against like
     extended  as `plugin32`, with A and routers below the base weights (`extend_weights`)
     fused     as `plugin`, with the settings `fuse_activation` and `extend_weights`
-    base-2    `base` again: how far two starts of one engine differ, and how long a second one takes
-    plugin-2  `plugin` again, with base requests only: the same of the plugin
+    dual      as `plugin`, with the shrink on a second stream (VLLM_LORA_ENABLE_DUAL_STREAM)
+    prefetched  as `dual`, with the setting `prefetch_weights`
+
+`base` and `plugin` start with caches of their own that are empty, the second ones with what these
+have left.
 
 A decode step's time is that of a long generation less that of one token, over the steps; prefill
 is one prompt and one token. Medians over rounds. Tokens are random and ignore_eos is set, so every
-step does the same work. Ratios are over `base`. Engines that FILE already holds are not run again.
+step does the same work. Ratios are over `base`. Engines that FILE already holds are not run again,
+if card, driver, versions and sources are the same.
+
+Exit code: 0 all are measured, 1 one failed, 75 none failed and some had no time left: run it again.
 """
 
 from __future__ import annotations
@@ -26,6 +34,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -37,12 +46,12 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.append(str(HERE))
 
-from bounded import run  # noqa: E402
-from facts import of_engine  # noqa: E402
+from bounded import INCOMPLETE, TIME_LIMIT, run  # noqa: E402
+from facts import exit_code, kept, key, of_engine  # noqa: E402
 
 EXPERTS, TOP_K, RANK = 8, 2, 16
 DECODE = 65
-MEASURED, NO_TIME = "measured", "no time left"
+MEASURED = "measured"
 STARTS = 45.0  # seconds under which no engine is started
 
 
@@ -78,30 +87,41 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Server:
-    """One engine: kinds of request, its options for LoRA, and whether the plugin is on."""
+    """One engine.
+
+    Args:
+        kinds: of request; lora: its options for LoRA; plugin: whether it is on.
+        dual: the shrink on a second stream.
+    """
 
     kinds: tuple[str, ...]
     lora: dict[str, Any]
     plugin: bool
+    dual: bool = False
 
 
-PLAIN = "base", "plain16", "plain32"
+PLAIN, KINDS = ("base", "plain16", "plain32"), ("base", "plain16", "routed")
+WIDE = {"max_lora_rank": EXPERTS * RANK}
+PREFETCHED = {"lora_ext": {"prefetch_weights": True}}
 EXTENDED = {"lora_ext": {"extend_weights": 0.1, "max_router_rows": 1}}
 FUSED = {"lora_ext": {"extend_weights": 0.1, "fuse_activation": True, "max_router_rows": EXPERTS}}
 SERVERS = {
     "base": Server(("base",), {}, False),
-    "plugin": Server((*PLAIN, "routed"), {"max_lora_rank": EXPERTS * RANK}, True),
+    "plugin": Server((*PLAIN, "routed"), WIDE, True),
+    "base-2": Server(("base",), {}, False),  # soon after the first: what they share is still there
+    "plugin-2": Server(("base",), WIDE, True),
     "stock": Server(PLAIN, {"max_lora_rank": 32}, False),
     "plugin32": Server(PLAIN, {"max_lora_rank": 32}, True),
     "extended": Server(PLAIN, {"max_lora_rank": 32, "additional_config": EXTENDED}, True),
     "fused": Server(
-        ("base", "plain16", "routed"),
-        {"max_lora_rank": EXPERTS * RANK, "max_loras": 1, "additional_config": FUSED},
+        KINDS,
+        {**WIDE, "max_loras": 1, "additional_config": FUSED},
         True,
     ),
-    "base-2": Server(("base",), {}, False),
-    "plugin-2": Server(("base",), {"max_lora_rank": EXPERTS * RANK}, True),
+    "dual": Server(KINDS, WIDE, True, dual=True),
+    "prefetched": Server(KINDS, {**WIDE, "additional_config": PREFETCHED}, True, dual=True),
 }
+AGAIN = "-2"  # ends the name of a second start
 
 
 def make_model(folder: Path, shape: Shape) -> Path:
@@ -293,23 +313,35 @@ def main() -> int:
     wanted = args.only.split(",")
     if unknown := set(wanted) - set(SERVERS):
         parser.error(f"no engine {', '.join(sorted(unknown))}; there are {', '.join(SERVERS)}")
-    found = json.loads(args.out.read_text()) if args.out.is_file() else {}
+    found, own = kept(args.out), key()
     end = time.monotonic() + args.seconds - 10
     for name in wanted:
         if found.get(name, {}).get("state") == MEASURED:
             continue
-        found[name] = _bounded(name, args, min(args.each, end - time.monotonic()))
+        found[name] = {**_bounded(name, args, end - time.monotonic()), "key": own}
         args.out.write_text(json.dumps(found, indent=1) + "\n")
         started = found[name].get("start_s", 0)
         print(f"{name}: {found[name]['state']}, started in {started:.0f} s", flush=True)
     print("\n" + "\n".join(table(found)))
-    return int(any(a["state"] not in (MEASURED, NO_TIME) for a in found.values()))
+    return exit_code([found[name]["state"] for name in wanted], MEASURED)
+
+
+def caches(name: str, work: Path) -> dict[str, str]:
+    """Where an engine that is started twice keeps what it compiles; empty before its first."""
+    first = name.removesuffix(AGAIN)
+    if first + AGAIN not in SERVERS:
+        return {}
+    folder = work / f"cache-{first}"
+    if name == first:
+        shutil.rmtree(folder, ignore_errors=True)
+    names = ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")
+    return {variable: str(folder / variable.lower()) for variable in names}
 
 
 def _bounded(name: str, args: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    """One engine in a process of its own."""
+    """One engine in a process of its own, for `seconds` at most: what is left of all."""
     if seconds < STARTS:
-        return {"state": NO_TIME}
+        return {"state": INCOMPLETE}
     print(f"--- {name}", flush=True)
     part = args.out.with_suffix(f".{name}.tmp")
     same = [f"--{key}={getattr(args, key)}" for key in
@@ -317,10 +349,15 @@ def _bounded(name: str, args: argparse.Namespace, seconds: float) -> dict[str, A
     command = [sys.executable, "-P", __file__, "--one", name, "--out", str(part), *same]
     env = {
         "VLLM_LORA_EXT_DISABLE": "0" if SERVERS[name].plugin else "1",
-        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
-    }
-    ended = run(command, seconds, env)
-    found = json.loads(part.read_text()) if part.exists() else {"state": ended.state}
+        "VLLM_LORA_ENABLE_DUAL_STREAM": "1" if SERVERS[name].dual else "0",
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1", **caches(name, args.work / args.model),
+    }  # fmt: skip
+    part.unlink(missing_ok=True)
+    ended = run(command, min(args.each, seconds), env)
+    state = ended.state
+    if state == TIME_LIMIT and seconds < args.each:  # the next call gives it more
+        state = INCOMPLETE
+    found = json.loads(part.read_text()) if part.exists() else {"state": state}
     part.unlink(missing_ok=True)
     return found
 

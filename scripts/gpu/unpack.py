@@ -25,6 +25,7 @@ START = """#!/usr/bin/env bash
 # The checks and measurements of a GPU, with what the bundle brought: see docs/gpu.md.
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 export PYTHONPATH="$here/site${PYTHONPATH:+:$PYTHONPATH}"
+[ -d /usr/local/cuda ] && export CUDA_HOME="${CUDA_HOME:-/usr/local/cuda}"
 exec "${PYTHON:-python3}" -P "$here/checkout/scripts/gpu/run.py" --work "$here/run" "$@"
 """
 

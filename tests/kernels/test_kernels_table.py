@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,28 @@ def test_the_table_has_the_variants_that_serving_reaches(gpu):
         assert set(by_name) == names, "run `make kernels-table`"
 
 
+@pytest.mark.parametrize("gpu", script.GPUS)
+def test_the_numbers_are_of_the_kernels_as_they_are(gpu):
+    """Comments and docstrings may change."""
+    assert script.read_sources()[gpu] == script.sources(), "run `make kernels-table`"
+
+
+def test_an_edit_of_a_kernel_makes_another_digest(tmp_path, monkeypatch):
+    before = script.sources()
+    for folder in ("kernels/gated_lora/backends/triton", "kernels/mix_mlp/backends/triton"):
+        shutil.copytree(script.ROOT / folder, tmp_path / folder)
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    script.sources.cache_clear()
+    try:
+        assert script.sources() == before
+        path = tmp_path / "kernels/mix_mlp/backends/triton/mix.py"
+        path.write_text(path.read_text().replace("COLUMNS = 16, 64", "COLUMNS = 16, 32"))
+        script.sources.cache_clear()
+        assert script.sources() != before
+    finally:
+        script.sources.cache_clear()
+
+
 def test_nothing_in_the_table_is_wrong():
     tables = script.read_numbers()
     assert script.page(tables) == script.PAGE.read_text(encoding="utf-8")
@@ -70,8 +93,9 @@ def test_what_is_written_is_read_again(tmp_path, monkeypatch):
     monkeypatch.setattr(script, "NUMBERS", tmp_path / "numbers.json")
     monkeypatch.setattr(script, "PAGE", tmp_path / "page.md")
     tables = {"90": {"3.7.1": {"mix | T 16 | bf16 | 4": script.Compiled(10, 0, 4)}, "3.6.0": {}}}
-    script.write_numbers(tables)
+    script.write_numbers(tables, ["90"])
     assert script.read_numbers() == tables
+    assert script.read_sources() == {"90": script.sources()}
     assert "| mix | T 16 | bf16 | 4 | 10 / 0 / 4 |  |" in script.PAGE.read_text()
 
 

@@ -68,6 +68,7 @@ class Mlp:
     """A base MLP and the three steps a server runs around its linears.
 
     Args:
+        rank: most of a slot.
         biased: whether the second linear has a bias; it is scaled by the sum of the weights.
         new: dtype, device and backend of the sites.
     """
@@ -79,6 +80,7 @@ class Mlp:
         gated: bool,
         g: torch.Generator,
         biased: bool = True,
+        rank: int = RANK,
         **new,
     ) -> None:
         new = {"dtype": torch.float32, "device": "cpu"} | new
@@ -92,8 +94,8 @@ class Mlp:
         self.last_w, self.last_b = w(hidden, inner), w(hidden) if biased else None
         sizes = (inner, inner) if gated else (inner,)
         self.sites = [
-            Site(SLOTS, hidden, sizes, RANK, ROWS, **new),
-            Site(SLOTS, inner, (hidden,), RANK, ROWS, **new),
+            Site(SLOTS, hidden, sizes, rank, ROWS, **new),
+            Site(SLOTS, inner, (hidden,), rank, ROWS, **new),
         ]
         for site in self.sites:  # whatever no adapter wrote must not matter
             site.reserve_routers(site.most_routers)

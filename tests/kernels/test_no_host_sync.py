@@ -242,6 +242,19 @@ def test_an_mlp_block(launches, page_locked):  # noqa: F811
     assert seen == [] and launches.count == 1
 
 
+@pytest.mark.parametrize("slots_T", [SLOTS, np.full(9, -1)])
+def test_a_layer_whose_shrink_stays_in_shared_memory(slots_T, launches, page_locked):  # noqa: F811
+    """Both linears of an MLP block, as `gated_lora_into_` runs them."""
+    on, t = site(), len(slots_T)
+    on.step = step_map()
+    x_TK, y_TN = (torch.empty(t, n, dtype=torch.bfloat16, device="meta") for n in (K, sum(SIZES)))
+    memory = torch.empty(8 * MOST * on.num_rows, device="meta")
+    with host_syncs(page_locked) as seen:
+        on.step.update(slots_T)
+        finish_(y_TN, x_TK, begin(x_TK, on, memory), on)
+    assert seen == [] and launches.count == (2 if on.step.active else 0)
+
+
 @pytest.mark.parametrize(
     "wait",
     [

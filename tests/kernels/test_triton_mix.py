@@ -5,6 +5,8 @@ Compiled where there is a GPU; without one `test_triton` runs this file in Trito
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -100,6 +102,11 @@ def to_cpu(mlp):
     return mlp
 
 
+def on_cpu(mlp):
+    """A copy with its base weights where the definition runs; the one on the device stays."""
+    return to_cpu(copy.copy(mlp))
+
+
 @pytest.mark.parametrize(
     "names", [["gate_proj"], ["up_proj"], ["down_proj"], ["gate_proj", "down_proj"]]
 )
@@ -131,15 +138,17 @@ def test_what_experts_change_is_multiplied(names):
         for slot, (scale, at) in enumerate(kinds[turn:] + kinds[:turn]):
             mlp.write(slot, mine[slot], scale, at)
         y = run(x.to(DEVICE)).cpu()
-        own = to_cpu(mlp) if DEVICE == "cpu" else None
-        for i, slot in enumerate(slots if own else ()):
+        own, checked = on_cpu(mlp), 0
+        for i, slot in enumerate(slots):
             if slot < 0:
                 continue
+            checked += 1
             scale, at = (kinds[turn:] + kinds[:turn])[slot]
             factor = scale * (FACTORS_TC[i, 1:] if at == 1 else torch.ones(1))
             wanted = multiplied(own, mine[slot], x[i : i + 1], factor)
             error = (y[i : i + 1] - wanted).norm() / wanted.norm()
             assert error < TOLERANCE[torch.float32], (turn, i)
+        assert checked == 8  # on a GPU too
 
 
 @pytest.mark.parametrize("ranks", [[1], [6, 6, 6], [12, 3, 1, 1], [48, 16], [2] * 16])
@@ -257,10 +266,12 @@ def test_selfcheck_says_what_is_wrong(monkeypatch):
 @on_gpu
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 @pytest.mark.parametrize("t", [1, 40, 700])
-def test_sizes_of_a_real_model(t, dtype):
+@pytest.mark.parametrize("rank", [64, 128])
+def test_sizes_of_a_real_model(t, dtype, rank):
     g = torch.Generator().manual_seed(6)
-    mlp = mlp_of(2048, 5632, True, g, dtype=dtype)
-    mine = {0: experts(mlp, [8] * 8, TOP2, g), 3: experts(mlp, [16, 8, 8], TOP2 | {"k": 1}, g)}
+    mlp = mlp_of(2048, 5632, True, g, dtype=dtype, rank=rank)
+    one = TOP2 | {"k": 1}
+    mine = {0: experts(mlp, [rank // 8] * 8, TOP2, g), 3: experts(mlp, [16, 8, 8], one, g)}
     for slot, e in mine.items():
         mlp.write(slot, e)
     slots = [(0, 3, -1)[i % 3] for i in range(t)]

@@ -1,189 +1,156 @@
-"""What each tool's methods read of a case's parameters: one table, and the check against it.
-
-A case may say what its tool reads for the case's method, what the tool's own call takes with every
-method and passes over, and notes: how the numbers were made, or the inputs anew.
-"""
+"""What each tool's method reads of a case's parameters: the one table, and the check against it."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from vllm_lora_ext.errors import AdapterError
 
-Case = dict[str, Any]
-
-NOTES = {
+# What cases write down beside a tool's parameters: how the numbers were made, or the inputs anew.
+NOTES = frozenset({
     "adapters", "weights", "ids", "torch_manual_seed_before_call", "torch_manual_seed",
     "random_seed", "dare_seed", "draw_order", "flat_order", "elements", "kept_per_adapter", "stack",
     "singular_value_threshold", "adapter_order", "softmax_weights", "dtype",
-}  # fmt: skip
+})  # fmt: skip
 
 
 class Tool(NamedTuple):
-    """One tool.
+    """The parameters of a tool, each a text of names.
 
     Args:
-        methods: method → names that it reads; under None those of a case that names no method.
-        key: the parameter that names the method; empty where a tool has one method, named None.
-        every: names that all methods take, read or not.
-        needs: names that must be there.
+        key: the parameter that names the method; None where there is one method only.
+        reads: method → what it reads; `*` stands for every other method.
+        needs: what each method must be given.
+        accepts: what the tool's own call takes whatever the method, and ignores where it is not
+            read: a signature, or the fields of a request, with their defaults.
     """
 
-    methods: Mapping[str | None, str]
-    key: str = ""
-    every: str = ""
+    key: str | None
+    reads: dict[str, str]
     needs: str = ""
+    accepts: str = ""
 
 
-_SVD = "svd_rank svd_clamp svd_full_matrices svd_driver"
-# `add_weighted_adapter` has all of these, whatever the combination type.
-_PEFT = f"density majority_sign_method {_SVD}"
-_FACTORS = ("linear", "cat", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune")
-_DENSE = tuple(f"{kind}_svd" for kind in ("ties", "dare_linear", "dare_ties", "magnitude_prune"))
-_CORE = "isotropize"
-_DROPS = "dare_pruning_coeffs"
-_EMPTY: dict[str | None, str] = {None: ""}
+_CORE = "merge_method merge_space scaling_coeff isotropize"
+_KNOTS = "merge_method merging_type scaling_coeffs dare dare_pruning_coeffs concat_across_output"
+MERGEKIT = "weight density normalize rescale lambda int8_mask"  # of all but the plain average
 TOOLS = {
     "PEFT": Tool(
-        {None: "", **dict.fromkeys((*_FACTORS, *_DENSE), _PEFT)}, "combination_type"
+        "combination_type", {"*": ""},
+        accepts="density majority_sign_method svd_rank svd_clamp svd_full_matrices svd_driver",
     ),
-    # int8_mask is how mergekit holds its masks; a file has the switches for all of its methods.
     "mergekit": Tool(
+        "merge_method",
         {
-            "linear": "weight normalize int8_mask",
-            "task_arithmetic": "weight normalize rescale lambda int8_mask",
-            **dict.fromkeys(
-                ("ties", "dare_ties", "dare_linear"),
-                "weight density normalize rescale lambda int8_mask",
-            ),
-            **dict.fromkeys(
-                ("della", "della_linear"),
-                "weight density epsilon normalize rescale lambda int8_mask",
-            ),
-            **dict.fromkeys(
-                ("breadcrumbs", "breadcrumbs_ties"),
-                "weight density gamma normalize rescale lambda int8_mask",
-            ),
+            "linear": "weight normalize", "della": f"{MERGEKIT} epsilon",
+            "della_linear": f"{MERGEKIT} epsilon", "breadcrumbs": f"{MERGEKIT} gamma",
+            "breadcrumbs_ties": f"{MERGEKIT} gamma", "*": MERGEKIT,
         },
-        "merge_method", "models parameters", "merge_method",
+        # One block of global parameters stays while the method is exchanged.
+        accepts="models parameters normalize rescale lambda int8_mask",
     ),
-    # A request has a density and a way of electing signs, with defaults, whatever its strategy.
-    "LoRAX": Tool(
-        dict.fromkeys(("linear", "ties", "dare_linear", "dare_ties"), ""),
-        "merge_strategy", "density majority_sign_method", "merge_strategy",
-    ),
-    "LoraHub": Tool(_EMPTY),
+    "LoRAX": Tool("merge_strategy", {"*": ""}, accepts="density majority_sign_method"),
+    "LoraHub": Tool(None, {"*": ""}),
     "Core Space": Tool(
+        "merge_method",
         {
-            **dict.fromkeys(("tv", "sum", "mean", "tsv"), _CORE), "iso": "",
-            "ties": f"{_CORE} topK", "dare": f"{_CORE} {_DROPS}",
-            **dict.fromkeys(("dare-ties", "dare_ties"), f"{_CORE} topK {_DROPS}"),
+            "tv": _CORE, "sum": _CORE, "mean": _CORE, "iso": _CORE, "tsv": _CORE,
+            "ties": f"{_CORE} topK", "dare": f"{_CORE} dare_pruning_coeffs",
+            "dare-ties": f"{_CORE} topK dare_pruning_coeffs",
+            "dare_ties": f"{_CORE} topK dare_pruning_coeffs",
             "cart": f"{_CORE} cart_pruning_rank cart_scaling_coeffs",
         },
-        "merge_method", "merge_space scaling_coeff", "merge_method merge_space scaling_coeff",
+        needs="merge_space scaling_coeff",
     ),
     "KnOTS": Tool(
-        dict.fromkeys(
-            ("ties", "tv"),
-            f"merging_type topK topK_percent sign_resolve_mode dare {_DROPS} concat_across_output",
-        ),
-        "merge_method", "scaling_coeffs", "merge_method scaling_coeffs",
+        "merge_method",
+        {"tv": _KNOTS, "ties": f"{_KNOTS} sign_resolve_mode"},
+        needs="scaling_coeffs", accepts="topK topK_percent",
     ),
     "TIES-Merging": Tool(
-        {None: "reset_type resolve_method"},
-        every="reset_thresh_percent merge_func scaling_lambda",
+        None, {"*": "reset_type reset_thresh_percent resolve_method merge_func scaling_lambda"},
         needs="reset_thresh_percent merge_func scaling_lambda",
     ),
     "DARE": Tool(
-        {None: "mask_strategy"},
-        every="mask_rate use_rescale scaling_coefficient",
+        None, {"*": "mask_rate use_rescale mask_strategy scaling_coefficient"},
         needs="mask_rate use_rescale scaling_coefficient",
     ),
-    "RobustMerge": Tool({None: "mask_ratio att_ratio fuse_weight"}),
-    "LoRA-Soups": Tool({"cat": "", "linear": ""}, "lora_mix_mode", "", "lora_mix_mode"),
+    "RobustMerge": Tool(None, {"*": "mask_ratio att_ratio fuse_weight"}),
+    "LoRA-Soups": Tool(None, {"*": "lora_mix_mode"}, needs="lora_mix_mode"),
 }  # fmt: skip
 
-_LORAM = "lora_recover_type recovered index full_shapes head_dim num_heads num_key_value_heads"
-# Conversions of one artefact: what the reader takes, then what such a case repeats of it.
-CONVERSIONS = {
-    "dora": "", "ia3": "", "loram_recover": _LORAM,
-    "extract_svd": "max_rank sv_epsilon modules distribute_scale result_config",
-    "nola_expand": "basis_check num_basis generator",
-    "dps_stage": "stage lora_alpha lora_scale_init scale_range"
-    " curriculum_stage_num r gate alpha0 gates",
-    "icm_decode": "condition_dim input_length latent_dim adjusted_input_length kernel_size"
+# Conversions and generations: what is read, and what the case writes down of how it was made.
+_TUNER = "r lora_alpha alpha use_rslora use_dora rank_pattern alpha_pattern init_weights"
+VARIANTS = {
+    "dora": _TUNER,
+    "ia3": _TUNER,
+    "icm_decode": "latent_dim condition_dim input_length adjusted_input_length kernel_size"
     " divide_slice_length use_rslora lora_alpha r",
-}  # fmt: skip
-CONVERSION_NEEDS = {
-    "extract_svd": ("max_rank",), "icm_decode": ("condition_dim", "input_length"),
-}  # fmt: skip
+    "loram_recover": "lora_recover_type recovered index full_shapes head_dim num_heads"
+    " num_key_value_heads",
+    "extract_svd": "max_rank sv_epsilon distribute_scale modules result_config",
+    "nola_expand": "num_basis r lora_alpha generator basis_check",
+    "dps_stage": "stage lora_alpha lora_scale_init scale_range alpha0 curriculum_stage_num gate"
+    " gates r",
+    "rebase_": f"init converted {_TUNER}",
+}
+NEEDED = {"extract_svd": "max_rank", "icm_decode": "condition_dim input_length"}
 
 
-def check_tool(case: Case) -> None:
-    """Of a merge.
-
-    Raises:
-        AdapterError: `unknown_key`, `missing_key`; `bad_value`, the tool has no such method.
-    """
+def check_merge(case: dict[str, Any]) -> None:
+    """Of a merge. Raises AdapterError `unknown_key`, `missing_key`, `bad_value`."""
     system, given = case["system"], case["parameters"]
     tool = TOOLS[system]
-    _check_there(system, given, tool.needs.split())
-    kind = given.get(tool.key) if tool.key else None
-    if kind not in tool.methods:
+    method, where = None, system
+    needed = tool.needs
+    if tool.key is not None and system != "PEFT":
+        _check(system, given, set(given), tool.key)
+        method, needed = given[tool.key], f"{tool.key} {tool.needs}"
+        where = f"{system} {method}"
+    reads = tool.reads.get(str(method), tool.reads.get("*"))
+    if reads is None:
         raise AdapterError(
-            "bad_value", f"{system} has no such {tool.key} here", seen=kind,
-            limit=[name for name in tool.methods if name],
+            "bad_value", f"{system} has no method {method}", seen=method, limit=sorted(tool.reads),
+            fix="choose one of them",
         )  # fmt: skip
-    reads, where = tool.methods[kind].split(), f"{system} {kind}" if kind else system
-    _check_names(where, given, [tool.key, *tool.every.split(), *reads])
+    known = {*reads.split(), *tool.accepts.split(), *(tool.key or "").split()}
     if system == "mergekit":
-        for model in given.get("models", []):
-            _check_names(where, model, ["name", *reads])
-        _check_names(where, given.get("parameters", {}), reads)
-    if system == "KnOTS" and given.get("dare"):
-        _check_there(where, given, [_DROPS])
+        inner = {key for model in given.get("models", []) for key in model} - {"name"}
+        nested = inner | set(given.get("parameters", {}))
+        _check(where, dict.fromkeys(nested), known - {"models", "parameters", "merge_method"}, "")
+    _check(where, given, known | NOTES, needed)
 
 
-def check_conversion(case: Case, config: Path | None) -> None:
-    """Of a conversion, whose parameters may also repeat the artefact's own configuration.
-
-    Args:
-        config: the artefact's adapter_config.json, if it has one.
-    Raises:
-        AdapterError: `unknown_key`, `missing_key`; `setting_mismatch`, the configuration says
-            something else.
-    """
-    method, given = case["method"], case["parameters"]
-    repeats = json.loads(config.read_text()) if config and config.is_file() else {}
-    known = CONVERSIONS.get(method, "").split()
-    if method.startswith("rebase_"):
-        known = ["init", "converted"]
-    where = f"{case['system']} {method}"
-    _check_names(where, given, [*known, *repeats])
-    _check_there(where, given, CONVERSION_NEEDS.get(method, ()))
-    for key in set(given) & set(repeats) - set(known):
-        if given[key] != repeats[key]:
-            raise AdapterError(
-                "setting_mismatch", f"'{key}' of the case is not what its adapter's files say",
-                seen=given[key], limit=repeats[key],
-            )  # fmt: skip
+def check_variant(case: dict[str, Any]) -> None:
+    """Of a conversion or generation. Raises AdapterError `unknown_key`, `missing_key`."""
+    method, system = case["method"], case["system"]
+    row = "rebase_" if method.startswith("rebase_") else method
+    names = VARIANTS.get(row)
+    if names is None and system.startswith("PEFT tuner "):
+        names = _fields(system.removeprefix("PEFT tuner "))
+    if names is None:
+        names = {"LoRAFactory": "", "LLM-Pruner": ""}.get(system.split(" ")[0], "") + _TUNER
+    _check(f"{system} {method}", case["parameters"], set(names.split()), NEEDED.get(row, ""))
 
 
-def _check_names(where: str, given: Mapping[str, Any], known: list[str]) -> None:
-    for key in given:
-        if key not in known and key not in NOTES:
-            raise AdapterError(
-                "unknown_key", f"{where} has no parameter '{key}'", seen=given[key],
-                limit=sorted(filter(None, known)), fix=f"remove '{key}'",
-            )  # fmt: skip
+def _fields(tuner: str) -> str | None:
+    """A PEFT tuner's parameters are its config's."""
+    from peft import PEFT_TYPE_TO_CONFIG_MAPPING  # slow, and the merges do not need it
+
+    found = {kind.value.lower(): row for kind, row in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    config = found.get(tuner.split(" ")[0].lower())
+    return None if config is None else " ".join(config.__dataclass_fields__)
 
 
-def _check_there(where: str, given: Mapping[str, Any], needs: Any) -> None:
-    for key in needs:
+def _check(where: str, given: dict[str, Any], known: set[str], needed: str) -> None:
+    for key in sorted(set(given) - known):
+        raise AdapterError(
+            "unknown_key", f"{where} has no parameter {key}", seen=given[key],
+            limit=sorted(known - NOTES), fix=f"remove '{key}'",
+        )  # fmt: skip
+    for key in needed.split():
         if given.get(key) is None:
             raise AdapterError(
-                "missing_key", f"{where} needs the parameter '{key}'", limit=list(needs)
-            )
+                "missing_key", f"{where} needs the parameter {key}", limit=needed.split(),
+                fix=f"give '{key}'",
+            )  # fmt: skip

@@ -19,11 +19,12 @@ from typing import Any, NamedTuple
 
 import torch
 
+from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging import Factors, Merged, save_peft
 from vllm_lora_ext.merging.recipes import parse_recipe, run_recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from case_parameters import check_tool
+from case_parameters import check_merge, check_variant
 from run_variant import factors_of, handles
 
 Case = dict[str, Any]
@@ -116,15 +117,21 @@ def knots(case: Case) -> Call:
     percent = given.get("topK_percent", given.get("topK", 100))
     parameters = {
         "density": _share(percent), "divide": _KNOTS[given.get("merging_type", "mean")],
-        "lambda": coefficients[0] if isinstance(coefficients, list) else coefficients,
+        "lambda": coefficients if isinstance(coefficients, (int, float)) else coefficients[0],
         "sign": {"ties": "total", "tv": "none"}[given["merge_method"]],
     }  # fmt: skip
     if not given.get("concat_across_output", True):
         raise ValueError("KnOTS' pieces side by side only, one below the other is not known here")
     if given.get("sign_resolve_mode", "sum_of_values") != "sum_of_values":
         raise ValueError("sum_of_signs counts a tie as minus in KnOTS, as nothing does here")
-    if given.get("dare", "dare_pruning_coeffs" in given):
-        parameters["drop"] = given["dare_pruning_coeffs"]
+    coefficient = given.get("dare_pruning_coeffs")
+    if given.get("dare") and coefficient is None:
+        raise AdapterError(
+            "missing_key", "KnOTS' dare needs the parameter dare_pruning_coeffs",
+            fix="give 'dare_pruning_coeffs', or set dare to false",
+        )  # fmt: skip
+    if given.get("dare", bool(coefficient)):
+        parameters["drop"] = coefficient
     return Call("knots_ties", parameters, weights=ones)
 
 
@@ -187,7 +194,7 @@ def recipe_of(case_dir: Path, case: Case, rank: int | None = None) -> dict[str, 
     Args:
         rank: largest rank of the result, in place of the case's own.
     """
-    check_tool(case)
+    check_merge(case)
     call = SYSTEMS[case["system"]](case)
     inputs = case["inputs"]
     weights = call.weights or [entry.get("weight", 1.0) for entry in inputs]
@@ -216,6 +223,7 @@ def run_case(case_dir: Path, rank: int | None = None) -> Factors:
     """The adapter that a case gives."""
     case = json.loads((case_dir / "case.json").read_text())
     if handles(case):
+        check_variant(case)
         return factors_of(case_dir, case, rank)
     return merge_case(case_dir, case, rank).factors
 

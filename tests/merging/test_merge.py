@@ -352,3 +352,17 @@ def test_commuting_methods_do_not_depend_on_the_order():
         parameters = SAMPLE.get(name)
         one, two = merge(name, made, parameters), merge(name, made[::-1], parameters)
         assert relative(deltas(two.factors), deltas(one.factors)) < 2e-4, name
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("iso", "density"), ("iso", "seed"), ("ties", "gamma"), ("ties", "epsilon"),
+        ("breadcrumbs", "epsilon"), ("breadcrumbs", "seed"), ("dare_linear", "gamma"),
+        ("magnitude_prune", "epsilon"), ("magnitude_prune", "seed"), ("della", "gamma"),
+    ],
+)  # fmt: skip
+def test_a_method_accepts_only_what_it_reads(name, key):
+    with pytest.raises(AdapterError) as error:
+        merge(name, [Term(random_factors(1, 2))], {key: 1})
+    assert error.value.code == "unknown_key" and f"'{key}'" in error.value.text

@@ -38,7 +38,8 @@ class Core:
         self, method: str, request: LoRARequest, source: Any, expected: str | None
     ) -> dict[str, Any]:
         if method == ROLL_BACK:
-            return {"version": source, "path": f"/{source}", "evicted": [], **UNDERSTANDS}
+            return {"version": source, "path": f"/{source}", "evicted": [], "read": False,
+                    **UNDERSTANDS}  # fmt: skip
         assert method == ADD
         self.expected.append(expected)
         self.asked.append((request, source))
@@ -49,7 +50,7 @@ class Core:
         evicted, self.evicts = self.evicts, []
         return {
             "version": f"v{len(self.asked)}", "path": request.lora_path, "evicted": evicted,
-            **UNDERSTANDS,
+            "read": True, **UNDERSTANDS,
         }  # fmt: skip
 
     @property

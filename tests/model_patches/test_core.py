@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import pytest
-from fake_core import PROMPT, Core, lora
+from fake_core import PROMPT, Core, error_of, lora
 from vllm.v1.engine import FinishReason
 
 from vllm_lora_ext.errors import AdapterError
@@ -86,9 +86,12 @@ def test_evicted_meanwhile_is_loaded_again(core):
         core.finish()
     assert max(core.hits) > 0  # and from the prefix cache, where the content is the same
     core.write("/a", "v2")
-    core.add("new", lora("a", 1))
+    core.add("changed", lora("a", 1))
+    assert error_of(core.finish(), "changed") == "files_changed"
+    core.add("new", lora("a", 1, inplace=True))
     core.finish()
     assert core.hits[-1] == 0
+    assert getattr(core.core, STATE)(True)["counts"]["adapters_evicted"] == 6
 
 
 def test_an_unreadable_disk_after_the_load_is_no_ones_end(core):
@@ -109,9 +112,11 @@ def test_what_is_held_and_what_was_counted(core):
     (row,) = state(False)["adapters"]
     assert (row["name"], row["version"], row["in_flight"]) == ("a", "v1", 1)
     counts = state(True)["counts"]
-    assert counts == {"steps": 5, "activations": 3, "bytes": 200, "seconds": 0.5}
+    evicted = {"adapters_evicted": 0, "derived_adapters_evicted": 0}
+    assert counts == {"steps": 5, "activations": 3, "bytes": 200, "seconds": 0.5, **evicted}
     core.workers.ranks[0].traffic.activations = 4
-    assert state(True)["counts"] == {"steps": 0, "activations": 1, "bytes": 0, "seconds": 0}
+    counts = state(True)["counts"]
+    assert counts == {"steps": 0, "activations": 1, "bytes": 0, "seconds": 0, **evicted}
     assert state(True)["experts"] == {"a": [1.5, 0.5]}
     assert not {"counts", "experts"} & state(False).keys()
     core.finish()
@@ -171,10 +176,14 @@ def test_the_answer_of_add_names_what_was_evicted(core):
         "path": "/a",
         "evicted": [],
         "before": None,
+        "read": True,
         **said,
     }
-    again = add(["b", 2, "/b"])  # as it comes over the wire
-    assert again == {"version": "w1", "path": "/b", "evicted": [1], "before": None, **said}
+    other = add(["b", 2, "/b"])  # as it comes over the wire
+    said["read"] = True
+    assert other == {"version": "w1", "path": "/b", "evicted": [1], "before": None, **said}
+    again = add(lora("b", 2, "/b"))
+    assert (again["read"], again["evicted"], again["before"]) == (False, [], "w1")
     assert "not_found" in add(lora("x", 3, "/gone"))["error"]
 
 

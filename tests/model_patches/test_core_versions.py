@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 
 import pytest
@@ -86,6 +87,9 @@ def test_two_versions_share_a_step(core):
     core.add("new", lora("a", 1), n=20)
     adapters = {request.lora_request for request in core.core.scheduler.requests.values()}
     assert len(adapters) == 2, "vLLM's runners keep those of a step in a set, by name"
+    assert {adapter.name for adapter in adapters} == {"a"}, "as traces and KV events call it"
+    assert pickle.loads(pickle.dumps(adapters)) == adapters, "on its way to the workers"
+    assert lora("a", 1) in adapters and lora("a", 5) not in adapters - {lora("a", 1)}
     last = core.finish()
     assert {o.finish_reason for o in last.values()} == {FinishReason.LENGTH}
     assert max(len(batch) for batch in core.batches) == 2 and versions(core) == {"v1", "v2"}

@@ -26,7 +26,8 @@ class Core(Engine):
         except AdapterError as error:
             return {"error": str(error)}
         version = self.version(lora.lora_int_id)
-        return {"version": version, "path": lora.lora_path, "evicted": evicted, "before": before}
+        return {"version": version, "path": lora.lora_path, "evicted": evicted, "before": before,
+                "read": lora.load_inplace}  # fmt: skip
 
     def _roll_back(self, lora: Request, version: str, expected: str | None) -> None:
         self.ledger.roll_back(lora, version, expected)
@@ -134,14 +135,17 @@ def row(lora_id: int, **more: Any) -> dict[str, Any]:
 
 def test_numbers_are_of_all_cores():
     first = {
-        "adapters": [row(2), row(1, older=[{"version": "u", "in_flight": 1}])], "slots": 4,
+        "adapters": [
+            row(2, residency="none"), row(1, older=[{"version": "u", "in_flight": 1}]),
+        ],
+        "slots": 4,
         "slots_used": 1, "resident_bytes": 10, "limit_bytes": 100, "counts": {"steps": 3},
         "experts": {"a": [1.0, 2.0]},
     }  # fmt: skip
     second = {
         "adapters": [row(1, pinned=False, residency="slot", in_flight=2, older=[
             {"version": "u", "in_flight": 3}, {"version": "t", "in_flight": 0},
-        ])],
+        ]), row(2)],
         "slots": 4, "slots_used": 2, "resident_bytes": 5, "limit_bytes": 100,
         "counts": {"steps": 4}, "experts": {"a": [0.5, 0.5], "b": [1.0]},
     }  # fmt: skip
@@ -157,6 +161,7 @@ def test_numbers_are_of_all_cores():
         "slots": 8, "slots_used": 3, "resident_bytes": 15, "limit_bytes": 200,
         "counts": {"steps": 7}, "experts": {"a": [1.5, 2.5], "b": [1.0]},
         "adapters": [
-            row(1, pinned=False, residency="slot", in_flight=3, older=older), row(2),
+            row(1, pinned=False, residency="slot", in_flight=3, older=older),
+            row(2, in_flight=2),
         ],
     }  # fmt: skip

@@ -70,7 +70,7 @@ def layer(streams: Streams, slots_T: np.ndarray, side: str | None) -> Any:
     from vllm_lora_ext.model_patches.layers import RoutedLinear
 
     site = Site(2, K, (N,), 8, 8, torch.bfloat16, "meta", choice.triton())
-    site.step = StepMap(8, "meta", tiled=True)
+    site.step = StepMap(80, "meta", tiled=True)
     site.step.update(slots_T)
 
     def product(_layer: Any, x: torch.Tensor, bias: Any) -> torch.Tensor:
@@ -151,3 +151,33 @@ def test_the_next_layers_shrink_waits_for_this_ones_expand(streams) -> None:
     wait = streams.work.index(("side", "wait begin"), expand)
     shrink = streams.work.index(("side", "shrink"), expand)
     assert expand < begin < wait < shrink
+
+
+@pytest.mark.parametrize("make", [layer, fetching])
+def test_a_large_step_keeps_to_one_stream(make, streams) -> None:
+    """Its product takes all of the GPU."""
+    from vllm_lora_ext.kernels.gated_lora.extension import MOST_ROWS
+
+    for rows, stream in ((MOST_ROWS, "side"), (MOST_ROWS + 1, "main")):
+        streams.work.clear()
+        x = torch.empty(rows, K, dtype=torch.bfloat16, device="meta")
+        make(streams, np.zeros(rows, dtype=int), "side").run(x)
+        assert (stream, "shrink") in streams.work
+        assert ("side", "prefetch") not in streams.work or stream == "side"
+
+
+def test_what_an_mlp_block_hands_on_never_leaves_the_main_stream() -> None:
+    """Stock's op does not name the memory that the shrink is left in: a compiler could clone it."""
+    from vllm_lora_ext.model_patches.layers import RoutedLinear
+    from vllm_lora_ext.model_patches.mlp import Block
+
+    def linear() -> Any:
+        made = SimpleNamespace(memory=None, _enable_aux_cuda_stream=True)
+        made.leave_in = RoutedLinear.leave_in.__get__(made)
+        return made
+
+    first, last, act = linear(), linear(), SimpleNamespace(scratch=None)
+    scratch: Any = SimpleNamespace(u=torch.empty(1), z=torch.empty(1))
+    Block(first, last, SimpleNamespace(), True, act).hand_on(scratch)  # type: ignore[arg-type]
+    assert first.memory is scratch.u and last.memory is scratch.z and act.scratch is scratch
+    assert not first._enable_aux_cuda_stream and not last._enable_aux_cuda_stream

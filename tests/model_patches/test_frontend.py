@@ -8,6 +8,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import vllm.plugins.endpoint_plugins.interface as plugins
+from fastapi import FastAPI
+from pydantic import ValidationError
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
@@ -15,9 +18,11 @@ from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
 from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 from vllm.exceptions import VLLMError
+from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_lora_ext import plugin
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.model_patches.adapters_http import RollbackRequest
 from vllm_lora_ext.model_patches.admitted import Admitted
 from vllm_lora_ext.model_patches.refused import RefusedRequest, status_of
 from vllm_lora_ext.serving import from_lorax, parse
@@ -135,6 +140,56 @@ def test_a_missing_recipe_is_refused_before_the_engine(tmp_path):
     answer = load(models_of(engine), "a", str(tmp_path / "none.yaml"))
     assert (answer.error.type, answer.error.code) == ("not_found", 404)
     assert engine.loaded == []
+
+
+def test_sagemakers_route_sends_no_pydantic_model(tmp_path):
+    """But a namespace, which has no `model_copy`; its recipe is built, loaded and shown."""
+    engine = Engine({"merge": {"store": str(tmp_path)}})
+    models = models_of(engine)
+    kept = SimpleNamespace(path=tmp_path / "merged")
+
+    async def build(path: str) -> Any:
+        return kept
+
+    mixes = SimpleNamespace(
+        build_recipe=build,
+        loaded=lambda name, entry: None,
+        made=lambda: {str(kept.path): "weekly.yaml"},
+    )
+    models._lora_ext_front.__dict__["mixes"] = mixes
+    body = {"lora_name": "a", "load_inplace": False, "is_3d_lora_weight": False}
+    request = SimpleNamespace(lora_path="weekly.yaml", expected_version="v0", **body)
+    assert isinstance(asyncio.run(models.load_lora_adapter(request)), str)
+    assert engine.loaded[0].lora_path == str(kept.path) and engine.loaded[0].load_inplace
+    assert roots(models) == ["weekly.yaml"], "and not the server's own folder"
+    assert request.lora_path == "weekly.yaml" and not request.load_inplace
+
+
+def test_a_rollback_on_a_dead_engine_says_so():
+    engine = Engine()
+    models = models_of(engine)
+    load(models, "a", "/a")
+
+    async def dead(*args: Any) -> None:
+        raise EngineDeadError
+
+    engine.roll_back_adapter = dead
+    answer = asyncio.run(models._lora_ext_front.roll_back("a", "v0", None))
+    assert (answer.error.type, answer.error.code) == ("engine_dead", 503)
+
+
+@pytest.mark.parametrize("allowed", [False, True])
+def test_a_rollback_has_a_route_where_loads_have_one(monkeypatch, allowed):
+    monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", str(int(allowed)))
+    app = FastAPI()
+    plugins.attach_endpoint_plugins(app, ("generate",))
+    routes = {getattr(route, "path", "") for route in app.routes}
+    assert ("/v1/lora_ext/rollback" in routes) is allowed and "/v1/lora_ext/adapters" in routes
+
+
+def test_a_rollback_takes_no_field_that_it_does_not_know():
+    with pytest.raises(ValidationError, match="expected_versoin"):
+        RollbackRequest(lora_name="a", version="v", expected_versoin="w")
 
 
 def test_a_folder_with_a_recipes_name_is_a_folder(tmp_path):

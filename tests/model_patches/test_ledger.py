@@ -82,13 +82,83 @@ def test_what_one_worker_evicts_leaves_all():
     assert engine.same() == {2}
 
 
-def test_an_adapter_that_was_evicted_is_read_again(engine):
-    engine.ranks[0].room = engine.ranks[1].room = 1
+@pytest.fixture
+def small() -> Engine:
+    """Room for one adapter; the first was evicted for the second."""
+    engine = Engine({"/a": "v1", "/b": "w1"}, room=1)
     engine.ledger.add(Request("a", 1))
-    engine.ledger.add(Request("b", 2, "/b"))
-    engine.ranks[0].files["/a"] = engine.ranks[1].files["/a"] = "v2"
-    assert engine.ledger.add(Request("a", 1)) == [2]
+    assert engine.ledger.add(Request("b", 2, "/b")) == [1]
+    return engine
+
+
+def test_an_adapter_that_was_evicted_is_read_again(small):
+    assert small.ledger.add(Request("a", 1)) == [2]
+    assert small.version(1) == "v1" and small.same() == {1}
+
+
+@pytest.mark.parametrize("how", ["add", "enter", "promised"])
+def test_what_was_evicted_never_comes_back_as_another_version(small, how):
+    small.write("/a", "v2")
+    calls = {
+        "add": lambda: small.ledger.add(Request("a", 1)),
+        "enter": lambda: small.ledger.enter(Request("a", 1), None),
+        "promised": lambda: small.ledger.enter(Request("a", 1), "v1"),
+    }
+    for _ in range(2):
+        assert small.code(calls[how]) == "files_changed"
+        assert small.version(1) is None and not small.ranks[0].held.get(1)
+    assert small.ledger.last(1) == "v1"
+    small.write("/a", "v1")
+    calls[how]()
+    assert small.version(1) == "v1", "the files are back"
+
+
+@pytest.mark.parametrize("how", ["in place", "expected", "tensors", "removed", "another folder"])
+def test_who_loads_an_evicted_adapter_anew_gets_what_is_there(small, how):
+    small.write("/a", "v2")
+    small.write("/c", "v2")
+    if how == "removed":
+        assert not small.ledger.remove(7)
+        small.ledger.remove(1)
+    path, inplace = "/c" if how == "another folder" else "/a", how in ("in place", "expected")
+    request = Request("a", 1, path, inplace)
+    small.ledger.add(
+        request, "v2" if how == "tensors" else None, None, "v1" if how == "expected" else None
+    )
+    assert small.version(1) == "v2" and small.ledger.last(1) == "v2"
+
+
+def test_what_was_evicted_for_a_load_that_failed_comes_back_as_it_was(engine):
+    """Its eviction is in no answer."""
+    engine.ledger.add(Request("a", 1))
+    assert engine.code(engine.ledger.add, Request("x", 3, "/gone")) == "not_found"
+    for rank in engine.ranks:
+        rank.held.clear()
+    engine.write("/a", "v2")
+    assert engine.code(engine.ledger.add, Request("a", 1)) == "files_changed"
+
+
+def test_what_others_took_from_the_workers_may_come_back_as_they_like(engine):
+    """A trainer removes and adds through `collective_rpc`."""
+    engine.ledger.add(Request("a", 1))
+    for rank in engine.ranks:
+        rank.held.clear()
+    engine.ledger.doubt()
+    engine.write("/a", "v2")
+    engine.ledger.add(Request("a", 1))
     assert engine.version(1) == "v2"
+
+
+def test_evictions_for_requests_are_counted_and_told(small):
+    """A front end hears of them with its next answer."""
+    small.ledger.enter(Request("a", 1), None)  # for it 2 goes
+    assert small.ledger.evicted == {"adapters_evicted": 2, "derived_adapters_evicted": 0}
+    assert small.ledger.add(Request("a", 1)) == [2]
+    assert small.ledger.add(Request("a", 1)) == []
+    small.ledger.enter(Request("b", 2, "/b"), None)
+    small.ledger.enter(Request("a", 1), None)
+    assert small.ledger.add(Request("a", 1)) == [2], "1 is here again"
+    assert small.ledger.evicted["adapters_evicted"] == 4
 
 
 def test_removed_while_in_use_goes_with_its_last_request(engine):
@@ -175,12 +245,12 @@ def test_steps_take_no_more_than_the_pinned_leave():
     engine = Engine({"/a": "v"}, slots=3)
     for number in range(1, 6):
         engine.ledger.add(Request("a", number))
-    assert all(engine.ledger.admits(n) for n in range(1, 6))
+    assert all(engine.admits(n) for n in range(1, 6))
     engine.ledger.pin(1)
     engine.running = {1, 2}
-    assert [engine.ledger.admits(n) for n in (1, 2, 3)] == [True, True, True]
+    assert [engine.admits(n) for n in (1, 2, 3)] == [True, True, True]
     engine.running = {2, 3}
-    assert [engine.ledger.admits(n) for n in (1, 2, 3, 4)] == [True, True, True, False]
+    assert [engine.admits(n) for n in (1, 2, 3, 4)] == [True, True, True, False]
 
 
 def test_a_pinned_adapter_stays_pinned_when_it_is_replaced(engine):
@@ -203,13 +273,13 @@ def test_a_pinned_adapter_waits_for_the_requests_of_its_old_version(engine):
         rank.files["/a"] = "v2"
     engine.ledger.add(Request("/a", 1, load_inplace=True))
     new = engine.ledger.enter(Request("/a", 1), "v2")
-    assert not engine.ledger.admits(new) and engine.ledger.admits(1)
+    assert not engine.admits(new) and engine.admits(1)
     engine.ledger.tidy()
     assert engine.ranks[0].pinned == {1, 2}
     engine.named = {new}
     engine.running = set()
     engine.ledger.tidy()
-    assert engine.ranks[0].pinned == {new, 2} and engine.ledger.admits(new)
+    assert engine.ranks[0].pinned == {new, 2} and engine.admits(new)
     assert engine.ranks[0].held == {new: "v2", 2: "w1"}
 
 
@@ -227,7 +297,7 @@ def test_from_memory(engine):
 def test_users_take_ids_of_any_size(engine, lora_id):
     """Trainers take clocks modulo 2**31; what an adapter is, its path says."""
     engine.ledger.add(Request("a", lora_id))
-    assert [row["id"] for row in engine.ledger.listing((), {})] == [lora_id]
+    assert [row["id"] for row in engine.ledger.listing((), {}, True)] == [lora_id]
     for rank in engine.ranks:
         rank.files["/a"] = "v2"
     engine.ledger.add(Request("a", lora_id, load_inplace=True), expected="v1")
@@ -366,6 +436,37 @@ def test_roll_back():
     assert r.engine.version(1) == "v2" and r.held() == {"v1", "v2"}
 
 
+def test_an_eviction_undoes_no_rollback():
+    """The folder holds the version from before the rollback."""
+    r = Replacing()
+    r.replace("v2")
+    for rank in r.engine.ranks:
+        rank.files["/b"], rank.room = "w1", 2
+    r.ledger.roll_back(Request("a", 1), "v1", "v2")
+    r.ledger.add(Request("b", 2, "/b"))
+    for rank in r.engine.ranks:
+        rank.room = 1
+    assert r.engine.code(r.ledger.add, Request("c", 3, "/b")) == "host_cache_full"
+    assert r.engine.version(1) == "v1" and "v1" in r.held()
+    for rank in r.engine.ranks:
+        rank.room = 3
+    r.replace("v3")
+    for rank in r.engine.ranks:
+        rank.room = 1
+    assert 1 in r.ledger.add(Request("c", 3, "/b")), "which can be read again"
+
+
+def test_what_was_undone_is_not_read_from_a_folder_that_was_overwritten():
+    """Its weights were evicted before another core refused the next version."""
+    r = Replacing()
+    for rank in r.engine.ranks:
+        rank.files["/b"], rank.room = "w1", 1
+    r.ledger.add(Request("b", 2, "/b"))
+    r.replace("v2")
+    r.ledger.take_back(1, "v2", "v1")
+    assert r.engine.code(r.ledger.enter, Request("a", 1), None) == "files_changed"
+
+
 def test_a_content_that_comes_back_is_the_version_it_was():
     r = Replacing()
     r.replace("v2")
@@ -390,10 +491,34 @@ def test_the_list_of_what_is_held():
     r.ledger.add(Request("b", 2))
     r.replace("v2")
     (at,) = set(r.engine.ranks[0].held) - {2}
-    (a, b) = r.ledger.listing({at}, {at: 3})
+    (a, b) = r.ledger.listing({at}, {at: 3}, True)
     assert (a["name"], a["version"], a["residency"], a["in_flight"]) == ("a", "v2", "slot", 3)
     assert a["pinned"] and not b["pinned"] and (b["residency"], b["in_flight"]) == ("host", 0)
     assert a["older"] == [] and b["rank"] == 4
+
+
+@pytest.mark.parametrize("touched", [False, True])
+def test_the_list_of_what_was_evicted(touched):
+    r = Replacing()
+    r.replace("v2")
+    (at,) = set(r.engine.ranks[0].held) - {1}
+    r.engine.named = {1}
+    for rank in r.engine.ranks:
+        rank.files["/b"], rank.room = "w1", 2
+    if touched:
+        for rank in r.engine.ranks:
+            del rank.held[at]
+        r.ledger.doubt()
+    r.ledger.add(Request("b", 2, "/b"))
+    assert set(r.engine.ranks[0].held) == {1, 2}
+    a, _ = r.ledger.listing((), {1: 2}, True)
+    assert (a["name"], a["version"], a["residency"], a["in_flight"]) == ("a", "v2", "none", 0)
+    assert (a["rank"], a["system"], a["bytes"], a["pinned"]) == (4, "plain", 8, False)
+    assert a["older"] == [{"version": "v1", "in_flight": 2}]
+    assert [row["id"] for row in r.ledger.listing((), {}, False)] == [2], "what is held"
+    r.engine.named = set()
+    r.ledger.remove(1)
+    assert [row["id"] for row in r.ledger.listing((), {}, True)] == [2]
 
 
 def test_somebody_else_writes_under_the_adapters_own_id():

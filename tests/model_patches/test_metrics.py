@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import prometheus_client
 import pytest
+from vllm.lora.request import LoRARequest
 
 from scripts.dashboard import FILE, dashboard, metric_names
 from vllm_lora_ext.conditions.recipe import DERIVED_IDS
-from vllm_lora_ext.model_patches import engine_metrics, metrics
+from vllm_lora_ext.model_patches import adapters_http, driving, engine_metrics, metrics
+from vllm_lora_ext.model_patches.request_steps import load_first
 
 STATE: dict[str, Any] = {
     "slots": 4, "slots_used": 3, "resident_bytes": 100, "limit_bytes": 1000,
-    "counts": {"steps": 5, "activations": 2, "bytes": 64, "seconds": 0.25},
+    "counts": {"steps": 5, "activations": 2, "bytes": 64, "seconds": 0.25,
+               "adapters_evicted": 3, "derived_adapters_evicted": 1},
     "adapters": [
         {"residency": "slot", "system": "plain"}, {"residency": "slot", "system": "plain"},
         {"residency": "host", "system": "loramoe"},
@@ -33,6 +38,7 @@ def test_the_engines_numbers():
     before = value("activations_total")
     engine_metrics.show(STATE)
     assert value("activations_total") - before == 2
+    assert value("adapters_evicted_total") >= 6
     assert (value("slots"), value("slots_used"), value("resident_bytes")) == (4, 3, 100)
     assert value("adapters", residency="slot", system="plain") == 2
     assert value("traced_expert_weight", adapter="a", expert="1") == 3
@@ -53,9 +59,49 @@ def test_what_front_ends_count():
     before = value("refusals_total", code="not_finite")
     metrics.refused("not_finite")
     assert value("refusals_total", code="not_finite") - before == 1
-    evicted = value("adapters_evicted_total")
-    metrics.evicted([1, 2, DERIVED_IDS])
-    assert value("adapters_evicted_total") - evicted == 2
+
+
+@pytest.mark.parametrize("read", [True, False])
+def test_a_load_is_counted_that_had_something_to_do(read):
+    metrics.show()
+    understands = {"columns": [], "user": None, "instruction": False}
+    reply = {"version": "v", "path": "/a", "evicted": [], "read": read, "understands": understands}
+    client = SimpleNamespace(call_utility=lambda method, *args: reply)
+    before = value("load_seconds_count")
+    driving.run(SimpleNamespace(engine_core=client), load_first([LoRARequest("a", 1, "/a")]))
+    assert value("load_seconds_count") - before == read
+
+
+def test_a_scrape_that_does_not_wait_loses_no_numbers(monkeypatch):
+    """The core says once what it has counted."""
+    monkeypatch.setattr(adapters_http, "_SCRAPE_S", 0.01)
+    engine_metrics.show(STATE)
+    before, calls = value("activations_total"), []
+
+    async def scrapes() -> None:
+        go_on = asyncio.Event()
+
+        async def call(method: str, count: bool, engine: int) -> Any:
+            calls.append(count)
+            await go_on.wait()
+            return STATE
+
+        core = SimpleNamespace(_call_utility_async=call, core_engines=[0])
+        config = SimpleNamespace(lora_config=object())
+        engine = SimpleNamespace(engine_core=core, vllm_config=config)
+        await adapters_http._refresh(engine)
+        left = asyncio.create_task(adapters_http._refresh(engine))
+        await asyncio.sleep(0)
+        left.cancel()  # its client hung up
+        assert value("activations_total") == before and calls == [True]
+        go_on.set()
+        await asyncio.sleep(0.01)
+        assert value("activations_total") - before == 2, "it is shown when it is known"
+        await adapters_http._refresh(engine)
+        assert value("activations_total") - before == 4
+
+    asyncio.run(scrapes())
+    assert calls == [True, True]
 
 
 @pytest.mark.parametrize("name", sorted(n for n in metric_names() if n.startswith("lora_ext:")))

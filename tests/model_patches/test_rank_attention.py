@@ -3,6 +3,7 @@ adds, and what is refused."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from vllm.lora.request import LoRARequest
 
 from vllm_lora_ext.conditions.recipe import Part, Recipe
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.model_patches.rank_attention import NAME
+from vllm_lora_ext.model_patches.rank_attention import NAME, RankAttention
 from vllm_lora_ext.routing import GateSpec, attention_reference
 
 ON = {"rank_attention": {"heads": 2, "head_size": 32}}
@@ -149,3 +150,21 @@ def test_heads_that_no_backend_takes(harness: Any) -> None:
     with pytest.raises(AdapterError, match="choose another head_size") as caught:
         harness({"rank_attention": {"heads": 2, "head_size": 24}})
     assert caught.value.code == "bad_settings"
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_what_goes_to_a_gpu_is_page_locked_before_a_step(kind: str, monkeypatch: Any) -> None:
+    """Or a step that activates the adapter would wait for its copy."""
+    locked: list[tuple[int, ...]] = []
+
+    def pin(t: torch.Tensor) -> torch.Tensor:
+        locked.append(tuple(t.shape))
+        return t
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    own: Any = RankAttention.__new__(RankAttention)
+    own._step = SimpleNamespace(device=SimpleNamespace(type=kind))
+    own._layers = {"layer": []}
+    module: Any = SimpleNamespace(attention_PR=torch.ones(18, 6), gate=SPEC)
+    found = own.projections("layer", [None, module])
+    assert list(found) == [1] and locked == ([(18, 6)] if kind == "cuda" else [])

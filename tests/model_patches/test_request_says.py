@@ -55,7 +55,7 @@ class Core:
         version = f"{request.lora_name}-{self.versions[request.lora_name]}"
         return {
             "version": version, "path": request.lora_path, "evicted": [],
-            "understands": understands,
+            "understands": understands, "read": True,
         }  # fmt: skip
 
     def _derive(self, request: LoRARequest) -> dict[str, Any]:
@@ -71,7 +71,7 @@ class Core:
         understands = {"columns": [], "user": None, "instruction": False}
         return {
             "version": recipe.version, "path": request.lora_path, "evicted": [],
-            "understands": understands,
+            "understands": understands, "read": True,
         }  # fmt: skip
 
     @property

@@ -7,10 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from vllm.entrypoints.generate.beam_search.offline import BeamSearchOfflineMixin
-from vllm.entrypoints.pooling.scoring.io_processor import (
-    BiEncoderIOProcessor,
-    LateInteractionIOProcessor,
-)
+from vllm.entrypoints.pooling.offline import PoolingOfflineMixin
 from vllm.outputs import (
     ClassificationRequestOutput,
     EmbeddingRequestOutput,
@@ -29,11 +26,12 @@ def patched(monkeypatch):
     for cls, name in (
         (RequestState, "from_new_request"), (RequestState, "_new_request_output"),
         (ClassificationRequestOutput, "from_base"), (EmbeddingRequestOutput, "from_base"),
-        (ScoringRequestOutput, "from_base"), (BiEncoderIOProcessor, "_post_process"),
-        (LateInteractionIOProcessor, "_post_process"),
+        (ScoringRequestOutput, "from_base"),
     ):  # fmt: skip
         monkeypatch.setattr(cls, name, cls.__dict__[name])
-    monkeypatch.setattr(BeamSearchOfflineMixin, "beam_search", search)
+    monkeypatch.setattr(RequestState, "_new_request_output", lambda self: SimpleNamespace())
+    monkeypatch.setattr(BeamSearchOfflineMixin, "beam_search", several)
+    monkeypatch.setattr(PoolingOfflineMixin, "score", several)
     versioned.apply()
 
 
@@ -59,37 +57,24 @@ def test_embeddings_classes_and_scores(patched, made, data, version):
     assert made.from_base(pooled(data, version)).adapter_version == version
 
 
-@pytest.mark.parametrize(
-    ("processor", "data"),
-    [(BiEncoderIOProcessor, torch.ones(3)), (LateInteractionIOProcessor, torch.ones(2, 3))],
-)
-def test_a_score_of_two_is_of_their_version(patched, processor, data):
-    itself = SimpleNamespace(pad_token_id=None, _pair_error_output=lambda one, other: None)
-    one, same, other = (pooled(data, version) for version in ("v1", "v1", "v2"))
-    scores = processor._post_process(itself, [one, same, other], 1)
-    assert [score.adapter_version for score in scores] == ["v1", None]
-    scores = processor._post_process(itself, [one, other, one, other], 2)
-    assert [score.adapter_version for score in scores] == ["v1", "v2"]
+def several(self, texts, made_of, lora_request=None):
+    """In the place of vLLM's: outputs of several requests become one for each text."""
+    for name, version in made_of:
+        request = SimpleNamespace(lora_name=name, _lora_ext_version=version)
+        RequestState._new_request_output(request)
+    return [SimpleNamespace() for _ in texts]
 
 
-def search(self, prompts, params, lora_request=None, use_tqdm=False):
-    """In the place of vLLM's: an adapter is loaded, or replaced, meanwhile."""
-    self.llm_engine.now |= params
-    return [SimpleNamespace() for _ in prompts]
+@pytest.mark.parametrize("cls", [BeamSearchOfflineMixin, PoolingOfflineMixin])
+def test_what_is_made_of_several_outputs(patched, cls):
+    method = cls.beam_search if cls is BeamSearchOfflineMixin else cls.score
+    a, b = (SimpleNamespace(lora_name=name) for name in "ab")
 
-
-class Searching:
-    def __init__(self, **now):
-        self.llm_engine = SimpleNamespace(now=now)
-        self.llm_engine.adapter_version = lambda request: self.llm_engine.now.get(request, "")
-
-
-def test_beams_are_of_the_version_that_was_there_all_the_time(patched):
-    def versions(llm, meanwhile, requests):
-        made = BeamSearchOfflineMixin.beam_search(llm, ["a", "b"], meanwhile, requests)
+    def versions(made_of, lora_request):
+        made = method(None, ["one", "two"], made_of, lora_request=lora_request)
         return [output.adapter_version for output in made]
 
-    assert versions(Searching(a="v1"), {}, None) == [None, None]
-    assert versions(Searching(a="v1"), {}, ["a", None]) == ["v1", None]
-    assert versions(Searching(), {"a": "v1", "b": "v5"}, ["a", "b"]) == ["v1", "v5"]
-    assert versions(Searching(a="v1", b="v5"), {"a": "v2"}, ["a", "b"]) == [None, "v5"]
+    assert versions([(None, None)], None) == [None, None]
+    assert versions([("a", "v1"), ("a", "v1")], a) == ["v1", "v1"]
+    assert versions([("a", "v1"), ("b", "v5")], [a, b]) == ["v1", "v5"]
+    assert versions([("a", "v1"), (None, None)], [a, None]) == ["v1", None]

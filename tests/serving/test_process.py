@@ -94,11 +94,18 @@ def test_merges(tmp_path):
     asyncio.run(test())
 
 
-def test_a_full_disk_is_the_server_s_fault(monkeypatch):
-    """`output_failed` would be answered with 400; a merge that cannot be written is a 500."""
+@pytest.mark.parametrize(
+    "error",
+    [AdapterError("output_failed", "/data/x cannot be written"), OSError(28, "no", "/data")],
+)
+def test_a_full_disk_is_the_server_s_fault(monkeypatch, capsys, error):
+    """`output_failed` would be answered with 400; a merge that cannot be written is a 500, and
+    where it should have stood is for the log."""
 
     def full(job):
-        raise AdapterError("output_failed", "no space", fix="clean up")
+        raise error
 
     monkeypatch.setattr(build, "run", full)
-    assert AdapterError.parse(build._answer("{}")["error"]).code == "merge_failed"
+    said = AdapterError.parse(build._answer("{}")["error"])
+    assert said.code == "merge_failed" and "/data" not in str(said)
+    assert "/data" in capsys.readouterr().err

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -242,3 +244,47 @@ def test_a_recipe_may_name_files(tmp_path):
     with pytest.raises(AdapterError) as refused:
         sources.job_of(parse("recipe:drawn"))
     assert refused.value.code == "not_found"
+
+
+@pytest.mark.parametrize("roots", [None, ()], ids=["anywhere", "nowhere"])
+@pytest.mark.parametrize("path", ["~nosuchuser/x.yaml", "a\0.yaml", "\ud800.yaml", "none.yaml"])
+def test_a_path_that_no_recipe_can_have_is_refused(path, roots):
+    with pytest.raises(AdapterError) as refused:
+        Sources(MergeSettings(), roots, Host()).job_of_file(path)
+    assert refused.value.code == ("not_found" if roots is None else "path_not_allowed")
+
+
+@pytest.mark.parametrize("name", ["~nosuchuser/b", "a\\0", "\\ud800", "../b"])
+def test_a_recipe_that_names_what_cannot_be_is_refused(tmp_path, name):
+    recipe = tmp_path / "odd.yaml"
+    models = f'models: [{{model: a}}, {{model: "{name}"}}]'
+    recipe.write_text(f"version: 1\nmerge_method: cat\n{models}\n")
+    for roots, codes in ((None, {"not_found"}), ([tmp_path], {"not_found", "path_not_allowed"})):
+        with pytest.raises(AdapterError) as refused:
+            Sources(MergeSettings(), roots, Host()).job_of_file(str(recipe))
+        assert refused.value.code in codes | {"bad_value"}, refused.value  # no text at all
+
+
+def test_a_disk_that_takes_no_folder_is_one_typed_error(tmp_path, caplog):
+    (tmp_path / "store").write_text("a file where the folder should be")
+    with pytest.raises(AdapterError) as refused:
+        World(tmp_path / "store" / "below")
+    assert refused.value.code == "merge_failed"
+    assert str(tmp_path) not in str(refused.value) and str(tmp_path) in caplog.text
+
+
+def test_errors_of_recipes_name_no_place_of_the_server(tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("version: 1\nmerge_method: cat\nmodels: [{model: a}, {model: none/b}]\n")
+    settings = MergeSettings(recipes={"weekly": tmp_path / "gone.yaml"})
+    for roots in (None, [tmp_path]):
+        sources = Sources(settings, roots, Host())
+        asked = [partial(sources.job_of_file, path) for path in ("r.yaml", "../r.yaml", "~")]
+        asked += [partial(sources.job_of, parse("recipe:weekly"))]
+        if roots is None:
+            asked[0] = partial(sources.job_of_file, os.path.relpath(recipe))
+        for ask in asked:
+            with pytest.raises(AdapterError) as refused:
+                ask()
+            said = str(refused.value)
+            assert str(tmp_path) not in said and str(Path.home()) + ";" not in said, said

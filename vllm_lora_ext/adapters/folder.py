@@ -23,7 +23,7 @@ import torch
 
 from vllm_lora_ext.adapters.files import Limits, read_object
 from vllm_lora_ext.adapters.finite import is_finite, not_finite
-from vllm_lora_ext.adapters.paths import check_inside, outside, real_file, resolve_inside
+from vllm_lora_ext.adapters.paths import check_inside, outside, real_file, resolve_inside, shown
 from vllm_lora_ext.adapters.pickles import PICKLES
 from vllm_lora_ext.adapters.stamps import Stamps
 from vllm_lora_ext.adapters.tensor_file import bad_safetensors
@@ -99,7 +99,7 @@ class AdapterFolder:
         self.path = self._root / below
         if not os.path.isdir(self.path):
             raise AdapterError(
-                "not_found", "there is no adapter folder", seen=below or str(self.path),
+                "not_found", "there is no adapter folder", seen=below or shown(self.path),
                 fix="check the path of the adapter",
             )  # fmt: skip
         self._parts: dict[str, bytes] = {}

@@ -10,12 +10,19 @@ from pathlib import Path
 from vllm_lora_ext.errors import AdapterError
 
 
-def resolve_inside(path: str | os.PathLike[str], roots: Iterable[str | os.PathLike[str]]) -> Path:
+def resolve_inside(
+    path: str | os.PathLike[str],
+    roots: Iterable[str | os.PathLike[str]],
+    sent: str | None = None,
+) -> Path:
     """The real path behind `path`, if it lies inside one of `roots`.
 
     A relative path is tried under every root in turn. `..`, absolute paths and symlinks are all
     judged by where they really lead.
 
+    Args:
+        sent: how whoever asks has written it, for the error: where the roots or somebody's home
+            lie is the operator's affair. None: as `path`.
     Raises:
         AdapterError: `path_not_allowed`.
     """
@@ -30,10 +37,18 @@ def resolve_inside(path: str | os.PathLike[str], roots: Iterable[str | os.PathLi
     raise AdapterError(
         "path_not_allowed",
         "the adapter's path leads outside the allowed folders",
-        seen=text.replace("\0", "\\0"),
+        seen=(text if sent is None else sent).replace("\0", "\\0"),
         limit="the folders of adapter_roots" if shown else "no folder at all",  # clients read this
         fix="put the adapter inside one of them, or start the server with that folder allowed",
     )
+
+
+def shown(path: Path) -> str:
+    """A folder's name for errors: as it was written where that is relative; else its last part.
+
+    What a server reads is absolute, and where it lies is not for its clients.
+    """
+    return path.name if path.is_absolute() else str(path)
 
 
 def real_file(

@@ -16,6 +16,7 @@ from vllm_lora_ext.adapters.folder import CONFIG, AdapterFolder, Limits, Roots
 from vllm_lora_ext.adapters.model import RoutedAdapter
 from vllm_lora_ext.adapters.outside import with_packages
 from vllm_lora_ext.adapters.parts import refuse_parts
+from vllm_lora_ext.adapters.paths import shown
 from vllm_lora_ext.adapters.readers import (
     adalora,
     adamole,
@@ -259,7 +260,7 @@ def not_served(reader: Reader, path: Path) -> AdapterError:
     return AdapterError(
         "unsupported_feature", f"{reader.title} is not served as it is", seen=reader.files,
         limit="formats that need nothing beside their folder", fix="make an ordinary LoRA of it:"
-        f" vllm-lora-ext convert {path} OUT{given}",
+        f" vllm-lora-ext convert {shown(path)} OUT{given}",
     )  # fmt: skip
 
 

@@ -39,7 +39,6 @@ from vllm_lora_ext.merging.ops.sparsify import (
     kth_magnitudes,
     sparsify,
 )
-from vllm_lora_ext.merging.parameters import OF_ADAPTERS
 from vllm_lora_ext.merging.work import ModuleTerm, Result, Work, Works
 
 
@@ -74,7 +73,8 @@ class Rule:
         return Election(self.sign, self.divide, self.majority, self.join, absent)
 
     def sparsity(self, part: ModuleTerm) -> Sparsity:
-        read = {key: part.settings[key] for key in OF_ADAPTERS if key in part.settings}
+        s = part.settings
+        read = {key: s[key] for key in ("density", "epsilon", "gamma") if key in s}
         return Sparsity(self.kind, rescale=self.rescale, extra=self.extra, up=self.up, **read)
 
 
@@ -219,14 +219,12 @@ def _thin(draw: Draw, mask: Mask) -> Draw:
 def _mask(work: Work, rule: Rule, name: str, part: ModuleTerm, draw: Draw) -> Mask:
     key = f"{work.module}.{name}.{part.name}"
     drawn = rule.kind in ("random", "della")
-    how = rule.sparsity(part)
-    given = _stored(work, key, needed=how.density < 1) if drawn else None
+    given = _stored(work, key, needed=part.settings["density"] < 1) if drawn else None
     threshold = work.shared.thresholds[part.index] if work.shared else None
-
-    def draws() -> torch.Generator:
-        return generator(work.settings["seed"], key)
-
-    return sparsify(draw(ALL), how, draws, given, threshold)
+    return sparsify(
+        draw(ALL), rule.sparsity(part), lambda: generator(work.settings["seed"], key), given,
+        threshold,
+    )  # fmt: skip
 
 
 def _stored(work: Work, key: str, needed: bool = True) -> torch.Tensor | None:

@@ -11,7 +11,6 @@ from vllm_lora_ext.adapters.outside import with_packages
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging import plans
 from vllm_lora_ext.merging.entrywise import Rule
-from vllm_lora_ext.merging.ops.sparsify import Kind
 from vllm_lora_ext.merging.parameters import (
     ALIASES,
     OF_ADAPTERS,
@@ -109,33 +108,34 @@ _DELLA = "https://arxiv.org/abs/2406.11617"
 _CRUMBS = "https://arxiv.org/abs/2312.06795"
 _ENTRIES = "entries are dropped or outvoted; what is left is served exactly in core space"
 
-_THIN = {"density": 1.0, "rescale": None}
-# What each way of thinning out reads of the parameters, beside where and how entries are merged.
-_READ_BY: dict[Kind, dict[str, Any]] = {
-    "none": {}, "magnitude": _THIN, "random": {**_THIN, "seed": 0},
-    "della": {**_THIN, "seed": 0, "epsilon": 0.1}, "outliers": {**_THIN, "gamma": 0.01},
-}  # fmt: skip
+
+# What each way to thin out reads, with the defaults of methods that say nothing else. mergekit's
+# `rescale` is a switch of all its methods.
+_READ: dict[str, dict[str, Any]] = {
+    "none": {},
+    "magnitude": {"density": 1.0, "rescale": None},
+    "random": {"density": 1.0, "rescale": None, "seed": 0},
+    "della": {"density": 1.0, "rescale": None, "seed": 0, "epsilon": 0.1},
+    "outliers": {"density": 1.0, "rescale": None, "gamma": 0.01},
+}
 _MERGEKIT = {"density": 1.0, "epsilon": 0.15}
 
 
 def _entrywise(
     name: str, title: str, url: str, rules: Mapping[str | None, Rule], **defaults: Any
 ) -> Method:
-    """A row for an entry-wise merge with its flavours: it takes what their rules read."""
-    (kind,) = {rule.kind for rule in rules.values()}
-    iso = any(rule.iso for rule in rules.values())
+    """A row for an entry-wise merge with its flavours."""
     parameters = {
         **_FIT, "space": None, "sign": None, "divide": None, "join": None, "normalize": None,
-        "compat": None, **({} if iso else {"isotropise": False}), **_READ_BY[kind], **defaults,
+        "compat": None, **({} if any(rule.iso for rule in rules.values()) else {"isotropise": False}),
+        **{key: value for rule in rules.values() for key, value in _READ[rule.kind].items()},
+        **({"seed": 0} if "drop" in defaults else {}), **defaults,
     }  # fmt: skip
-    if "drop" in parameters:
-        parameters["seed"] = 0
     flavours = tuple(flavour for flavour in rules if flavour)
-    mergekit = {key: value for key, value in _MERGEKIT.items() if key in parameters}
     return Method(
         name, title, url, False, _ENTRIES, plans.entrywise(rules), parameters,
         {"compat": flavours}, commutes=not any(rule.sides == "raw" for rule in rules.values()),
-        tools={"mergekit": mergekit},
+        tools={"mergekit": {k: v for k, v in _MERGEKIT.items() if k in parameters}},
         whole=frozenset(name for name, rule in rules.items() if name and rule.space == "full"),
     )  # fmt: skip
 

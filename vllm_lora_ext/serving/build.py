@@ -82,12 +82,19 @@ def _answer(line: str) -> dict[str, Any]:
         return run(json.loads(line))
     except AdapterError as error:
         if error.code == "output_failed":  # the server's disk, not the client's mistake
-            error = AdapterError("merge_failed", error.message)
+            return _failed("the merge cannot be written", error)
         return {"error": str(error)}
     except Exception as error:
-        traceback.print_exc()  # to the server's log
-        what = f"{type(error).__name__}: {error}"
-        return {"error": str(AdapterError("merge_failed", "the merge failed", seen=what))}
+        return _failed("the merge failed", error)
+
+
+def _failed(what: str, error: Exception) -> dict[str, Any]:
+    """Which files and folders were in the way is for the server's log, and not for its clients."""
+    traceback.print_exception(error)
+    return {"error": str(AdapterError(
+        "merge_failed", what, seen=type(error.__cause__ or error).__name__,
+        fix="the server's log says why",
+    ))}  # fmt: skip
 
 
 def main(jobs: TextIO, answers: TextIO) -> None:

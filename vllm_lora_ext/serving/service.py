@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import shutil
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,7 +19,9 @@ from vllm_lora_ext.serving.leases import Leases
 from vllm_lora_ext.serving.mix_name import Mix
 from vllm_lora_ext.serving.process import Builder
 from vllm_lora_ext.serving.sources import Job, Sources
-from vllm_lora_ext.settings import LoraExtSettings, MergeSettings
+from vllm_lora_ext.settings import OLDER_VERSIONS, LoraExtSettings, MergeSettings
+
+logger = logging.getLogger("vllm.lora_ext.serving")
 
 
 class Host(Protocol):
@@ -65,6 +68,7 @@ class Entry:
         path: its folder, this entry's own.
         holders: requests that use it.
         loaded: what the host gave for it.
+        sent: what a client calls it by: the mix's name, or the path of its recipe as it was sent.
     """
 
     model: str
@@ -74,6 +78,7 @@ class Entry:
     loaded: object = None
     task: asyncio.Task[None] | None = None
     retired: bool = False
+    sent: str = ""
 
     @property
     def idle(self) -> bool:
@@ -85,11 +90,12 @@ class Mixes:
 
     def __init__(self, settings: LoraExtSettings, host: Host) -> None:
         self._settings, self._host = settings.merge or MergeSettings(), host
-        self._leases = Leases(self._settings.folder() / "served")
+        self._leases = _leases(self._settings.folder() / "served")
         self._sources = Sources(self._settings, settings.adapter_roots, host)
         self._builder = Builder(self._settings.max_seconds)
         self._live: OrderedDict[str, Entry] = OrderedDict()  # least recently used first
-        self._recipes: dict[str, Entry] = {}  # adapters that were loaded from a recipe's file
+        # Adapters that were loaded from a recipe's file: now, and what may be rolled back to.
+        self._recipes: dict[str, deque[Entry]] = {}
         self._retired: set[Entry] = set()
         self._numbers = itertools.count(1)
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -97,6 +103,12 @@ class Mixes:
     def names(self) -> set[str]:
         """Mixes, so that they are not taken for registered adapters."""
         return set(self._live)
+
+    def made(self) -> dict[str, str]:
+        """By folder, what a client may know of where its adapter comes from."""
+        recipes = itertools.chain(*self._recipes.values())
+        every = itertools.chain(self._live.values(), recipes, self._retired)
+        return {str(entry.path): entry.sent for entry in every}
 
     async def serve(self, mix: Mix, holder: object) -> str:
         """Has the mix loaded; it stays until `holder` is gone.
@@ -121,7 +133,9 @@ class Mixes:
                 entry = None
             if entry is None:
                 self._make_room()
-                entry = self._live[model] = Entry(model, job.version, self._leases.new())
+                entry = self._live[model] = Entry(
+                    model, job.version, self._leases.new(), sent=model
+                )
                 entry.task = self._go(self._build(entry, job))
                 entry.task.add_done_callback(partial(self._built, entry))
             self._hold(entry, holder)
@@ -138,7 +152,7 @@ class Mixes:
             AdapterError: those of the recipe and of merging.
         """
         job = await asyncio.to_thread(self._sources.job_of_file, path)
-        entry = Entry("", job.version, self._leases.new())
+        entry = Entry("", job.version, self._leases.new(), sent=path)
         try:
             await self._run(entry, job)
         except BaseException:
@@ -146,13 +160,12 @@ class Mixes:
             raise
         return entry
 
-    def loaded(self, model: str, entry: Entry | None) -> None:
-        """`model` is another adapter from now on: one from a recipe, or, with None, any other."""
-        before = self._recipes.pop(model, None)
-        if before is not None:
-            self._retire(before)
-        if entry is not None:
-            entry.model, self._recipes[model] = model, entry
+    def loaded(self, model: str, entry: Entry) -> None:
+        """`model` is this adapter from now on, made of a recipe; older ones stay for a rollback."""
+        entry.model, entries = model, self._recipes.setdefault(model, deque())
+        entries.append(entry)
+        if len(entries) > OLDER_VERSIONS + 1:
+            self._retire(entries.popleft())
 
     def discard(self, entry: Entry) -> None:
         """The engine did not take it."""
@@ -160,12 +173,13 @@ class Mixes:
 
     def hold(self, model: str, holder: object) -> None:
         """Keeps the files of an adapter that came from a recipe while a request uses it."""
-        if model in self._recipes:
-            self._hold(self._recipes[model], holder)
+        for entry in self._recipes.get(model, ()):
+            self._hold(entry, holder)
 
     def unloaded(self, model: str) -> None:
         """The user unloaded `model`."""
-        self.loaded(model, None)
+        for entry in self._recipes.pop(model, ()):
+            self._retire(entry)
         if model in self._live:
             self._retire(self._live[model])
 
@@ -256,6 +270,17 @@ def _seen(task: asyncio.Task[None]) -> None:
     """Waiters may all be gone: no log about an exception that nobody asked for."""
     if not task.cancelled():
         task.exception()
+
+
+def _leases(folder: Path) -> Leases:
+    try:
+        return Leases(folder)
+    except OSError as error:
+        logger.error("The folder of merges cannot be written: %s", error)
+        raise AdapterError(
+            "merge_failed", "the merge cannot be written", seen=type(error).__name__,
+            fix="the server's log says why",
+        ) from error  # fmt: skip
 
 
 def _quietly(call: Callable[..., Any], *args: Any) -> None:

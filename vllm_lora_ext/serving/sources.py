@@ -66,7 +66,7 @@ class Sources:
                     "not_found", "there is no recipe of this name", seen=mix.argument,
                     fix="name it under merge.recipes",
                 )  # fmt: skip
-            return self._job_of_recipe(path)
+            return self._job_of_recipe(path, mix.argument)
         if mix.op == DESCRIBE:
             return self._job_of_description(mix.argument)
         inputs = {name: self._named(name) for name, _ in mix.terms}
@@ -80,14 +80,15 @@ class Sources:
 
     def job_of_file(self, path: str) -> Job:
         """The merge in a recipe's file. Raises AdapterError, those of paths and of recipes."""
-        if self._roots is None:
-            return self._job_of_recipe(Path(path).expanduser().absolute())
-        return self._job_of_recipe(resolve_inside(os.path.expanduser(path), self._roots))
+        place = Path(os.path.expanduser(path)).absolute()
+        if self._roots is not None:
+            place = resolve_inside(os.path.expanduser(path), self._roots, path)
+        return self._job_of_recipe(place, path)
 
-    def _job_of_recipe(self, path: Path) -> Job:
+    def _job_of_recipe(self, path: Path, sent: str) -> Job:
         version = _stat(path)
         if version is None:
-            raise AdapterError("not_found", "there is no such recipe", seen=str(path))
+            raise AdapterError("not_found", "there is no such recipe", seen=sent)
         recipe = _read(path, version)
         inputs = {name: self._named(name) or self._below(name, path) for name in recipe.inputs()}
         return _job(recipe.model_dump(mode="json"), inputs)
@@ -112,13 +113,13 @@ class Sources:
 
     def _below(self, name: str, recipe: Path) -> _Input:
         """A recipe's file may name folders and files (masks, latents), from its own folder on."""
-        path = Path(os.path.abspath(recipe.parent / Path(name).expanduser()))
+        path = Path(os.path.abspath(recipe.parent / os.path.expanduser(name)))
         if self._roots is not None:
-            path = resolve_inside(path, self._roots)
-        if not path.is_dir() and not path.is_file():
+            path = resolve_inside(path, self._roots, name)
+        if not os.path.isdir(path) and not os.path.isfile(path):  # whatever the name is
             raise AdapterError(
                 "not_found", "an input of the recipe is neither registered nor a folder or file",
-                seen=name, fix=f"check the name, or the path from {recipe.parent} on",
+                seen=name, fix="check the name, or the path from the recipe's own folder on",
             )  # fmt: skip
         return _Input(_stats(path), lambda: path)
 
@@ -152,7 +153,7 @@ def _read(path: Path, version: object) -> Recipe:
 def _stat(path: Path) -> tuple[str, int, int, int] | None:
     try:
         found = path.stat()
-    except OSError:
+    except (OSError, ValueError):  # there is none, or no file can have this name
         return None
     return path.name, found.st_size, found.st_mtime_ns, found.st_ino
 

@@ -11,6 +11,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from pydantic import ValidationError
 
+from vllm_lora_ext.adapters.paths import shown
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging.methods import all_methods, find_method
 from vllm_lora_ext.merging.parameters import OF_ADAPTERS
@@ -40,9 +41,9 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     """
     file = Path(path)
     if not file.exists():
-        raise AdapterError("not_found", "there is no such recipe", seen=str(path))
+        raise AdapterError("not_found", "there is no such recipe", seen=shown(file))
     if not file.is_file():  # opening a pipe would wait for ever
-        raise AdapterError("bad_file", "the recipe is no regular file", seen=str(path))
+        raise AdapterError("bad_file", "the recipe is no regular file", seen=shown(file))
     try:
         with file.open("rb") as stream:
             text = stream.read(MAX_BYTES + 1)

@@ -1,0 +1,83 @@
+"""Whose turn it is for an adapter slot: no request waits for one for ever.
+
+vLLM's scheduler takes each waiting request whose adapter is among those that run, and passes over
+the others while these fill all slots: as long as requests for them keep coming, the others wait.
+Here a request that was passed over for too long has one of those adapters take no more requests
+until it runs itself. What runs is never stopped.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+from vllm.v1.request import RequestStatus
+
+_SINCE = "_lora_ext_passed_over"
+"""Attribute of a waiting request: when it was first passed over for want of a slot."""
+
+_WAITING = (RequestStatus.WAITING, RequestStatus.PREEMPTED)
+
+
+class Turns:
+    """Of one engine core, whose scheduler asks for each waiting request that it comes to.
+
+    Args:
+        scheduler: its `running` are the requests that are being computed.
+        slots: adapters that one step can use.
+        patience: seconds for which a request may be passed over.
+    """
+
+    def __init__(self, scheduler: Any, slots: int, patience: float) -> None:
+        self._scheduler, self._slots, self._patience = scheduler, slots, patience
+        self._running: Counter[int] = Counter()  # requests by adapter
+        self._counted, self._now = 0, 0.0
+        self._due: Any = None  # the request whose turn it is
+        self._leaving = 0  # the adapter whose slot it gets
+
+    def begin(self) -> None:
+        """To be called before every step."""
+        self._running.clear()
+        self._counted, self._now = 0, time.monotonic()
+        if self._due is not None and self._due.status not in _WAITING:
+            self._due, self._leaving = None, 0
+
+    def admits(self, request: Any, pinned: frozenset[int]) -> bool:
+        """Whether a waiting request with an adapter may join those that are being computed.
+
+        Args:
+            pinned: adapters that have their slots in every step, which the scheduler does not know.
+        """
+        self._count()
+        at = request.lora_request.lora_int_id
+        if at == self._leaving and self._after_due(request):
+            return False
+        if at in self._running or at in pinned or self._free(pinned):
+            request.__dict__.pop(_SINCE, None)
+            return True
+        since = request.__dict__.setdefault(_SINCE, self._now)
+        rivals = self._running.keys() - pinned
+        if self._due is None and rivals and self._now - since >= self._patience:
+            self._due = request
+            self._leaving = min(rivals, key=lambda rival: (self._running[rival], rival))
+        return False
+
+    def _after_due(self, request: Any) -> bool:
+        """Not one that comes first, or holds KV blocks for which the other may have to wait."""
+        return request.priority >= self._due.priority and not request.num_computed_tokens
+
+    def _free(self, pinned: frozenset[int]) -> bool:
+        return len(self._running.keys() | pinned) < self._slots
+
+    def _count(self) -> None:
+        """What runs, as of now: within a step, the scheduler only adds to it."""
+        running = self._scheduler.running
+        if len(running) == self._counted:
+            return
+        for request in running[self._counted :]:
+            if request.lora_request is not None:
+                self._running[request.lora_request.lora_int_id] += 1
+        self._counted = len(running)
+        if self._due is not None and self._due.lora_request.lora_int_id in self._running:
+            self._due, self._leaving = None, 0
