@@ -46,6 +46,9 @@ RECIPES = (
         {"id": "out", "op": "merge", "method": "della", "inputs": {"b": 1.0, "c": {"weight": 0.4,
          "epsilon": 0.1}}, "parameters": {"compat": "mergekit", "normalize": True}},
     ]}).encode(),
+    json.dumps({"version": 1, "merge_method": "lego", "masks": "recipe.yaml", "models": [
+        {"model": "~nosuchuser/b"}, {"model": "a\0"}, {"model": "../b"},
+    ]}).encode(),
     json.dumps({"version": 1, "merge_method": "svd", "models": [{"model": "a"}, {"model": "b"}],
                 "parameters": {"svd_rank": 3, "compat": "peft", "svd_clamp": 0.9}}).encode(),
 )  # fmt: skip

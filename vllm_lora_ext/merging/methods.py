@@ -125,9 +125,10 @@ def _entrywise(
     name: str, title: str, url: str, rules: Mapping[str | None, Rule], **defaults: Any
 ) -> Method:
     """A row for an entry-wise merge with its flavours."""
+    iso = any(rule.iso for rule in rules.values())
     parameters = {
         **_FIT, "space": None, "sign": None, "divide": None, "join": None, "normalize": None,
-        "compat": None, **({} if any(rule.iso for rule in rules.values()) else {"isotropise": False}),
+        "compat": None, **({} if iso else {"isotropise": False}),
         **{key: value for rule in rules.values() for key, value in _READ[rule.kind].items()},
         **({"seed": 0} if "drop" in defaults else {}), **defaults,
     }  # fmt: skip
