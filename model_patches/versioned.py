@@ -26,14 +26,17 @@ from vllm.v1.engine.output_processor import RequestState
 from vllm_lora_ext.model_patches.plan import promised
 
 _VERSION = "_lora_ext_version"
-_heard: ContextVar[dict[str | None, str | None] | None] = ContextVar("heard", default=None)
+_Heard = dict[str | None, set[str | None]]
+_heard: ContextVar[_Heard | None] = ContextVar("heard", default=None)
 """Versions by the adapter's name, of the requests that one call of a user's is made of."""
 
 
-def _version_of(heard: dict[str | None, str | None], lora: Any) -> str | None:
-    if len(versions := set(heard.values())) == 1:  # whatever a derived adapter is called
-        return versions.pop()
-    return heard.get(getattr(lora, "lora_name", None))
+def _version_of(heard: _Heard, lora: Any) -> str | None:
+    """None too where an adapter was replaced midway: no version alone gave the output."""
+    versions = set().union(*heard.values())
+    if len(versions) > 1:  # else whatever a derived adapter is called
+        versions = heard.get(getattr(lora, "lora_name", None), set())
+    return next(iter(versions)) if len(versions) == 1 else None
 
 
 def _from_base(stock: Callable[[Any], Any]) -> staticmethod[[Any], Any]:
@@ -52,7 +55,7 @@ def _of_several(stock: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
 
     @functools.wraps(stock)
     def method(self: Any, *args: Any, **kwargs: Any) -> list[Any]:
-        heard: dict[str | None, str | None] = {}
+        heard: _Heard = {}
         token = _heard.set(heard)
         try:
             outputs = stock(self, *args, **kwargs)
@@ -83,7 +86,7 @@ def apply() -> None:
         output = new_output(self, *args, **kwargs)
         output.adapter_version = getattr(self, _VERSION, None)
         if (heard := _heard.get()) is not None:
-            heard[self.lora_name] = output.adapter_version
+            heard.setdefault(self.lora_name, set()).add(output.adapter_version)
         return output
 
     RequestState.from_new_request = classmethod(new_from_new)

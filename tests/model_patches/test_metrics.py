@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -104,8 +106,16 @@ def test_a_scrape_that_does_not_wait_loses_no_numbers(monkeypatch):
     assert calls == [True, True]
 
 
-@pytest.mark.parametrize("name", sorted(n for n in metric_names() if n.startswith("lora_ext:")))
-def test_the_dashboard_asks_for_what_there_is(name):
+ALERTS = {
+    name for line in (Path(__file__).parents[2] / "docs" / "operations.md").read_text().splitlines()
+    if "rate(" in line for name in re.findall(r"lora_ext:\w+", line)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "name", sorted(ALERTS | {n for n in metric_names() if n.startswith("lora_ext:")})
+)
+def test_the_dashboard_and_the_alerts_ask_for_what_there_is(name):
     metrics.show()
     metrics.refused("not_found")
     engine_metrics.show(STATE)

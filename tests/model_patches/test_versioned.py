@@ -76,5 +76,6 @@ def test_what_is_made_of_several_outputs(patched, cls):
 
     assert versions([(None, None)], None) == [None, None]
     assert versions([("a", "v1"), ("a", "v1")], a) == ["v1", "v1"]
+    assert versions([("a", "v1"), ("a", "v2")], a) == [None, None], "it was replaced midway"
     assert versions([("a", "v1"), ("b", "v5")], [a, b]) == ["v1", "v5"]
     assert versions([("a", "v1"), (None, None)], [a, None]) == ["v1", None]

@@ -109,3 +109,13 @@ def test_a_full_disk_is_the_server_s_fault(monkeypatch, capsys, error):
     said = AdapterError.parse(build._answer("{}")["error"])
     assert said.code == "merge_failed" and "/data" not in str(said)
     assert "/data" in capsys.readouterr().err
+
+
+def test_a_machine_that_starts_no_process_is_a_typed_error(monkeypatch):
+    async def full(*args, **kwargs):
+        raise BlockingIOError(11, "Resource temporarily unavailable")
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", full)
+    with pytest.raises(AdapterError) as refused:
+        asyncio.run(Builder(5).run({}))
+    assert refused.value.code == "merge_failed"

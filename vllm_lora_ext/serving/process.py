@@ -73,10 +73,16 @@ class Builder:
 
     async def _alive(self) -> asyncio.subprocess.Process:
         if self._process is None or self._process.returncode is not None:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable, "-P", "-m", PROGRAM, stdin=asyncio.subprocess.PIPE,
-                stdout=asyncio.subprocess.PIPE, env={**os.environ, **_ENVIRONMENT},
-            )  # fmt: skip
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable, "-P", "-m", PROGRAM, stdin=asyncio.subprocess.PIPE,
+                    stdout=asyncio.subprocess.PIPE, env={**os.environ, **_ENVIRONMENT},
+                )  # fmt: skip
+            except OSError as error:  # no memory, no more processes or files
+                raise AdapterError(
+                    "merge_failed", "the merging process does not start", seen=error.strerror,
+                    fix="try again when the server has room",
+                ) from error  # fmt: skip
         return self._process
 
     async def close(self) -> None:
