@@ -1,9 +1,9 @@
 """The server's list of models: adapters by path, by recipe, and merged by name.
 
 Targets: `OpenAIServingModels.{__init__, load_lora_adapter, unload_lora_adapter,
-show_available_models}`. Stock answers
-every load error but "not found" with 500 and forgets what kind it was; here the client gets 4xx
-and the stable code. The path of an adapter may be a recipe's file: what is loaded is its merge.
+show_available_models}`. Stock answers every load error but "not found" with 500 and forgets what
+kind it was; here the client gets 4xx and the stable code. The path of an adapter may be a recipe's
+file: what is loaded is its merge.
 """
 
 from __future__ import annotations
