@@ -15,7 +15,7 @@ from integration_tests.soak.acts import Client, Tally
 from integration_tests.soak.api import Api
 from integration_tests.soak.measure import Kept, Memory, kept, usable_slots
 
-GROWTH_MIB = 64
+GROWTH_MIB = 32
 """Bound of what a server's processes may grow by after the warm-up (`measure.Memory`)."""
 
 _COUNTED = {

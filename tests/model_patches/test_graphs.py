@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-SIZES = [1, 2, 4, 8, 16]
+SIZES = {1: [1, 2, 4, 8, 16], 3: [3, 6, 12, 24]}
+"""Rows of the captured graphs, by the rows of a decoding request: with speculation more than one."""
 MAX_SEQS = 8
 MODES = ("FULL", "PIECEWISE", "FULL_AND_PIECEWISE", "FULL_DECODE_ONLY")
-OPTIONS = list(itertools.product((False, True), (False, True), MODES))
+OPTIONS = list(itertools.product((False, True), (False, True), MODES, SIZES))
 
 
 @pytest.fixture(scope="module", params=(1, 3))
@@ -31,7 +32,7 @@ def dummies(made):
         yield made
 
 
-def config(made: Any, specialize: bool, per_count: bool, mode: str) -> Any:
+def config(made: Any, specialize: bool, per_count: bool, mode: str, query: int) -> Any:
     """What of an engine's configuration decides which graphs there are."""
     from vllm.config import CUDAGraphMode
 
@@ -39,12 +40,12 @@ def config(made: Any, specialize: bool, per_count: bool, mode: str) -> Any:
         max_loras=made.config.lora_config.max_loras, specialize_active_lora=per_count
     )
     compilation = SimpleNamespace(
-        cudagraph_specialize_lora=specialize, cudagraph_capture_sizes=SIZES,
-        max_cudagraph_capture_size=SIZES[-1], compile_sizes=[], mode=None, splitting_ops=[],
+        cudagraph_specialize_lora=specialize, cudagraph_capture_sizes=SIZES[query],
+        max_cudagraph_capture_size=SIZES[query][-1], compile_sizes=[], mode=None, splitting_ops=[],
         cudagraph_mode=CUDAGraphMode[mode], is_attention_compiled_piecewise=lambda: True,
     )  # fmt: skip
     return SimpleNamespace(
-        lora_config=lora, compilation_config=compilation, num_speculative_tokens=0,
+        lora_config=lora, compilation_config=compilation, num_speculative_tokens=query - 1,
         speculative_config=None, scheduler_config=SimpleNamespace(max_num_seqs=MAX_SEQS),
         parallel_config=SimpleNamespace(tensor_parallel_size=1),
         cache_config=SimpleNamespace(use_kda_recoverssm=False),
@@ -57,19 +58,24 @@ def active(made: Any) -> bool:
     return bool(wrapper.step_map.active)
 
 
-def batches(max_loras: int) -> Any:
+def batches(max_loras: int, query: int) -> Any:
     """(rows, uniform, adapters) of a step."""
-    return itertools.product(range(1, SIZES[-1] + 2), (False, True), range(max_loras + 1))
+    rows = range(1, SIZES[query][-1] + 2)
+    for found in itertools.product(rows, (False, True), range(max_loras + 1)):
+        if not found[1] or (found[0] % query == 0 and found[0] <= query * MAX_SEQS):
+            yield found
 
 
-@pytest.mark.parametrize(("specialize", "per_count", "mode"), OPTIONS)
-def test_the_first_runner_captures_and_replays_alike(specialize, per_count, mode, dummies) -> None:
+@pytest.mark.parametrize(("specialize", "per_count", "mode", "query"), OPTIONS)
+def test_the_first_runner_captures_and_replays_alike(
+    specialize, per_count, mode, query, dummies
+) -> None:
     from vllm.config import CUDAGraphMode
     from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
 
-    options = config(dummies, specialize, per_count, mode)
+    options = config(dummies, specialize, per_count, mode, query)
     dispatcher = CudagraphDispatcher(options)
-    dispatcher.initialize_cudagraph_keys(CUDAGraphMode[mode])
+    dispatcher.initialize_cudagraph_keys(CUDAGraphMode[mode], query)
     captured = {}
     for kind, descs in dispatcher.get_capture_descs():
         for desc in descs:
@@ -80,29 +86,27 @@ def test_the_first_runner_captures_and_replays_alike(specialize, per_count, mode
                 captured[kind, desc] = active(dummies)
             assert captured[kind, desc] == desc.has_lora
     assert captured
-    for rows, uniform, adapters in batches(options.lora_config.max_loras):
-        if uniform and rows > MAX_SEQS:
-            continue
+    for rows, uniform, adapters in batches(options.lora_config.max_loras, query):
         kind, desc = dispatcher.dispatch(rows, uniform, adapters > 0, adapters)
         if kind != CUDAGraphMode.NONE:
             assert captured[kind, desc] == (adapters > 0), (rows, uniform, adapters, desc)
 
 
-@pytest.mark.parametrize(("specialize", "per_count", "mode"), OPTIONS)
+@pytest.mark.parametrize(("specialize", "per_count", "mode", "query"), OPTIONS)
 def test_the_second_runner_captures_and_replays_alike(
-    specialize, per_count, mode, dummies, monkeypatch
+    specialize, per_count, mode, query, dummies, monkeypatch
 ) -> None:
     import torch
     from vllm.config import CUDAGraphMode
     from vllm.v1.worker.gpu import cudagraph_utils
     from vllm.v1.worker.gpu.lora_utils import create_lora_capture_hook, get_lora_capture_cases
 
-    options = config(dummies, specialize, per_count, mode)
+    options = config(dummies, specialize, per_count, mode, query)
     platform = SimpleNamespace(get_global_graph_pool=lambda: None)
     monkeypatch.setattr(cudagraph_utils, "current_platform", platform)
     cases = get_lora_capture_cases(options.lora_config, options.compilation_config)
     graphs = cudagraph_utils.CudaGraphManager(
-        options, torch.device("cpu"), CUDAGraphMode[mode], 1, cases
+        options, torch.device("cpu"), CUDAGraphMode[mode], query, cases
     )
     hook = create_lora_capture_hook(dummies.config.lora_config, dummies.runner)
     captured = {}
@@ -113,9 +117,9 @@ def test_the_second_runner_captures_and_replays_alike(
             assert captured[desc] == (desc.num_active_loras > 0)
     assert captured
     graphs._graphs_captured = True
-    for rows, uniform, adapters in batches(options.lora_config.max_loras):
-        reqs = min(rows, MAX_SEQS)
-        desc = graphs.dispatch(reqs, rows, 1 if uniform and reqs == rows else None, adapters)
+    for rows, uniform, adapters in batches(options.lora_config.max_loras, query):
+        reqs = rows // query if uniform else min(rows, MAX_SEQS)
+        desc = graphs.dispatch(reqs, rows, query if uniform else None, adapters)
         if desc.cg_mode != CUDAGraphMode.NONE:
             assert captured[desc] == (adapters > 0), (rows, uniform, adapters, desc)
     # A rank without work replays a graph with adapters: it has the launches, whatever they find.
