@@ -12,12 +12,21 @@ from typing import Any
 
 # Name, multiprocessors, KiB of shared memory that a program may have.
 GPUS = {"90": ("H100", 132, 227), "100": ("B200", 148, 227), "80": ("A100", 108, 163)}
-# (most ranks, dtype) of an engine: --max-lora-rank, and fp32 to see that it is no worse.
-ENGINES = ((16, "bf16"), (64, "bf16"), (128, "bf16"), (512, "bf16"), (64, "fp32"))
+# (most ranks, dtype) of an engine: --max-lora-rank, and fp32 to see that it is no worse. "fp16 on
+# bf16" is --lora-dtype float16 on a model of bf16.
+ENGINES = (
+    (16, "bf16"), (32, "bf16"), (64, "bf16"), (128, "bf16"), (256, "bf16"), (512, "bf16"),
+    (64, "fp16"), (64, "fp32"), (64, "fp16 on bf16"), (64, "bf16 on fp32"),
+)  # fmt: skip
 # K, and N of the slices, of a decoder layer: Llama-3.1-8B, and sizes that no power of two divides.
 LLAMA = ((4096, (4096, 1024, 1024)), (4096, (4096,)), (4096, (14336, 14336)), (14336, (4096,)))
 ODD = ((2880, (4096, 512, 512)), (4096, (2880,)), (576, (1536, 1536)), (1530, (570,)))
 MAX_TOKENS, SLOTS = 2048, 8  # of a step; more rows change no choice
+# By kernel, what has the dtype of the slots, and what that of the model.
+DTYPES = {
+    "shrink": ("a_ptr", "x_ptr"), "expand": ("b_ptr", "y_ptr"), "extended": ("b_ptr", "y_ptr"),
+    "glu": ("b_ptr", "a_ptr"), "mix": ("b_ptr", "base_ptr"), "prefetch": ("b_ptr", "a_ptr"),
+}  # fmt: skip
 # The first is the dtype; the others make no other kernel of it, on a GPU.
 UNNAMED = ("OPERAND", "EVEN_K", "EVEN_N", "WALK", "PARTS", "PTX")
 
@@ -47,7 +56,8 @@ class Variant:
             if name.isupper() and name not in UNNAMED
         ]
         kernel = self.kernel.__name__.removesuffix("_kernel")
-        dtype = self.sizes.get("OPERAND") or self.signature["a_ptr"].removeprefix("*")
+        slots, model = (self.signature[name].removeprefix("*") for name in DTYPES[kernel])
+        dtype = slots if slots == model else f"{slots} on {model}"
         return f"{kernel} | {', '.join(shown)} | {dtype} | {self.options.num_warps}"
 
 
@@ -128,13 +138,15 @@ def _warm(shapes: Any, rank: int, dtype: str) -> None:
     from vllm_lora_ext.kernels.mix_mlp import BlockSite
     from vllm_lora_ext.kernels.mix_mlp.backends.triton import warmup as block_warmup
 
-    kind = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    named = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    kind, model = (named[part] for part in (dtype.split(" on ") * 2)[:2])
     step = StepMap(MAX_TOKENS, "meta", tiled=True)
     triton = choice.triton()
     sites = [Site(SLOTS, k, sizes, rank, rank, kind, "meta", triton) for k, sizes in shapes]
     for k, sizes in shapes:
-        base_NK = torch.empty(sum(sizes), k, dtype=kind, device="meta")
-        if fits(base_NK, 1, len(sizes), rank, 8):  # one slot of few routers: with more, fewer do
+        base_NK = torch.empty(sum(sizes), k, dtype=model, device="meta")
+        # One slot of few routers: with more, fewer do.
+        if kind == model and fits(base_NK, 1, len(sizes), rank, 8):
             sites.append(Site(1, k, sizes, rank, 8, kind, "meta", triton, base_NK=base_NK))
     halves = [s for s in sites if len(s.slice_sizes) == 2 and s.padded_rank <= MOST_ACTIVATED]
     for old in halves:  # gate and up, whose launch may activate too
@@ -147,7 +159,12 @@ def _warm(shapes: Any, rank: int, dtype: str) -> None:
     for site in sites:
         site.step = step
     prefetch_in_order(sites)
-    warmup.warm(sites, MAX_TOKENS, kind)
+    warmup.warm(sites, MAX_TOKENS, model)
     blocks = [BlockSite(sites[2], sites[3], torch.relu, act_name="silu")]
+    # fc1 and fc2, without a gate
+    (k, sizes), limits = shapes[2], (rank, rank, kind)
+    alone = Site(SLOTS, k, sizes[:1], *limits, "meta", triton)
+    alone.step = step
+    blocks.append(BlockSite(alone, sites[3], torch.relu, act_name="gelu"))
     if sites[2].slice_sizes[0] == sites[3].a_SRK.shape[2]:
-        block_warmup.warm(blocks, MAX_TOKENS, kind)
+        block_warmup.warm(blocks, MAX_TOKENS, model)

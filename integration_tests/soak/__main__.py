@@ -21,8 +21,8 @@ CLIENTS, SLOTS, KV_BLOCKS = 12, 4, 24
 _ENVIRONMENT = {
     "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two ranks share a NUMA node
-    # Torch's oneDNN keeps a primitive for each of the last 1024 shapes of a product: hundreds of MiB
-    # that come with the numbers of rows which steps happen to have, and hide a leak.
+    # Torch's oneDNN keeps a primitive for each of the last 1024 shapes of a product: hundreds of
+    # MiB that come with the numbers of rows which steps happen to have, and hide a leak.
     "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "8",
 }
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 SIZES = {1: [1, 2, 4, 8, 16], 3: [3, 6, 12, 24]}
-"""Rows of the captured graphs, by the rows of a decoding request: with speculation more than one."""
+"""Rows of the captured graphs, by the rows of a decoding request: speculation makes them three."""
 MAX_SEQS = 8
 MODES = ("FULL", "PIECEWISE", "FULL_AND_PIECEWISE", "FULL_DECODE_ONLY")
 OPTIONS = list(itertools.product((False, True), (False, True), MODES, SIZES))
