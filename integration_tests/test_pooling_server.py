@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -35,14 +36,18 @@ SAID: dict[str, tuple[str, dict[str, Any] | None, dict[str, Column]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    root = tmp_path_factory.mktemp("pooling")
+def converted(root: Path, task: str) -> AbstractContextManager[Server]:
+    """A server of the base model and both adapters, for one task of a pooling model."""
     argv = command(
         base_with_tokenizer(root / BASE), free_port(), None, "--runner", "pooling", "--convert",
-        "embed", "--enforce-eager", "--lora-modules", *(f"{n}={p}" for n, p in ADAPTERS.items()),
+        task, "--enforce-eager", "--lora-modules", *(f"{n}={p}" for n, p in ADAPTERS.items()),
     )  # fmt: skip
-    with serving(argv, root / "server.log", fork=True) as running:
+    return serving(argv, root / "server.log", fork=True)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with converted(tmp_path_factory.mktemp("embed"), "embed") as running:
         yield running
 
 
@@ -151,12 +156,7 @@ def test_every_answer_says_which_version_gave_it(server: Server, route: str) -> 
 
 @pytest.fixture(scope="module")
 def classifier(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    root = tmp_path_factory.mktemp("classify")
-    argv = command(
-        base_with_tokenizer(root / BASE), free_port(), None, "--runner", "pooling", "--convert",
-        "classify", "--enforce-eager", "--lora-modules", *(f"{n}={p}" for n, p in ADAPTERS.items()),
-    )  # fmt: skip
-    with serving(argv, root / "server.log", fork=True) as running:
+    with converted(tmp_path_factory.mktemp("classify"), "classify") as running:
         yield running
 
 

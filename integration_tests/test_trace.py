@@ -124,13 +124,17 @@ def test_a_trace_is_its_clients_own(server):
         assert (answer.status_code, answer.json()["error"]["type"]) == (404, "not_found")
 
 
-def check(text: str, model: str, ids: list[int], prompt_tokens: int) -> float:
-    """Largest difference of a gate from what transformers computes for the same tokens."""
+def check(text: str, model: str, ids: list[int], prompt_tokens: int, name: str = "") -> float:
+    """Largest difference of a gate from what transformers computes for the same tokens.
+
+    Args:
+        name: what the server calls the adapter; empty: as its folder here.
+    """
     got = Trace.from_json(text)
     adapter = load_adapter(FOLDERS[model])
     want = record(reference_model.model("base_llama"), adapter, ids)
     assert (got.token_ids, got.prompt_tokens) == (ids, prompt_tokens)
-    assert (got.adapter, got.system) == (model, adapter.system)
+    assert (got.adapter, got.system) == (name or model, adapter.system)
     assert list(got.weights) == list(want.weights)
     diffs = [(got.weights[n] - want.weights[n]).abs().max().item() for n in want.weights]
     assert all(diff < BOUND for diff in diffs)  # false for NaN: every token was computed
@@ -169,6 +173,26 @@ def test_traced_and_untraced_requests_in_one_batch(server):
     said = re.findall(r'lora_ext:traced_expert_weight{adapter="loramoe",expert="(\d)"} (.*)', text)
     assert [float(weight) > 0 for _, weight in said] == [True] * len(said) and len(said) > 1
     print(f"max |gate difference| over {len(worst)} traces: {max(worst):.1e}")
+
+
+def test_a_later_version_has_its_adapters_name(server):
+    """Workers hold it under an id of its own; the trace and the metric call it as requests do."""
+    for folder, more in (("mixlora", {}), ("loramoe", {"load_inplace": True})):
+        body = {"lora_name": "turned", "lora_path": str(FOLDERS[folder]), **more}
+        url = f"{server.url}/v1/load_lora_adapter"
+        loaded = httpx.post(url, json=body, timeout=60, trust_env=False)
+        assert loaded.status_code == 200, loaded.text
+    prompt = steady("loramoe", 9, 41)
+    answer = ask(server, "turned", prompt, **TRACED)
+    assert answer.headers["x-lora-ext-version"] == loaded.headers["x-lora-ext-version"]
+    ids = prompt + answer.json()["choices"][0]["token_ids"][:-1]
+    found = traced(server, answer.json()["id"])
+    check(found.text, "loramoe", ids, len(prompt), "turned")
+    text = httpx.get(f"{server.url}/metrics", timeout=60, trust_env=False).text
+    said = re.findall(r'lora_ext:traced_expert_weight{adapter="(turned.*)",expert=".*"} (.*)', text)
+    assert {name for name, _ in said} == {"turned"}
+    want_E = sum(w_TE.abs().sum(0) for w_TE in Trace.from_json(found.text).weights.values())
+    assert [float(weight) for _, weight in said] == pytest.approx(want_E.tolist(), rel=1e-3)
 
 
 def test_prompts_and_choices_have_their_own_traces(server):

@@ -13,13 +13,19 @@ from typing import Any
 from vllm_lora_ext.conditions.recipe import is_recipe
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches.held import Adapter, Held
+from vllm_lora_ext.model_patches.pins import Pins
 from vllm_lora_ext.model_patches.versions import Versions
 
 
 class Book:
-    """Adapters by id, and the versions that are held of each; `Ledger` writes it."""
+    """Adapters by id, and the versions that are held of each; `Ledger` writes it.
 
-    def __init__(self) -> None:
+    Args:
+        pins: which of them keep their slots.
+    """
+
+    def __init__(self, pins: Pins) -> None:
+        self._pins = pins
         self._held: dict[int, Held] = {}
         self._versions = Versions()
         self._last: dict[int, str] = {}  # of every adapter the current version, held or evicted
@@ -52,6 +58,11 @@ class Book:
         """The version that new requests got last, held or evicted."""
         held = self.current(lora_id)
         return self._last.get(lora_id) if held is None else held.version
+
+    @property
+    def pinned(self) -> frozenset[int]:
+        """`at` of what has its slot in every step."""
+        return self._pins.now
 
     def check_expected(self, adapter: Adapter, expected: str | None) -> None:
         """Raises AdapterError `version_conflict` when the current version is another one."""
@@ -104,7 +115,7 @@ class Book:
             if held is not None:
                 rows.append({
                     "id": lora_id, "name": held.name, "version": held.version, "rank": held.rank,
-                    "system": held.system, "bytes": held.bytes, "pinned": held.pinned,
+                    "system": held.system, "bytes": held.bytes, "pinned": at in self.pinned,
                     "residency": residency, "older": older,
                     "in_flight": 0 if at is None else in_flight.get(at, 0),
                 })  # fmt: skip

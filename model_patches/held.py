@@ -53,7 +53,6 @@ class Held:
     rank: int
     parts: tuple[Any, ...]
     understands: dict[str, Any]
-    pinned: bool = False
     taken: bool = False
 
     @classmethod
@@ -71,7 +70,7 @@ class Held:
 
     def without_weights(self, taken: bool) -> Held:
         """What is remembered of it when it leaves."""
-        return replace(self, parts=(), understands={}, pinned=False, taken=taken)
+        return replace(self, parts=(), understands={}, taken=taken)
 
 
 def changed(was: Held, seen: str) -> AdapterError:

@@ -23,6 +23,7 @@ from vllm_lora_ext.model_patches.held import (
     id_in_use,
     incomplete,
 )
+from vllm_lora_ext.model_patches.pins import Pins
 from vllm_lora_ext.model_patches.residency import Prepared
 
 LOAD, VERSIONS = "lora_ext_load", "lora_ext_versions"
@@ -51,12 +52,10 @@ class Ledger(Book):
         replaced: Callable[[int], None],
         lost: Callable[[int, AdapterError], None],
     ) -> None:
-        super().__init__()
-        self._rpc, self._slots = rpc, slots
+        super().__init__(Pins(rpc, slots))
+        self._rpc = rpc
         self._named, self._running = named, running
         self._replaced, self._lost = replaced, lost
-        self.pinned: frozenset[int] = frozenset()  # these have their slots in every step
-        self._pinning: set[int] = set()  # as soon as older versions have left their pinned slots
         self._leaving: set[int] = set()  # dropped as soon as no request uses them
         self._theirs: set[int] = set()  # held by all workers, handed to them by somebody else
         self._unsure = self._touched = False
@@ -93,7 +92,7 @@ class Ledger(Book):
                 "adapter_changed", "the adapter was replaced while the request was on its way",
                 seen=adapter.lora_name, fix="send the request again",
             )  # fmt: skip
-        self._check_slot(at)
+        self._pins.check(at)
         return at
 
     def add(
@@ -135,13 +134,13 @@ class Ledger(Book):
         if current is not None and held is not None:
             if not self.reads(adapter, source):
                 self._check_same(adapter, held)
-                self._check_slot(current)
+                self._pins.check(current)
                 self._leaving.discard(current)
                 return
             replaceable = source is None and current not in self._leaving
             if held.name != adapter.lora_name and not replaceable:
                 raise id_in_use(adapter, held)
-        self._check_slot(lora_id if current is None else current)
+        self._pins.check(lora_id if current is None else current)
         if source is None and from_memory(adapter.lora_path):
             raise AdapterError(
                 "not_found", "this adapter was handed over as tensors and is no longer loaded",
@@ -213,12 +212,7 @@ class Ledger(Book):
         if self._leaving:
             for at in self._leaving - self._named():
                 self._drop(at)
-        for at in list(self._pinning):
-            rivals = [i for i in self.older(self._held[at].lora_id) if i in self.pinned]
-            if not rivals:
-                self._pinning.discard(at)
-                self._held[at].pinned = all(self._rpc("pin_lora", at))
-                self._pin()
+        self._pins.settle()
 
     def pin(self, lora_id: int) -> bool:
         """Keeps an adapter in its slot for good.
@@ -236,19 +230,7 @@ class Ledger(Book):
             )  # fmt: skip
         if not held.parts:
             raise incomplete(held.name, held.understands)
-        if held.pinned or at in self._pinning:
-            return True
-        pinned = self.pinned | {at}
-        free = self._slots - len(pinned)
-        if (
-            free < 0
-            or (free == 0 and self._named() - pinned)
-            or len(self._running() - pinned) > free
-        ):
-            raise self._slots_pinned("the slot is needed by requests that are not finished")
-        held.pinned = all(self._rpc("pin_lora", at))
-        self._pin()
-        return held.pinned
+        return self._pins.pin(at, self._named(), self._running())
 
     def doubt(self) -> None:
         """Somebody called the workers behind the ledger's back: it asks them before it answers."""
@@ -279,7 +261,6 @@ class Ledger(Book):
             return  # not of the ledger's adapters
         self._held[at] = Held.of(known, [report], given=True)  # whoever wrote it has it, if anybody
         if held is not None:
-            self._held[at].pinned = held.pinned
             self._replaced(at)
         if at == known.lora_id or self._is_current(at):
             self._switch(known.lora_id, at)
@@ -355,7 +336,7 @@ class Ledger(Book):
         same = self.find(lora_id, held.version)
         if same is not None and same != at:  # one copy of it is enough
             self._rpc("remove_lora", at)
-            held.pinned, at = self._held[same].pinned, same
+            at = same
         self._held[at] = held
         self._switch(lora_id, at)
 
@@ -367,18 +348,14 @@ class Ledger(Book):
 
     def _switch(self, lora_id: int, at: int) -> None:
         """From now on new requests get the version held there."""
-        before, held = self.current(lora_id), self._held[at]
-        old = self._versions.current(lora_id)
+        held, old = self._held[at], self._versions.current(lora_id)
         self._leaving.update(self._versions.switch(lora_id, at))
         self._leaving.discard(at)
         if not is_recipe(held.path):
             self._last[lora_id] = held.version
-        pins = before is not None and (before.pinned or old in self._pinning)
-        if old is not None and old != at and pins:  # an old version has no slot to itself
-            self._pinning.discard(old)
-            self._pinning.add(at)
-            self._leaving.add(old)
-        self._pin()
+        if old is not None and old != at and self._pins.keeps(old):
+            self._pins.pass_on(old, at)
+            self._leaving.add(old)  # its slot is not its own any more
         self.tidy()
 
     def _drop(self, at: int) -> bool:
@@ -395,22 +372,8 @@ class Ledger(Book):
         if held is not None:
             self._versions.forget(held.lora_id, at)
         self._leaving.discard(at)
-        self._pinning.discard(at)
-        self._pin()
-
-    def _pin(self) -> None:
-        self.pinned = frozenset(i for i, held in self._held.items() if held.pinned)
+        self._pins.forget(at)
 
     def _check_same(self, adapter: Adapter, held: Held) -> None:
         if (held.name, held.path) != (adapter.lora_name, adapter.lora_path):
             raise id_in_use(adapter, held)
-
-    def _check_slot(self, at: int) -> None:
-        if len(self.pinned) >= self._slots and at not in self.pinned | self._pinning:
-            raise self._slots_pinned("every adapter slot is pinned to another adapter")
-
-    def _slots_pinned(self, message: str) -> AdapterError:
-        return AdapterError(
-            "slots_pinned", message, seen=f"{len(self.pinned)} pinned", limit=self._slots,
-            fix="start with a larger --max-loras, or remove a pinned adapter",
-        )  # fmt: skip

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import httpx
 import pytest
@@ -72,20 +74,40 @@ def test_another_adapter_behind_the_same_name_and_path(server, client, places):
     assert unload(server, "moving").status_code == 200
 
 
-def streamed(server: Server, model: str, prompt: list[int], n: int) -> tuple[str, list[int]]:
-    """The version that the header names before the first token, and the tokens."""
+def streaming(server: Server, model: str, prompt: list[int], n: int) -> Iterator[Any]:
+    """The version that the header names before the first token, then the tokens as they come."""
     body = {"model": model, "prompt": prompt, "stream": True, "max_tokens": n, "temperature": 0,
             "ignore_eos": True, "return_token_ids": True}  # fmt: skip
-    got: list[int] = []
     with httpx.stream(
         "POST", f"{server.url}/v1/completions", json=body, timeout=60, trust_env=False
     ) as stream:
-        version = stream.headers["x-lora-ext-version"]
+        yield stream.headers["x-lora-ext-version"]
         for line in stream.iter_lines():
             if line.startswith("data: {"):
                 for choice in json.loads(line[6:])["choices"]:
-                    got += choice.get("token_ids") or []
-    return version, got
+                    yield from choice.get("token_ids") or []
+
+
+def streamed(server: Server, model: str, prompt: list[int], n: int) -> tuple[str, list[int]]:
+    """The version, and all tokens."""
+    version, *tokens = streaming(server, model, prompt, n)
+    return version, tokens
+
+
+def test_the_list_counts_requests_that_run(server, places):
+    """Of the adapter that they name; no route pins one."""
+    prompt, n, rows = PLAIN.prompts[0], 200, []
+    assert load(server, "busy", places.adapters / "plain").status_code == 200
+    for _ in range(2):
+        running = streaming(server, "busy", prompt, n)
+        version, first = next(running), next(running)
+        rows += [listed(server, "busy"), listed(server, "plain")]
+        assert [first, *running][: len(PLAIN.greedy[0])] == PLAIN.greedy[0]
+        rows.append(listed(server, "busy"))
+    assert [row["in_flight"] for row in rows] == [1, 0, 0] * 2
+    assert not any(row["pinned"] for row in rows)
+    assert (rows[0]["version"], rows[0]["residency"]) == (version, "slot")
+    assert unload(server, "busy").status_code == 200
 
 
 def test_replaced_while_it_answers(server, client, places):

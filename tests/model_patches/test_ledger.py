@@ -283,6 +283,23 @@ def test_a_pinned_adapter_waits_for_the_requests_of_its_old_version(engine):
     assert engine.ranks[0].held == {new: "v2", 2: "w1"}
 
 
+def test_a_pin_is_passed_on_over_any_number_of_versions(engine):
+    """The first one's request still runs, and so many came after it that no rollback reaches it."""
+    for number, name in ((1, "/a"), (2, "/b")):
+        engine.ledger.add(Request(name, number, name))
+        engine.ledger.pin(number)
+    engine.named = engine.running = {1}
+    for version in ("v2", "v3", "v4", "v5"):
+        engine.write("/a", version)
+        engine.ledger.add(Request("/a", 1, load_inplace=True))
+        new = engine.ledger.enter(Request("/a", 1), version)
+        engine.named = engine.named | {new}
+        assert engine.ledger.pinned == engine.ranks[0].pinned == {1, 2}
+    engine.named, engine.running = {new}, set()
+    engine.ledger.tidy()
+    assert engine.ledger.pinned == engine.ranks[0].pinned == {new, 2}
+
+
 def test_from_memory(engine):
     tensors = Request("t", MEMORY_IDS + 5, "memory:t", load_inplace=True)
     assert engine.code(engine.ledger.add, tensors) == "not_found"
