@@ -3,7 +3,8 @@
 vLLM's scheduler takes each waiting request whose adapter is among those that run, and passes over
 the others while these fill all slots: as long as requests for them keep coming, the others wait.
 Here a request that was passed over for too long has one of those adapters take no more requests
-until it runs itself. What runs is never stopped.
+until it runs itself. What runs is never stopped, and an adapter that has just got its slot keeps it
+as long: else, with many waiting, each would compute one request and give the slot away again.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ class Turns:
     Args:
         scheduler: its `running` are the requests that are being computed.
         slots: adapters that one step can use.
-        patience: seconds for which a request may be passed over.
+        patience: seconds for which a request may be passed over, and for which an adapter at least
+            has its slot.
     """
 
     def __init__(self, scheduler: Any, slots: int, patience: float) -> None:
         self._scheduler, self._slots, self._patience = scheduler, slots, patience
         self._running: Counter[int] = Counter()  # requests by adapter
+        self._got: dict[int, float] = {}  # when each of these adapters was first seen in its slot
         self._counted, self._now = 0, 0.0
         self._due: Any = None  # the request whose turn it is
         self._leaving = 0  # the adapter whose slot it gets
@@ -40,6 +43,8 @@ class Turns:
         """To be called before every step."""
         self._running.clear()
         self._counted, self._now = 0, time.monotonic()
+        if not self._scheduler.running:
+            self._got.clear()
         if self._due is not None and self._due.status not in _WAITING:
             self._due, self._leaving = None, 0
 
@@ -57,11 +62,15 @@ class Turns:
             request.__dict__.pop(_SINCE, None)
             return True
         since = request.__dict__.setdefault(_SINCE, self._now)
-        rivals = self._running.keys() - pinned
-        if self._due is None and rivals and self._now - since >= self._patience:
-            self._due = request
-            self._leaving = min(rivals, key=lambda rival: (self._running[rival], rival))
+        if self._due is None and self._now - since >= self._patience:
+            rivals = [at for at in self._running.keys() - pinned if self._had_turn(at)]
+            if rivals:
+                self._due = request
+                self._leaving = min(rivals, key=lambda at: (self._running[at], at))
         return False
+
+    def _had_turn(self, at: int) -> bool:
+        return self._now - self._got[at] >= self._patience
 
     def _after_due(self, request: Any) -> bool:
         """Not one that comes first, or holds KV blocks for which the other may have to wait."""
@@ -78,6 +87,7 @@ class Turns:
         for request in running[self._counted :]:
             if request.lora_request is not None:
                 self._running[request.lora_request.lora_int_id] += 1
+        self._got = {at: self._got.get(at, self._now) for at in self._running}
         self._counted = len(running)
         if self._due is not None and self._due.lora_request.lora_int_id in self._running:
             self._due, self._leaving = None, 0

@@ -22,7 +22,7 @@ class Crowd:
 
     def __init__(self, slots: int, now: list[float], policy: str = "fcfs") -> None:
         self.core = Core({"/a": "v"}, slots=slots, slot_wait_s=1.0, policy=policy)
-        self._now, self._count = now, 0
+        self._now, self.count = now, 0
         self.more: tuple[int, ...] = ()
         self.done: list[str] = []
 
@@ -33,10 +33,10 @@ class Crowd:
     def steps(self, count: int) -> None:
         for _ in range(count):
             self._now[0] += 0.1
-            self._count += 1
-            if self._count % 4 == 0:
+            self.count += 1
+            if self.count % 4 == 0:
                 for number in self.more:
-                    self.ask(f"more-{number}-{self._count}", number)
+                    self.ask(f"more-{number}-{self.count}", number)
             outputs = self.core.step()
             self.done += [o.request_id for o in outputs if o.finish_reason is not None]
 
@@ -93,15 +93,17 @@ def test_a_turn_ends_with_who_had_it(now):
     assert crowd.done == ["late"]
 
 
-@pytest.mark.parametrize(("slots", "adapters"), [(1, 2), (2, 4)])
+@pytest.mark.parametrize(("slots", "adapters"), [(1, 2), (2, 4), (2, 6)])
 def test_all_get_their_turn(now, slots, adapters):
-    """Requests for more adapters than slots keep coming: each is served again and again."""
+    """Requests for more adapters than slots keep coming: none of them waits for long."""
     crowd = Crowd(slots, now)
     crowd.more = tuple(range(1, adapters + 1))
     for _ in range(4):
         crowd.done.clear()
         crowd.steps(60)
         assert {int(key.split("-")[1]) for key in crowd.done} == set(crowd.more)
+    left = crowd.core.core.scheduler.requests
+    assert crowd.count - min(int(key.split("-")[2]) for key in left) < 60
 
 
 def test_pinned_adapters_give_nothing(now):
