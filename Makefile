@@ -60,7 +60,7 @@ matrix: $(READY) ## kinds of adapters × features of the engine: ask all, write 
 soak: $(READY) ## a day of traffic in MINUTES=20, then servers that are killed; 1 if anything was wrong or leaked
 	$(BIN)/python -m integration_tests.soak --minutes $(MINUTES)
 
-fuzz: $(READY) ## adapter folders, recipes and mix names, HTTP fields, SECONDS=300 each; findings in build/fuzz/found
+fuzz: $(READY) ## adapter folders, recipes and mix names, other files, HTTP fields, SECONDS=300 each; findings in build/fuzz/found
 	$(BIN)/python scripts/fuzz/run.py --seconds $(SECONDS)
 
 rl: $(READY) ## reinforcement learning on the demo's model: plain, then routed, minutes each

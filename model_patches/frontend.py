@@ -26,7 +26,7 @@ from vllm_lora_ext.model_patches.admission import expecting
 from vllm_lora_ext.model_patches.admitted import Admitted
 from vllm_lora_ext.model_patches.exchange import note_version
 from vllm_lora_ext.model_patches.mixes import Front, hook_requests
-from vllm_lora_ext.model_patches.refused import engine_dead, to_response
+from vllm_lora_ext.model_patches.refused import engine_dead, hide_paths, to_response
 from vllm_lora_ext.model_patches.rewards import Rewards
 from vllm_lora_ext.settings import LoraExtSettings
 
@@ -57,12 +57,13 @@ def _with(request: Any, **changes: Any) -> Any:
     return changed
 
 
-def _typed(engine: Any, name: str, answer: Any) -> Any:
+def _typed(engine: Any, name: str, sent: str, answer: Any) -> Any:
+    """Stock's answer to a load of the path `sent`; our errors have their code again."""
     if isinstance(answer, ErrorResponse):
         error = AdapterError.parse(answer.error.message)
         if error is None and engine.errored:
             error = engine_dead()
-        return answer if error is None else _refusal(name, error)
+        return hide_paths(answer, [sent]) if error is None else _refusal(name, error)
     return answer
 
 
@@ -101,6 +102,7 @@ def apply() -> None:
     @functools.wraps(load)
     async def new_load(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         front, name, entry = self._lora_ext_front, request.lora_name, None
+        sent = str(request.lora_path)
         try:
             front.guard()
         except AdapterError as error:
@@ -117,7 +119,8 @@ def apply() -> None:
             if entry is not None:
                 request = _with(request, lora_path=str(entry.path))
             with expecting(expected):
-                answer = _typed(front.engine, name, await load(self, request, *args, **kwargs))
+                answer = await load(self, request, *args, **kwargs)
+            answer = _typed(front.engine, name, sent, answer)
         except asyncio.CancelledError:
             answer = None
             raise

@@ -3,13 +3,15 @@
 Targets: `OutputProcessor.process_outputs`, where a request that the engine core refused ends. Stock
 answers it with 500, whatever the reason, and a pooling request ends the front end. And what makes
 an answer of an error, which names all of a status alike: the server's handler of a `ValueError`,
-which ours are, `create_error_response` of streams that have begun, and of Anthropic's route.
+which ours are, `create_error_response` of streams that have begun, and of Anthropic's route. What
+else is raised may name files of the server: its text goes into the log, and without them out.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Collection
 from http import HTTPStatus
 from typing import Any
 
@@ -20,14 +22,18 @@ from fastapi.responses import JSONResponse
 from vllm.entrypoints.serve import create_error_response
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.exceptions import GracefulHTTPError
+from vllm.logger import init_logger
 from vllm.outputs import RequestError
 from vllm.v1.engine import EngineCoreOutput, FinishReason
 from vllm.v1.engine.output_processor import EMPTY_CPU_TENSOR, OutputProcessor
 
+from vllm_lora_ext.adapters.paths import without_paths
 from vllm_lora_ext.conditions.said import FIELD
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches import metrics
 from vllm_lora_ext.model_patches.admitted import Admitted
+
+logger = init_logger(f"vllm.{__name__}")
 
 _STATUS = {
     "not_found": HTTPStatus.NOT_FOUND,
@@ -81,6 +87,25 @@ def to_response(error: AdapterError, param: str | None = "lora_path") -> ErrorRe
     )
 
 
+def hide_paths(answer: ErrorResponse, sent: Collection[str] = ()) -> ErrorResponse:
+    """An answer that others have made, without paths of the server in its text.
+
+    Args:
+        sent: paths that the client has named.
+    """
+    said = answer.error.message
+    answer.error.message = without_paths(said, sent)
+    if answer.error.message != said:
+        logger.warning("Answered without its paths: %s", said)
+    return answer
+
+
+def _untyped(error: object) -> bool:
+    """Whether nobody has written its text for clients, as for vLLM's own kinds and ours."""
+    typed = isinstance(error, AdapterError) or type(error).__module__.startswith("vllm.")
+    return isinstance(error, Exception) and not typed
+
+
 def _answer(error: RefusedRequest) -> ErrorResponse:
     return to_response(error, FIELD if error.code == "bad_value" else None)
 
@@ -92,7 +117,8 @@ def _typed(stock: Callable[..., ErrorResponse]) -> Callable[..., ErrorResponse]:
     def typed(message: Any, *args: Any, **kwargs: Any) -> ErrorResponse:
         if isinstance(message, RefusedRequest):
             return _answer(message)
-        return stock(message, *args, **kwargs)
+        answer = stock(message, *args, **kwargs)
+        return hide_paths(answer) if _untyped(message) else answer
 
     return typed
 
@@ -143,9 +169,13 @@ def apply() -> None:
 
     @functools.wraps(stock_handler)
     async def new_handler(req: Any, exc: Exception) -> Any:
-        if not isinstance(exc, RefusedRequest):
-            return await stock_handler(req, exc)
-        answer = _answer(exc)
+        if isinstance(exc, RefusedRequest):
+            answer = _answer(exc)
+        else:
+            given = await stock_handler(req, exc)
+            if not _untyped(exc):
+                return given
+            answer = hide_paths(ErrorResponse.model_validate(json.loads(given.body)))
         return JSONResponse(answer.model_dump(), status_code=answer.error.code)
 
     OutputProcessor.process_outputs = new_process_outputs

@@ -294,7 +294,8 @@ PATCHES: tuple[Patch, ...] = (
         ),
         how=(
             "`process_outputs` hands the error's own text and status to the caller; what makes an "
-            "answer of an error gives ours their stable code as the type."
+            "answer of an error gives ours their stable code as the type, and takes the paths of "
+            "the server out of texts that nobody has typed."
         ),
         upstream="none yet",
         remove_when="vLLM's core can say why it refused a request (0.33 begins to).",

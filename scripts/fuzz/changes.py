@@ -6,6 +6,7 @@ import copy
 import json
 import random
 import re
+import resource
 import shlex
 import sys
 from collections.abc import Callable
@@ -21,6 +22,39 @@ JUNK: tuple[Any, ...] = (
     "8", "LORA", "ROUTED_LORA", "router", "top_k", "\ud800", "../x", "[", "(a+)+$", [], [None],
     [2, 2], [[1]], {}, {"a": 1}, {"default": {}}, [10**6] * 3, ["q_proj"], "F32", "F8_E8M0", "I64",
 )  # fmt: skip
+
+
+MOST_DATA = 1 << 20
+MOST_MEMORY_KIB = 512 << 10  # more than before, for files of some KiB
+
+
+class Memory:
+    """What this process may take from now on."""
+
+    def __init__(self) -> None:
+        self._before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+    def check(self) -> None:
+        more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - self._before
+        assert more < MOST_MEMORY_KIB, f"{more} KiB for a file of some KiB"
+
+
+def with_data(header: bytes, weights: bytes) -> bytes:
+    """A safetensors file of a header: its length, and data up to where the header says it ends."""
+    data = weights[8 + int.from_bytes(weights[:8], "little") :]
+    try:
+        ends = [entry["data_offsets"][1] for entry in json.loads(header).values()
+                if isinstance(entry, dict) and "data_offsets" in entry]  # fmt: skip
+        end = max([int(end) for end in ends], default=0)
+    except (ValueError, TypeError, IndexError, KeyError, AttributeError, RecursionError):
+        end = len(data)
+    end = end if 0 <= end <= MOST_DATA else len(data)
+    return len(header).to_bytes(8, "little") + header + data[:end].ljust(end, b"\0")
+
+
+def header_of(weights: bytes) -> bytes:
+    """The header of a safetensors file."""
+    return weights[8 : 8 + int.from_bytes(weights[:8], "little")]
 
 
 def mutate(data: bytes, most: int, seed: int) -> bytes:

@@ -11,9 +11,7 @@ code of docs/errors.md, within seconds, and takes no memory out of proportion.
 
 from __future__ import annotations
 
-import json
 import os
-import resource
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -26,14 +24,12 @@ with atheris.instrument_imports(include=["vllm_lora_ext"]):
     from vllm_lora_ext.adapters import load_adapter
     from vllm_lora_ext.errors import AdapterError
 
-from changes import CODES, run
+from changes import CODES, Memory, header_of, run, with_data
 from make_formats import FORMATS, write_random
 
 CONFIG, SIDECAR, WEIGHTS = "adapter_config.json", "routing.json", "adapter_model.safetensors"
 HEADER = "header"  # of the weights, in front of as many bytes as it asks for
 KINDS = (CONFIG, SIDECAR, HEADER, WEIGHTS, WEIGHTS + ".index.json")
-MOST_DATA = 1 << 20
-MOST_MEMORY_KIB = 512 << 10  # more than before, for files of some KiB
 
 
 @dataclass(frozen=True)
@@ -46,9 +42,8 @@ class Good:
     def seeds(self) -> dict[str, bytes]:
         """What each kind of input is before it is changed."""
         weights = self.files.get(WEIGHTS, b"")
-        length = int.from_bytes(weights[:8], "little")
         of = {kind: self.files[kind] for kind in KINDS if kind in self.files}
-        return of | {HEADER: weights[8 : 8 + length]} if weights else of
+        return of | {HEADER: header_of(weights)} if weights else of
 
 
 def good_folders(root: Path) -> list[Good]:
@@ -66,9 +61,10 @@ class Target:
 
     def __init__(self, root: Path) -> None:
         self.good = good_folders(root)
+        self._memory = Memory()
         for one in self.good:
             self._check(one)
-        self._most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss + MOST_MEMORY_KIB
+        self._memory = Memory()
 
     def __call__(self, data: bytes) -> None:
         if len(data) < 2:
@@ -94,22 +90,7 @@ class Target:
         except AdapterError as error:
             assert error.code in CODES, error.code
             assert len(str(error)) < 1 << 16, "an error as long as what is wrong"
-        if hasattr(self, "_most"):
-            used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            assert used < self._most, f"{used - self._most + MOST_MEMORY_KIB} KiB for one folder"
-
-
-def with_data(header: bytes, weights: bytes) -> bytes:
-    """A safetensors file of a header: its length, and data up to where the header says it ends."""
-    data = weights[8 + int.from_bytes(weights[:8], "little") :]
-    try:
-        ends = [entry["data_offsets"][1] for entry in json.loads(header).values()
-                if isinstance(entry, dict) and "data_offsets" in entry]  # fmt: skip
-        end = max([int(end) for end in ends], default=0)
-    except (ValueError, TypeError, IndexError, KeyError, AttributeError, RecursionError):
-        end = len(data)
-    end = end if 0 <= end <= MOST_DATA else len(data)
-    return len(header).to_bytes(8, "little") + header + data[:end].ljust(end, b"\0")
+        self._memory.check()
 
 
 def write_seeds(target: Target, corpus: Path) -> None:

@@ -1,11 +1,11 @@
-"""Fuzzes the doors: adapter folders, recipes and names of mixes, the fields of HTTP requests.
+"""Fuzzes the doors: adapter folders, recipes and names of mixes, our own other files, HTTP fields.
 
     python scripts/fuzz/run.py --seconds 300
     python scripts/fuzz/run.py --only folders
 
 What fuzzes (atheris, schemathesis) is installed once below build/fuzz. Where atheris has no wheel,
 hypothesis takes its place, with a long profile of the tests. A finding's input is kept in
-build/fuzz/found; `folders.py --show`, `recipes.py --show` repeat it. After a run a corpus holds
+build/fuzz/found; `folders.py --show` and its like repeat it. After a run a corpus holds
 what reaches something of its own, and nothing else.
 """
 
@@ -32,10 +32,10 @@ def main(argv: list[str]) -> int:
     """The largest exit status."""
     parser = argparse.ArgumentParser(prog="fuzz", description=__doc__.split("\n")[0])
     parser.add_argument("--seconds", type=int, default=300, help="for each door")
-    parser.add_argument("--only", choices=("folders", "recipes", "http"))
+    parser.add_argument("--only", choices=("folders", "recipes", "files", "http"))
     given = parser.parse_args(argv)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(map(str, (_packages(), REPO)))}
-    doors = {"folders": folders, "recipes": recipes, "http": http}
+    doors = {"folders": folders, "recipes": recipes, "files": files, "http": http}
     status = 0
     for name, fuzz in doors.items():
         if given.only in (None, name):
@@ -53,6 +53,12 @@ def folders(seconds: int, environment: dict[str, str]) -> int:
 def recipes(seconds: int, environment: dict[str, str]) -> int:
     """Recipes as the load route reads them, and names of mixes; nothing is merged."""
     return _fuzzed("recipes", [REPO / "tests/serving/test_mix_name.py"], seconds, environment)
+
+
+def files(seconds: int, environment: dict[str, str]) -> int:
+    """Traces, LoRA Soups, bundles and their routers, libraries and what merges leave in a store."""
+    return _fuzzed("files", [REPO / "tests/adapters/test_found_by_fuzzing.py"],
+                   seconds, environment)  # fmt: skip
 
 
 def _fuzzed(name: str, instead: list[Path], seconds: int, environment: dict[str, str]) -> int:

@@ -1,5 +1,5 @@
-"""What fuzzing found (`make fuzz`): folders and texts that once gave something else than an adapter
-or an `AdapterError`."""
+"""What fuzzing found (`make fuzz`): folders, files and texts that once gave something else than
+what they are for or an `AdapterError`."""
 
 from __future__ import annotations
 
@@ -9,11 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from bad_adapters import GOOD, weights_file
+from merging.random_factors import random_factors
+from safetensors.torch import save_file
 
 from vllm_lora_ext.adapters import load_adapter
 from vllm_lora_ext.adapters.paths import resolve_inside
 from vllm_lora_ext.errors import AdapterError
+from vllm_lora_ext.merging import save_peft
+from vllm_lora_ext.merging.generate.icm import read_layout
+from vllm_lora_ext.merging.recipes import parse_recipe
+from vllm_lora_ext.merging.recipes.lock import LOCK
+from vllm_lora_ext.merging.recipes.store import Store
+from vllm_lora_ext.merging.variants.files import INDEX, Checkpoint
+from vllm_lora_ext.trace import Trace
 
 CONFIG = "adapter_config.json"
 HALF = "\ud800"  # half a character: JSON may hold it, no file's name and no answer can
@@ -87,3 +97,65 @@ def test_a_path_that_is_no_path(tmp_path):
     with pytest.raises(AdapterError) as caught:
         load_adapter(resolve_inside("x" * 5000, [tmp_path]))
     assert caught.value.code == "not_found"
+
+
+def trace_text(module: str = "up", weight: str = "1", experts: str = "2", tokens: int = 1) -> str:
+    ids = ", ".join(["1"] * tokens)
+    rows = ", ".join([f"[{weight}]"] * tokens), ", ".join(["[0]"] * tokens)
+    return (
+        '{"format": "vllm-lora-ext trace 1", "adapter": "", "system": "", "base": "",'
+        f' "prompt_tokens": 0, "token_ids": [{ids}], "tokens": null, "modules": {{"{module}":'
+        f' {{"num_experts": {experts}, "experts": [{rows[1]}], "weights": [{rows[0]}]}}}}}}'
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("[" * 100_000, "bad_json"), (trace_text(module=HALF), "bad_json"),
+        (trace_text(module="\\ud800"), "bad_json"), (trace_text(weight="1e999"), "bad_json"),
+        (trace_text(weight="1e39"), "bad_value"), (trace_text(weight="9" * 400), "bad_value"),
+        (trace_text(weight="1" + "0" * 40), "bad_value"),
+        (trace_text(experts="65536", tokens=1100), "too_large"),
+    ],
+    ids=["deep", "half", "half said", "infinite", "large", "digits", "whole", "memory"],
+)  # fmt: skip
+def test_a_trace_of_anything(text, code):
+    with pytest.raises(AdapterError) as caught:
+        Trace.from_json(text)
+    assert caught.value.code == code
+    str(caught.value).encode()
+
+
+def test_a_trace_that_fits_and_whose_module_has_many_digits():
+    trace = Trace.from_json(trace_text(module="a." + "9" * 5000, weight=str(2**70)))
+    assert Trace.merged([trace, trace]).usage()
+
+
+@pytest.mark.parametrize("parts", [[], ["a"], {"a": ["b"]}, {"a": None}, "a", 5, True])
+def test_a_checkpoint_s_index_of_anything(tmp_path, parts):
+    save_file({"a": torch.ones(2, 2)}, tmp_path / "one.safetensors")
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": parts}))
+    with pytest.raises(AdapterError) as caught:
+        Checkpoint(tmp_path)
+    assert caught.value.code in ("bad_value", "missing_file")
+
+
+@pytest.mark.parametrize("key", ["mean", "std", "length"])
+def test_a_layout_of_hundreds_of_digits(tmp_path, key):
+    entry = {"mean": 0, "std": 1, "length": 1, "shape": [1], key: 10**400}
+    (tmp_path / "layout.json").write_text(json.dumps({"x": entry}))
+    with pytest.raises(AdapterError) as caught:
+        read_layout(tmp_path / "layout.json")
+    assert caught.value.code == "bad_value"
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, '{"rank": 1e999, "report": {}}',
+                                     '{"rank": -1, "report": {}}', "\0"])  # fmt: skip
+def test_what_lies_in_a_store_wrongly_is_made_again(tmp_path, content):
+    save_peft(random_factors(1, 2), tmp_path / "a")
+    recipe = parse_recipe({"version": 1, "merge_method": "cat", "models": [{"model": "a"}]})
+    store = Store(tmp_path / "store", 1 << 30)
+    built = store.get_or_build(recipe, tmp_path.joinpath)
+    (built.path / LOCK).write_text(content)
+    assert store.get_or_build(recipe, tmp_path.joinpath).rank == built.rank == 2

@@ -24,7 +24,7 @@ from vllm_lora_ext.merging import Factors, Merged, save_peft
 from vllm_lora_ext.merging.recipes import parse_recipe, run_recipe
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from case_parameters import check_merge, check_variant
+from case_parameters import check_case, check_merge, check_variant
 from run_variant import factors_of, handles
 
 Case = dict[str, Any]
@@ -62,10 +62,10 @@ def peft(case: Case) -> Call:
 def mergekit(case: Case) -> Call:
     """A recipe of mergekit, its switches taken over by name."""
     given = case["parameters"]
-    kind, switches = given["merge_method"], {**given, **given.get("parameters", {})}
-    own = [_some(model, "density", "epsilon", "gamma") for model in given.get("models", [])]
+    kind, switches = given["merge_method"], {**given, **(given.get("parameters") or {})}
+    own = [_some(model, "density", "epsilon", "gamma") for model in given.get("models") or []]
     if kind in ("linear", "task_arithmetic"):
-        normalize = switches.get("normalize", kind == "linear")
+        normalize = _or(switches, "normalize", kind == "linear")
         return Call("cat", {"normalize": normalize, **_some(switches, "lambda")})
     names = ("normalize", "rescale", "lambda", "density", "epsilon", "gamma")
     return Call(kind, {"compat": "mergekit", **_some(switches, *names)}, own or None)
@@ -97,16 +97,16 @@ def core_space(case: Case) -> Call:
     parameters = {"lambda": coefficient, "compat": "core_space", "space": given["merge_space"]}
     if kind == "iso":
         return Call(kind, parameters, weights=ones)
-    parameters["isotropise"] = given.get("isotropize", False)
+    parameters["isotropise"] = _or(given, "isotropize", False)
     if kind == "dare":
-        kind, parameters["density"] = "dare_linear", 1 - given.get("dare_pruning_coeffs", 0.3)
+        kind, parameters["density"] = "dare_linear", 1 - _or(given, "dare_pruning_coeffs", 0.3)
     elif kind == "cart":
-        parameters["keep"] = given.get("cart_pruning_rank", 0.04)
-        parameters["strength"] = given.get("cart_scaling_coeffs", 0.1)
+        parameters["keep"] = _or(given, "cart_pruning_rank", 0.04)
+        parameters["strength"] = _or(given, "cart_scaling_coeffs", 0.1)
     elif kind in ("ties", "dare-ties", "dare_ties"):
         if kind != "ties":
-            parameters["drop"] = given.get("dare_pruning_coeffs", 0.3)
-        kind, parameters["density"] = "ties", _share(given.get("topK", 10))
+            parameters["drop"] = _or(given, "dare_pruning_coeffs", 0.3)
+        kind, parameters["density"] = "ties", _share(_or(given, "topK", 10))
     return Call(kind, parameters, weights=ones)
 
 
@@ -114,16 +114,12 @@ def knots(case: Case) -> Call:
     """The code multiplies every adapter by the first coefficient; DARE comes before TIES."""
     given, ones = case["parameters"], [1.0] * len(case["inputs"])
     coefficients = given["scaling_coeffs"]
-    percent = given.get("topK_percent", given.get("topK", 100))
+    percent = _or(given, "topK_percent", _or(given, "topK", 100))
     parameters = {
-        "density": _share(percent), "divide": _KNOTS[given.get("merging_type", "mean")],
+        "density": _share(percent), "divide": _DIVIDE[_or(given, "merging_type", "mean")],
         "lambda": coefficients if isinstance(coefficients, (int, float)) else coefficients[0],
         "sign": {"ties": "total", "tv": "none"}[given["merge_method"]],
     }  # fmt: skip
-    if not given.get("concat_across_output", True):
-        raise ValueError("KnOTS' pieces side by side only, one below the other is not known here")
-    if given.get("sign_resolve_mode", "sum_of_values") != "sum_of_values":
-        raise ValueError("sum_of_signs counts a tie as minus in KnOTS, as nothing does here")
     coefficient = given.get("dare_pruning_coeffs")
     if given.get("dare") and coefficient is None:
         raise AdapterError(
@@ -138,15 +134,13 @@ def knots(case: Case) -> Call:
 def ties_original(case: Case) -> Call:
     """`merge_methods`: trim, resolve signs, and a merge that begins with `dis` for disjoint."""
     given = case["parameters"]
-    if given.get("reset_type", "topk") != "topk":
-        raise ValueError(f"pruning by {given['reset_type']} is not known here")
     share, function = given["reset_thresh_percent"], given["merge_func"]
     divide = {f"dis-{name}": rule for name, rule in _DIVIDE.items()} | _EVERYBODY
     signs = {"mass": "total", "normfrac": "normfrac", "normmass": "normmass", "none": "none"}
     parameters = {
         "compat": "ties_original", "density": 1.0 if share == "none" else _share(share),
         "lambda": given["scaling_lambda"], "divide": divide[function],
-        "sign": signs[given.get("resolve_method", "mass")],
+        "sign": signs[_or(given, "resolve_method", "mass")],
         "join": "voters" if function.startswith("dis") else "all",
     }  # fmt: skip
     return Call("ties", parameters, weights=_weights(case, given["scaling_lambda"]))
@@ -159,7 +153,7 @@ def mergelm(case: Case) -> Call:
         "lambda": given["scaling_coefficient"],
     }  # fmt: skip
     kind = {"random": "dare_linear", "magnitude": "magnitude_prune"}[
-        given.get("mask_strategy", "random")
+        _or(given, "mask_strategy", "random")
     ]
     return Call(kind, parameters, weights=_weights(case, given["scaling_coefficient"]))
 
@@ -167,7 +161,7 @@ def mergelm(case: Case) -> Call:
 def _weights(case: Case, coefficient: float) -> list[float]:
     """Of a tool with one coefficient, which a case may repeat as each input's weight."""
     given = [entry.get("weight", 1.0) for entry in case["inputs"]]
-    return [1.0] * len(given) if set(given) == {coefficient} else given
+    return [1.0] * len(given) if given == [coefficient] * len(given) else given
 
 
 def robustmerge(case: Case) -> Call:
@@ -179,7 +173,6 @@ def soups(case: Case) -> Call:
 
 
 _DIVIDE = {"mean": "voters", "sum": "none", "max": "largest"}
-_KNOTS = {"mean": "voters", "sum": "none"}  # its max forgets the sign
 _EVERYBODY = {"mean": "adapters", "sum": "none", "median": "median", "magnitude": "largest"}
 SYSTEMS: dict[str, Callable[[Case], Call]] = {
     "PEFT": peft, "mergekit": mergekit, "LoRAX": lorax, "LoraHub": lorahub,
@@ -197,6 +190,9 @@ def recipe_of(case_dir: Path, case: Case, rank: int | None = None) -> dict[str, 
     check_merge(case)
     call = SYSTEMS[case["system"]](case)
     inputs = case["inputs"]
+    for entry in inputs:
+        if "adapter" not in entry:
+            raise AdapterError("missing_key", "an input names no adapter", seen=entry)
     weights = call.weights or [entry.get("weight", 1.0) for entry in inputs]
     models = []
     for entry, weight, own in zip(inputs, weights, call.own or [{}] * len(inputs), strict=True):
@@ -221,7 +217,12 @@ def merge_case(case_dir: Path, case: Case, rank: int | None = None) -> Merged:
 
 def run_case(case_dir: Path, rank: int | None = None) -> Factors:
     """The adapter that a case gives."""
-    case = json.loads((case_dir / "case.json").read_text())
+    return adapter_of(case_dir, json.loads((case_dir / "case.json").read_text()), rank)
+
+
+def adapter_of(case_dir: Path, case: Any, rank: int | None = None) -> Factors:
+    """The adapter that a case gives. Raises AdapterError, whatever its parameters are."""
+    check_case(case, ())
     if handles(case):
         check_variant(case)
         return factors_of(case_dir, case, rank)
@@ -230,6 +231,11 @@ def run_case(case_dir: Path, rank: int | None = None) -> Factors:
 
 def _some(table: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: table[name] for name in names if table.get(name) is not None}
+
+
+def _or(table: dict[str, Any], name: str, default: Any) -> Any:
+    """A null counts as not said."""
+    return default if table.get(name) is None else table[name]
 
 
 def _share(percent: float) -> float:

@@ -65,7 +65,7 @@ def run_variant(
         assert base is not None, "two checkpoints are compared"
         converted = extract(
             paths.of("weights"), base, given["max_rank"], modules=given.get("modules"),
-            sv_epsilon=given.get("sv_epsilon", 0.0),
+            sv_epsilon=given.get("sv_epsilon") or 0.0,
         )  # fmt: skip
         return Run(converted)
     if rank is None and not case["exact"] and not multipliers:
@@ -73,7 +73,7 @@ def run_variant(
     settings = {
         key: given[key] for key in SETTINGS.get(case["method"], ()) if given.get(key) is not None
     }
-    index = paths.index(given["index"]) if "index" in given else None
+    index = paths.index(given["index"]) if given.get("index") is not None else None
     base = None if "full_shapes" in given else paths.base()  # such a case has its own geometry
     converted = read_variant(
         paths.of("adapter", "state"), base=base, init=paths.init(), index=index,

@@ -29,6 +29,18 @@ def terms(*weights, rank=3):
     return [Term(random_factors(i, rank), w) for i, w in enumerate(weights, start=1)]
 
 
+@pytest.mark.parametrize(
+    ("space", "weight", "density"), [("full", 1.0, 1e-300), ("full", 1e38, 1.0), ("core", 1e38, 1)]
+)
+def test_overflow_before_an_svd_is_refused(space, weight, density):
+    """A density that divides by nothing, and a product above fp32's range."""
+    terms = [Term(random_factors(seed), weight) for seed in (1, 2)]
+    parameters = {"density": density, "space": space, "rank": 2}
+    with pytest.raises(AdapterError) as error:
+        merge("dare_linear", terms, {**parameters, "lambda": 1e6})
+    assert error.value.code == "not_finite"
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_runs_and_reports(name):
     merged = merge(name, terms(0.7, -0.4, 1.2), SAMPLE.get(name))

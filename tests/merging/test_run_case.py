@@ -105,10 +105,22 @@ def test_ties_without_signs(home):
     assert relative(result(folder), mix(home, [0.7, 0.7])) < 0.01  # 99.9 percent stay
 
 
-@pytest.mark.parametrize("parameters", [{"merge_func": "dis-median"}, {"resolve_method": "vote"}])
-def test_what_the_runner_does_not_know_is_no_other_merge(home, parameters):
-    with pytest.raises(KeyError):
-        run_case(ties(home, (1.0, 1.0), **parameters))
+def refused(folder, field, seen, allowed):
+    with pytest.raises(AdapterError) as error:
+        run_case(folder)
+    assert error.value.code == "bad_value" and field in error.value.message
+    assert f"seen: {seen}; allowed: " in error.value.text and allowed in error.value.text
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "allowed"),
+    [
+        ("merge_func", "dis-median", "dis-mean"), ("resolve_method", "vote", "normmass"),
+        ("reset_type", "nf", "topk"), ("reset_thresh_percent", "all", "none"),
+    ],
+)  # fmt: skip
+def test_what_the_runner_does_not_know_is_no_other_merge(home, key, value, allowed):
+    refused(ties(home, (1.0, 1.0), **{key: value}), key, value, allowed)
 
 
 @pytest.mark.parametrize(
@@ -126,23 +138,35 @@ def test_a_parameter_that_the_tool_does_not_have_is_an_error(home, system, param
         run_case(case(home, system, parameters))
 
 
+# What the authors' configs say, of today and of their first commits.
+WRITTEN = {
+    "representation": "svd-vector", "sign_resolve_mode": "sum_of_values", "merging_type": "mean",
+    "concat_across_output": True, "dare": False, "dare_pruning_coeffs": 0.0,
+    "ingredients_path": "pieces.pt", "merge_other_params": False, "s_on_V": True,
+    "ptm_usage": "None", "normalize_Vs_per_model": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["ties", "tv"])
+def test_knots_authors_configs_are_taken_as_they_are(home, method):
+    given = {"merge_method": method, "scaling_coeffs": 0.4, "topK": 30}
+    bare = result(case(home, "KnOTS", given))
+    assert relative(result(case(home, "KnOTS", {**given, **WRITTEN})), bare) == 0
+
+
 @pytest.mark.parametrize(
-    "parameters",
+    ("key", "value", "allowed"),
     [
-        {"sign_resolve_mode": "sum_of_signs"},
-        {"concat_across_output": False},
-        {"merging_type": "max"},
+        ("sign_resolve_mode", "sum_of_signs", "sum_of_values"),
+        ("concat_across_output", False, "true"), ("merging_type", "max", "mean"),
+        ("merging_type", "unmerged", "mean"), ("representation", "vector", "svd-vector"),
+        ("s_on_V", False, "true"), ("merge_other_params", True, "false"), ("s_on_V", 1, "true"),
+        ("ptm_usage", "mean", "None"), ("normalize_Vs_per_model", True, "false"),
     ],
-)
-def test_knots_switches_that_are_not_repeated(home, parameters):
-    given = {"merge_method": "ties", "scaling_coeffs": 0.4, "topK": 30, **parameters}
-    with pytest.raises((ValueError, KeyError)):
-        run_case(case(home, "KnOTS", given))
-
-
-def test_ties_prunes_by_magnitude_only(home):
-    with pytest.raises(ValueError, match="pruning by nf"):
-        run_case(ties(home, (1.0, 1.0), reset_type="nf"))
+)  # fmt: skip
+def test_knots_switches_that_are_not_repeated(home, key, value, allowed):
+    given = {"merge_method": "ties", "scaling_coeffs": 0.4, "topK": 30, key: value}
+    refused(case(home, "KnOTS", given), key, json.dumps(value).strip('"'), allowed)
 
 
 @pytest.mark.parametrize("dare", [{"dare": False, "dare_pruning_coeffs": 0.9}, {}])

@@ -98,6 +98,13 @@ def test_other_errors_are_stocks():
     assert load(models_of(engine), "a", "/a").error.type == "InternalServerError"
 
 
+def test_a_load_s_error_names_the_path_that_was_sent_and_no_other():
+    engine = Engine()
+    engine.error = OSError(13, "no", "/data/a/x", None, "/scratch/store/7")
+    message = load(models_of(engine), "a", "/data/a").error.message
+    assert message.endswith("no: '/data/a/x' -> '<path>'")
+
+
 def test_a_load_whose_engine_dies_is_told_so():
     engine = Engine()
     engine.error, engine.errored = RuntimeError("EngineCore encountered an issue"), True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from vllm import PoolingParams, SamplingParams
 from vllm.entrypoints.serve.engine.serving import BaseServing
+from vllm.exceptions import VLLMValidationError
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind
 from vllm.v1.engine import EngineCoreOutput, EngineCoreRequest, FinishReason
@@ -129,3 +131,37 @@ def test_a_server_answers_with_the_stable_code(code: str, status: int, param: st
     answer = TestClient(app).get("/")
     want = {"message": "it cannot be; fix: leave it.", "type": code, "param": param, "code": status}
     assert (answer.status_code, answer.json()) == (status, {"error": want})
+
+
+PLACES = ("/data/adapters/secret/adapter_config.json", "/data/with blanks/x", "/scratch0/store")
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", [PermissionError, RuntimeError, ValueError])
+def test_what_nobody_has_typed_leaves_no_path_of_the_server(place: str, kind: type) -> None:
+    """Whether it is raised in a route of ours, in a hook, or after a stream has begun."""
+    app = FastAPI()
+    register.init_exception_handler(app)
+    app.state.args = SimpleNamespace(log_error_stack=False)
+    raised = kind(13, "Permission denied", place) if kind is PermissionError else kind(
+        f"cannot open '{place}' for /v1/completions"
+    )  # fmt: skip
+
+    @app.get("/")
+    async def route() -> None:
+        raise raised
+
+    answer = TestClient(app, raise_server_exceptions=False).get("/")
+    assert answer.status_code == (400 if kind is ValueError else 500)
+    streamed = BaseServing.create_error_response(raised).model_dump()
+    for said in (answer.json(), streamed):
+        message = said["error"]["message"]
+        assert "'<path>'" in message and "data" not in message and "scratch" not in message
+        assert kind is PermissionError or message.endswith("for /v1/completions")
+
+
+def test_what_vllm_says_itself_stays_as_it_is() -> None:
+    said = "set --media-path /data/x"
+    assert BaseServing.create_error_response(said).error.message == said
+    error = VLLMValidationError(said, parameter="model")
+    assert BaseServing.create_error_response(error).error.message.startswith(said)

@@ -111,6 +111,17 @@ def test_a_full_disk_is_the_server_s_fault(monkeypatch, capsys, error):
     assert "/data" in capsys.readouterr().err
 
 
+def test_a_reader_s_error_names_no_folder_of_the_server(monkeypatch):
+    """Its inputs' names became folders on their way to it."""
+
+    def lacking(job):
+        raise AdapterError("not_found", "there is no checkpoint", seen=job["folders"]["base"])
+
+    monkeypatch.setattr(build, "run", lacking)
+    said = AdapterError.parse(build._answer('{"folders": {"base": "/data/models/base"}}')["error"])
+    assert said.code == "not_found" and said.text == "there is no checkpoint; seen: <path>."
+
+
 def test_a_machine_that_starts_no_process_is_a_typed_error(monkeypatch):
     async def full(*args, **kwargs):
         raise BlockingIOError(11, "Resource temporarily unavailable")

@@ -288,3 +288,15 @@ def test_errors_of_recipes_name_no_place_of_the_server(tmp_path):
                 ask()
             said = str(refused.value)
             assert str(tmp_path) not in said and str(Path.home()) + ";" not in said, said
+
+
+def test_an_adapter_s_folder_that_cannot_be_looked_into_is_a_typed_error(tmp_path, monkeypatch):
+    def closed(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "kept").mkdir()
+    monkeypatch.setattr(Path, "iterdir", closed)
+    sources = Sources(MergeSettings(adapters={"e": tmp_path / "kept"}), None, Host())
+    with pytest.raises(AdapterError) as refused:
+        sources.job_of(parse("cat:a+e"))
+    assert refused.value.code == "bad_file" and str(tmp_path) not in str(refused.value)

@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 from vllm_lora_ext.errors import AdapterError
+
+# An absolute path: whatever stands in quotes, or up to a blank. Not a part of an address or of a
+# relative path, no route of the server, and not the end of an `AdapterError`'s text.
+_PATH = re.compile(
+    r"(?P<quote>['\"`])(?P<quoted>/(?!/|v1/)[^'\"`\n]+)(?P=quote)"
+    r"|(?<![\w/.~\-<])(?P<bare>/(?!/|v1/|lora_ext\])[^\s'\"`,;()\[\]{}<>]+(?<![.:]))"
+)
 
 
 def resolve_inside(
@@ -49,6 +57,27 @@ def shown(path: Path) -> str:
     What a server reads is absolute, and where it lies is not for its clients.
     """
     return path.name if path.is_absolute() else str(path)
+
+
+def without_paths(text: str, sent: Collection[str] = ()) -> str:
+    """An error's text for whoever may not know how the server's disk looks.
+
+    The last resort, for texts that nobody here has written.
+
+    Args:
+        sent: paths that its reader has named, which stay, and what lies below them.
+    """
+
+    own = [path.rstrip("/") + "/" for path in sent if path]
+
+    def hide(match: re.Match[str]) -> str:
+        path = match["quoted"] or match["bare"]
+        if any((path + "/").startswith(place) for place in own):
+            return match[0]
+        quote = match["quote"] or ""
+        return f"{quote}<path>{quote}"
+
+    return _PATH.sub(hide, text)
 
 
 def real_file(

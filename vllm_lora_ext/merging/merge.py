@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -97,6 +98,19 @@ class Merged:
     report: Report
 
 
+@contextmanager
+def _solvable() -> Iterator[None]:
+    """Numbers that overflow within a merge end in LAPACK, which calls it another thing."""
+    try:
+        yield
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise AdapterError(
+            "not_finite", f"the merge's numbers become too large for an SVD: {error}",
+            fix="check the weights, the parameters and the inputs' scales",
+        ) from error  # fmt: skip
+
+
+@_solvable()
 def merge(
     method: str,
     terms: Sequence[Term],

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 import torch
 
+from vllm_lora_ext.adapters.paths import without_paths
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging import save_peft
 from vllm_lora_ext.merging.generate.embed import Embedder, sentence_embedder
@@ -78,12 +79,14 @@ def _embedder(folder: str) -> Embedder:
 
 
 def _answer(line: str) -> dict[str, Any]:
+    job = json.loads(line)
     try:
-        return run(json.loads(line))
+        return run(job)
     except AdapterError as error:
         if error.code == "output_failed":  # the server's disk, not the client's mistake
             return _failed("the merge cannot be written", error)
-        return {"error": str(error)}
+        # Names became folders of the server on their way here; readers name what they were given.
+        return {"error": without_paths(str(error), list(job.get("folders", ())))}
     except Exception as error:
         return _failed("the merge failed", error)
 

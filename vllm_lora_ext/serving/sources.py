@@ -159,6 +159,16 @@ def _stat(path: Path) -> tuple[str, int, int, int] | None:
 
 
 def _stats(path: Path) -> list[object]:
-    """Of the files of an adapter that the engine does not hold: another file, another mix."""
-    found = path.iterdir() if path.is_dir() else [path]
+    """Of the files of an adapter that the engine does not hold: another file, another mix.
+
+    Raises:
+        AdapterError: `bad_file`, its folder cannot be looked into.
+    """
+    try:
+        found = [*path.iterdir()] if path.is_dir() else [path]
+    except OSError as error:
+        raise AdapterError(
+            "bad_file", f"an adapter of the mix cannot be read: {error.strerror}", seen=path.name,
+            fix="check its folder's permissions",
+        ) from error  # fmt: skip
     return [*sorted(filter(None, map(_stat, found)))]

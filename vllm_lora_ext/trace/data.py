@@ -10,9 +10,12 @@ from typing import Any
 
 import torch
 
+from vllm_lora_ext.adapters.strict_json import parse_object
 from vllm_lora_ext.errors import AdapterError
 
 FORMAT = "vllm-lora-ext trace 1"
+MAX_BYTES = 256 << 20  # of gates as fp32, in one process
+_MOST_WEIGHT = torch.finfo(torch.float32).max
 _KEYS = {
     "format", "adapter", "system", "base", "prompt_tokens", "token_ids", "tokens", "modules",
 }  # fmt: skip
@@ -82,17 +85,15 @@ class Trace:
         """The inverse of `to_json`.
 
         Raises:
-            AdapterError: `bad_json`, `unknown_version`, `bad_value`.
+            AdapterError: `bad_json`, `unknown_version`, `bad_value`; `too_large`, a short text may
+                stand for more than any process keeps.
         """
-        try:
-            given = json.loads(text, parse_constant=_no_constant)
-        except ValueError as error:
-            raise AdapterError("bad_json", f"the trace is no JSON: {error}") from error
-        if not isinstance(given, dict) or given.get("format") != FORMAT:
-            seen = given.get("format") if isinstance(given, dict) else type(given).__name__
+        given = parse_object(text.encode("utf-8", "surrogatepass"), "the trace")
+        if given.get("format") != FORMAT:
             raise AdapterError(
-                "unknown_version", "this is no trace of a known version", seen=seen, limit=FORMAT
-            )
+                "unknown_version", "this is no trace of a known version", seen=given.get("format"),
+                limit=FORMAT,
+            )  # fmt: skip
         if set(given) != _KEYS:
             raise _bad("a key", ", ".join(sorted(_KEYS)), sorted(_KEYS ^ set(given)))
         ids, tokens = given["token_ids"], given["tokens"]
@@ -106,6 +107,7 @@ class Trace:
         adapter, system, base = given["adapter"], given["system"], given["base"]
         if not all(isinstance(name, str) for name in (adapter, system, base)):
             raise _bad("adapter, system or base", "a text")
+        _check_size(given["modules"], len(ids))
         weights = {name: _dense(name, m, len(ids)) for name, m in given["modules"].items()}
         return cls(ids, weights, count, adapter, system, base, tokens)
 
@@ -123,7 +125,7 @@ class Trace:
 def natural(name: str) -> list[tuple[int, str]]:
     """Sorts layer 2 before layer 10."""
     parts = name.split(".")
-    return [(int(p), "") if p.isdecimal() else (-1, p) for p in parts]
+    return [(int(p), "") if p.isdecimal() and len(p) < 20 else (-1, p) for p in parts]
 
 
 def _usage(weight_TE: torch.Tensor) -> Usage:
@@ -155,6 +157,16 @@ def _sparse(weight_TE: torch.Tensor) -> dict[str, Any]:
     return {"num_experts": weight_TE.shape[1], "experts": experts, "weights": weights}
 
 
+def _check_size(modules: dict[str, Any], num_tokens: int) -> None:
+    counts = [m.get("num_experts") for m in modules.values() if isinstance(m, dict)]
+    size = 4 * num_tokens * sum(count for count in counts if type(count) is int)
+    if size > MAX_BYTES:
+        raise AdapterError(
+            "too_large", "the trace needs more memory than is given to traces",
+            seen=f"{size >> 20} MB", limit=f"{MAX_BYTES >> 20} MB", fix="trace a shorter request",
+        )  # fmt: skip
+
+
 def _dense(name: str, given: Any, num_tokens: int) -> torch.Tensor:
     if not isinstance(given, dict) or set(given) != {"num_experts", "experts", "weights"}:
         raise _bad(name, "an object of num_experts, experts and weights")
@@ -172,7 +184,7 @@ def _dense(name: str, given: Any, num_tokens: int) -> torch.Tensor:
         if not fits or len(set(chosen)) < len(chosen) or not all(0 <= e < count for e in chosen):
             raise _bad(f"token {t} of {name}", f"experts 0 to {count - 1}, a number for each")
         weight_TE[t] = 0.0
-        weight_TE[t, chosen] = torch.tensor(values, dtype=torch.float32)
+        weight_TE[t, chosen] = torch.tensor([float(v) for v in values])
     return weight_TE
 
 
@@ -181,15 +193,13 @@ def _ints(value: Any) -> bool:
 
 
 def _numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(type(i) in (int, float) for i in value)
+    return isinstance(value, list) and all(
+        type(i) in (int, float) and abs(i) <= _MOST_WEIGHT for i in value
+    )
 
 
 def _texts(value: Any, count: int) -> bool:
     return isinstance(value, list) and len(value) == count and all(type(t) is str for t in value)
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON number")
 
 
 def _bad(what: str, limit: str, seen: object = None) -> AdapterError:

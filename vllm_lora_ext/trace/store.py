@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.trace.data import Trace, natural
+from vllm_lora_ext.trace.data import MAX_BYTES, Trace, natural
 
 
 @dataclass
@@ -38,7 +38,7 @@ class TraceStore:
         max_untraced: ids of other requests that are remembered, for a better message.
     """
 
-    max_requests, max_bytes, max_untraced = 64, 256 << 20, 4096
+    max_requests, max_bytes, max_untraced = 64, MAX_BYTES, 4096
 
     def __init__(self) -> None:
         self._records: OrderedDict[str, _Record] = OrderedDict()

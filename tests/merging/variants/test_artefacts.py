@@ -268,6 +268,13 @@ def test_lorafactory_guesses_nothing(tmp_path):
     assert code_of(lambda: factory_delta(folder, "moslora")) == "missing_tensor"
 
 
+@pytest.mark.parametrize("odd", [None, True, [], [1], {}, "x", 1e999, 10**400])
+@pytest.mark.parametrize("key", ["lora_variant", "lora_scaler"])
+def test_lorafactory_refuses_odd_settings(tmp_path, key, odd):
+    folder = factory(tmp_path, {"weight_a": rand(4, 14), "weight_b": rand(9, 4)})
+    assert code_of(lambda: factory_delta(folder, "lora", settings={key: odd})) == "bad_value"
+
+
 # ScaleZero
 
 

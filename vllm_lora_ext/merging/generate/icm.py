@@ -137,7 +137,7 @@ def read_layout(path: str | os.PathLike[str], allow_pickle: bool = False) -> lis
                 float(entry["std"]),
             )  # fmt: skip
             fits = one.length == int(entry["length"])
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError):
             fits = False
         if not fits:
             raise AdapterError(

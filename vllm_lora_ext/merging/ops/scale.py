@@ -60,12 +60,16 @@ def resolve(weight: Weight, module: str, layers: int, what: str = "weight") -> f
 
 def number(value: object, what: str) -> float:
     """`value` as a finite float. Raises AdapterError `bad_value`."""
-    real = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not real or not math.isfinite(value):  # type: ignore[arg-type]
+    try:
+        real = isinstance(value, (int, float)) and not isinstance(value, bool)
+        found = float(value) if real else math.nan  # type: ignore[arg-type]
+    except OverflowError:  # of a whole number of hundreds of digits
+        found = math.inf
+    if not math.isfinite(found):
         raise AdapterError(
             "bad_value", f"{what} is no finite number", seen=value, fix="mend the value"
         )
-    return float(value)  # type: ignore[arg-type]
+    return found
 
 
 def _interpolate(values: Sequence[Any], module: str, layers: int, what: str) -> float:

@@ -89,10 +89,12 @@ class Store:
         try:
             lock = json.loads((folder / LOCK).read_bytes())
             built = Built(folder, int(lock["rank"]), dict(lock["report"]))
+            if built.rank < 0:
+                raise ValueError(built.rank)
             if not (folder / WEIGHTS[0]).is_file():
                 raise FileNotFoundError(folder)
             os.utime(folder / LOCK)
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             if folder.exists():  # somebody's hand was in here
                 self._remove(folder)
             return None

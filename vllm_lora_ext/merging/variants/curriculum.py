@@ -16,6 +16,7 @@ from vllm_lora_ext.adapters.readers.names import group, part
 from vllm_lora_ext.adapters.readers.peft_config import whole_number
 from vllm_lora_ext.adapters.readers.tuners import bad_shape
 from vllm_lora_ext.merging.factors import Factors, Pair
+from vllm_lora_ext.merging.ops.scale import number
 from vllm_lora_ext.merging.variants.conversion import Conversion
 
 _PART = re.compile(
@@ -34,9 +35,10 @@ def curriculum(conversion: Conversion) -> Factors:
     stage = whole_number(
         conversion.folder.setting("stage", "how many adapters count"), "stage", 0, 999
     )
-    alpha = float(conversion.folder.setting("lora_alpha", "lora_alpha of the training config"))
-    offset = float(conversion.setting("lora_scale_init", 1.0))
-    reach = float(conversion.setting("scale_range", 0.2))
+    alpha = conversion.folder.setting("lora_alpha", "lora_alpha of the training config")
+    alpha = number(alpha, "lora_alpha")
+    offset = number(conversion.setting("lora_scale_init", 1.0), "lora_scale_init")
+    reach = number(conversion.setting("scale_range", 0.2), "scale_range")
     modules = {}
     for name, names in group(conversion.folder.names, _PART).items():
         if "base_weight_scale.logit" not in names:

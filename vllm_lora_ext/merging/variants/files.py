@@ -80,6 +80,11 @@ class Checkpoint:
             )
         elif (index := real_file(path, INDEX)) is not None:
             parts = parse_object(index.read_bytes(), INDEX).get("weight_map") or {}
+            if not isinstance(parts, dict) or not all(isinstance(p, str) for p in parts.values()):
+                raise AdapterError(
+                    "bad_value", f"weight_map of {INDEX} is wrong", limit="tensor to file name",
+                    fix="copy the checkpoint completely",
+                )  # fmt: skip
             inside = [(name, real_file(path, name)) for name in sorted(set(parts.values()))]
             gone = [name for name, file in inside if file is None]
             if gone or not inside:

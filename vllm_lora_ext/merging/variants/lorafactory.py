@@ -18,6 +18,7 @@ from vllm_lora_ext.adapters.readers.peft_config import bad_value
 from vllm_lora_ext.adapters.readers.tuners import bad_shape
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging.factors import Factors, Pair
+from vllm_lora_ext.merging.ops.scale import number
 from vllm_lora_ext.merging.variants.conversion import Conversion
 from vllm_lora_ext.merging.variants.files import Artefact, as_folder
 from vllm_lora_ext.merging.variants.rebase import subtract
@@ -74,6 +75,8 @@ def lorafactory(conversion: Conversion) -> Factors:
     """
     names = sorted({*SAME, "rslora", *_FORMULAS, *REBASED, *MAYBE_REBASED})
     variant = conversion.folder.setting("lora_variant", f"which variant it is: {', '.join(names)}")
+    if not isinstance(variant, str):  # nor can it be looked up
+        raise bad_value("lora_variant", variant, ", ".join(names))
     if variant in REFUSED:
         raise AdapterError(
             "unsupported_feature", f"LoRAFactory's {variant}: {REFUSED[variant]}", seen=variant,
@@ -82,13 +85,12 @@ def lorafactory(conversion: Conversion) -> Factors:
     if variant not in names:
         raise bad_value("lora_variant", variant, ", ".join(names))
     scaler = conversion.folder.setting("lora_scaler", "lora_scaler of the training arguments")
-    if isinstance(scaler, bool) or not isinstance(scaler, (int, float)):
-        raise bad_value("lora_scaler", scaler, "a number")
-    trained, kept = _read(conversion.folder, variant, float(scaler), "weight")
+    scaler = number(scaler, "lora_scaler")
+    trained, kept = _read(conversion.folder, variant, scaler, "weight")
     if not _rebased(conversion, variant):
         return trained
     if kept:
-        return subtract(trained, _read(conversion.folder, variant, float(scaler), "init_weight")[0])
+        return subtract(trained, _read(conversion.folder, variant, scaler, "init_weight")[0])
     if conversion.init is None:
         raise AdapterError(
             "missing_setting", f"LoRAFactory's {variant} changed the base when training began",
@@ -97,7 +99,7 @@ def lorafactory(conversion: Conversion) -> Factors:
         )  # fmt: skip
     with as_folder(conversion.init, conversion.allow_pickle) as where:
         first = Artefact(where)
-        return subtract(trained, _read(first, variant, float(scaler), "weight")[0])
+        return subtract(trained, _read(first, variant, scaler, "weight")[0])
 
 
 def _rebased(conversion: Conversion, variant: str) -> bool:

@@ -25,6 +25,7 @@ from vllm_lora_ext.merging.variants.files import Checkpoint
 _LAYER = re.compile(r"(?P<block>.+\.\d+\.(?P<kind>mlp|self_attn))\.(?P<linear>\w+)")
 _ON_OUTPUT = {"mlp": ("gate_proj", "up_proj"), "self_attn": ("q_proj", "k_proj", "v_proj")}
 _ON_INPUT = {"mlp": "down_proj", "self_attn": "o_proj"}
+_PARTS = ("mlp", "attn")  # as LoRAM's `recovered` names them
 _GEOMETRY = ("head_dim", "num_heads", "num_key_value_heads")
 _SETTINGS = ("lora_recover_type", "recovered", "index", "full_shapes", *_GEOMETRY)
 
@@ -65,6 +66,8 @@ def loram(conversion: Conversion) -> Factors:
             fix="recover with zeroA",
         )  # fmt: skip
     wanted = conversion.setting("recovered", None)
+    if not isinstance(wanted, list | None) or any(part not in _PARTS for part in wanted or ()):
+        raise bad_value("recovered", wanted, f"a list of {' and '.join(_PARTS)}")
     conversion.forget(_SETTINGS)
     factors = _plain(conversion)
     index = pruned_index(conversion)
