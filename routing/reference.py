@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -124,8 +125,15 @@ def gate_reference(
     g_TG = _weigh(spec, value_TG, kept_TG)
     if spec.mask_below is not None:
         g_TG = torch.where(score_TG >= spec.mask_below, g_TG, 0.0)
-    blocks_G = torch.tensor(spec.blocks, device=g_TG.device)
-    return torch.repeat_interleave(spec.constant * g_TG, blocks_G, dim=1)
+    return _by_rank(spec.constant * g_TG, spec.blocks)
+
+
+def _by_rank(g_TG: torch.Tensor, blocks: Sequence[int]) -> torch.Tensor:
+    """[T, R]: every gate, for each rank of its block. No GPU is asked for the sizes."""
+    if len(set(blocks)) == 1:
+        return g_TG.repeat_interleave(blocks[0], dim=1)
+    gates = zip(g_TG.split(1, dim=1), blocks, strict=True)
+    return torch.cat([g_T1.expand(-1, size) for g_T1, size in gates], dim=1)
 
 
 def _score(spec: GateSpec, u_TG: torch.Tensor) -> torch.Tensor:

@@ -23,6 +23,7 @@ from vllm_lora_ext.kernels.mix_mlp import (
     register_block,
     scratch_for,
 )
+from vllm_lora_ext.kernels.mix_mlp.backends import eager
 from vllm_lora_ext.routing import GateSpec, InputNorm, Rescale
 from vllm_lora_ext.routing.mix import mix_reference
 
@@ -202,9 +203,16 @@ def experts(mlp: Mlp, ranks: list[int], gate: dict, g: torch.Generator, names=No
     return Experts(spec, router, {n: pair(*shapes[n]) for n in names or shapes})
 
 
+@pytest.fixture(params=[False, True], ids=["chosen rows", "all rows"])
+def rows_of_expert(request, monkeypatch):
+    """Which rows an expert computes in PyTorch: those that chose it, or as on a GPU all."""
+    if request.param:
+        monkeypatch.setattr(eager, "_counts", lambda _: False)
+
+
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize("gate", GATES, ids=lambda g: g.get("select", "all") + str(g.get("k", "")))
-def test_a_mixed_batch_equals_the_definition(gate, gated):
+def test_a_mixed_batch_equals_the_definition(gate, gated, rows_of_expert):
     g = torch.Generator().manual_seed(7)
     mlp = Mlp(24, 40, gated, g)
     mine = {0: experts(mlp, [3, 3, 3], gate, g), 2: experts(mlp, [2, 5, 1, 4], gate, g)}
@@ -223,6 +231,20 @@ def test_a_mixed_batch_equals_the_definition(gate, gated):
     torch.testing.assert_close(y, wanted, atol=2e-5, rtol=1e-5)
     untouched = [i for i, s in enumerate(slots) if s in (-1, 1)]
     assert torch.equal(y[untouched], base(mlp.act(first))[untouched])
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_rows_take_nothing_of_an_expert_that_they_did_not_choose(gated, rows_of_expert):
+    """Not even where it overflows."""
+    g = torch.Generator().manual_seed(9)
+    mlp, x = Mlp(24, 40, gated, g), torch.rand(4, 24, generator=g)
+    e = experts(mlp, [3, 3, 3], {**TOP2, "k": 1}, g)
+    e.router_GK[1] = -100.0
+    wanted = mix_reference(e, x, mlp.linears(), silu if gated else gelu)
+    for part in e.parts.values():
+        part.b_NR[:, 3:6] = 1e38
+    mlp.write(0, e)
+    torch.testing.assert_close(mlp.forward(x, [0] * 4), wanted, atol=2e-5, rtol=1e-5)
 
 
 def multiplied(mlp: Mlp, e: Experts, x: torch.Tensor, factors_T: torch.Tensor) -> torch.Tensor:

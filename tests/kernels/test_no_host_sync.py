@@ -7,6 +7,7 @@ The path runs on tensors without memory, up to the launches, with a double in pl
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,7 +33,8 @@ from vllm_lora_ext.kernels.gated_lora.op import (  # the ops themselves take no 
     _extended_linear,
     embedding_lora_static_,
 )
-from vllm_lora_ext.kernels.mix_mlp import BlockSite
+from vllm_lora_ext.kernels.mix_mlp import BlockSite, register_block, scratch_for
+from vllm_lora_ext.kernels.mix_mlp.op import _block_mix
 from vllm_lora_ext.routing import GateSpec
 
 pytest.importorskip("triton")
@@ -132,6 +134,26 @@ def test_both_launches_of_a_layer(launches, page_locked):  # noqa: F811
     with host_syncs(page_locked) as seen:
         finish_(y_TN, x_TK, begin(x_TK, on), on)
     assert seen == [] and launches.count == 2
+
+
+@pytest.mark.parametrize("select", [{"k": 2, "select": "top_k"}, {"top_p": 0.6, "select": "top_p"}])
+def test_a_layer_in_pytorch(select, page_locked):  # noqa: F811
+    """On a GPU without Triton; rows of a slot that lie apart, and gates of uneven blocks."""
+    gate = GateSpec(source="router", blocks=(4, 4, 3, 5), score="softmax", bias="select", **select)
+    on = Site(4, K, SIZES, RANK, 8, torch.bfloat16, "meta", backend=choice.eager)
+    on.step, rng = step_map(), np.random.default_rng(0)
+    modules = [random_module(rng, K, n, gate, rank=RANK) for n in SIZES]
+    out = [torch.empty(s, dtype=d, pin_memory=True) for s, d in on.shapes(modules)]
+    ready = on.pack(modules, out)
+    on.reserve_routers(on.most_routers)
+    x_TK = torch.empty(len(SLOTS), K, dtype=torch.bfloat16, device="meta")
+    y_TN = torch.empty(len(SLOTS), sum(SIZES), dtype=torch.bfloat16, device="meta")
+    on.load(2, ready)  # waits for the gate's vectors; the kernels' tables do not
+    with host_syncs(page_locked) as seen:
+        on.step.update(SLOTS)
+        finish_(y_TN, x_TK, begin(x_TK, on), on)
+        on.clear(2)
+    assert seen == []
 
 
 def test_weights_that_are_fetched_beside_a_product(launches, page_locked):  # noqa: F811
@@ -240,6 +262,37 @@ def test_an_mlp_block(launches, page_locked):  # noqa: F811
     with host_syncs(page_locked) as seen:
         mix_(a_TI, z_PTR, base_TN, u_PTR, block)
     assert seen == [] and launches.count == 1
+
+
+@pytest.mark.parametrize("on_kernels", [True, False])
+def test_an_adapter_of_an_mlp_block(on_kernels, launches, page_locked):  # noqa: F811
+    """Goes in, computes as the block's ops have it, and goes out; one whose activation the kernel
+    lacks does so in PyTorch, for rows of a slot that lie apart and for those that do not."""
+    first, last, step = site((32, 32)), site((K,), 32), step_map()
+    block = BlockSite(first, last, torch.nn.functional.glu, act_name="silu" if on_kernels else None)
+    first.step = last.step = step
+    handle, rng = register_block(block), np.random.default_rng(0)
+    gate = replace(ROUTER, bias="none")
+    parts = [random_module(rng, K, 32, spec, rank=RANK) for spec in (gate, GateSpec())]
+    down = random_module(rng, 32, K, GateSpec(), rank=RANK)
+    shapes = block.shapes(parts, down)
+    out = [torch.empty(s, dtype=d, pin_memory=True) for s, d in shapes]
+    packed = block.pack(gate, parts, down, out=out)
+    assert packed.on_kernels == on_kernels
+    first.reserve_routers(first.most_routers)
+    t = len(SLOTS)
+    gate_up_TN, x_TK, a_TI, y_TN = (
+        torch.empty(t, n, dtype=torch.bfloat16, device="meta") for n in (64, K, 32, K)
+    )
+    memory = scratch_for([block], MOST, torch.bfloat16)
+    with host_syncs(page_locked) as seen:
+        block.load(2, packed)
+        step.update(SLOTS)
+        finish_(gate_up_TN, x_TK, begin(x_TK, first, memory.u), first)
+        _block_mix(a_TI, memory.z, gate_up_TN, memory.u, handle)
+        finish_(y_TN, a_TI, begin(a_TI, last, memory.z), last)
+        block.clear(2)
+    assert seen == [] and launches.count > 0
 
 
 @pytest.mark.parametrize("slots_T", [SLOTS, np.full(9, -1)])

@@ -1,5 +1,9 @@
-"""A block in PyTorch, on any device: a loop over slots and experts that waits for the device. It
-has no launch of its own between the linears; `BlockSite` calls `mix`."""
+"""A block in PyTorch, on any device: a loop over slots and experts. It has no launch of its own
+between the linears; `BlockSite` calls `mix`.
+
+On a CPU an expert computes the rows that chose it. A GPU would have to say how many these are, and
+the host to wait for that: there each expert computes all rows of its slot.
+"""
 
 from __future__ import annotations
 
@@ -52,19 +56,38 @@ def mix(
     z_TR = u_TR.new_zeros(len(u_TR), sum(plan.gate.blocks))
     mixed: torch.Tensor | None = None
     for e, (start, stop) in enumerate(plan.spans):
-        rows_T = torch.nonzero(chosen_TE[:, e]).flatten()
+        rows_T = _rows_of_expert(chosen_TE[:, e])
         if not len(rows_T):
             continue
+        v_T1 = v_TE[rows_T, e, None]
         a_TI = plan.act(_expert_input(slices, base_TN[rows_T], u_TR[rows_T], start, stop))
         if plan.last is not None:
             a_d_RI = plan.last.a_RK[start:stop].float()
-            z_TR[rows_T, start:stop] = v_TE[rows_T, e, None] * torch.mm(a_TI, a_d_RI.t())
+            z_TR[rows_T, start:stop] = _weighted(torch.mm(a_TI, a_d_RI.t()), v_T1)
         if mixed is None:
             mixed = base_TN.new_zeros(len(u_TR), a_TI.shape[1])
-        mixed.index_add_(0, rows_T, v_TE[rows_T, e, None] * a_TI)
+        mixed.index_add_(0, rows_T, _weighted(a_TI, v_T1))
     if mixed is None:  # no expert at all: the block's output is zero, as the formula has it
         mixed = torch.zeros_like(plan.act(base_TN))
     return mixed, z_TR, v_TE.sum(dim=1)
+
+
+def _counts(x: torch.Tensor) -> bool:
+    """Whether the host knows at once what is in a tensor."""
+    return x.is_cpu
+
+
+def _rows_of_expert(chosen_T: torch.Tensor) -> torch.Tensor:
+    """Numbers of the rows that an expert computes."""
+    if _counts(chosen_T):
+        return torch.nonzero(chosen_T).flatten()
+    return torch.arange(len(chosen_T), device=chosen_T.device)
+
+
+def _weighted(x_TN: torch.Tensor, v_T1: torch.Tensor) -> torch.Tensor:
+    """v x, and 0 of rows that did not choose the expert, whatever it has made of them."""
+    vx_TN = v_T1 * x_TN
+    return vx_TN if _counts(x_TN) else vx_TN.masked_fill_(v_T1 == 0, 0.0)
 
 
 def _expert_input(
