@@ -36,8 +36,19 @@ class GateLayers:
     attention: torch.Tensor
     attention_bias: torch.Tensor
 
-    def tensors(self, device: torch.device | None = None) -> list[torch.Tensor]:
-        return [value.to(device) for value in vars(self).values()]
+    _on: dict[torch.device, list[torch.Tensor]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.first, self.first_bias, self.second, self.second_bias, self.attention,
+                self.attention_bias]  # fmt: skip
+
+    def on(self, device: torch.device) -> list[torch.Tensor]:
+        """They go to a device once: no step but the first of an adapter's waits for that."""
+        if device not in self._on:
+            self._on[device] = [value.to(device) for value in self.tensors()]
+        return self._on[device]
 
 
 class AttentionPooling:
@@ -46,31 +57,37 @@ class AttentionPooling:
 
     def __init__(self, layers: GateLayers) -> None:
         self._layers = layers
-        self._most = torch.tensor(float("-inf"))
-        self._sum = torch.tensor(0.0)
-        self._total_D = torch.zeros(layers.second.shape[0])
+        self._seen: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     def add(self, hidden_TK: torch.Tensor) -> None:
-        first, first_bias, second, second_bias, weight, bias = self._layers.tensors(
-            hidden_TK.device
-        )
+        first, first_bias, second, second_bias, weight, bias = self._layers.on(hidden_TK.device)
         h_TN = functional.gelu(functional.linear(hidden_TK.float(), first, first_bias))
         v_TD = functional.linear(h_TN, second, second_bias)
         logits_T = functional.linear(v_TD, weight, bias)[:, 0]
-        most = torch.maximum(self._most.to(logits_T.device), logits_T.max())
-        kept, share_T = (self._most.to(most.device) - most).exp(), (logits_T - most).exp()
-        self._sum = self._sum.to(most.device) * kept + share_T.sum()
-        self._total_D = self._total_D.to(most.device) * kept + share_T @ v_TD
-        self._most = most
+        most_before, sum_before, total_before_D = self._seen or (
+            logits_T.new_full((), float("-inf")),
+            logits_T.new_zeros(()),
+            v_TD.new_zeros(len(second)),
+        )
+        most = torch.maximum(most_before, logits_T.max())
+        kept, share_T = (most_before - most).exp(), (logits_T - most).exp()
+        self._seen = most, sum_before * kept + share_T.sum(), total_before_D * kept + share_T @ v_TD
 
     def gate(self) -> torch.Tensor:
-        gate_D = (self._total_D / self._sum).relu().clamp(max=LARGEST).cpu()
+        if self._seen is None:
+            raise _not_finite("no token")
+        _, sum_, total_D = self._seen
+        gate_D = (total_D / sum_).relu().clamp(max=LARGEST).cpu()
         if not is_finite(gate_D):
-            raise AdapterError(
-                "bad_value", "the gate of this 'instruction' is not finite", seen="NaN or infinity",
-                limit="one token or more, finite hidden states", fix="send another instruction",
-            )  # fmt: skip
+            raise _not_finite("NaN or infinity")
         return gate_D
+
+
+def _not_finite(seen: str) -> AdapterError:
+    return AdapterError(
+        "bad_value", "the gate of this 'instruction' is not finite", seen=seen,
+        limit="one token or more, finite hidden states", fix="send another instruction",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
