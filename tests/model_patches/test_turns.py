@@ -24,6 +24,7 @@ class Crowd:
         self.core = Core({"/a": "v"}, slots=slots, slot_wait_s=1.0, policy=policy)
         self._now, self.count = now, 0
         self.more: tuple[int, ...] = ()
+        self.priority: dict[int, int] = {}  # of those, by adapter; 0 where nothing is said
         self.done: list[str] = []
 
     def ask(self, key: str, number: int, n: int = 9, priority: int = 0) -> None:
@@ -36,7 +37,8 @@ class Crowd:
             self.count += 1
             if self.count % 4 == 0:
                 for number in self.more:
-                    self.ask(f"more-{number}-{self.count}", number)
+                    priority = self.priority.get(number, 0)
+                    self.ask(f"more-{number}-{self.count}", number, priority=priority)
             outputs = self.core.step()
             self.done += [o.request_id for o in outputs if o.finish_reason is not None]
 
@@ -127,6 +129,59 @@ def test_who_comes_first_by_priority_is_not_held_back(now):
     crowd.ask("first", 1, n=2, priority=1)
     crowd.steps(5)
     assert crowd.done == ["first"]
+
+
+def test_an_adapter_that_is_pinned_meanwhile_leaves_nothing(now):
+    crowd = Crowd(2, now)
+    crowd.core.core.add_lora(lora("n1", 1))
+    crowd.more = (1, 2)
+    crowd.steps(8)
+    crowd.ask("other", 3)
+    crowd.steps(12)
+    leaving = crowd.core.core._lora_ext.turns._leaving
+    assert leaving in (1, 2)
+    crowd.core.core.add_lora(lora(f"n{leaving}", leaving))
+    assert crowd.core.core.pin_lora(leaving)
+    crowd.done.clear()
+    crowd.steps(60)
+    assert "other" in crowd.done
+    assert sum(key.startswith(f"more-{leaving}-") for key in crowd.done) > 10
+
+
+def test_a_slot_that_another_takes_first_is_not_the_end(now):
+    """A more urgent request is given the slot that was to be free; then its adapter leaves."""
+    crowd = Crowd(1, now, policy="priority")
+    crowd.ask("long", 1, n=30)
+    crowd.steps(1)
+    crowd.ask("other", 2, priority=5)
+    crowd.steps(15)
+    crowd.ask("urgent", 3, n=20)
+    crowd.more, crowd.priority = (3,), {3: 5}
+    crowd.steps(120)
+    assert "urgent" in crowd.done and "other" in crowd.done
+
+
+def test_who_may_not_be_held_back_is_not_waited_for(now):
+    """The adapter with the fewest requests has more urgent ones: another leaves."""
+    crowd = Crowd(2, now, policy="priority")
+    crowd.more, crowd.priority = (1, 2), {1: 1, 2: 5}
+    for key in ("a", "b", "c"):
+        crowd.ask(key, 2, n=60, priority=5)
+    crowd.steps(8)
+    crowd.ask("other", 3, priority=5)
+    crowd.steps(25)
+    crowd.ask("first", 4, priority=1)
+    crowd.steps(150)
+    assert {"other", "first"} <= {*crowd.done}
+
+
+def test_first_come_first_served_has_no_priorities(now):
+    crowd = Crowd(1, now)
+    crowd.more, crowd.priority = (1,), {1: -1}
+    crowd.steps(8)
+    crowd.ask("other", 2)
+    crowd.steps(60)
+    assert "other" in crowd.done
 
 
 def test_a_scheduler_that_has_nothing_waiting_is_asked_nothing(now, monkeypatch):
