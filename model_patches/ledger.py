@@ -306,7 +306,7 @@ class Ledger(Book):
         given = {at for at, held in self._held.items() if held.given and self._is_current(at)}
         current = self._versions.current(lora_id)
         own = {current} if current is not None else set()
-        return given | self._theirs | self.pinned | self._named() | own
+        return given | self._theirs | self._pins.kept | self._named() | own
 
     def _take_out(self, reports: list[Any], at: int, failed: bool) -> None:
         """Forgets what the workers have evicted."""

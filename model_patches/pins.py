@@ -25,8 +25,13 @@ class Pins:
         self.now: frozenset[int] = frozenset()  # these have their slots in every step
         self._heirs: dict[int, int] = {}  # by a version, the pinned one whose slot it waits for
 
+    @property
+    def kept(self) -> frozenset[int]:
+        """The versions that have their slots for good, or will have."""
+        return self.now | self._heirs.keys()
+
     def keeps(self, at: int) -> bool:
-        """Whether a version has its slot for good, or will have."""
+        """Whether a version is one of `kept`."""
         return at in self.now or at in self._heirs
 
     def pin(self, at: int, named: set[int], running: set[int]) -> bool:

@@ -141,7 +141,8 @@ class Engine:
         def asks(at: int) -> Any:
             return SimpleNamespace(lora_request=Request("", at))
 
-        turns = Turns(SimpleNamespace(running=[*map(asks, self.running)]), self.slots, 1.0)
+        scheduler = SimpleNamespace(running=[*map(asks, self.running)], policy="fcfs")
+        turns = Turns(scheduler, self.slots, 1.0)
         return turns.admits(asks(at), self.ledger.pinned)
 
     def write(self, path: str, version: str) -> None:

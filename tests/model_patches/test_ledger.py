@@ -300,6 +300,21 @@ def test_a_pin_is_passed_on_over_any_number_of_versions(engine):
     assert engine.ledger.pinned == engine.ranks[0].pinned == {new, 2}
 
 
+def test_a_pin_is_not_lost_to_an_adapter_that_needs_room():
+    """The next version waits for its slot: host memory keeps it meanwhile."""
+    engine = Engine({"/a": "v1", "/c": "x1"}, slots=2, room=2)
+    engine.ledger.add(Request("a", 1))
+    engine.ledger.pin(1)
+    engine.named = engine.running = {1}
+    engine.write("/a", "v2")
+    engine.ledger.add(Request("a", 1, load_inplace=True))
+    assert engine.code(engine.ledger.add, Request("c", 3, "/c")) == "host_cache_full"
+    engine.named = engine.running = set()
+    engine.ledger.tidy()
+    (new,) = engine.ledger.pinned
+    assert engine.ranks[0].held[new] == "v2"
+
+
 def test_from_memory(engine):
     tensors = Request("t", MEMORY_IDS + 5, "memory:t", load_inplace=True)
     assert engine.code(engine.ledger.add, tensors) == "not_found"
