@@ -179,6 +179,20 @@ def test_what_is_no_trace_is_refused(change: Any, code: str) -> None:
     assert caught.value.code == code
 
 
+@pytest.mark.parametrize("count", [-1 << 16, 0, (1 << 16) + 1, 10**30, True, None, 2.0])
+def test_every_count_of_experts_is_checked_before_anything_is_kept(
+    monkeypatch: pytest.MonkeyPatch, count: object
+) -> None:
+    """A negative one would let the sum of sizes pass, one too large would be of wrong code."""
+    given = example().to_dict()
+    monkeypatch.setattr(torch, "full", lambda *_, **__: pytest.fail("memory is taken"))
+    given["modules"] = {name: {"num_experts": n, "experts": [[]] * 4, "weights": [[]] * 4}
+               for name, n in ((UP, 1 << 16), (DOWN, count))}  # fmt: skip
+    with pytest.raises(AdapterError) as caught:
+        Trace.from_json(json.dumps(given))
+    assert caught.value.code == "bad_value" and DOWN in caught.value.text
+
+
 def _with(d: dict[str, Any], **parts: Any) -> str:
     return json.dumps(d | {"modules": {UP: d["modules"][UP] | parts}})
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import json
 import os
 from pathlib import Path
 
@@ -120,6 +122,15 @@ def test_a_reader_s_error_names_no_folder_of_the_server(monkeypatch):
     monkeypatch.setattr(build, "run", lacking)
     said = AdapterError.parse(build._answer('{"folders": {"base": "/data/models/base"}}')["error"])
     assert said.code == "not_found" and said.text == "there is no checkpoint; seen: <path>."
+
+
+@pytest.mark.parametrize("line", ["no JSON", "", "[1]", '{"folders": '])
+def test_a_line_that_is_no_job_does_not_end_the_process(line, capsys):
+    answers = io.StringIO()
+    build.main(io.StringIO(f"{line}\n" * 2), answers)
+    for answer in map(json.loads, answers.getvalue().splitlines()):
+        assert AdapterError.parse(answer["error"]).code == "merge_failed"
+    assert answers.getvalue().count("\n") == 2 and "Traceback" in capsys.readouterr().err
 
 
 def test_a_machine_that_starts_no_process_is_a_typed_error(monkeypatch):

@@ -10,11 +10,34 @@ from pathlib import Path
 
 from vllm_lora_ext.errors import AdapterError
 
-# An absolute path: whatever stands in quotes, or up to a blank. Not a part of an address or of a
-# relative path, no route of the server, and not the end of an `AdapterError`'s text.
+# Where an absolute path of the server stands in a text. Texts may be long: no branch may
+# take more than linear time.
 _PATH = re.compile(
-    r"(?P<quote>['\"`])(?P<quoted>/(?!/|v1/)[^'\"`\n]+)(?P=quote)"
-    r"|(?<![\w/.~\-<])(?P<bare>/(?!/|v1/|lora_ext\])[^\s'\"`,;()\[\]{}<>]+(?<![.:]))"
+    r"""
+    :// [^\s'"`,;<>()]*                # an address, which is passed by whole
+
+    |                                  # in quotes: all between them
+    (?: (?<! [\w\\] )                  # after a word or a backslash it is no opening quote,
+      | (?<= (?<! [\w'"`] ) b ) )      # but for Python's bytes
+    (?P<quote> ['"`] )
+    (?P<quoted>
+        /++ (?! v[12] (?! [\w.\-] ) )  # no route
+        (?: (?! (?P=quote) (?! \w ) )  # a quote before a letter is an apostrophe
+            (?: \\. | [^\n\\] ) )+
+    )
+    (?P=quote)
+
+    |                                  # bare: up to a blank, a quote or the next path
+    (?<! [^\s'"`=:(,;<\[{] )           # after one of these, or first
+    (?P<bare>
+        //? (?! v[12] (?! [\w.\-] ) )
+        [^\s'"`,;()\[\]{}<>/]+ /++     # two parts at least: one alone may be a route
+        (?: (?! [=:(,;\[{] / )
+            (?: [^\s'"`<>] | ' (?= \w ) ) )+
+        (?<! [.,:;)\]}/] )             # the sentence's, not the path's
+    )
+    """,
+    re.VERBOSE,
 )
 
 
@@ -62,17 +85,23 @@ def shown(path: Path) -> str:
 def without_paths(text: str, sent: Collection[str] = ()) -> str:
     """An error's text for whoever may not know how the server's disk looks.
 
-    The last resort, for texts that nobody here has written.
+    The last resort, for texts that nobody here has written. It cannot tell a path from all else:
+
+    - what starts with /v1 or /v2 stays, and so does a bare path of one part (`/health`, `/data`);
+      other routes and JSON pointers of two parts go as if they were paths;
+    - a bare path ends at a blank, though its file's name may go on;
+    - an address stays, `file:///data/x` too.
 
     Args:
-        sent: paths that its reader has named, which stay, and what lies below them.
+        sent: paths that its reader has named. They stay, and so does what lies below those of two
+            parts or more: whoever names / has not named all that there is.
     """
-
-    own = [path.rstrip("/") + "/" for path in sent if path]
+    own = {path.rstrip("/") for path in sent if path}
+    above = [path + "/" for path in own if "/" in os.path.normpath(path).strip("/")]
 
     def hide(match: re.Match[str]) -> str:
         path = match["quoted"] or match["bare"]
-        if any((path + "/").startswith(place) for place in own):
+        if not path or path.rstrip("/") in own or any(map(path.startswith, above)):
             return match[0]
         quote = match["quote"] or ""
         return f"{quote}<path>{quote}"

@@ -79,8 +79,8 @@ def _embedder(folder: str) -> Embedder:
 
 
 def _answer(line: str) -> dict[str, Any]:
-    job = json.loads(line)
     try:
+        job = json.loads(line)
         return run(job)
     except AdapterError as error:
         if error.code == "output_failed":  # the server's disk, not the client's mistake

@@ -158,8 +158,8 @@ def _sparse(weight_TE: torch.Tensor) -> dict[str, Any]:
 
 
 def _check_size(modules: dict[str, Any], num_tokens: int) -> None:
-    counts = [m.get("num_experts") for m in modules.values() if isinstance(m, dict)]
-    size = 4 * num_tokens * sum(count for count in counts if type(count) is int)
+    counts = [_num_experts(name, given) for name, given in modules.items()]
+    size = 4 * num_tokens * sum(counts)
     if size > MAX_BYTES:
         raise AdapterError(
             "too_large", "the trace needs more memory than is given to traces",
@@ -167,12 +167,18 @@ def _check_size(modules: dict[str, Any], num_tokens: int) -> None:
         )  # fmt: skip
 
 
-def _dense(name: str, given: Any, num_tokens: int) -> torch.Tensor:
+def _num_experts(name: str, given: Any) -> int:
     if not isinstance(given, dict) or set(given) != {"num_experts", "experts", "weights"}:
         raise _bad(name, "an object of num_experts, experts and weights")
-    count, experts, weights = given["num_experts"], given["experts"], given["weights"]
+    count = given["num_experts"]
     if type(count) is not int or not 1 <= count <= 1 << 16:
         raise _bad(f"num_experts of {name}", f"1 to {1 << 16}", count)
+    return count
+
+
+def _dense(name: str, given: dict[str, Any], num_tokens: int) -> torch.Tensor:
+    """[num_tokens, num_experts] of a module that `_check_size` has let pass."""
+    count, experts, weights = given["num_experts"], given["experts"], given["weights"]
     lists = isinstance(experts, list) and isinstance(weights, list)
     if not lists or not len(experts) == len(weights) == num_tokens:
         raise _bad(name, f"experts and weights of {num_tokens} tokens")
