@@ -23,7 +23,7 @@ from typing import Any
 
 import httpx
 import schemathesis
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from schemathesis.core import NotSet
@@ -165,6 +165,7 @@ def fuzz(door: Door, route: str, mode: GenerationMode, until: float) -> None:
     operation = door.schema[route]["POST"]
     strategy = operation.as_strategy(generation_mode=mode)
 
+    @seed(time.time_ns())  # without one, the end of the time is told as a failure to reproduce
     @settings(
         max_examples=10**9, deadline=None, database=None, phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
