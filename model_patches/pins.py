@@ -32,7 +32,7 @@ class Pins:
 
     def keeps(self, at: int) -> bool:
         """Whether a version is one of `kept`."""
-        return at in self.now or at in self._heirs
+        return at in self.kept
 
     def pin(self, at: int, named: set[int], running: set[int]) -> bool:
         """Keeps a version that is held in its slot for good.

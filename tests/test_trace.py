@@ -146,6 +146,18 @@ def test_json_keeps_every_bit(tokens: int, experts: int, seed: int) -> None:
     assert dataclasses.replace(again, weights={}) == dataclasses.replace(trace, weights={})
 
 
+def test_a_process_of_another_default_dtype_reads_the_same() -> None:
+    """As an engine is while its model is built."""
+    trace = Trace([1], {"m": torch.tensor([[1 / 3, 2 / 3]])}, 1)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        again = Trace.from_json(trace.to_json())
+    finally:
+        torch.set_default_dtype(before)
+    assert torch.equal(again.weights["m"], trace.weights["m"])
+
+
 def test_json_holds_the_chosen_only() -> None:
     module = example().to_dict()["modules"][UP]
     assert module["num_experts"] == 3

@@ -182,7 +182,7 @@ def _dense(name: str, given: dict[str, Any], num_tokens: int) -> torch.Tensor:
     lists = isinstance(experts, list) and isinstance(weights, list)
     if not lists or not len(experts) == len(weights) == num_tokens:
         raise _bad(name, f"experts and weights of {num_tokens} tokens")
-    weight_TE = torch.full((num_tokens, count), float("nan"))
+    weight_TE = torch.full((num_tokens, count), float("nan"), dtype=torch.float32)
     for t, (chosen, values) in enumerate(zip(experts, weights, strict=True)):
         if chosen is None and values is None:
             continue
@@ -190,7 +190,7 @@ def _dense(name: str, given: dict[str, Any], num_tokens: int) -> torch.Tensor:
         if not fits or len(set(chosen)) < len(chosen) or not all(0 <= e < count for e in chosen):
             raise _bad(f"token {t} of {name}", f"experts 0 to {count - 1}, a number for each")
         weight_TE[t] = 0.0
-        weight_TE[t, chosen] = torch.tensor([float(v) for v in values])
+        weight_TE[t, chosen] = torch.tensor([float(v) for v in values], dtype=torch.float32)
     return weight_TE
 
 
