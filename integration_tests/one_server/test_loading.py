@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -24,6 +25,7 @@ from integration_tests.one_server.asking import (
     of_its_own,
     post,
     refused,
+    send,
     unload,
     version_of,
 )
@@ -94,19 +96,26 @@ def streamed(server: Server, model: str, prompt: list[int], n: int) -> tuple[str
     return version, tokens
 
 
-def test_the_list_counts_requests_that_run(server, places):
-    """Of the adapter that they name; no route pins one."""
-    prompt, n, rows = PLAIN.prompts[0], 200, []
-    assert load(server, "busy", places.adapters / "plain").status_code == 200
-    for _ in range(2):
-        running = streaming(server, "busy", prompt, n)
-        version, first = next(running), next(running)
-        rows += [listed(server, "busy"), listed(server, "plain")]
-        assert [first, *running][: len(PLAIN.greedy[0])] == PLAIN.greedy[0]
-        rows.append(listed(server, "busy"))
-    assert [row["in_flight"] for row in rows] == [1, 0, 0] * 2
-    assert not any(row["pinned"] for row in rows)
-    assert (rows[0]["version"], rows[0]["residency"]) == (version, "slot")
+def test_the_list_counts_requests_in_flight(server, places):
+    """Of the adapter that they name; no route pins one. The engine is paused meanwhile: on few
+    cores a tiny request is over before the server hears that it was asked for the list."""
+    prompt, n, rows = PLAIN.prompts[0], len(PLAIN.greedy[0]), []
+    version = version_of(load(server, "busy", places.adapters / "plain"))
+    with ThreadPoolExecutor(2) as pool:
+        assert send(server, "pause?mode=keep", {}).status_code == 200
+        try:
+            running = [pool.submit(streamed, server, "busy", prompt, n) for _ in range(2)]
+            until = time.monotonic() + 60
+            while time.monotonic() < until and rows[-1:] != [2]:
+                rows.append(listed(server, "busy")["in_flight"])
+            assert (rows[-1], listed(server, "plain")["in_flight"]) == (2, 0)
+        finally:
+            assert send(server, "resume", {}).status_code == 200
+        assert [job.result() for job in running] == [(version, PLAIN.greedy[0])] * 2
+    row = listed(server, "busy")
+    assert [row[key] for key in ("version", "in_flight", "pinned", "residency")] == [
+        version, 0, False, "slot",
+    ]  # fmt: skip
     assert unload(server, "busy").status_code == 200
 
 
