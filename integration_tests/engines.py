@@ -23,7 +23,8 @@ ENVIRONMENT = {
 worker = os.environ.get("PYTEST_XDIST_WORKER")
 if worker is not None and "VLLM_CPU_OMP_THREADS_BIND" not in os.environ:
     # Engines that run side by side would wait for each other's spinning threads.
-    core = int(worker.removeprefix("gw")) % (os.cpu_count() or 1)
+    cores = sorted(os.sched_getaffinity(0))
+    core = cores[int(worker.removeprefix("gw")) % len(cores)]
     ENVIRONMENT |= {"VLLM_CPU_OMP_THREADS_BIND": str(core), "OMP_NUM_THREADS": "1"}
 
 

@@ -14,7 +14,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,39 @@ def command(base: Path, port: int, lora_ext: dict[str, Any] | None, *flags: str)
     ]  # fmt: skip
 
 
+@contextlib.contextmanager
+def paused(server: Server) -> Iterator[Callable[[Collection[str], int], None]]:
+    """An engine that keeps its requests and computes none of them, of a server in vLLM's dev mode.
+
+    On few cores a tiny request is over before the server is heard again, so that of many sent at
+    once no two need ever be computed together.
+
+    Yields:
+        What waits until the engine has so many requests for adapters of these names.
+    """
+
+    def say(route: str) -> None:
+        url = f"{server.url}/{route}"
+        httpx.post(url, json={}, timeout=60, trust_env=False).raise_for_status()
+
+    def wait_for(names: Collection[str], count: int) -> None:
+        deadline = time.monotonic() + 60
+        while (found := in_flight(server, names)) != count:
+            assert time.monotonic() < deadline, f"{found} requests for {names} in flight"
+
+    say("pause?mode=keep")
+    try:
+        yield wait_for
+    finally:
+        say("resume")
+
+
+def in_flight(server: Server, names: Collection[str]) -> int:
+    """Requests for adapters of these names, as the server lists them."""
+    answer = httpx.get(f"{server.url}/v1/lora_ext/adapters", timeout=60, trust_env=False)
+    return sum(row["in_flight"] for row in answer.json()["data"] if row["name"] in names)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -146,6 +179,6 @@ def ended(
 
 def _healthy(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/health", timeout=2).status_code == 200
+        return httpx.get(f"{url}/health", timeout=2, trust_env=False).status_code == 200
     except httpx.TransportError:
         return False

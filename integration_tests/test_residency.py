@@ -188,7 +188,7 @@ def test_no_adapter_waits_for_ever(llama):
     """Four slots, and four adapters of which one request follows the other without a gap."""
     engine = llama.llm_engine
     crowd = [lora(fx.folder, f"crowd-{i}") for i, fx in enumerate((PLAIN, MOE, PLAIN, MOE))]
-    late, left = lora(MOE.folder, "late"), time.monotonic() + 15
+    late = lora(MOE.folder, "late")
     keys: dict[str, LoRARequest] = {}
 
     def ask(request: LoRARequest, length: int) -> None:
@@ -199,6 +199,7 @@ def test_no_adapter_waits_for_ever(llama):
 
     for request in (*crowd, late):
         engine.add_lora(request)  # so that none is read while others already run
+    left = time.monotonic() + 120
     for request in crowd:
         ask(request, 200)
         ask(request, 100)

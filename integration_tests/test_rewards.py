@@ -206,5 +206,7 @@ def test_requests_that_are_refused(
 
 def test_a_body_that_is_no_json(server: Server) -> None:
     url = f"{server.url}/v1/lora_ext/reward"
-    answer = httpx.post(url, content=b"{", headers={"Content-Type": "application/json"})
+    answer = httpx.post(
+        url, content=b"{", headers={"Content-Type": "application/json"}, timeout=60, trust_env=False
+    )
     assert answer.status_code == 400

@@ -136,7 +136,7 @@ def start(
 
 def end_all(mark: str, session: int) -> list[str]:
     """Ends what is left of a run after a moment's grace, and says what that was."""
-    deadline = time.monotonic() + 15
+    deadline = time.monotonic() + 60
     while (left := ours(mark, session)) and time.monotonic() < deadline:
         time.sleep(0.2)
     names = []

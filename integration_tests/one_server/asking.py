@@ -96,5 +96,6 @@ def counters(server: Server) -> dict[str, float]:
 def of_its_own(client: OpenAI) -> OpenAI:
     """A client with its own connections: one thread may close what another reads from."""
     return OpenAI(
-        base_url=client.base_url, api_key=client.api_key, max_retries=0, timeout=client.timeout
-    )
+        base_url=client.base_url, api_key=client.api_key, max_retries=0, timeout=client.timeout,
+        http_client=httpx.Client(trust_env=False),
+    )  # fmt: skip

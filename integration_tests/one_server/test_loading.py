@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -25,12 +24,11 @@ from integration_tests.one_server.asking import (
     of_its_own,
     post,
     refused,
-    send,
     unload,
     version_of,
 )
 from integration_tests.reference_model import logits, scaled
-from integration_tests.server import Server
+from integration_tests.server import Server, in_flight, paused
 from tests.bad_adapters import GOOD, build_bad
 from vllm_lora_ext.adapters.model import RoutedAdapter
 from vllm_lora_ext.adapters.readers.native import write_native
@@ -97,20 +95,14 @@ def streamed(server: Server, model: str, prompt: list[int], n: int) -> tuple[str
 
 
 def test_the_list_counts_requests_in_flight(server, places):
-    """Of the adapter that they name; no route pins one. The engine is paused meanwhile: on few
-    cores a tiny request is over before the server hears that it was asked for the list."""
-    prompt, n, rows = PLAIN.prompts[0], len(PLAIN.greedy[0]), []
+    """Of the adapter that they name; no route pins one."""
+    prompt, n = PLAIN.prompts[0], len(PLAIN.greedy[0])
     version = version_of(load(server, "busy", places.adapters / "plain"))
     with ThreadPoolExecutor(2) as pool:
-        assert send(server, "pause?mode=keep", {}).status_code == 200
-        try:
+        with paused(server) as wait_for:
             running = [pool.submit(streamed, server, "busy", prompt, n) for _ in range(2)]
-            until = time.monotonic() + 60
-            while time.monotonic() < until and rows[-1:] != [2]:
-                rows.append(listed(server, "busy")["in_flight"])
-            assert (rows[-1], listed(server, "plain")["in_flight"]) == (2, 0)
-        finally:
-            assert send(server, "resume", {}).status_code == 200
+            wait_for({"busy"}, 2)
+            assert in_flight(server, {"plain"}) == 0
         assert [job.result() for job in running] == [(version, PLAIN.greedy[0])] * 2
     row = listed(server, "busy")
     assert [row[key] for key in ("version", "in_flight", "pinned", "residency")] == [
@@ -216,9 +208,10 @@ def test_an_adapter_that_is_gone_when_it_is_asked_for(server, client, places):
         answer = httpx.post(f"{server.url}/collective_rpc", json=body, timeout=60, trust_env=False)
         assert answer.status_code == 200, answer.text
     with ThreadPoolExecutor(3) as pool:
-        going = pool.submit(ask, client, "going", PLAIN.prompts[0])
-        plain = pool.submit(ask, client, "plain", PLAIN.prompts[0])  # its folder is there
-        base = pool.submit(ask, client, "base", PLAIN.prompts[0], 1)
+        going = pool.submit(ask, of_its_own(client), "going", PLAIN.prompts[0])
+        # Whose folders are there.
+        plain = pool.submit(ask, of_its_own(client), "plain", PLAIN.prompts[0])
+        base = pool.submit(ask, of_its_own(client), "base", PLAIN.prompts[0], 1)
         with pytest.raises(NotFoundError) as caught:
             going.result()
         assert caught.value.type == "not_found"

@@ -19,6 +19,7 @@ from integration_tests.one_server.asking import (
     fingerprint,
     load,
     names,
+    of_its_own,
     post,
     refused,
     unload,
@@ -36,8 +37,9 @@ def test_bad_adapters_are_refused_and_touch_nobody(server, client, places):
     before, during, stop = fingerprint(client), [], threading.Event()
 
     def neighbour() -> None:
+        own = of_its_own(client)
         while not stop.is_set():
-            during.append(fingerprint(client))
+            during.append(fingerprint(own))
 
     thread = threading.Thread(target=neighbour)
     thread.start()

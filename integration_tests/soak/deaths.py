@@ -95,6 +95,7 @@ def kill_part(server: Server, told: World, title: str) -> list[str]:
             for _ in range(2)
         ]
         time.sleep(2)
+        _heard(psutil.Process(server.process.pid))
         victim.kill()
         began = time.monotonic()
         answers = [job.result(2 * ENDS_S) for job in (load, *asked)]
@@ -109,6 +110,15 @@ def kill_part(server: Server, told: World, title: str) -> list[str]:
     if server.process.poll() is None:
         wrong.append(f"the server lives on {ENDS_S} s after the death of {title}")
     return wrong
+
+
+def _heard(process: psutil.Process) -> None:
+    """Waits until a process rests, so that what was sent to it has come to it."""
+    deadline = time.monotonic() + ENDS_S
+    before = -1.0
+    while (now := sum(process.cpu_times()[:2])) > before + 0.1 and time.monotonic() < deadline:
+        before = now
+        time.sleep(1)
 
 
 def part(server: Server, title: str) -> psutil.Process:
