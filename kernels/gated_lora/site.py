@@ -22,6 +22,7 @@ from vllm_lora_ext.kernels.gated_lora.plan import (
     shared_gate,
 )
 from vllm_lora_ext.kernels.gated_lora.step import StepMap
+from vllm_lora_ext.kernels.gated_lora.zeros import slot_zeros
 from vllm_lora_ext.routing import GatedSlice
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
@@ -78,8 +79,8 @@ class Site:
         if base_NK is not None:
             self.extension = Extension(base_NK, num_slots, ranks, self.most_routers)
         shape = num_slots, ranks, in_features
-        self.a_SRK = self.extension.a_SRK if self.extension else torch.zeros(
-            shape, dtype=self.store.dtype, device=device
+        self.a_SRK = self.extension.a_SRK if self.extension else slot_zeros(
+            shape, self.store.dtype, device
         )  # fmt: skip
         self.router_SGK = torch.zeros(num_slots, 0, in_features, dtype=torch.float32, device=device)
         self.rescale_S2N: torch.Tensor | None = None
@@ -167,11 +168,12 @@ class Site:
         if rows <= had:
             return
         try:
-            new_SGK = self.router_SGK.new_zeros(slots, rows, width)
-        except RuntimeError as error:  # PyTorch's, on every device
+            new_SGK = slot_zeros((slots, rows, width), torch.float32, self.router_SGK.device)
+        except (RuntimeError, OSError) as error:  # PyTorch's, on every device; the system's
             mib = slots * rows * width * self.router_SGK.itemsize >> 20
             raise MemoryError(f"{mib} MiB for routers") from error
-        new_SGK[:, :had] = self.router_SGK
+        if not self.store.in_place:
+            new_SGK[:, :had] = self.router_SGK
         self.router_SGK = new_SGK
         for slot, plan in enumerate(self.plans):
             if plan is not None and not self.store.in_place:

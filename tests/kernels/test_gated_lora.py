@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -186,13 +189,31 @@ def test_routers_take_memory_from_the_first_adapter_on_that_has_some():
     assert site.router_SGK.shape[1] == site.most_routers == MAX_RANK + 1
 
 
-def test_no_room_for_routers_changes_nothing(monkeypatch):
+def test_slots_that_are_host_copies_take_no_memory():
+    """As they stand, with room for routers, and with adapters in them."""
+    page = os.sysconf("SC_PAGE_SIZE")
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * page
+
+    before = resident()
+    site = Site(64, 4096, (4096,), 16, 16, torch.bfloat16, "cpu")
+    site.reserve_routers(8), site.reserve_routers(16)
+    for slot in range(64):
+        site.write(slot, [random_module(np.random.default_rng(slot), 4096, 4096, GateSpec(), 1)])
+    held = 64 * 4 * 2 * 4096  # one rank each
+    reserved = sum(t.nbytes for t in (site.a_SRK, site.router_SGK, *site.bt_SRN))
+    assert reserved > 45 << 20 and resident() - before < held + (8 << 20)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, OSError])
+def test_no_room_for_routers_changes_nothing(monkeypatch, error):
     site = Site(3, 24, (16,), MAX_RANK, MAX_RANK, torch.float32, "cpu")
 
-    def full(*_, **__):
-        raise torch.OutOfMemoryError("no room")
+    def full(*_):
+        raise error("no room")
 
-    monkeypatch.setattr(torch.Tensor, "new_zeros", full)
+    monkeypatch.setattr("vllm_lora_ext.kernels.gated_lora.site.slot_zeros", full)
     with pytest.raises(MemoryError, match="MiB"):
         site.reserve_routers(3)
     assert site.router_SGK.shape[1] == 0

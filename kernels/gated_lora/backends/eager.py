@@ -16,6 +16,7 @@ import torch
 
 from vllm_lora_ext.kernels.gated_lora.backends.base import Filled, Store
 from vllm_lora_ext.kernels.gated_lora.plan import PackedSite, Shape, SlicePlan, SlotPlan
+from vllm_lora_ext.kernels.gated_lora.zeros import slot_zeros
 from vllm_lora_ext.routing import GateSpec, gate_reference
 
 if TYPE_CHECKING:
@@ -42,9 +43,7 @@ class SliceStore(Store):
         self.in_place = torch.device(device).type == "cpu"
         if self.in_place:
             dtype = torch.float32
-        b_SRN = (
-            torch.zeros(num_slots, max_rank, n, dtype=dtype, device=device) for n in slice_sizes
-        )
+        b_SRN = (slot_zeros((num_slots, max_rank, n), dtype, device) for n in slice_sizes)
         super().__init__(dtype, b_SRN)
 
     def shapes(self, parts: Sequence[Filled]) -> list[Shape]:
