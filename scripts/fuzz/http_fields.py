@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -35,6 +36,7 @@ from vllm_lora_ext.conditions.said import FIELD, Said
 SOON_S = 20.0
 LOAD, UNLOAD, ROLLBACK = "/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/lora_ext/rollback"
 ADAPTERS, COMPLETIONS, CHAT = "/v1/lora_ext/adapters", "/v1/completions", "/v1/chat/completions"
+RESPONSES, MESSAGES = "/v1/responses", "/v1/messages"
 PLAIN = recorded("plain-a")
 NAMED = ("kept", "red", "green")
 KEYS = ("lora_name", "lora_path", "expected_version", "version", "name")
@@ -65,6 +67,7 @@ class Door:
         spec = self._http.get("/openapi.json").json()
         self.schema = schemathesis.openapi.from_dict(self._fuller(spec))
         paths = [str(adapters / name) for name in ("plain", "red", "green", "broken", "none")]
+        paths.append(str(PLAIN.folder))  # outside of the roots
         versions = [row["version"] for row in self._http.get(ADAPTERS).json()["data"]]
         self.there = st.fixed_dictionaries({
             "lora_name": st.sampled_from([*NAMED, "fuzzed", *ODD]),
@@ -92,13 +95,17 @@ class Door:
         said = Said.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas |= said.pop("$defs")
         said = {"anyOf": [said, {}, {"type": "string"}]}
+        chat = {"messages": {"const": [{"role": "user", "content": "t1"}]}}
         prompts = {
-            "CompletionRequest": {"prompt": {"const": [5, 6, 7]}},
-            "ChatCompletionRequest": {"messages": {"const": [{"role": "user", "content": "t1"}]}},
+            "CompletionRequest": ("max_tokens", {"prompt": {"const": [5, 6, 7]}}),
+            "ChatCompletionRequest": ("max_tokens", chat),
+            "AnthropicMessagesRequest": ("max_tokens", chat),
+            "ResponsesRequest": ("max_output_tokens", {"input": {"const": "t1"}}),
         }
-        for model, prompt in prompts.items():
+        for model, (budget, prompt) in prompts.items():
+            assert model in schemas, model
             properties = {
-                "model": {"enum": ["base", "base", "kept"]}, "max_tokens": {"const": 1}, **prompt,
+                "model": {"enum": ["base", "base", "kept"]}, budget: {"const": 1}, **prompt,
                 FIELD: said, "stream": {"type": "boolean"},
             }  # fmt: skip
             schemas[model] = {
@@ -203,10 +210,10 @@ def opened() -> Iterator[Door]:
         mixed = FIXTURES / "conditioned" / "scales-a" / "adapters"
         for name, source in (("plain", PLAIN.folder), ("red", mixed / "red"),
                              ("green", mixed / "green")):  # fmt: skip
-            (adapters / name).symlink_to(source)
+            shutil.copytree(source, adapters / name)
         (adapters / "broken").mkdir()
         (adapters / "broken" / "adapter_config.json").write_text("{")
-        settings = {"merge": {"store": str(home / "store")}}
+        settings = {"merge": {"store": str(home / "store")}, "adapter_roots": [str(adapters)]}
         argv = command(base_with_tokenizer(home / "base_llama"), free_port(), settings)
         with serving(argv, home / "server.log", VLLM_ALLOW_RUNTIME_LORA_UPDATING="1") as server:
             yield Door(server, adapters)
@@ -219,7 +226,7 @@ def main(argv: list[str]) -> int:
     given = parser.parse_args(argv)
     turns = [
         (route, mode)
-        for route in (LOAD, UNLOAD, ROLLBACK, COMPLETIONS, CHAT)
+        for route in (LOAD, UNLOAD, ROLLBACK, COMPLETIONS, CHAT, RESPONSES, MESSAGES)
         for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE)
     ]
     with opened() as door:
