@@ -1,12 +1,29 @@
-"""The order of unit tests under several processes; packages that bring rows of a table."""
+"""What all unit tests have: their order under several processes, the same random numbers in every
+run, no proxy before their own servers; packages that bring rows of a table."""
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+if find_spec("hypothesis"):  # a bare GPU machine has pytest alone
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile(
+        "tests", deadline=None, derandomize=True, print_blob=True,
+        suppress_health_check=[HealthCheck.too_slow],
+    )  # fmt: skip
+    settings.load_profile("tests")
+
+# Both names: urllib heeds the small one alone where both are set.
+_DIRECT = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+_DIRECT = ",".join(filter(None, (_DIRECT, "127.0.0.1,localhost")))
+os.environ.update(NO_PROXY=_DIRECT, no_proxy=_DIRECT)
 
 # Files that take longest begin first, so that no process waits at the end.
 _FIRST = (
@@ -22,6 +39,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (*_FIRST, item.path.name).index(item.path.name))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """What a test draws without a seed of its own; torch is not loaded for those that need none."""
+    if torch := sys.modules.get("torch"):
+        torch.manual_seed(0)
 
 
 @pytest.fixture

@@ -93,7 +93,7 @@ def imports() -> tuple[list[Import], list[Import]]:
     """Imports of the product: of each other, and of other packages."""
     ours, others = [], []
     for module, path in modules().items():
-        for node in _nodes(ast.parse(path.read_text())):
+        for node in _nodes(ast.parse(path.read_text(encoding="utf-8"))):
             assert not getattr(node, "level", 0), f"{path}: a relative import"
             at = getattr(node, "lineno", 0), getattr(node, "col_offset", 0) == 0
             for target in _imported(node):
@@ -115,7 +115,7 @@ def room(module: str) -> str:
 @cache
 def floors() -> dict[str, int]:
     """Room → floor, as the picture has it."""
-    text = (ROOT / "docs" / "architecture.md").read_text()
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     (picture,) = re.findall(r"```text\nfloor  rooms\n(.*?)```", text, re.DOTALL)
     found = {}
     for line in picture.splitlines():

@@ -108,7 +108,8 @@ def test_vllm_serve_flags_exist(serve_flags: set[str]) -> None:
 
 def test_our_commands_and_make_targets_exist() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", makefile, re.MULTILINE))
     seen = set()
     for block in SHELL:
         for words in _commands(block):

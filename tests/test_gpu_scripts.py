@@ -55,13 +55,13 @@ def test_stages_that_fail_or_hang_do_not_stop_the_others(tmp_path, capsys):
     stages = (
         fake("probe", writes("probe", PROBED)),
         fake("kernels", "exit 7", "touch never"),
-        fake("bench", HANGS, limit=3.0),
+        fake("bench", HANGS, limit=10.0),
         fake("serve", "echo small", writes("serve", {})),
     )
     out = tmp_path / "out.json"
     start = time.monotonic()
     code = run.run_all([(s, s.limit) for s in stages], tmp_path, out)
-    assert code == 1 and time.monotonic() - start < 40
+    assert code == 1 and time.monotonic() - start < 100
     found = json.loads(out.read_text())
     states = {name: stage["state"] for name, stage in found["stages"].items()}
     assert states == {

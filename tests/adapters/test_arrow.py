@@ -168,7 +168,7 @@ def test_the_native_copy_is_the_same_adapter(mode, tmp_path):
         assert module.gate == copied.modules[name].gate
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 9), st.integers(2, 40), st.integers(1, 30), st.integers(0, 2**32))
 def test_prototypes(rank, width, out, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -110,7 +110,7 @@ def changed(tensors, name, change, renaming):
     return {n: t.clone(memory_format=torch.contiguous_format) for n, t in tensors.items()}
 
 
-SETTINGS = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+SETTINGS = settings(max_examples=60, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.parametrize("system", FORMATS)

@@ -36,10 +36,11 @@ from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.routing.mix import mix_reference
 
 ROOT = Path(__file__).parents[2]
-CODES = set(re.findall(r"^\| `([a-z_]+)` \|", (ROOT / "docs/errors.md").read_text(), re.MULTILINE))
+ERRORS = (ROOT / "docs/errors.md").read_text(encoding="utf-8")
+CODES = set(re.findall(r"^\| `([a-z_]+)` \|", ERRORS, re.MULTILINE))
 PROFILE = settings(
-    max_examples=int(os.environ.get("LORA_EXT_FUZZ", "45")), deadline=None, derandomize=True,
-    database=None, suppress_health_check=list(HealthCheck),
+    max_examples=int(os.environ.get("LORA_EXT_FUZZ", "45")),
+    suppress_health_check=list(HealthCheck),
 )  # fmt: skip
 CONFIG, SIDE = "adapter_config.json", "routing.json"
 SEEDS, TOKENS = 5, 3

@@ -65,7 +65,7 @@ def same_norm(one: InputNorm | None, two: InputNorm | None) -> bool:
     return equal and torch.equal(one.row_sums_G, two.row_sums_G)
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, suppress_health_check=list(HealthCheck))
 @given(seed=st.integers(0, 2**32 - 1))
 def test_round_trip(seed, config, tmp_path):
     adapter = random_adapter(

@@ -126,9 +126,9 @@ def test_what_is_wrong_is_named(value, words):
     ids=["numbers", "nested", "texts", "gates", "keys", "text", "json"],
 )
 def test_what_is_too_large_is_refused_at_once(value):
-    start = time.perf_counter()
+    start = time.thread_time()
     refused(value)
-    assert time.perf_counter() - start < 0.5
+    assert time.thread_time() - start < 0.5
 
 
 def test_spans_lie_where_tokens_can_be():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.compiled import need_compiled
 from tests.make_adapters import normal, random_module, random_spec, router_spec
 from tests.slot_parts import put, random_parts, random_rows
 from vllm_lora_ext.kernels.gated_lora import (
@@ -17,7 +18,6 @@ from vllm_lora_ext.kernels.gated_lora import (
     gated_lora_reference,
     register_site,
 )
-from vllm_lora_ext.kernels.gated_lora.backends.native import build as cpu_build
 from vllm_lora_ext.kernels.gated_lora.backends.native import tables as cpu_native
 from vllm_lora_ext.kernels.gated_lora.reference import SlotPart
 from vllm_lora_ext.kernels.gated_lora.step import MAX_COLUMNS
@@ -31,8 +31,8 @@ SPAN = GateSpec(source="position", blocks=(4,))
 def path(request, monkeypatch):
     if request.param == "torch":
         monkeypatch.setattr(cpu_native, "tables", lambda *_: None)
-    elif cpu_build.library() is None:
-        pytest.skip("no compiler")
+    else:
+        need_compiled()
     return request.param
 
 
@@ -103,8 +103,7 @@ def test_any_parts_in_any_slot(path, seed):
 
 def test_calls_with_numbers_of_rows_stay_in_cpp(monkeypatch):
     """New numbers and new adapters are followed without a call into Python."""
-    if cpu_build.library() is None:
-        pytest.skip("no compiler")
+    need_compiled()
     layer = Layer(0)
     layer.put(0, [SlotPart([random_module(layer.rng, 24, n, SPAN) for n in layer.sizes])])
     layer.map([0, 0, -1])
@@ -156,8 +155,7 @@ def test_a_factor_of_zero_adds_nothing_and_hides_what_is_behind_it(path):
 @pytest.mark.parametrize("select", ["all", "top_k"])
 def test_experts_that_no_row_opens_are_not_read(select):
     """Theirs is NaN; one expert has all rows, one some, one none."""
-    if cpu_build.library() is None:
-        pytest.skip("no compiler")
+    need_compiled()
     layer = Layer(8, sizes=(16,))
     more = {"k": 2, "weight": "one"} if select == "top_k" else {}
     gate = GateSpec(source="request", blocks=(4, 4, 4), select=select, **more)

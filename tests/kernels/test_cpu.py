@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.compiled import need_compiled
 from tests.make_adapters import normal, random_module, random_spec
 from vllm_lora_ext.adapters.model import RoutedModule
 from vllm_lora_ext.kernels.gated_lora import (
@@ -37,8 +38,8 @@ TOP2 = GateSpec(
 def path(request, monkeypatch):
     if request.param == "torch":
         monkeypatch.setattr(cpu_native, "tables", lambda *_: None)
-    elif cpu_build.library() is None:
-        pytest.skip("no compiler")
+    else:
+        need_compiled()
     return request.param
 
 
@@ -160,8 +161,7 @@ def test_ties_go_to_the_lower_expert(path):
 
 def test_a_row_does_not_depend_on_its_batch_nor_on_threads(threads):
     """Bit for bit, so that a request's answer does not change with its neighbours."""
-    if cpu_build.library() is None:
-        pytest.skip("no compiler")
+    need_compiled()
     rng = np.random.default_rng(7)
     site, _ = build(rng, (130, 70), 200, lambda n: random_module(rng, 200, n, TOP2))
     slots_T, x_TK = mixed(rng, 70), normal(rng, 70, 200)
@@ -247,8 +247,7 @@ def test_a_cache_folder_that_cannot_be_written(monkeypatch, tmp_path):
 
 
 def test_processes_that_start_together_build_once(tmp_path):
-    if cpu_build.library() is None:
-        pytest.skip("no compiler")
+    need_compiled()
     code = (
         "from vllm_lora_ext.kernels.gated_lora.backends.native import build as cpu_build\n"
         "build = cpu_build._build\n"
@@ -269,15 +268,13 @@ def test_processes_that_start_together_build_once(tmp_path):
 
 def test_c_serves_every_choice_of_the_gate_table():
     """Its names come from `codes`; which of them it has code for, it says itself."""
-    if cpu_build.library() is None:
-        pytest.skip("no compiler")
+    need_compiled()
     assert cpu_native.known_codes() == tuple(map(len, (codes.SCORES, codes.SELECTS, codes.WEIGHTS)))
 
 
 def test_a_gate_that_the_kernels_do_not_know_runs_on_pytorch(monkeypatch, caplog):
     """With one line in the log, and the right numbers; never an error in a forward."""
-    if cpu_build.library() is None:
-        pytest.skip("no compiler")
+    need_compiled()
     logging.getLogger("vllm").propagate = True  # vLLM turns it off once it is imported
     monkeypatch.setattr(cpu_native, "known_codes", lambda: (2, 4, 5))
     cpu_native._say_unknown.cache_clear()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.compiled import need_compiled
 from tests.make_adapters import normal, random_module, random_spec
 from vllm_lora_ext.adapters.model import RoutedModule
 from vllm_lora_ext.kernels.gated_lora import (
@@ -18,14 +19,16 @@ from vllm_lora_ext.kernels.gated_lora import (
     op,
     register_site,
 )
-from vllm_lora_ext.kernels.gated_lora.backends.native import build as cpu_build
 from vllm_lora_ext.kernels.gated_lora.backends.native import op as cpu_op
 from vllm_lora_ext.kernels.mix_mlp import BlockSite, mix_act_, register_block
 from vllm_lora_ext.routing import GateSpec
 
 K, SIZES, SLOTS = 37, (21, 30), 3
 
-pytestmark = pytest.mark.skipif(cpu_build.library() is None, reason="no compiler")
+
+@pytest.fixture(autouse=True)
+def _compiled():
+    need_compiled()
 
 
 class Calls:

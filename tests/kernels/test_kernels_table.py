@@ -96,7 +96,7 @@ def test_what_is_written_is_read_again(tmp_path, monkeypatch):
     script.write_numbers(tables, ["90"])
     assert script.read_numbers() == tables
     assert script.read_sources() == {"90": script.sources()}
-    assert "| mix | T 16 | bf16 | 4 | 10 / 0 / 4 |  |" in script.PAGE.read_text()
+    assert "| mix | T 16 | bf16 | 4 | 10 / 0 / 4 |  |" in script.PAGE.read_text(encoding="utf-8")
 
 
 def test_a_variant_that_fails_or_does_not_fit_is_named():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.compiled import need_compiled
 from tests.make_adapters import normal, random_module, random_spec
 from tests.ranks import Ranks
 from vllm_lora_ext.kernels.gated_lora import (
@@ -18,7 +19,6 @@ from vllm_lora_ext.kernels.gated_lora import (
     register_site,
 )
 from vllm_lora_ext.kernels.gated_lora.backends import choice
-from vllm_lora_ext.kernels.gated_lora.backends.native import build as cpu_build
 from vllm_lora_ext.kernels.gated_lora.backends.native import tables as cpu_native
 from vllm_lora_ext.routing import GateSpec, Rescale
 
@@ -30,8 +30,8 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 def path(request, monkeypatch):
     if request.param == "torch":
         monkeypatch.setattr(cpu_native, "tables", lambda *_: None)
-    elif cpu_build.library() is None:
-        pytest.skip("no compiler")
+    else:
+        need_compiled()
     return request.param
 
 

@@ -87,7 +87,7 @@ def test_rank_and_lambda_hold_for_every_method(name, rank):
         assert error <= 2 * float(sigma[rank:].norm()) * (1 + 1e-3) + 1e-4 * float(sigma.norm())
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     st.lists(st.tuples(st.integers(0, 6), st.floats(-2, 2)), min_size=1, max_size=4),
     st.integers(0, 100),

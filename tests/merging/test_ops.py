@@ -35,7 +35,7 @@ def draws_of(tensors):
     return [lambda rows, t=t: t[rows] for t in tensors]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(SIZES, st.lists(st.integers(0, 5), min_size=1, max_size=4), SEEDS)
 def test_concat_is_the_sum_of_scaled_products(size, ranks, seed):
     pairs = [random_pair(seed + i, *size, rank) for i, rank in enumerate(ranks)]
@@ -49,7 +49,7 @@ def test_weight_zero_leaves_rank_zero():
     assert scale(random_pair(0), 0.0).rank == 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(SIZES, st.integers(0, 30), st.integers(1, 12), SEEDS)
 def test_truncate_is_the_best_approximation(size, rank, wanted_rank, seed):
     pair = random_pair(seed, *size, rank)
@@ -66,7 +66,7 @@ def test_truncate_is_the_best_approximation(size, rank, wanted_rank, seed):
         assert kept.energy == pytest.approx(share, abs=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.floats(0.05, 1.0), SEEDS)
 def test_truncate_to_energy_takes_the_smallest_rank(energy, seed):
     pair = random_pair(seed, 21, 15, 9)
@@ -118,7 +118,7 @@ def test_factor_linear_modes():
     assert close(factor_linear([a], [-0.3], "peft").delta(), -0.3 * a.delta())
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(SIZES, st.lists(st.integers(1, 6), min_size=1, max_size=3), SEEDS)
 def test_spaces_lose_nothing(size, ranks, seed):
     pairs = [random_pair(seed + i, *size, rank) for i, rank in enumerate(ranks)]
@@ -139,7 +139,7 @@ def test_factor_space_wants_one_rank():
     assert error.value.code == "rank_mismatch" and "layer" in error.value.text
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(SIZES, st.floats(0.01, 0.99), st.booleans(), SEEDS)
 def test_magnitude_keeps_the_largest(size, density, extra, seed):
     x = torch.randn(size, generator=generator(seed))
@@ -158,7 +158,7 @@ def test_magnitude_of_large_tensors_counts_ties():
     assert float(x[keep].min()) >= float(x[~keep].max())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(SIZES, min_size=1, max_size=4), st.integers(1, 60), SEEDS)
 def test_kth_magnitude_over_many_tensors(sizes, count, seed):
     tensors = [torch.randn(s, generator=generator(seed + i)) for i, s in enumerate(sizes)]
@@ -253,7 +253,7 @@ def naive_election(tensors, weights, how, absent):
     return merged
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.sampled_from(["none", "total", "frequency", "weighted", "normfrac", "normmass"]),
     st.sampled_from(["none", "voters", "weights", "largest", "adapters", "median"]),
@@ -309,7 +309,7 @@ def test_isotropise_has_equal_values_in_the_same_directions():
     assert close(bases.isotropise(pair.delta()), got.delta())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(SIZES, st.integers(0, 6), SEEDS)
 def test_normalise_keeps_the_delta_and_fixes_the_form(size, rank, seed):
     pair = random_pair(seed, *size, rank)
@@ -396,7 +396,7 @@ def test_generators_go_by_name():
     assert not torch.equal(first, torch.rand(4, generator=generator(3, "qa")))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 12), st.integers(1, 4), st.booleans(), SEEDS)
 @example(9, 3, True, 95)  # a point turns its sign without changing its cluster
 def test_kmeans_converges_and_counts(points, k, axial, seed):

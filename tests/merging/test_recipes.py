@@ -276,7 +276,7 @@ def test_the_folder_says_what_it_is_made_of(home):
 
 
 def _documented():
-    text = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "recipes.md").read_text(encoding="utf-8")
     return re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
 
 

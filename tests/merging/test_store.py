@@ -65,10 +65,11 @@ def test_another_file_recipe_dtype_or_limit_is_another_adapter(home):
 
 
 def test_the_one_not_used_for_longest_goes(home):
-    size = sum(f.stat().st_size for f in build(home, 1.0).path.iterdir())
-    second = build(home, 2.0)
-    time.sleep(0.02)
-    first = build(home, 1.0)  # used again
+    first, second = build(home, 1.0), build(home, 2.0)
+    size = sum(f.stat().st_size for f in first.path.iterdir())
+    for seconds, built in enumerate((first, second)):
+        os.utime(built.path / LOCK, (seconds, seconds))
+    assert build(home, 1.0) == first  # used again
     third = build(home, 3.0, limit=int(size * 2.5))
     assert stored(home) == sorted([first.path.name, third.path.name])
     assert not second.path.exists()

@@ -231,7 +231,7 @@ def _adds(
 
 
 @given(pair=_pairs())
-@settings(max_examples=600, deadline=None)
+@settings(max_examples=600)
 def test_equal_keys_are_equal_computations(pair: tuple[Said, Said]) -> None:
     a, b = pair
     length = min(len(a[0]), len(b[0]))

@@ -80,7 +80,7 @@ class Runs:
 
 @RUNNERS
 @given(seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_row_of_random_schedules(kind: Any, seed: int) -> None:
     """Chunks, drafts, preemptions, batches that other requests share."""
     with pytest.MonkeyPatch.context() as patch:

@@ -56,7 +56,7 @@ class Runs:
 
 @pytest.mark.parametrize("kind", [RunnerV1, RunnerV2])
 @given(seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_row_of_random_schedules(kind: Any, seed: int) -> None:
     """Chunks, preemptions after which the end of a prompt is cached, ids that come again."""
     runs = Runs(kind, seed)

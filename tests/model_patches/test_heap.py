@@ -15,6 +15,8 @@ import ctypes, resource, sys
 from vllm_lora_ext.model_patches.heap import keep_memory
 
 libc = ctypes.CDLL(None)
+# PR_SET_THP_DISABLE: a huge page would be one fault, where the machine gives them to everybody.
+libc.prctl(41, 1, 0, 0, 0)
 libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
 libc.free.argtypes = [ctypes.c_void_p]
 if sys.argv[1] == "keep":

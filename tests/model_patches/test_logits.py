@@ -159,7 +159,7 @@ def steps(seed: int, count: int) -> Runs:
 
 
 @given(seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 def test_sampled_prompt_and_draft_rows_of_v2(seed: int) -> None:
     steps(seed, 10)
 

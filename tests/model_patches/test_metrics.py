@@ -106,8 +106,9 @@ def test_a_scrape_that_does_not_wait_loses_no_numbers(monkeypatch):
     assert calls == [True, True]
 
 
+OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
 ALERTS = {
-    name for line in (Path(__file__).parents[2] / "docs" / "operations.md").read_text().splitlines()
+    name for line in OPERATIONS.read_text(encoding="utf-8").splitlines()
     if "rate(" in line for name in re.findall(r"lora_ext:\w+", line)
 }  # fmt: skip
 

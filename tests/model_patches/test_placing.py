@@ -41,7 +41,8 @@ def four_slices(harness: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_fewer_names_than_slices(four_slices: Callable[..., Any]) -> None:
-    """Plain and routed, both names, the first only, and the second only; as stock has it."""
+    """Plain and routed, both names, the first only, and the second only; plain ones with the first
+    name as stock has it."""
     h = four_slices(max_loras=1, max_cpu_loras=1)
     config, x = h.config.model_config.hf_config, normal(np.random.default_rng(0), 5, 128)
     layer = h.manager.modules[LAYER]
@@ -58,7 +59,8 @@ def test_fewer_names_than_slices(four_slices: Callable[..., Any]) -> None:
                 if name in adapter.modules:
                     want[:, columns] = delta_reference(adapter.modules[name], x)
             torch.testing.assert_close(h.delta(LAYER, request, x), want, rtol=1e-4, atol=1e-4)
-            if kind == "plain":
+            # Stock takes the slices behind a missing first part for the second's own.
+            if kind == "plain" and GATE in adapter.modules:
                 same_as_stock(layer, adapter, want, x)
             h.worker.remove_adapter(request.lora_int_id)
 
@@ -76,8 +78,6 @@ def same_as_stock(layer: Any, adapter: RoutedAdapter, want: torch.Tensor, x: tor
     from vllm.lora.layers import MergedColumnParallelLinearWithLoRA
 
     pairs = [adapter.modules.get(name) for name in (GATE, UP)]
-    if pairs[0] is None:
-        return  # stock takes the slices behind a missing part for this part's own
     a, b = MergedColumnParallelLinearWithLoRA.expand_packed_lora(
         layer, [m and m.a_RK for m in pairs], [m and m.b_NR for m in pairs]
     )

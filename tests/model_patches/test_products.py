@@ -45,7 +45,7 @@ def test_weights_are_read_between_steps(tmp_path: Path, monkeypatch: Any) -> Non
     wrong: list[bool] = []
 
     def reading() -> None:
-        for _ in range(20):
+        while len(read) < 20 or (len(wrong) <= 3 and len(read) < 2000):  # steps came between
             found = torch.cat([columns for _, columns in dora._columns(layer)], dim=1)
             read.append(torch.equal(found, want))
 
@@ -57,7 +57,7 @@ def test_weights_are_read_between_steps(tmp_path: Path, monkeypatch: Any) -> Non
         steps[count % 3](product)
         count += 1
     thread.join()
-    assert read == [True] * 20 and count > 3
+    assert len(read) >= 20 and all(read) and count > 3
     assert not any(met) and not any(wrong)
 
 

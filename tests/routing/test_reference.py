@@ -92,7 +92,7 @@ def oracle(spec, u, bias, head):
     return ranks, gap
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(seed=st.integers(0, 2**32 - 1), stable=st.booleans())
 def test_equals_the_oracle(seed, stable):
     rng = np.random.default_rng(seed)
@@ -114,7 +114,7 @@ def test_equals_the_oracle(seed, stable):
     assume(compared)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 2**32 - 1))
 def test_a_token_does_not_see_its_neighbours(seed):
     rng = np.random.default_rng(seed)

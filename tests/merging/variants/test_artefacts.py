@@ -375,8 +375,11 @@ def test_errors_are_measured_without_the_dense_matrix():
 
 
 class Evil:
+    def __init__(self, path):
+        self.path = path
+
     def __reduce__(self):
-        return (os.system, ("touch /tmp/should_not_exist_lora_ext",))
+        return (os.system, (f"touch '{self.path}'",))
 
 
 def test_pickles_only_when_allowed(tmp_path):
@@ -398,9 +401,10 @@ def test_pickles_only_when_allowed(tmp_path):
     delta = got.factors.modules["model.layers.0.mlp.up_proj"].delta()
     torch.testing.assert_close(delta, want, atol=1e-5, rtol=1e-5)
     assert got.factors.source == os.fspath(tmp_path)
-    torch.save({"x": Evil()}, tmp_path / "adapter_model.bin")
+    trace = tmp_path / "should_not_exist"
+    torch.save({"x": Evil(trace)}, tmp_path / "adapter_model.bin")
     assert code_of(lambda: read_variant(tmp_path, allow_pickle=True)) == "pickle_refused"
-    assert not os.path.exists("/tmp/should_not_exist_lora_ext")
+    assert not trace.exists()
 
 
 # What all have in common
