@@ -11,8 +11,9 @@ from pathlib import Path
 
 from vllm_lora_ext.errors import AdapterError
 
-# Linux notes the time of a write with the resolution of its clock's tick.
-_TICK_NS = 5_000_000
+# Linux notes the time of a write with the resolution of its clock's tick: 4 ms, on some 10.
+_TICK_NS = 11_000_000
+_TICKS = 3  # waited for at most: who writes that often is seen to have written
 
 _Stamp = tuple[int, ...] | None
 
@@ -34,7 +35,9 @@ class Stamps:
         self._asked.setdefault(asked, path)
         if path not in self._seen:
             stamp = _stamp(path)
-            if stamp is not None and 0 <= time.time_ns() - stamp[-1] < _TICK_NS:
+            for _ in range(_TICKS):
+                if stamp is None or not 0 <= time.time_ns() - stamp[-1] < _TICK_NS:
+                    break
                 time.sleep(_TICK_NS / 1e9)
                 stamp = _stamp(path)
             self._seen[path] = name, stamp
