@@ -1,9 +1,9 @@
 """Routes and middleware that the plugin adds to the server's app.
 
-Targets: `attach_endpoint_plugins`, which hands the app to plugins, and the model of the load
-route's body, which learns `expected_version`. `GET /v1/lora_ext/adapters` says what is loaded,
-`POST /v1/lora_ext/rollback` has an adapter's name answer as an older version, and whoever reads
-`/metrics` has the engine core asked for its numbers first.
+Targets: `attach_endpoint_plugins`, which hands the app to plugins, and the models of the bodies
+that load and unload, which learn `expected_version`. `GET /v1/lora_ext/adapters` says what is
+loaded, `POST /v1/lora_ext/rollback` has an adapter's name answer as an older version, and whoever
+reads `/metrics` has the engine core asked for its numbers first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
 from vllm import envs
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
-from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
+from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
 from vllm.logger import init_logger
 
 from vllm_lora_ext.model_patches import data_parallel, engine_metrics
@@ -37,6 +37,12 @@ _SCRAPE_S = 2.0  # the core answers between two steps
 
 class LoadRequest(LoadLoRAAdapterRequest):
     """Stock's body of the load route, and what may be replaced by it."""
+
+    expected_version: str | None = None
+
+
+class UnloadRequest(UnloadLoRAAdapterRequest):
+    """Stock's body of the unload route, and what alone may be taken away by it."""
 
     expected_version: str | None = None
 
@@ -129,6 +135,7 @@ def apply() -> None:
 
     plugins.attach_endpoint_plugins = new_attach
     lora_routes.LoadLoRAAdapterRequest = LoadRequest
+    lora_routes.UnloadLoRAAdapterRequest = UnloadRequest
     launcher: Any = sys.modules.get(_LAUNCHER)
     if launcher is not None:  # holds the function by name
         launcher.attach_endpoint_plugins = new_attach

@@ -11,8 +11,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from vllm_lora_ext.conditions.recipe import is_recipe
-from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.model_patches.held import Adapter, Held
+from vllm_lora_ext.model_patches.held import Adapter, Held, version_conflict
 from vllm_lora_ext.model_patches.pins import Pins
 from vllm_lora_ext.model_patches.versions import Versions
 
@@ -68,11 +67,7 @@ class Book:
         """Raises AdapterError `version_conflict` when the current version is another one."""
         last = self._last.get(adapter.lora_int_id)
         if expected is not None and expected != last:
-            raise AdapterError(
-                "version_conflict", f"adapter {adapter.lora_name} is not at the expected version",
-                seen=last or "not loaded", limit=expected,
-                fix="read its version again, and decide anew",
-            )  # fmt: skip
+            raise version_conflict(adapter.lora_name, last, expected)
 
     def away(self, adapter: Adapter) -> Held | None:
         """What was evicted of an adapter that is asked for as it was; None when nothing was."""

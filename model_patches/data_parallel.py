@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from vllm.lora.request import LoRARequest
@@ -96,6 +97,7 @@ def _experts(of_cores: Iterable[dict[str, list[float]]]) -> dict[str, list[float
     found: dict[str, list[float]] = {}
     for one in of_cores:
         for adapter, sums in one.items():
-            before = found.get(adapter, [0.0] * len(sums))
-            found[adapter] = [a + b for a, b in zip(before, sums, strict=True)]
+            # A core knows the experts of what it has traced, which may be of another version.
+            pairs = zip_longest(found.get(adapter, []), sums, fillvalue=0.0)
+            found[adapter] = [a + b for a, b in pairs]
     return found

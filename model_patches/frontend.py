@@ -1,9 +1,11 @@
 """The server's list of models: adapters by path, by recipe, and merged by name.
 
 Targets: `OpenAIServingModels.{__init__, load_lora_adapter, unload_lora_adapter,
-show_available_models}`. Stock answers every load error but "not found" with 500 and forgets what
-kind it was; here the client gets 4xx and the stable code. The path of an adapter may be a recipe's
-file: what is loaded is its merge.
+_check_unload_lora_adapter_request, show_available_models}`. Stock answers every load error but
+"not found" with 500 and forgets what kind it was; here the client gets 4xx and the stable code. The
+path of an adapter may be a recipe's file: what is loaded is its merge. An unload ends what stands
+behind the name when it has its turn, and with `expected_version` no other version. And `logger` of
+the same module, which says of a reload what is not so here.
 """
 
 from __future__ import annotations
@@ -11,20 +13,25 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
+import logging
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import vllm.entrypoints.openai.models.serving as stock
 from vllm import envs
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.logger import init_logger
+from vllm.lora.request import LoRARequest
 
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.model_patches import metrics
 from vllm_lora_ext.model_patches.admission import expecting
 from vllm_lora_ext.model_patches.admitted import Admitted
 from vllm_lora_ext.model_patches.exchange import note_version
+from vllm_lora_ext.model_patches.held import version_conflict
 from vllm_lora_ext.model_patches.mixes import Front, hook_requests
 from vllm_lora_ext.model_patches.refused import engine_dead, hide_paths, to_response
 from vllm_lora_ext.model_patches.rewards import Rewards
@@ -32,6 +39,26 @@ from vllm_lora_ext.settings import LoraExtSettings
 
 logger = init_logger(f"vllm.{__name__}")
 RECIPE_FILES = (".yaml", ".yml", ".json")
+_STALE_BLOCKS = "Reloaded LoRA adapter '%s' in place from the same path"
+
+
+@dataclass
+class _Unload:
+    """The body of an unload.
+
+    Args:
+        loaded: what it is of, once stock has the name's lock: it may have waited for a load.
+    """
+
+    lora_name: str
+    expected_version: str | None
+    loaded: LoRARequest | None = None
+
+
+def _is_true(record: logging.LogRecord) -> bool:
+    """Not so stock's warning that a reload from the same path leaves blocks of the weights before
+    in the prefix cache: their keys name the version (`block_keys`)."""
+    return not str(record.msg).startswith(_STALE_BLOCKS)
 
 
 def _warn_of_open_door(config: Any, settings: LoraExtSettings) -> None:
@@ -44,9 +71,9 @@ def _warn_of_open_door(config: Any, settings: LoraExtSettings) -> None:
         )
 
 
-def _refusal(name: str, error: AdapterError) -> ErrorResponse:
+def _refusal(name: str, error: AdapterError, param: str = "lora_path") -> ErrorResponse:
     logger.warning("Refused LoRA adapter %r: %s", name, error)
-    return to_response(error)
+    return to_response(error, param)
 
 
 def _with(request: Any, **changes: Any) -> Any:
@@ -82,6 +109,7 @@ def apply() -> None:
     """Wraps the list of models; the request path only when a server asks for mixes."""
     init, load = OpenAIServingModels.__init__, OpenAIServingModels.load_lora_adapter
     unload = OpenAIServingModels.unload_lora_adapter
+    check_unload = OpenAIServingModels._check_unload_lora_adapter_request
     show = OpenAIServingModels.show_available_models
 
     @functools.wraps(init)
@@ -143,14 +171,28 @@ def apply() -> None:
             front.guard()
         except AdapterError as error:
             return _refusal(name, error)
-        loaded = self.lora_requests.get(name)
-        answer = await unload(self, request, *args, **kwargs)
-        if isinstance(answer, str):
-            if loaded is not None:  # stock keeps it until others need the room
-                await front.engine.remove_lora(loaded.lora_int_id)
-            if front.used:
+        body = _Unload(name, getattr(request, "expected_version", None))
+        answer = await unload(self, body, *args, **kwargs)
+        if body.loaded is not None:
+            if front.used:  # at once: the name may be loaded again while the engine is told
                 front.mixes.unloaded(name)
+            # Stock keeps it until others need the room.
+            await front.engine.remove_lora(body.loaded.lora_int_id)
         return answer
+
+    @functools.wraps(check_unload)
+    async def new_check_unload(self: Any, request: _Unload) -> ErrorResponse | None:
+        """Under the lock: what passes is taken from the list next."""
+        answer: ErrorResponse | None = await check_unload(self, request)
+        if answer is not None:
+            return answer
+        name, expected = request.lora_name, request.expected_version
+        loaded = self.lora_requests[name]
+        version = Admitted.of(self._lora_ext_front.engine).version(loaded.lora_int_id)
+        if expected is not None and expected != version:
+            return _refusal(name, version_conflict(name, version, expected), "expected_version")
+        request.loaded = loaded
+        return None
 
     @functools.wraps(show)
     async def new_show(self: Any) -> Any:
@@ -163,3 +205,5 @@ def apply() -> None:
     OpenAIServingModels.show_available_models = new_show
     OpenAIServingModels.load_lora_adapter = new_load
     OpenAIServingModels.unload_lora_adapter = new_unload
+    OpenAIServingModels._check_unload_lora_adapter_request = new_check_unload
+    stock.logger.addFilter(_is_true)

@@ -98,3 +98,15 @@ def id_in_use(adapter: Adapter, held: Held) -> AdapterError:
         seen=f"{adapter.lora_name} at {adapter.lora_path}", limit=f"{held.name} at {held.path}",
         fix="give every adapter its own id, or set load_inplace",
     )  # fmt: skip
+
+
+def version_conflict(name: str, last: str | None, expected: str) -> AdapterError:
+    """The error for an adapter whose version is another than its caller means to change.
+
+    Args:
+        last: the version that its requests got last; None or empty: it was never loaded.
+    """
+    return AdapterError(
+        "version_conflict", f"adapter {name} is not at the expected version",
+        seen=last or "not loaded", limit=expected, fix="read its version again, and decide anew",
+    )  # fmt: skip

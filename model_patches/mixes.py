@@ -91,20 +91,20 @@ class Front:
     async def roll_back(self, name: str, version: str, expected: str | None) -> ErrorResponse | str:
         """Has new requests by a name get an older version of its adapter."""
         models = self._models
-        async with models.lora_resolver_lock[name]:
-            try:
-                self.guard()
+        try:
+            self.guard()  # first: who may not, waits for nothing and leaves no lock behind
+            async with models.lora_resolver_lock[name]:
                 loaded = models.lora_requests.get(name)
                 if loaded is None:
                     raise AdapterError(
                         "not_found", "no adapter of this name is loaded", seen=name, fix="load it"
                     )
                 back = await self.engine.roll_back_adapter(loaded, version, expected)
-            except AdapterError as error:
-                return to_response(error, "version")
-            except EngineDeadError:
-                return to_response(engine_dead(), None)
-            models.lora_requests[name] = back
+                models.lora_requests[name] = back
+        except AdapterError as error:
+            return to_response(error, "version")
+        except EngineDeadError:
+            return to_response(engine_dead(), None)
         note_version(version)
         return f"Success: LoRA adapter '{name}' is at version {version}."
 

@@ -406,10 +406,14 @@ PATCHES: tuple[Patch, ...] = (
     Patch(
         name="frontend",
         module="frontend",
-        why="Stock answers every failed load with HTTP 500, and loads nothing but folders.",
+        why=(
+            "Stock answers every failed load with HTTP 500, loads nothing but folders, unloads "
+            "without comparing, and warns of stale blocks that content in their keys rules out."
+        ),
         how=(
             "One wrapper of the list of models: an AdapterError of the load route becomes 4xx with "
-            "its stable code, a path may be a recipe's file, and a mix may be a model."
+            "its stable code, a path may be a recipe's file, a mix may be a model, and an unload "
+            "looks at the version under stock's lock; a filter of the module's log."
         ),
         upstream="none yet",
         remove_when="vLLM maps adapter errors to 4xx.",
@@ -423,8 +427,13 @@ PATCHES: tuple[Patch, ...] = (
             ),
             Target(
                 "vllm.entrypoints.openai.models.serving",
+                "OpenAIServingModels._check_unload_lora_adapter_request",
+            ),
+            Target(
+                "vllm.entrypoints.openai.models.serving",
                 "OpenAIServingModels.show_available_models",
             ),
+            Target("vllm.entrypoints.openai.models.serving", "logger"),
         ),
     ),
     Patch(
@@ -451,7 +460,7 @@ PATCHES: tuple[Patch, ...] = (
         ),
         how=(
             "Two routes and two middlewares on the app that is handed to endpoint plugins, and one "
-            "more field in the body of the load route."
+            "more field in the bodies of the load and unload routes."
         ),
         upstream="vllm-project/vllm#45820 (what a metric touches)",
         remove_when="vLLM loads endpoint plugins that an operator's setting turns on.",
@@ -460,6 +469,7 @@ PATCHES: tuple[Patch, ...] = (
             Target("vllm.entrypoints.launchers.app", "build_app"),
             Target("vllm.entrypoints.serve.lora.api_router", "_attach_router"),
             Target("vllm.entrypoints.serve.lora.protocol", "LoadLoRAAdapterRequest"),
+            Target("vllm.entrypoints.serve.lora.protocol", "UnloadLoRAAdapterRequest"),
             Target("vllm.v1.engine.core_client", "AsyncMPClient._call_utility_async"),
         ),
     ),

@@ -33,8 +33,8 @@ def load(server: Server, name: str, path: Path | str, **more: Any) -> httpx.Resp
     return post(server, "load_lora_adapter", lora_name=name, lora_path=str(path), **more)
 
 
-def unload(server: Server, name: str) -> httpx.Response:
-    return post(server, "unload_lora_adapter", lora_name=name)
+def unload(server: Server, name: str, **more: Any) -> httpx.Response:
+    return post(server, "unload_lora_adapter", lora_name=name, **more)
 
 
 def post(

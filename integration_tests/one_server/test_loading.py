@@ -179,6 +179,21 @@ def test_of_two_loaders_at_once_one_wins(server, client, places):
     assert unload(server, "raced").status_code == 200
 
 
+def test_an_unload_of_another_version_takes_nothing_away(server, client, places):
+    first = version_of(load(server, "parting", places.adapters / "plain"))
+    second = version_of(load(server, "parting", places.adapters / "loramoe", load_inplace=True))
+    conflict = unload(server, "parting", expected_version=first)
+    assert (conflict.status_code, conflict.json()["error"]["type"]) == (409, "version_conflict")
+    assert ask(client, "parting", MOE.prompts[0]).token_ids == MOE.greedy[0]
+    row = listed(server, "parting")
+    assert (row["version"], row["residency"]) == (second, "slot")
+    assert unload(server, "parting", expected_version=second).status_code == 200
+    refused(client, "parting")
+    assert unload(server, "parting", expected_version=second).status_code == 404
+    spec = httpx.get(f"{server.url}/openapi.json", timeout=60, trust_env=False).json()
+    assert "expected_version" in spec["components"]["schemas"]["UnloadRequest"]["properties"]
+
+
 def test_models_show_the_path_that_was_given(server, client, places):
     for path in (places.adapters / "plain", f"{places.adapters}/plain/", "plain"):
         for inplace in (False, True):

@@ -56,6 +56,18 @@ def test_listed_status_is_the_one_that_is_sent():
     assert {code: str(status_of(code).value) for code in special} == special
 
 
+def test_clients_are_told_what_to_do_about_every_status_but_400():
+    errors = (ROOT / "docs/errors.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([a-z_]+)` \|.*\| (\d+) \|", errors, re.MULTILINE)
+    operations = (ROOT / "docs/operations.md").read_text(encoding="utf-8")
+    table = re.findall(r"^\| (\d{3}(?:, \d{3})*) \| ([^|]+) \|", operations, re.MULTILINE)
+    told = {code: statuses.split(", ") for statuses, codes in table
+            for code in re.findall("`([a-z_]+)`", codes)}  # fmt: skip
+    special = {code: status for code, status in rows if status != "400"}
+    assert set(told) == set(special)
+    assert all(status in told[code] for code, status in special.items())
+
+
 def test_the_native_page_runs(tmp_path):
     page = (ROOT / "docs/native_format.md").read_text(encoding="utf-8")
     blocks = re.findall(r"^```python[^\n]*\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)

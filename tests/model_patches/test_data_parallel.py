@@ -165,3 +165,13 @@ def test_numbers_are_of_all_cores():
             row(2, in_flight=2),
         ],
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("turn", [1, -1])
+def test_cores_that_have_traced_versions_of_other_experts_are_summed(turn):
+    """Each knows the experts of what it has traced; the longer list may be either's."""
+    state = {"adapters": [], "slots": 1, "slots_used": 0, "resident_bytes": 0, "limit_bytes": 0,
+             "counts": {"steps": 1}}  # fmt: skip
+    states = [{**state, "experts": {"a": sums}} for sums in ([1.0, 2.0], [0.5, 0.5, 3.0])[::turn]]
+    found = data_parallel.whole(states)
+    assert (found["experts"], found["counts"]) == ({"a": [1.5, 2.5, 3.0]}, {"steps": 2})

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import vllm.entrypoints.openai.models.serving as stock_models
+import vllm.entrypoints.serve.lora.api_router as lora_routes
 import vllm.plugins.endpoint_plugins.interface as plugins
-from fastapi import FastAPI
+from fastapi import APIRouter, FastAPI
 from pydantic import ValidationError
 from vllm.entrypoints.openai.models.protocol import BaseModelPath
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.entrypoints.serve.engine.protocol import ErrorResponse
 from vllm.entrypoints.serve.engine.serving import BaseServing
 from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
-from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest, UnloadLoRAAdapterRequest
+from vllm.entrypoints.serve.lora.protocol import LoadLoRAAdapterRequest
 from vllm.exceptions import VLLMError
 from vllm.v1.engine.exceptions import EngineDeadError
 
 from vllm_lora_ext import plugin
 from vllm_lora_ext.errors import AdapterError
-from vllm_lora_ext.model_patches.adapters_http import RollbackRequest
+from vllm_lora_ext.model_patches.adapters_http import RollbackRequest, UnloadRequest
 from vllm_lora_ext.model_patches.admitted import Admitted
+from vllm_lora_ext.model_patches.exchange import Exchanges
 from vllm_lora_ext.model_patches.refused import RefusedRequest, status_of
 from vllm_lora_ext.serving import from_lorax, parse
 
@@ -70,8 +74,9 @@ def load(models: Any, name: str, path: str, inplace: bool = False) -> Any:
     return asyncio.run(models.load_lora_adapter(request))
 
 
-def unload(models: Any, name: str) -> Any:
-    return asyncio.run(models.unload_lora_adapter(UnloadLoRAAdapterRequest(lora_name=name)))
+def unload(models: Any, name: str, expected: str | None = None) -> Any:
+    request = UnloadRequest(lora_name=name, expected_version=expected)
+    return asyncio.run(models.unload_lora_adapter(request))
 
 
 def roots(models: Any) -> list[str]:
@@ -135,6 +140,103 @@ def test_a_mix_knows_the_content_that_it_is_made_of():
     assert models._lora_ext_front.adapters() == {} and engine.removed == [1]
 
 
+def test_an_unload_takes_away_no_other_version_than_it_means():
+    engine = Engine()
+    models = models_of(engine)
+    load(models, "a", "/a")
+    load(models, "a", "/a", inplace=True)
+    for other in ("v1", ""):
+        answer = unload(models, "a", other)
+        assert (answer.error.type, answer.error.code) == ("version_conflict", 409)
+        assert answer.error.param == "expected_version" and "v2" in answer.error.message
+        assert models.lora_requests["a"].lora_path == "/a" and engine.removed == []
+    assert isinstance(unload(models, "a", "v2"), str)
+    assert (dict(models.lora_requests), engine.removed) == ({}, [1])
+    assert unload(models, "a", "v2").error.code == 404
+
+
+def test_sagemakers_unload_compares_nothing():
+    """Its body is a namespace that stock's route fills with the name."""
+    engine = Engine()
+    models = models_of(engine)
+    load(models, "a", "/a")
+    request = SimpleNamespace(lora_name="a")
+    assert isinstance(asyncio.run(models.unload_lora_adapter(request)), str)
+    assert engine.removed == [1]
+
+
+def test_the_servers_openapi_shows_what_loads_and_unloads_compare(monkeypatch):
+    monkeypatch.setattr(lora_routes, "router", APIRouter())
+    app = FastAPI()
+    lora_routes._attach_router(app)
+    schema = app.openapi()
+    for route in ("load", "unload"):
+        post = schema["paths"][f"/v1/{route}_lora_adapter"]["post"]
+        name = post["requestBody"]["content"]["application/json"]["schema"]["$ref"].split("/")[-1]
+        assert "expected_version" in schema["components"]["schemas"][name]["properties"]
+
+
+def test_an_unload_that_has_waited_takes_away_what_it_finds():
+    """Each unload behind a load of its name: the engine keeps none of them."""
+    engine = Engine()
+    models = models_of(engine)
+
+    async def queue() -> list[Any]:
+        async with models.lora_resolver_lock["a"]:
+            calls = []
+            for number in range(3):
+                body = LoadLoRAAdapterRequest(lora_name="a", lora_path=f"/{number}")
+                calls.append(asyncio.create_task(models.load_lora_adapter(body)))
+                await asyncio.sleep(0)
+                body = UnloadRequest(lora_name="a", expected_version=f"v{number + 1}")
+                calls.append(asyncio.create_task(models.unload_lora_adapter(body)))
+                await asyncio.sleep(0)
+        return await asyncio.gather(*calls)
+
+    answers = asyncio.run(queue())
+    assert all(isinstance(answer, str) for answer in answers), answers
+    assert [request.lora_int_id for request in engine.loaded] == engine.removed == [1, 2, 3]
+    assert not models.lora_requests
+
+
+def test_an_unload_lets_go_of_no_recipe_that_is_loaded_while_the_engine_is_told():
+    engine, done = Engine({"merge": {}}), []
+    models = models_of(engine)
+    load(models, "a", "/a")
+    mixes = SimpleNamespace(unloaded=done.append)
+    models._lora_ext_front.__dict__["mixes"] = mixes
+
+    async def told(lora_id: int) -> bool:
+        assert done == ["a"]
+        return True
+
+    engine.remove_lora = told
+    assert isinstance(unload(models, "a"), str)
+
+
+def test_a_reload_is_not_said_to_leave_stale_blocks(monkeypatch, caplog):
+    """Stock's warning of them; blocks are keyed by content here."""
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level(logging.INFO)
+    models = models_of(Engine())
+    load(models, "a", "/a")
+    load(models, "a", "/a", inplace=True)
+    said = [r.getMessage() for r in caplog.records if r.name == stock_models.__name__]
+    assert said == ["Loaded new LoRA adapter: name 'a', path '/a'"] * 2
+
+
+def test_the_log_names_what_a_load_was_refused_for_and_nothing_of_requests(monkeypatch, caplog):
+    monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
+    caplog.set_level(logging.WARNING)
+    engine = Engine()
+    engine.error = AdapterError("not_finite", "NaN in a tensor")
+    load(models_of(engine), "bad", "/bad")
+    (line,) = [r.getMessage() for r in caplog.records]
+    assert line.startswith("Refused LoRA adapter 'bad': ") and "NaN in a tensor" in line
+    create_error_response(RefusedRequest(AdapterError("bad_value", "no", seen="x")))
+    assert len(caplog.records) == 1
+
+
 def test_mixes_by_name_need_one_front_end():
     with pytest.raises(AdapterError) as caught:
         models_of(Engine({"merge": {}}, servers=2))
@@ -183,6 +285,21 @@ def test_a_rollback_on_a_dead_engine_says_so():
     engine.roll_back_adapter = dead
     answer = asyncio.run(models._lora_ext_front.roll_back("a", "v0", None))
     assert (answer.error.type, answer.error.code) == ("engine_dead", 503)
+
+
+def test_a_rollback_without_the_token_waits_for_nothing_and_leaves_nothing(tmp_path):
+    (tmp_path / "token").write_text("a" * 64)
+    models = models_of(Engine({"admin_token_file": str(tmp_path / "token")}))
+    codes = []
+
+    async def app(*of_http: Any) -> None:
+        async with models.lora_resolver_lock["loading"]:
+            for name in ("loading", "b", "c"):
+                call = models._lora_ext_front.roll_back(name, "v0", None)
+                codes.append((await asyncio.wait_for(call, 5)).error.type)
+
+    asyncio.run(Exchanges(app)({"type": "http", "headers": []}, None, None))
+    assert codes == ["no_token"] * 3 and list(models.lora_resolver_lock) == ["loading"]
 
 
 @pytest.mark.parametrize("allowed", [False, True])

@@ -106,7 +106,9 @@ def test_a_scrape_that_does_not_wait_loses_no_numbers(monkeypatch):
     assert calls == [True, True]
 
 
-OPERATIONS = Path(__file__).parents[2] / "docs" / "operations.md"
+OPERATIONS, ERRORS = (
+    Path(__file__).parents[2] / "docs" / f"{n}.md" for n in ("operations", "errors")
+)
 ALERTS = {
     name for line in OPERATIONS.read_text(encoding="utf-8").splitlines()
     if "rate(" in line for name in re.findall(r"lora_ext:\w+", line)
@@ -124,6 +126,20 @@ def test_the_dashboard_and_the_alerts_ask_for_what_there_is(name):
         sample.name == name for family in prometheus_client.REGISTRY.collect()
         for sample in family.samples
     ), name  # fmt: skip
+
+
+def test_the_alert_on_refusals_fires_for_what_somebody_has_to_mend():
+    """And not for what trying again mends, nor for what another alert is for."""
+    page = OPERATIONS.read_text().replace("\\|", "|")
+    (but,) = re.findall(r'rate\(lora_ext:refusals_total{code!~"([a-z_|]+)"', page)
+    rows = re.findall(r"^\| `([a-z_]+)` \|.*\| (\d+) \|", ERRORS.read_text(), re.MULTILINE)
+    silent = {code for code, _ in rows if re.fullmatch(but, code)}
+    assert silent == set(but.split("|")), "codes that there are"
+    assert silent >= {
+        code for code, status in rows if status in ("401", "403", "404", "429", "503")
+    }
+    assert silent >= {"adapter_changed", "version_conflict"}
+    assert not silent & {code for code, status in rows if status in ("400", "500")}
 
 
 def test_the_dashboard_is_written():
