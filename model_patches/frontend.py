@@ -44,9 +44,9 @@ def _warn_of_open_door(config: Any, settings: LoraExtSettings) -> None:
         )
 
 
-def _refusal(name: str, error: AdapterError) -> ErrorResponse:
+def _refusal(name: str, error: AdapterError, param: str = "lora_path") -> ErrorResponse:
     logger.warning("Refused LoRA adapter %r: %s", name, error)
-    return to_response(error)
+    return to_response(error, param)
 
 
 def _with(request: Any, **changes: Any) -> Any:
@@ -107,6 +107,10 @@ def apply() -> None:
             front.guard()
         except AdapterError as error:
             return _refusal(name, error)
+        try:
+            front.check_name(name)
+        except AdapterError as error:
+            return _refusal(name, error, "lora_name")
         expected = getattr(request, "expected_version", None)
         if expected is not None:
             request = _with(request, load_inplace=True)
@@ -120,6 +124,8 @@ def apply() -> None:
                 request = _with(request, lora_path=str(entry.path))
             with expecting(expected):
                 answer = await load(self, request, *args, **kwargs)
+            if entry is not None and isinstance(answer, ErrorResponse):
+                answer.error.message = entry.shown(answer.error.message)
             answer = _typed(front.engine, name, sent, answer)
         except asyncio.CancelledError:
             answer = None
@@ -129,11 +135,12 @@ def apply() -> None:
                 front.mixes.discard(entry)
         if isinstance(answer, str):
             _loaded_once(self, name)
-            loaded = self.lora_requests.get(name)
+            loaded, version = self.lora_requests.get(name), ""
             if loaded is not None:
-                note_version(Admitted.of(front.engine).version(loaded.lora_int_id))
+                version = Admitted.of(front.engine).version(loaded.lora_int_id)
+                note_version(version)
             if entry is not None:
-                front.mixes.loaded(name, entry)
+                front.mixes.loaded(name, entry, version)
         return answer
 
     @functools.wraps(unload)
