@@ -285,6 +285,7 @@ def test_an_adapter_s_overwritten_folder_is_in_no_mix(server, home):
     answer = post(server, "load_lora_adapter", body | {"load_inplace": True})
     assert answer.status_code == 200, answer.text
     check(server, home, "cat:moved*0.25", "cat", (("code", 0.25),))
+    assert post(server, "unload_lora_adapter", {"lora_name": "moved"}).status_code == 200
     answer = post(server, "load_lora_adapter", body | {"lora_name": "cat:moved*0.25"})
     assert answer.status_code == 400 and answer.json()["error"]["type"] == "bad_value"
 
