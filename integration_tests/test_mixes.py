@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -268,6 +269,25 @@ def test_an_unloaded_adapter_is_in_no_mix(server, home):
     assert post(server, "unload_lora_adapter", {"lora_name": "late"}).status_code == 200
     answer = ask(server, "cat:late*0.5", PROMPTS[0])
     assert answer.status_code == 404, answer.text
+
+
+def test_an_adapter_s_overwritten_folder_is_in_no_mix(server, home):
+    """What stands there is another version than the one that the name serves."""
+    body = {"lora_name": "moved", "lora_path": str(home / "moved")}
+    shutil.copytree(home / "adapters" / "math", home / "moved")
+    assert post(server, "load_lora_adapter", body).status_code == 200
+    check(server, home, "cat:moved*0.5", "cat", (("math", 0.5),))
+    shutil.rmtree(home / "moved")
+    shutil.copytree(home / "adapters" / "code", home / "moved")
+    check(server, home, "cat:moved*0.5", "cat", (("math", 0.5),))
+    answer = ask(server, "cat:moved*0.25", PROMPTS[0])
+    assert answer.status_code == 409 and answer.json()["error"]["type"] == "files_changed"
+    answer = post(server, "load_lora_adapter", body | {"load_inplace": True})
+    assert answer.status_code == 200, answer.text
+    check(server, home, "cat:moved*0.25", "cat", (("code", 0.25),))
+    assert post(server, "unload_lora_adapter", {"lora_name": "moved"}).status_code == 200
+    answer = post(server, "load_lora_adapter", body | {"lora_name": "cat:moved*0.25"})
+    assert answer.status_code == 400 and answer.json()["error"]["type"] == "bad_value"
 
 
 def test_nothing_of_the_mixes_stays_behind(server, home):

@@ -135,6 +135,10 @@ def apply() -> None:
             front.guard()
         except AdapterError as error:
             return _refusal(name, error)
+        try:
+            front.check_name(name)
+        except AdapterError as error:
+            return _refusal(name, error, "lora_name")
         expected = getattr(request, "expected_version", None)
         if expected is not None:
             request = _with(request, load_inplace=True)
@@ -148,6 +152,8 @@ def apply() -> None:
                 request = _with(request, lora_path=str(entry.path))
             with expecting(expected):
                 answer = await load(self, request, *args, **kwargs)
+            if entry is not None and isinstance(answer, ErrorResponse):
+                answer.error.message = entry.shown(answer.error.message)
             answer = _typed(front.engine, name, sent, answer)
         except asyncio.CancelledError:
             answer = None
@@ -157,11 +163,12 @@ def apply() -> None:
                 front.mixes.discard(entry)
         if isinstance(answer, str):
             _loaded_once(self, name)
-            loaded = self.lora_requests.get(name)
+            loaded, version = self.lora_requests.get(name), ""
             if loaded is not None:
-                note_version(Admitted.of(front.engine).version(loaded.lora_int_id))
+                version = Admitted.of(front.engine).version(loaded.lora_int_id)
+                note_version(version)
             if entry is not None:
-                front.mixes.loaded(name, entry)
+                front.mixes.loaded(name, entry, version)
         return answer
 
     @functools.wraps(unload)

@@ -59,6 +59,19 @@ class Front:
         if self._token is not None:
             self._token.check(current())
 
+    def check_name(self, name: str) -> None:
+        """Raises AdapterError `bad_value`: it is the name of a mix, in any spelling."""
+        if not self.by_name or not name or not is_mix_name(name):
+            return
+        try:
+            parse(name)
+        except AdapterError:
+            return  # no mix can have it
+        raise AdapterError(
+            "bad_value", "lora_name is the name of a mix, which the server merges when a request"
+            " names it", seen=name, fix="choose another name",
+        )  # fmt: skip
+
     @property
     def used(self) -> bool:
         return "mixes" in self.__dict__
@@ -92,21 +105,28 @@ class Front:
         """Has new requests by a name get an older version of its adapter."""
         models = self._models
         try:
-            self.guard()  # first: who may not, waits for nothing and leaves no lock behind
+            self.guard()
+            self._loaded(name)  # a name's lock stays, so nobody makes one who changes nothing
             async with models.lora_resolver_lock[name]:
-                loaded = models.lora_requests.get(name)
-                if loaded is None:
-                    raise AdapterError(
-                        "not_found", "no adapter of this name is loaded", seen=name, fix="load it"
-                    )
+                loaded = self._loaded(name)
                 back = await self.engine.roll_back_adapter(loaded, version, expected)
                 models.lora_requests[name] = back
         except AdapterError as error:
             return to_response(error, "version")
         except EngineDeadError:
             return to_response(engine_dead(), None)
+        if self.used:
+            self.mixes.rolled_back(name, version)
         note_version(version)
         return f"Success: LoRA adapter '{name}' is at version {version}."
+
+    def _loaded(self, name: str) -> LoRARequest:
+        loaded: LoRARequest | None = self._models.lora_requests.get(name)
+        if loaded is None:
+            raise AdapterError(
+                "not_found", "no adapter of this name is loaded", seen=name, fix="load it"
+            )
+        return loaded
 
     def show(self, model: str, loaded: object) -> None:
         self._models.lora_requests[model] = loaded

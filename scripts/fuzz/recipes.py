@@ -84,8 +84,8 @@ class Target:
         (root / "below").mkdir()
         self._file, self._writes = root / "recipe.yaml", 0
         settings = MergeSettings(store=root / "store", recipes={"weekly": self._file})
-        known = Known(root / "below")
-        self._sources = [Sources(settings, roots, known) for roots in (None, [root])]
+        self._known = Known(root / "below")
+        self._sources = [Sources(settings, roots, self._known) for roots in (None, [root])]
         self._write(RECIPES[0])
 
     def __call__(self, data: bytes) -> None:
@@ -107,7 +107,8 @@ class Target:
     def _of_file(self, content: bytes, sources: Sources) -> None:
         self._write(content)
         try:
-            recipe = _same(sources.job_of_file(str(self._file)))["recipe"]
+            job = sources.job_of_file(str(self._file), self._known.adapters())
+            recipe = _same(job)["recipe"]
         finally:
             self._write(RECIPES[0])
         assert parse_recipe(recipe).model_dump(mode="json") == recipe, "it reads otherwise again"

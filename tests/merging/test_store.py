@@ -198,4 +198,4 @@ def test_an_input_that_changes_meanwhile(home):
 
     with pytest.raises(AdapterError, match="changed") as error:
         build(home, progress=touch)
-    assert error.value.code == "bad_file" and stored(home) == []
+    assert error.value.code == "files_changed" and stored(home) == []

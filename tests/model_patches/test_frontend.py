@@ -30,6 +30,7 @@ from vllm_lora_ext.model_patches.admitted import Admitted
 from vllm_lora_ext.model_patches.exchange import Exchanges
 from vllm_lora_ext.model_patches.refused import RefusedRequest, status_of
 from vllm_lora_ext.serving import from_lorax, parse
+from vllm_lora_ext.serving.service import Entry
 
 plugin.register()
 
@@ -251,6 +252,25 @@ def test_a_missing_recipe_is_refused_before_the_engine(tmp_path):
     assert engine.loaded == []
 
 
+@pytest.mark.parametrize("place", ["/data/store/served/server-x/1", "/tmp/served/server-x/1"])
+def test_a_recipe_that_the_engine_refuses_is_called_as_it_was_sent(tmp_path, place):
+    engine = Engine({"merge": {"store": str(tmp_path)}})
+    models, given_up = models_of(engine), []
+    entry = Entry("", None, Path(place), sent="weekly.yaml")
+
+    async def build(path: str) -> Any:
+        return entry
+
+    mixes = SimpleNamespace(build_recipe=build, discard=given_up.append)
+    models._lora_ext_front.__dict__["mixes"] = mixes
+    engine.error = AdapterError("not_found", "there is no adapter folder", seen=f"{place}/x")
+    error = load(models, "a", "weekly.yaml").error
+    assert error.type == "not_found" and given_up == [entry]
+    assert "served" not in error.message and "server-x" not in error.message
+    if place.startswith("/data"):  # else vLLM has masked it
+        assert error.message.endswith("seen: weekly.yaml/x.")
+
+
 def test_sagemakers_route_sends_no_pydantic_model(tmp_path):
     """But a namespace, which has no `model_copy`; its recipe is built, loaded and shown."""
     engine = Engine({"merge": {"store": str(tmp_path)}})
@@ -262,7 +282,7 @@ def test_sagemakers_route_sends_no_pydantic_model(tmp_path):
 
     mixes = SimpleNamespace(
         build_recipe=build,
-        loaded=lambda name, entry: None,
+        loaded=lambda name, entry, version: None,
         made=lambda: {str(kept.path): "weekly.yaml"},
     )
     models._lora_ext_front.__dict__["mixes"] = mixes
@@ -300,6 +320,28 @@ def test_a_rollback_without_the_token_waits_for_nothing_and_leaves_nothing(tmp_p
 
     asyncio.run(Exchanges(app)({"type": "http", "headers": []}, None, None))
     assert codes == ["no_token"] * 3 and list(models.lora_resolver_lock) == ["loading"]
+
+
+def test_a_rollback_of_what_is_not_loaded_leaves_nothing():
+    models = models_of(Engine())
+    answer = asyncio.run(models._lora_ext_front.roll_back("nobody", "v", None))
+    assert (answer.error.type, answer.error.code) == ("not_found", 404)
+    assert not models.lora_resolver_lock
+
+
+def test_a_rollback_keeps_the_files_of_what_it_brings_back():
+    engine = Engine()
+    models, told = models_of(engine), []
+    load(models, "a", "/a")
+    mixes = SimpleNamespace(rolled_back=lambda *said: told.append(said))
+    models._lora_ext_front.__dict__["mixes"] = mixes
+
+    async def back(loaded: Any, version: str, expected: str | None) -> Any:
+        return loaded
+
+    engine.roll_back_adapter = back
+    answer = asyncio.run(models._lora_ext_front.roll_back("a", "v0", None))
+    assert isinstance(answer, str) and told == [("a", "v0")]
 
 
 @pytest.mark.parametrize("allowed", [False, True])
@@ -375,6 +417,31 @@ def test_loraxs_spelling_is_a_mix_of_the_base_only():
     assert request.model == str(from_lorax(merged))
     answer = asyncio.run(server._check_model(Request("a", merged_adapters=merged)))
     assert (answer.error.type, answer.error.code) == ("bad_value", 400)
+
+
+@pytest.mark.parametrize("name", ["cat:a+b", "cat:b+a", "svd[r=2]:a", "recipe:weekly"])
+@pytest.mark.parametrize("how", [{"load_inplace": True}, {"expected_version": "v0"}, {}])
+def test_a_load_does_not_take_over_the_name_of_a_mix(name, how):
+    """In any spelling, and before the mix is asked for: it may be on its way."""
+    engine, models, server = serving({"merge": {}})
+    if name == "cat:a+b":
+        assert asyncio.run(server._check_model(Request(name))) is None
+    before, count = dict(models.lora_requests), len(engine.loaded)
+    request = SimpleNamespace(
+        lora_name=name, lora_path="/c", is_3d_lora_weight=False, **{"load_inplace": False, **how}
+    )
+    error = asyncio.run(models.load_lora_adapter(request)).error
+    assert (error.type, error.code, error.param) == ("bad_value", 400, "lora_name")
+    assert models.lora_requests == before and len(engine.loaded) == count
+
+
+def test_other_names_with_signs_are_for_whoever_gives_them():
+    _, models, server = serving({"merge": {}})
+    for name in ("team:support", "cat:", "a+b", "team:a+b"):
+        assert isinstance(load(models, name, "/a"), str)
+        request = Request(name)
+        assert asyncio.run(server._check_model(request)) is None and request.model == name
+    assert isinstance(load(models_of(Engine()), "cat:a+b", "/a"), str), "no mixes by name here"
 
 
 def test_a_mix_that_cannot_be_had_is_the_requests_error():

@@ -75,7 +75,7 @@ def test_merges(tmp_path):
                   {"model": "code", "parameters": {"weight": 0.4}}]  # fmt: skip
         job = {
             "recipe": {"version": 1, "merge_method": "cat", "models": models, "parameters": {}},
-            "folders": {name: str(INPUTS / name) for name in ("math", "code")},
+            "folders": {name: str(INPUTS / name) for name in ("math", "code")}, "versions": {},
             "lease": str(tmp_path / "lease"), "store": str(tmp_path / "store"),
             "max_bytes": 1 << 26, "dtype": "float32", "max_rank": 64,
         }  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,8 +31,10 @@ class Host:
         self.loads: list[str] = []
         self.forgotten: list[object] = []
         self.refuse = False
+        self.asked_in: set[int] = set()
 
     def adapters(self) -> dict[str, tuple[str, str]]:
+        self.asked_in.add(threading.get_ident())
         return self.known
 
     def folder(self, path: str) -> Path:
@@ -40,7 +43,7 @@ class Host:
     async def load(self, name: str, path: Path) -> object:
         await asyncio.sleep(0)
         if self.refuse:
-            raise AdapterError("shape_mismatch", "refused")
+            raise AdapterError("shape_mismatch", "refused", seen=f"{path}/x")
         assert (path / "weights").is_file()
         self.loads.append(name)
         return (name, path)
@@ -126,8 +129,9 @@ def test_a_failure_leaves_nothing_and_can_be_asked_again(tmp_path, where):
         world = World(tmp_path)
         world.builder.fail, world.host.refuse = where == "merge", where == "load"
         for _ in range(2):
-            with pytest.raises(AdapterError):
+            with pytest.raises(AdapterError) as caught:
                 await world.ask("cat:a+b")
+            assert str(tmp_path) not in str(caught.value), "a mix has its name, and no folder"
         assert world.host.shown == {} and world.mixes.names() == set()
         assert not world.folders(tmp_path)
         world.builder.fail = world.host.refuse = False
@@ -250,7 +254,7 @@ def test_a_recipe_may_name_files(tmp_path):
 @pytest.mark.parametrize("path", ["~nosuchuser/x.yaml", "a\0.yaml", "\ud800.yaml", "none.yaml"])
 def test_a_path_that_no_recipe_can_have_is_refused(path, roots):
     with pytest.raises(AdapterError) as refused:
-        Sources(MergeSettings(), roots, Host()).job_of_file(path)
+        Sources(MergeSettings(), roots, Host()).job_of_file(path, {})
     assert refused.value.code == ("not_found" if roots is None else "path_not_allowed")
 
 
@@ -261,8 +265,48 @@ def test_a_recipe_that_names_what_cannot_be_is_refused(tmp_path, name):
     recipe.write_text(f"version: 1\nmerge_method: cat\n{models}\n")
     for roots, codes in ((None, {"not_found"}), ([tmp_path], {"not_found", "path_not_allowed"})):
         with pytest.raises(AdapterError) as refused:
-            Sources(MergeSettings(), roots, Host()).job_of_file(str(recipe))
+            Sources(MergeSettings(), roots, Host()).job_of_file(str(recipe), Host().known)
         assert refused.value.code in codes | {"bad_value"}, refused.value  # no text at all
+
+
+def test_a_recipe_s_file_is_read_in_a_thread_and_the_server_s_list_is_not(tmp_path):
+    async def test() -> None:
+        world, recipe = World(tmp_path / "store"), tmp_path / "r.yaml"
+        recipe.write_text("version: 1\nmerge_method: cat\nmodels: [{model: a}]\n")
+        await world.mixes.build_recipe(str(recipe))
+        assert world.host.asked_in == {threading.get_ident()}
+
+    run(test)
+
+
+def test_a_recipe_that_is_loaded_again_unchanged_takes_no_older_version_s_place(tmp_path):
+    """The engine keeps one adapter of a content, from where it was loaded last; what was rolled
+    back to is what it lets go last."""
+
+    async def test() -> None:
+        world, recipe = World(tmp_path / "store"), tmp_path / "r.yaml"
+        recipe.write_text("version: 1\nmerge_method: cat\nmodels: [{model: a}]\n")
+
+        async def load(version: str) -> Path:
+            entry = await world.mixes.build_recipe(str(recipe))
+            world.mixes.loaded("mine", entry, version)
+            await settled()
+            return entry.path
+
+        first = await load("v1")
+        again = [await load("v2") for _ in range(4)]
+        assert world.folders(tmp_path / "store") == {first, again[-1]}
+        assert set(world.mixes.made()) == {str(first), str(again[-1])}
+        third = await load("v3")
+        world.mixes.rolled_back("mine", "v1")
+        world.mixes.rolled_back("of no recipe", "v1")
+        fourth = await load("v4")
+        assert world.folders(tmp_path / "store") == {first, third, fourth}
+        world.mixes.unloaded("mine")
+        await settled()
+        assert not world.folders(tmp_path / "store")
+
+    run(test)
 
 
 def test_a_disk_that_takes_no_folder_is_one_typed_error(tmp_path, caplog):
@@ -279,10 +323,11 @@ def test_errors_of_recipes_name_no_place_of_the_server(tmp_path):
     settings = MergeSettings(recipes={"weekly": tmp_path / "gone.yaml"})
     for roots in (None, [tmp_path]):
         sources = Sources(settings, roots, Host())
-        asked = [partial(sources.job_of_file, path) for path in ("r.yaml", "../r.yaml", "~")]
+        known = Host().known
+        asked = [partial(sources.job_of_file, p, known) for p in ("r.yaml", "../r.yaml", "~")]
         asked += [partial(sources.job_of, parse("recipe:weekly"))]
         if roots is None:
-            asked[0] = partial(sources.job_of_file, os.path.relpath(recipe))
+            asked[0] = partial(sources.job_of_file, os.path.relpath(recipe), known)
         for ask in asked:
             with pytest.raises(AdapterError) as refused:
                 ask()

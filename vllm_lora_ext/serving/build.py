@@ -1,7 +1,7 @@
 """The merging process: jobs in on stdin, answers out on stdout, one JSON object a line.
 
-A job is {recipe, folders, lease, store, max_bytes, dtype, max_rank}, or {describe} with the last
-four but the store; the answer {path, rank}, or {error} with the text of an AdapterError.
+A job is {recipe, folders, versions, lease, store, max_bytes, dtype, max_rank}, or {describe} with
+the last four but the store; the answer {path, rank}, or {error} with the text of an AdapterError.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _merge(job: dict[str, Any]) -> dict[str, Any]:
     lease = Path(job["lease"])
     for left in reversed(range(TRIES)):
         built = store.get_or_build(
-            recipe, folders.__getitem__,
+            recipe, folders.__getitem__, versions=job["versions"],
             dtype=getattr(torch, job["dtype"]), max_rank=job["max_rank"],
         )  # fmt: skip
         try:

@@ -64,7 +64,7 @@ class Entry:
 
     Args:
         model: what requests call it.
-        version: of everything that it was made of.
+        version: of everything that it was made of; once loaded by a name, of its content.
         path: its folder, this entry's own.
         holders: requests that use it.
         loaded: what the host gave for it.
@@ -83,6 +83,10 @@ class Entry:
     @property
     def idle(self) -> bool:
         return not self.holders and (self.task is None or self.task.done())
+
+    def shown(self, text: str) -> str:
+        """A text for clients, who know no folder of the server."""
+        return text.replace(str(self.path), self.sent)
 
 
 class Mixes:
@@ -151,7 +155,7 @@ class Mixes:
         Raises:
             AdapterError: those of the recipe and of merging.
         """
-        job = await asyncio.to_thread(self._sources.job_of_file, path)
+        job = await asyncio.to_thread(self._sources.job_of_file, path, self._host.adapters())
         entry = Entry("", job.version, self._leases.new(), sent=path)
         try:
             await self._run(entry, job)
@@ -160,12 +164,27 @@ class Mixes:
             raise
         return entry
 
-    def loaded(self, model: str, entry: Entry) -> None:
-        """`model` is this adapter from now on, made of a recipe; older ones stay for a rollback."""
-        entry.model, entries = model, self._recipes.setdefault(model, deque())
+    def loaded(self, model: str, entry: Entry, version: str) -> None:
+        """`model` is this adapter from now on, made of a recipe; older ones stay for a rollback.
+
+        Args:
+            version: the digest of its content. The engine keeps one adapter of it, from the folder
+                that it was loaded from last.
+        """
+        entry.model, entry.version = model, version
+        entries = self._recipes.setdefault(model, deque())
+        for same in [other for other in entries if other.version == version]:
+            entries.remove(same)
+            self._retire(same)
         entries.append(entry)
         if len(entries) > OLDER_VERSIONS + 1:
             self._retire(entries.popleft())
+
+    def rolled_back(self, model: str, version: str) -> None:
+        """`model` is an older version again, which the next loads push out last."""
+        if model in self._recipes:
+            of_version = sorted(self._recipes[model], key=lambda entry: entry.version == version)
+            self._recipes[model] = deque(of_version)
 
     def discard(self, entry: Entry) -> None:
         """The engine did not take it."""
@@ -186,7 +205,7 @@ class Mixes:
     async def _build(self, entry: Entry, job: Job) -> None:
         try:
             await self._run(entry, job)
-            entry.loaded = await self._host.load(self._unique(entry), entry.path)
+            entry.loaded = await self._load(entry)
         except BaseException:
             if self._live.get(entry.model) is entry:
                 del self._live[entry.model]
@@ -195,6 +214,12 @@ class Mixes:
             raise
         if not entry.retired:  # its adapters may have changed meanwhile
             self._host.show(entry.model, entry.loaded)
+
+    async def _load(self, entry: Entry) -> object:
+        try:
+            return await self._host.load(self._unique(entry), entry.path)
+        except AdapterError as error:
+            raise AdapterError.parse(entry.shown(str(error))) or error from None
 
     async def _run(self, entry: Entry, job: Job) -> None:
         request = await asyncio.to_thread(job.request)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from vllm_lora_ext.adapters.paths import resolve_inside
 from vllm_lora_ext.errors import AdapterError
@@ -20,10 +20,14 @@ if TYPE_CHECKING:
     from vllm_lora_ext.merging.recipes import Recipe
 
 
+Known: TypeAlias = Mapping[str, tuple[str, str]]
+"""Name → path and digest of the content; see `service.Host`."""
+
+
 class Adapters(Protocol):
     """The adapters that a server knows by name; see `service.Host`."""
 
-    def adapters(self) -> Mapping[str, tuple[str, str]]: ...
+    def adapters(self) -> Known: ...
 
     def folder(self, path: str) -> Path: ...
 
@@ -43,10 +47,15 @@ class Job:
 
 @dataclass(frozen=True)
 class _Input:
-    """An adapter of a merge: its folder, known at once or when the host has looked for it."""
+    """An adapter of a merge: its folder, known at once or when the host has looked for it.
+
+    Args:
+        digest: what its content must be, of one that is loaded: its folder may hold another by now.
+    """
 
     version: object
     folder: Callable[[], Path]
+    digest: str = ""
 
 
 class Sources:
@@ -66,10 +75,11 @@ class Sources:
                     "not_found", "there is no recipe of this name", seen=mix.argument,
                     fix="name it under merge.recipes",
                 )  # fmt: skip
-            return self._job_of_recipe(path, mix.argument)
+            return self._job_of_recipe(path, mix.argument, self._known.adapters())
         if mix.op == DESCRIBE:
             return self._job_of_description(mix.argument)
-        inputs = {name: self._named(name) for name, _ in mix.terms}
+        known = self._known.adapters()
+        inputs = {name: self._named(name, known) for name, _ in mix.terms}
         for name, found in inputs.items():
             if found is None:
                 raise AdapterError(
@@ -78,19 +88,27 @@ class Sources:
                 )  # fmt: skip
         return _job(_recipe_of(mix), {name: found for name, found in inputs.items() if found})
 
-    def job_of_file(self, path: str) -> Job:
-        """The merge in a recipe's file. Raises AdapterError, those of paths and of recipes."""
+    def job_of_file(self, path: str, known: Known) -> Job:
+        """The merge in a recipe's file; may run in any thread.
+
+        Args:
+            known: the host's adapters, which change on its event loop alone.
+        Raises:
+            AdapterError: those of paths and of recipes.
+        """
         place = Path(os.path.expanduser(path)).absolute()
         if self._roots is not None:
             place = resolve_inside(os.path.expanduser(path), self._roots, path)
-        return self._job_of_recipe(place, path)
+        return self._job_of_recipe(place, path, known)
 
-    def _job_of_recipe(self, path: Path, sent: str) -> Job:
+    def _job_of_recipe(self, path: Path, sent: str, known: Known) -> Job:
         version = _stat(path)
         if version is None:
             raise AdapterError("not_found", "there is no such recipe", seen=sent)
         recipe = _read(path, version)
-        inputs = {name: self._named(name) or self._below(name, path) for name in recipe.inputs()}
+        inputs = {
+            name: self._named(name, known) or self._below(name, path) for name in recipe.inputs()
+        }
         return _job(recipe.model_dump(mode="json"), inputs)
 
     def _job_of_description(self, text: str) -> Job:
@@ -104,10 +122,10 @@ class Sources:
         request = {"describe": {**described.model_dump(mode="json"), "text": text}}
         return Job(version, lambda: request)
 
-    def _named(self, name: str) -> _Input | None:
-        adapters = self._known.adapters()
-        if name in adapters:
-            return _Input(adapters[name], partial(self._known.folder, adapters[name][0]))
+    def _named(self, name: str, known: Known) -> _Input | None:
+        if name in known:
+            place, digest = known[name]
+            return _Input(known[name], partial(self._known.folder, place), digest)
         path = self._settings.adapters.get(name)
         return None if path is None else _Input(_stats(path), lambda: path)
 
@@ -137,7 +155,8 @@ def _job(recipe: dict[str, Any], inputs: Mapping[str, _Input]) -> Job:
 
     def request() -> dict[str, Any]:
         folders = {name: str(found.folder()) for name, found in inputs.items()}
-        return {"recipe": recipe, "folders": folders}
+        versions = {name: found.digest for name, found in inputs.items() if found.digest}
+        return {"recipe": recipe, "folders": folders, "versions": versions}
 
     return Job(version, request)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from vllm_lora_ext.adapters import load_adapter
 from vllm_lora_ext.errors import AdapterError
 from vllm_lora_ext.merging.methods import find_method
 from vllm_lora_ext.merging.recipes.schema import Recipe
@@ -23,34 +24,62 @@ class Inputs:
     """The files behind a recipe's names.
 
     Args:
-        hashes: name → path inside it (the file's own name for a single file) → sha256.
+        hashes: name → path inside it (the file's own name for a single file) → sha256; of an
+            adapter whose version is known: {"version": that version}.
         stats: what tells that a file has changed since.
+        versions: name → `RoutedAdapter.digest` of the adapter that is meant by it.
     """
 
     hashes: dict[str, dict[str, str]]
     stats: dict[str, list[tuple[str, int, int, int]]] = field(repr=False)
+    versions: dict[str, str]
 
 
-def read_inputs(recipe: Recipe, locate: Callable[[str], Path]) -> Inputs:
-    """Hash every file that a recipe may read.
+def read_inputs(
+    recipe: Recipe, locate: Callable[[str], Path], versions: Mapping[str, str] | None = None
+) -> Inputs:
+    """Hash every file that a recipe may read, but for those of adapters whose version is known:
+    what was made of a version is found by it, whatever its folder holds by now.
 
     Raises:
         AdapterError: `not_found`, `bad_file`.
     """
+    known = {name: (versions or {})[name] for name in recipe.inputs() if name in (versions or {})}
     hashes, stats = {}, {}
     for name in recipe.inputs():
         where = locate(name)
         stats[name] = _stats(name, where)
-        hashes[name] = {part: _sha256(path) for part, path in _files(name, where)}
-    return Inputs(hashes, stats)
+        if name in known:
+            hashes[name] = {"version": known[name]}
+        else:
+            hashes[name] = {part: _sha256(path) for part, path in _files(name, where)}
+    return Inputs(hashes, stats, known)
+
+
+def check_versions(inputs: Inputs, locate: Callable[[str], Path]) -> None:
+    """To be called before what `check_unchanged` is called after.
+
+    Raises:
+        AdapterError: `files_changed`, a folder holds another version than is meant; those of
+            reading it.
+    """
+    for name, version in inputs.versions.items():
+        seen = load_adapter(locate(name), roots=(), parts=True).digest
+        if seen != version:
+            raise AdapterError(
+                "files_changed", f"the files of adapter {name} are another version than the one"
+                " that is served, and to be merged", seen=seen, limit=version,
+                fix="load it again with load_inplace to merge what is there now, or put its files"
+                " back; a new version belongs into a folder of its own",
+            )  # fmt: skip
 
 
 def check_unchanged(inputs: Inputs, recipe: Recipe, locate: Callable[[str], Path]) -> None:
-    """Raises AdapterError `bad_file`: a file is another one than when it was hashed."""
+    """Raises AdapterError `files_changed`: a file is another one than when it was looked at."""
     for name in recipe.inputs():
         if _stats(name, locate(name)) != inputs.stats[name]:
             raise AdapterError(
-                "bad_file", "an input of the recipe changed while it was merged", seen=name,
+                "files_changed", "an input of the recipe changed while it was merged", seen=name,
                 fix="merge again when nobody writes to it",
             )  # fmt: skip
 

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,6 +47,7 @@ class Store:
         recipe: Recipe,
         locate: Locate,
         *,
+        versions: Mapping[str, str] | None = None,
         dtype: torch.dtype | None = None,
         max_rank: int | None = None,
         progress: Progress | None = None,
@@ -57,11 +58,13 @@ class Store:
         The folder stays until others need its room: who needs it longer links or copies it.
 
         Args: as `write_recipe`.
+            versions: name → `RoutedAdapter.digest` of the adapter that is meant by it; what was
+                made of it is found though its folder holds another by now.
         Raises:
             AdapterError: those of `write_recipe`; `too_large`, it does not fit into the store.
         """
         (self._root / _LOCKS).mkdir(parents=True, exist_ok=True)
-        inputs = read_inputs(recipe, locate)
+        inputs = read_inputs(recipe, locate, versions)
         of_files = dtype or getattr(torch, recipe.file_dtype)
         key = key_of(recipe, inputs, str(of_files).removeprefix("torch."), max_rank)
         with self._locked(key, Watch(None, cancel)):

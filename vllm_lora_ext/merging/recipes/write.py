@@ -15,6 +15,7 @@ from vllm_lora_ext.merging.recipes.lock import (
     LOCK,
     Inputs,
     check_unchanged,
+    check_versions,
     lock_file,
     read_inputs,
 )
@@ -55,12 +56,13 @@ def write_recipe(
         locate, max_rank, progress, cancel: as in `run_recipe`.
         out: must be missing or empty.
         dtype: of the files, in place of the recipe's.
-        inputs: hashed already.
+        inputs: looked at already.
     Raises:
-        AdapterError: those of `run_recipe`, `save_peft` and `read_inputs`.
+        AdapterError: those of `run_recipe`, `save_peft`, `read_inputs` and `check_versions`.
     """
     of_files = dtype or getattr(torch, recipe.file_dtype)
     inputs = inputs or read_inputs(recipe, locate)
+    check_versions(inputs, locate)
     merged = run_recipe(recipe, locate, max_rank=max_rank, progress=progress, cancel=cancel)
     check_unchanged(inputs, recipe, locate)
     report, rank = merged.report.to_dict(), merged.factors.rank
