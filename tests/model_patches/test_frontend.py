@@ -218,7 +218,7 @@ def test_an_unload_lets_go_of_no_recipe_that_is_loaded_while_the_engine_is_told(
 def test_a_reload_is_not_said_to_leave_stale_blocks(monkeypatch, caplog):
     """Stock's warning of them; blocks are keyed by content here."""
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    caplog.set_level(logging.INFO)
+    caplog.set_level(logging.INFO, "vllm")
     models = models_of(Engine())
     load(models, "a", "/a")
     load(models, "a", "/a", inplace=True)
@@ -228,7 +228,7 @@ def test_a_reload_is_not_said_to_leave_stale_blocks(monkeypatch, caplog):
 
 def test_the_log_names_what_a_load_was_refused_for_and_nothing_of_requests(monkeypatch, caplog):
     monkeypatch.setattr(logging.getLogger("vllm"), "propagate", True)
-    caplog.set_level(logging.WARNING)
+    caplog.set_level(logging.WARNING, "vllm")
     engine = Engine()
     engine.error = AdapterError("not_finite", "NaN in a tensor")
     load(models_of(engine), "bad", "/bad")
