@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import configparser
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -27,7 +28,12 @@ def _build(source: Path, out: Path, kind: str) -> Path:
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _build(ROOT, tmp_path_factory.mktemp("sdist"), "sdist")
+    """Built from a copy: a build writes beside what other tests read."""
+    copy = tmp_path_factory.mktemp("copy") / ROOT.name
+    ignored = (".git", ".venv", ".*_cache", ".hypothesis", "__pycache__", "build", "dist",
+               "*.egg-info", "fixtures")  # fmt: skip
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=shutil.ignore_patterns(*ignored))
+    return _build(copy, tmp_path_factory.mktemp("sdist"), "sdist")
 
 
 @pytest.fixture(scope="module")
