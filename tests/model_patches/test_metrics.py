@@ -130,9 +130,11 @@ def test_the_dashboard_and_the_alerts_ask_for_what_there_is(name):
 
 def test_the_alert_on_refusals_fires_for_what_somebody_has_to_mend():
     """And not for what trying again mends, nor for what another alert is for."""
-    page = OPERATIONS.read_text().replace("\\|", "|")
+    page = OPERATIONS.read_text(encoding="utf-8").replace("\\|", "|")
     (but,) = re.findall(r'rate\(lora_ext:refusals_total{code!~"([a-z_|]+)"', page)
-    rows = re.findall(r"^\| `([a-z_]+)` \|.*\| (\d+) \|", ERRORS.read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| `([a-z_]+)` \|.*\| (\d+) \|", ERRORS.read_text(encoding="utf-8"), re.MULTILINE
+    )
     silent = {code for code, _ in rows if re.fullmatch(but, code)}
     assert silent == set(but.split("|")), "codes that there are"
     assert silent >= {
